@@ -1,0 +1,1 @@
+"""Calibration: data, streamed reference model, statistics, stage choice, budget and evaluation."""

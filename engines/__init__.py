@@ -1,0 +1,1 @@
+"""Running and checking exported graphs: runners, verification, engine builders and targets."""

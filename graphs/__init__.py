@@ -1,0 +1,1 @@
+"""Lowest layer: plans, specs, checkpoints, operators and graph building. Imports neither CUDA nor TensorRT."""

@@ -1,0 +1,41 @@
+"""Errors a user can cause. Each says what was got, what was wanted and what to do, and carries its exit code."""
+
+
+class BtpError(Exception):
+    """Base of every error the toolkit raises on purpose.
+
+    The text is at most three lines: what was got, what was wanted, what to do next.
+    """
+
+    exit_code = 1
+
+    def __init__(self, got: str, wanted: str = "", do: str = "") -> None:
+        self.got, self.wanted, self.do = got, wanted, do
+        super().__init__("\n".join(self.lines()))
+
+    def lines(self) -> list[str]:
+        """The message, one to three lines, without a trailing newline."""
+        lines = [self.got]
+        if self.wanted:
+            lines.append(f"wanted: {self.wanted}")
+        if self.do:
+            lines.append(f"do this: {self.do}")
+        return lines
+
+
+class CheckError(BtpError):
+    """A check did not hold (exit code 1)."""
+
+    exit_code = 1
+
+
+class InputError(BtpError):
+    """Bad input or usage (exit code 2)."""
+
+    exit_code = 2
+
+
+class UnavailableError(BtpError):
+    """Something needed is not installed or not reachable (exit code 3)."""
+
+    exit_code = 3

@@ -1,0 +1,81 @@
+"""manifest.json of a bundle (contract, "btp-bundle/1"): what is in it, with sizes and hashes. Relative paths only."""
+
+from pathlib import PurePosixPath
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field
+
+from graphs.profile import ShapeProfile
+from graphs.spec import ModelSpec, Precision
+from graphs.strict import Strict
+
+FORMAT = "btp-bundle/1"
+
+
+def _relative(path: str) -> str:
+    parts = PurePosixPath(path).parts
+    if not parts or path.startswith("/") or ".." in parts or "\\" in path:
+        raise ValueError(f"{path!r} is not a path inside the bundle")
+    return path
+
+
+RelativePath = Annotated[str, AfterValidator(_relative)]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class FileRecord(Strict):
+    """A file of the bundle, checked by size and hash."""
+
+    file: RelativePath
+    size: int
+    sha256: Sha256
+
+
+class TensorRecord(Strict):
+    """An input or output of a graph: name, ONNX element type ("float32", "int32", ...) and static shape."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+class GraphRecord(FileRecord):
+    """One ONNX graph. `name` is vision, prefill_<i>, select_<i>, head, decode or prefill; `layers` is [start, stop)."""
+
+    name: str
+    profile: str
+    inputs: tuple[TensorRecord, ...]
+    outputs: tuple[TensorRecord, ...]
+    layers: tuple[int, int] | None = None
+
+
+class ModelRecord(Strict):
+    """Where the model came from. `config_sha256` is of config.json; dummy weights are said in plain words."""
+
+    name: str
+    source: str
+    config_sha256: Sha256
+    dummy_weights: bool = False
+
+
+class BuildRecord(Strict):
+    """How the graphs were built."""
+
+    opset: int
+    precision: Precision
+    assemble: Literal["segments", "whole"]
+
+
+class Manifest(Strict):
+    """The whole manifest; graphs are listed in the order in which they run."""
+
+    format: Literal["btp-bundle/1"] = FORMAT
+    model: ModelRecord
+    spec: ModelSpec
+    plan: FileRecord
+    build: BuildRecord
+    profiles: tuple[ShapeProfile, ...]
+    graphs: tuple[GraphRecord, ...]
+    weights: tuple[FileRecord, ...]
+    processor: tuple[FileRecord, ...]
+    tools: dict[str, str]
