@@ -9,7 +9,7 @@ import json
 import math
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ class TensorRef:
     shape: tuple[int, ...]
     offset: int
     nbytes: int
+    shard: str  # the file's name in the checkpoint folder (`file` may be a link's target with another name)
 
     def read(self) -> np.ndarray:
         """The tensor, memory-mapped read-only; nothing is loaded until it is touched."""
@@ -64,6 +65,7 @@ class Checkpoint:
     config: dict[str, Any]
     tensors: Mapping[str, TensorRef]
     files: tuple[Path, ...]  # safetensors files, real paths, symbolic links resolved
+    shards: tuple[str, ...]  # their names in the folder, in the order of `files`
 
     def __getitem__(self, name: str) -> TensorRef:
         try:
@@ -94,25 +96,35 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def open_checkpoint(folder: Path, renames: Sequence[tuple[str, str]] = ()) -> Checkpoint:
-    """Read config.json and every shard's header.
+def open_checkpoint(
+    folder: Path, renames: Sequence[tuple[str, str]] = (), *, weights: Path | None = None
+) -> Checkpoint:
+    """Read config.json and every shard's header; the shards lie in `weights` if that is another folder.
 
     `renames` are (stored prefix, canonical prefix) pairs; the first prefix that fits a stored name is replaced.
     Raises InputError for a missing, truncated or corrupt file, a missing shard, or one tensor stored twice.
     """
     config = read_config(folder)
-    files = tuple(path.resolve() for path in _shards(folder))
+    paths = _shards(weights or folder)
     tensors: dict[str, TensorRef] = {}
-    for file in files:
-        for ref in _read_header(file, renames):
+    for path in paths:
+        for ref in _read_header(path, renames):
             if ref.name in tensors:
                 raise InputError(
-                    f"{ref.name} is stored twice, in {tensors[ref.name].file.name} and {file.name}",
+                    f"{ref.name} is stored twice, in {tensors[ref.name].shard} and {ref.shard}",
                     wanted="each tensor once",
                     do="remove the shard that does not belong to the checkpoint",
                 )
             tensors[ref.name] = ref
-    return Checkpoint(folder, config, tensors, files)
+    files = tuple(path.resolve() for path in paths)
+    return Checkpoint(folder, config, tensors, files, tuple(path.name for path in paths))
+
+
+def open_tensors(path: Path) -> dict[str, TensorRef]:
+    """The tensors of one safetensors file by their stored names. Raises InputError if it is missing or damaged."""
+    if not path.is_file():
+        raise InputError(f"no file {path}", wanted="a whole safetensors file", do="get it again")
+    return {ref.name: ref for ref in _read_header(path, ())}
 
 
 def _shards(folder: Path) -> list[Path]:
@@ -149,7 +161,8 @@ def _indexed_files(index: Path) -> list[str]:
     return names
 
 
-def _read_header(file: Path, renames: Sequence[tuple[str, str]]) -> list[TensorRef]:
+def _read_header(path: Path, renames: Sequence[tuple[str, str]]) -> list[TensorRef]:
+    file = path.resolve()
     size = file.stat().st_size
     with file.open("rb") as stream:
         start = stream.read(8)
@@ -163,7 +176,8 @@ def _read_header(file: Path, renames: Sequence[tuple[str, str]]) -> list[TensorR
     if not isinstance(header, dict):
         raise _damaged(file, "the header is not a JSON object")
     header.pop("__metadata__", None)
-    return [_tensor_ref(file, size, 8 + length, name, entry, renames) for name, entry in header.items()]
+    refs = [_tensor_ref(file, size, 8 + length, name, entry, renames) for name, entry in header.items()]
+    return [replace(ref, shard=path.name) for ref in refs]
 
 
 def _tensor_ref(
@@ -184,7 +198,7 @@ def _tensor_ref(
     if data_start + end > size:
         raise _damaged(file, f"{name} ends at byte {data_start + end}, the file has {size}")
     canonical = next((new + name[len(old) :] for old, new in renames if name.startswith(old)), name)
-    return TensorRef(canonical, name, file, dtype, shape, data_start + begin, end - begin)
+    return TensorRef(canonical, name, file, dtype, shape, data_start + begin, end - begin, file.name)
 
 
 def _damaged(file: Path, reason: str) -> InputError:

@@ -1,7 +1,7 @@
 """manifest.json of a bundle (contract, "btp-bundle/1"): what is in it, with sizes and hashes. Relative paths only."""
 
 from pathlib import PurePosixPath
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
 from pydantic import AfterValidator, Field
 
@@ -9,7 +9,7 @@ from graphs.profile import ShapeProfile
 from graphs.spec import ModelSpec, Precision
 from graphs.strict import Strict
 
-FORMAT = "btp-bundle/1"
+FORMAT: Final = "btp-bundle/1"
 
 
 def _relative(path: str) -> str:
@@ -50,11 +50,16 @@ class GraphRecord(FileRecord):
 
 
 class ModelRecord(Strict):
-    """Where the model came from. `config_sha256` is of config.json; dummy weights are said in plain words."""
+    """Where the model came from, without machine paths. `config_sha256` is of config.json.
+
+    `renames` are the family's (stored prefix, canonical prefix) pairs, see graphs/checkpoint.py: with them the
+    bundle's shards can be read with no family at hand. Dummy weights are said in plain words.
+    """
 
     name: str
-    source: str
+    source: str  # "demo", "owner/name@revision" of the hub, or the name of a local folder
     config_sha256: Sha256
+    renames: tuple[tuple[str, str], ...] = ()
     dummy_weights: bool = False
 
 

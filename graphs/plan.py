@@ -8,21 +8,21 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from pydantic import Field, model_validator
 
 from graphs.errors import InputError
 from graphs.strict import Strict, parse_record
 
-FORMAT = "btp-plan/1"
+FORMAT: Final = "btp-plan/1"
 
 Importance = Literal["last-token", "mean-text", "similar-text", "random", "pivot-distance"]
 SpatialMetric = Literal["euclidean", "manhattan"]
 
 
 class Stage(Strict):
-    """One pruning stage; the counts are BtpSelectTokens' attributes of the same names. keep 0 drops every image token."""
+    """One pruning stage; the counts are BtpSelectTokens' attributes of those names. keep 0 drops all image tokens."""
 
     layer: int = Field(ge=0)
     keep: int = Field(ge=0)
@@ -70,9 +70,9 @@ class PruningPlan(Strict):
         tokens, layer = self.image_tokens, -1
         for number, stage in enumerate(self.stages):
             _check_stage(number, stage, tokens=tokens, after_layer=layer, num_layers=self.num_layers)
-            if stage.layer == 0 and stage.keep and self.importance in ("last-token", "mean-text", "similar-text"):
-                if stage.attention_quota:
-                    raise ValueError(f"stage {number} at layer 0 has no layer before it to take attention from")
+            from_attention = self.importance in ("last-token", "mean-text", "similar-text")
+            if stage.layer == 0 and stage.attention_quota and from_attention:
+                raise ValueError(f"stage {number} at layer 0 has no layer before it to take attention from")
             tokens, layer = stage.keep, stage.layer
         return self
 

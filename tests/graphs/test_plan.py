@@ -1,5 +1,6 @@
 """The plan: the contract's example, its numbers, and every way a plan can be wrong."""
 
+import itertools
 import json
 from typing import Any
 
@@ -156,4 +157,4 @@ def test_any_plan_round_trips_and_counts_add_up(plan: PruningPlan) -> None:
     assert plan.average_tokens == pytest.approx(sum(tokens) / len(tokens))
     segments = plan.segments()
     assert segments[0].start == 0 and segments[-1].stop == plan.num_layers
-    assert all(a.stop == b.start for a, b in zip(segments, segments[1:], strict=False))
+    assert all(a.stop == b.start for a, b in itertools.pairwise(segments))

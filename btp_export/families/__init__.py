@@ -1,0 +1,59 @@
+"""Model families: one file per transformers `model_type`. Adding a family is adding a file that defines FAMILY."""
+
+import importlib
+import pkgutil
+from typing import TYPE_CHECKING, Any, Protocol
+
+from graphs.checkpoint import Checkpoint
+from graphs.errors import InputError
+from graphs.profile import ShapeProfile
+from graphs.spec import ModelSpec
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+class Family(Protocol):
+    """What the toolkit needs to know about a kind of model."""
+
+    model_type: str
+    renames: tuple[tuple[str, str], ...]
+    """(stored prefix, canonical prefix) pairs for open_checkpoint, for every published weight-name layout."""
+
+    def spec(self, checkpoint: Checkpoint, name: str) -> ModelSpec:
+        """The model as data. Raises InputError for a configuration the graphs cannot express."""
+        ...
+
+    def profile(
+        self,
+        spec: ModelSpec,
+        *,
+        batch: int,
+        image_size: tuple[int, int] | None,
+        text_tokens: int,
+        new_tokens: int,
+    ) -> ShapeProfile:
+        """The static shapes for one batch, image size (height, width; None = the model's own), bucket and room."""
+        ...
+
+    def vision_module(self, checkpoint: Checkpoint) -> "nn.Module":
+        """Vision tower and projector, float32: forward(pixel_values [B,3,h,w]) -> image features [B,V,C]."""
+        ...
+
+
+def known_families() -> list[str]:
+    """The model types there is a file for."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
+
+
+def family_for(config: dict[str, Any]) -> Family:
+    """The family of a checkpoint's config.json. Raises InputError for a model type without a file here."""
+    model_type = config.get("model_type")
+    if model_type not in known_families():
+        raise InputError(
+            f"model type {model_type!r}" if model_type else "config.json names no model_type",
+            wanted=f"one of {', '.join(known_families())}",
+            do="give a checkpoint in the transformers layout of one of these",
+        )
+    family: Family = importlib.import_module(f"{__name__}.{model_type}").FAMILY
+    return family
