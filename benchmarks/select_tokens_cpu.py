@@ -1,0 +1,70 @@
+"""Times of BtpSelectTokens on the CPU, one thread: reference in torch, portable bodies in ONNX Runtime.
+
+    python -m benchmarks.select_tokens_cpu
+
+Each form is compared with the reference before it is timed. Prints median and best of the runs; passes no judgement.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import torch
+from onnx import FunctionProto, TensorProto, helper
+
+from graphs.ops import DOMAIN, VERSION, select_tokens
+from graphs.ops.select_tokens import Case
+from graphs.ops.select_tokens.cases import large_case
+
+OPSET = 23
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    released = next(case for case in select_tokens.cases() if case.name == "released-1")
+    for case, runs in ((released, 50), (large_case(), 10)):
+        tensors = [
+            None if array is None else torch.from_numpy(array) for array in (case.scores, case.similarity, case.seeds)
+        ]
+        wanted = select_tokens.reference(*tensors, **case.attributes).numpy()
+        print(f"{case.name}: {case.scores.shape[1]} -> {case.attributes['keep']}, opset {OPSET}")
+        show("reference (torch)", lambda: select_tokens.reference(*tensors, **case.attributes), runs)  # noqa: B023
+        for label, body in (
+            ("body, generic (ONNX Runtime)", select_tokens.function(OPSET)),
+            ("body, exact (ONNX Runtime)", select_tokens.body(OPSET, similarity=True, seeds=True)),
+        ):
+            session = session_of(case, body)
+            if not np.array_equal(session.run(None, case.inputs)[0], wanted):
+                raise SystemExit(f"{label} does not give the reference's indices")
+            show(label, lambda: session.run(None, case.inputs), runs)  # noqa: B023
+
+
+def session_of(case: Case, body: FunctionProto) -> onnxruntime.InferenceSession:
+    values = [
+        helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(array.dtype), array.shape)
+        for name, array in case.inputs.items()
+    ]
+    output = helper.make_tensor_value_info("indices", TensorProto.INT32, (1, case.attributes["keep"]))
+    node = helper.make_node(select_tokens.NAME, list(case.inputs), ["indices"], domain=DOMAIN, **case.attributes)
+    opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, VERSION)]
+    graph = helper.make_graph([node], "selection", values, [output])
+    model = helper.make_model(graph, opset_imports=opsets, functions=[body], ir_version=10)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    return onnxruntime.InferenceSession(model.SerializeToString(), options)
+
+
+def show(label: str, run: Callable[[], Any], runs: int) -> None:
+    times = []
+    for _ in range(runs):
+        start = time.perf_counter()
+        run()
+        times.append((time.perf_counter() - start) * 1e3)
+    print(f"  {label:<30} median {statistics.median(times):8.2f} ms   best {min(times):8.2f} ms")
+
+
+if __name__ == "__main__":
+    main()

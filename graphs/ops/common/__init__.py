@@ -1,0 +1,1 @@
+"""What the native and TensorRT forms of several operators share."""

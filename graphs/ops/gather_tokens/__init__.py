@@ -1,0 +1,21 @@
+"""BtpGatherTokens: leaves only the kept image tokens in a tensor. The README here says which file holds what."""
+
+from typing import TYPE_CHECKING, Any
+
+from graphs.ops.gather_tokens.cases import Case, cases
+from graphs.ops.gather_tokens.onnx_body import body, function
+from graphs.ops.gather_tokens.schema import NAME, SCHEMA, check
+
+if TYPE_CHECKING:
+    from graphs.ops.gather_tokens.torch_reference import reference
+
+__all__ = ["NAME", "SCHEMA", "Case", "body", "cases", "check", "function", "reference"]
+
+
+def __getattr__(name: str) -> Any:
+    """`reference` needs torch, which nothing else here does."""
+    if name == "reference":
+        from graphs.ops.gather_tokens.torch_reference import reference
+
+        return reference
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

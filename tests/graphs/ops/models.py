@@ -1,0 +1,85 @@
+"""Models of a single operator, and the ways to run them."""
+
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+from onnx import FunctionProto, ModelProto, TensorProto, helper
+from onnx.reference import ReferenceEvaluator
+
+from graphs.ops import DOMAIN, VERSION, gather_tokens, select_tokens
+
+PLUGIN = {"plugin_version": "1", "plugin_namespace": ""}
+
+
+def one_node_model(
+    name: str,
+    body: FunctionProto | None,
+    opset: int,
+    inputs: dict[str, Any],
+    output: tuple[str, int, tuple[int, ...]],
+    attributes: dict[str, Any],
+    node_inputs: list[str] | None = None,
+) -> ModelProto:
+    """A model of one node with its portable body; `node_inputs` may hold empty names for inputs that are missing."""
+    values = [
+        helper.make_tensor_value_info(key, helper.np_dtype_to_tensor_dtype(array.dtype), array.shape)
+        for key, array in inputs.items()
+    ]
+    node = helper.make_node(name, node_inputs or list(inputs), [output[0]], domain=DOMAIN, **attributes)
+    graph = helper.make_graph([node], "one_node", values, [helper.make_tensor_value_info(*output)])
+    opsets = [helper.make_opsetid("", opset), helper.make_opsetid(DOMAIN, VERSION)]
+    return helper.make_model(
+        graph, opset_imports=opsets, functions=[] if body is None else [body], ir_version=10, producer_name="tests"
+    )
+
+
+def select_model(case: select_tokens.Case, opset: int, form: str, *, padded: bool = False) -> ModelProto:
+    """`form` generic or exact; padded: missing inputs are there as empty names, not left out."""
+    if form == "generic":
+        body = select_tokens.function(opset)
+    else:
+        body = select_tokens.body(opset, similarity=case.similarity is not None, seeds=case.seeds is not None)
+    names = [name if name in case.inputs else "" for name in ("scores", "similarity", "seeds")]
+    output = ("indices", TensorProto.INT32, (len(case.scores), case.attributes["keep"]))
+    return one_node_model(
+        select_tokens.NAME, body, opset, case.inputs, output, case.attributes | PLUGIN, names if padded else None
+    )
+
+
+def gather_model(case: gather_tokens.Case, opset: int) -> ModelProto:
+    shape = list(case.tokens.shape)
+    shape[1] += case.indices.shape[1] - case.attributes["count"]
+    output = ("kept", helper.np_dtype_to_tensor_dtype(case.tokens.dtype), tuple(shape))
+    body = gather_tokens.function(opset)
+    return one_node_model(gather_tokens.NAME, body, opset, case.inputs, output, case.attributes | PLUGIN)
+
+
+def run_onnxruntime(model: ModelProto, inputs: dict[str, Any], *, optimised: bool = True) -> Any:
+    """First output in ONNX Runtime; also takes and gives types that numpy does not know itself."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    if not optimised:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options)
+    brain = {name: array for name, array in inputs.items() if array.dtype.name == "bfloat16"}
+    if not brain:
+        return session.run(None, inputs)[0]
+    values = {
+        name: onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(array.view(np.uint16), TensorProto.BFLOAT16)
+        if name in brain
+        else onnxruntime.OrtValue.ortvalue_from_numpy(array)
+        for name, array in inputs.items()
+    }
+    return session.run_with_ort_values(None, values)[0]
+
+
+def run_evaluator(model: ModelProto, inputs: dict[str, Any]) -> Any:
+    """First output in onnx's own reference evaluator."""
+    with np.errstate(invalid="ignore"):  # its Attention subtracts infinities
+        return ReferenceEvaluator(model).run(None, inputs)[0]
+
+
+def check(model: ModelProto) -> None:
+    onnx.checker.check_model(model, full_check=True)
