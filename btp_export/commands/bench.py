@@ -1,0 +1,57 @@
+"""`btp-export bench`: time and memory, pruned beside unpruned."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from btp_export.console import JsonOption, emit, progress, table
+
+BUSY = 0.15  # variation above which a reader is warned
+
+
+def command(
+    bundle: Annotated[Path, typer.Argument(help="Folder of the bundle.")],
+    rounds: Annotated[int, typer.Option("--rounds", metavar="N", help="Runs of each model; medians are shown.")] = 10,
+    profile: Annotated[str | None, typer.Option("--profile", help="Shape profile; the first one without.")] = None,
+    threads: Annotated[int | None, typer.Option("--threads", help="Threads inside an operator.")] = None,
+    device: Annotated[str, typer.Option("--device", help="cpu, cuda or cuda:<number>.")] = "cpu",
+    as_json: JsonOption = False,
+) -> None:
+    """Measure prefill, selection, decoding and caches beside the same model without pruning."""
+    from btp_export.bench import measure
+    from graphs.bundle import Bundle
+
+    opened = Bundle.open(bundle)
+    with progress("measuring") as bar:
+        result = measure(opened, profile=profile, threads=threads, device=device, rounds=rounds, report=bar)
+    emit(result, as_json=as_json, render=show)
+
+
+def show(result: dict[str, Any]) -> Any:
+    """The document of `bench` for the console."""
+    from rich.console import Group
+
+    prefill, decode, cache = result["prefill"], result["decode"], result["cache_bytes"]
+    rows = [
+        ["prefill (selection included)", *_pair(prefill["full_ms"], prefill["pruned_ms"], "ms")],
+        ["decode, each token", *_pair(decode["full_ms_per_token"], decode["ms_per_token"], "ms")],
+        ["key and value caches", *_pair(cache["full"] / 2**20, cache["pruned"] / 2**20, "MiB")],
+        ["vision", f"{result['vision_ms']:.2f} ms", "the same", ""],
+    ]
+    selects = ", ".join(f"{value:.2f}" for value in result["select_ms"]) or "none"
+    lines = [
+        f"selection, by stage: {selects} ms",
+        f"saved arithmetic allows {prefill['flops_limit']:.2f} x in prefill; "
+        f"{prefill['share_of_limit']:.0%} of it reached",
+        f"medians of {result['rounds']} runs in turns, batch {result['batch']}, profile {result['profile']}",
+    ]
+    if result["variation"] > BUSY:
+        lines.append(
+            f"the machine is busy: prefill times vary by {result['variation']:.0%}; repeat this when it is idle"
+        )
+    return Group(table(["", "full", "pruned", "ratio"], rows), "\n".join(lines))
+
+
+def _pair(full: float, pruned: float, unit: str) -> tuple[str, str, str]:
+    return f"{full:.2f} {unit}", f"{pruned:.2f} {unit}", f"{full / pruned:.2f} x"

@@ -1,0 +1,122 @@
+"""`btp-export run`: ask a bundle about a picture."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from btp_export.console import JsonOption, emit, note, stream
+
+if TYPE_CHECKING:
+    from btp_export.runtime import BundleModel, Generation
+
+
+def command(
+    bundle: Annotated[Path, typer.Argument(help="Folder of the bundle.")],
+    image: Annotated[list[Path], typer.Option("--image", metavar="FILE", help="Picture; again for several.")],
+    prompt: Annotated[list[str], typer.Option("--prompt", metavar="TEXT", help="Question; again for several.")],
+    max_new_tokens: Annotated[
+        int | None, typer.Option("--max-new-tokens", metavar="N", help="At most; the default is the bundle's room.")
+    ] = None,
+    temperature: Annotated[float, typer.Option("--temperature", help="0 takes the most probable token.")] = 0.0,
+    top_p: Annotated[float, typer.Option("--top-p", help="Draw from the tokens that reach this share.")] = 1.0,
+    seed: Annotated[
+        int, typer.Option("--seed", metavar="N", help="Chooses the draws when the temperature is above 0.")
+    ] = 0,
+    profile: Annotated[str | None, typer.Option("--profile", help="Shape profile; the first one without.")] = None,
+    raw_prompt: Annotated[
+        bool, typer.Option("--raw-prompt", help="Take the prompt as the whole text, image placeholder included.")
+    ] = False,
+    show: Annotated[
+        Path | None, typer.Option("--show", metavar="PNG", help="Draw which image tokens each stage keeps.")
+    ] = None,
+    threads: Annotated[int | None, typer.Option("--threads", help="Threads inside an operator.")] = None,
+    device: Annotated[str, typer.Option("--device", help="cpu, cuda or cuda:<number>.")] = "cpu",
+    as_json: JsonOption = False,
+) -> None:
+    """Generate text about a picture; it is shown as it comes."""
+    from btp_export.pictures import open_picture
+    from btp_export.runtime import load
+
+    pictures = [open_picture(path) for path in image]
+    if show is not None:
+        _check_show(show, max(len(pictures), len(prompt)))
+    model = load(bundle, profile=profile, threads=threads, device=device)
+    live = not as_json and len(pictures) == len(prompt) == 1
+    answers = model.generate(
+        pictures,
+        prompt,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        raw_prompt=raw_prompt,
+        on_text=(lambda sample, piece: stream(piece)) if live else None,
+    )
+    if live:
+        stream("\n")
+    questions = prompt if len(prompt) == len(answers) else prompt * len(answers)
+    for question, answer in zip(questions, answers, strict=True):
+        if answer.unknown_tokens:
+            note(f"note: the model's vocabulary lacks {answer.unknown_tokens} of the words in {question!r}")
+    if show is not None:
+        _draw(model, pictures[0], answers[0], show)
+    emit(_document(answers), as_json=as_json, render=None if live else lambda _: "\n".join(a.text for a in answers))
+    if not as_json:
+        note(_summary(answers[0]))
+
+
+def _check_show(path: Path, samples: int) -> None:
+    """Refuse before the long work what would fail after it."""
+    from PIL import Image
+
+    from graphs.errors import InputError
+
+    if samples != 1:
+        raise InputError(
+            f"--show with {samples} samples", wanted="one picture and one prompt", do="run them one by one"
+        )
+    if path.suffix.lower() not in Image.registered_extensions():
+        raise InputError(f"--show {path}", wanted="a file name that ends in .png", do=f"--show {path}.png")
+    if not path.absolute().parent.is_dir():
+        raise InputError(f"no folder {path.parent}", wanted="a folder that is there", do="make it first")
+
+
+def _draw(model: "BundleModel", picture: Any, answer: "Generation", path: Path) -> None:
+    from btp_export.report.draw import draw_kept
+
+    kept = iter(answer.kept)
+    stages = [next(kept).tolist() if stage.keep else [] for stage in model.plan.stages]
+    layers = [stage.layer for stage in model.plan.stages]
+    drawn = draw_kept(picture, model.plan.grid, stages, layers=layers, total=model.plan.image_tokens)
+    drawn.save(path)
+    note(f"kept tokens drawn in {path}")
+
+
+def _document(answers: "list[Generation]") -> dict[str, Any]:
+    """The first answer's keys, and all answers if there are several."""
+    documents = [
+        {
+            "text": answer.text,
+            "tokens_kept": list(answer.tokens_kept),
+            "prefill_ms": answer.prefill_ms,
+            "decode_ms_per_token": answer.decode_ms_per_token,
+            "select_ms": list(answer.select_ms),
+            "vision_ms": answer.vision_ms,
+            "token_ids": list(answer.token_ids),
+            "kept": [indices.tolist() for indices in answer.kept],
+        }
+        for answer in answers
+    ]
+    return documents[0] if len(documents) == 1 else documents[0] | {"answers": documents}
+
+
+def _summary(answer: "Generation") -> str:
+    parts = [f"prefill {answer.prefill_ms:.0f} ms"]
+    if answer.vision_ms is not None:
+        parts.insert(0, f"vision {answer.vision_ms:.0f} ms")
+    if answer.decode_ms_per_token is not None:
+        parts.append(f"{answer.decode_ms_per_token:.1f} ms for each further token")
+    if answer.tokens_kept:
+        parts.append(f"image tokens kept: {', '.join(map(str, answer.tokens_kept))}")
+    return "; ".join(parts)

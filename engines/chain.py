@@ -1,0 +1,376 @@
+"""The graphs of one profile, wired together over memory that is allocated once.
+
+Everything is static, so the whole memory plan is made when the chain is built: every tensor between two graphs has one
+buffer, every layer's cache has its own capacity, and every graph is bound to its buffers. A prefill or a decode step
+writes its few inputs and then only runs graphs; keys and values of a new token are written into their row of the cache
+in place. A chain holds one batch at a time: the next prefill replaces it.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import numpy as np
+
+from engines.runners import Array, Bound, Buffer, Dtype, Loader, Runner, TensorSpec
+from graphs.errors import CheckError, InputError
+from graphs.plan import PruningPlan, Segment
+from graphs.profile import ShapeProfile
+
+
+@dataclass(frozen=True)
+class PrefillRun:
+    """What a prefill gave, for the whole batch B of the profile.
+
+    logits: [B, vocab] float32 of each sample's last token.
+    kept: for each stage with keep > 0, [B, k] int32 indices into that stage's own image tokens, ascending.
+    lengths: for each segment, [B] int32 valid cache rows.
+    milliseconds: by graph, and "total" for the decoder chain with selection, head and cache writes but without vision.
+    """
+
+    logits: Array
+    kept: dict[int, Array]
+    lengths: tuple[Array, ...]
+    milliseconds: dict[str, float]
+
+
+@dataclass(frozen=True)
+class _Step:
+    name: str
+    run: Bound
+    after: Callable[[], None] | None = None
+
+
+class Chain:
+    """Prefill and decode of one profile.
+
+    Args:
+        graphs: file of each graph of the profile by name, see graphs/interfaces.md.
+        plan, profile: what the graphs were built for.
+        rope: cos and sin, float32 [positions, D/2] each.
+        loader: backend and device.
+
+    Raises InputError if a graph is missing or its inputs are not those of the plan and the profile.
+    """
+
+    def __init__(
+        self,
+        graphs: Mapping[str, Path],
+        *,
+        plan: PruningPlan,
+        profile: ShapeProfile,
+        rope: tuple[Array, Array],
+        loader: Loader,
+    ) -> None:
+        self.plan, self.profile, self.segments = plan, profile, plan.segments()
+        self._graphs, self._loader = graphs, loader
+        self._runners: dict[str, Runner] = {}
+        self._steps: list[_Step] = []
+        self._kept: dict[int, Buffer] = {}
+        self._last: list[Buffer] = []
+        self._lengths = [np.zeros(profile.batch, np.int32) for _ in self.segments]
+        self._positions = np.zeros(profile.batch, np.int64)
+        decode = self._open("decode")
+        self.dtype: Dtype = decode.inputs["hidden"].dtype
+        if len(rope[0]) < profile.max_positions:
+            raise InputError(
+                f"rotary tables for {len(rope[0])} positions",
+                wanted=f"{profile.max_positions} for profile {profile.name}",
+                do="export the bundle again",
+            )
+        self._rope = (rope[0].astype(self.dtype), rope[1].astype(self.dtype))
+        self._bind_decode(decode)
+        self._staging = self._allocate_staging(whole="prefill" in graphs)
+        if "prefill" in graphs:
+            self._wire_whole()
+        else:
+            self._wire_segments()
+
+    # Prefill
+
+    def prefill(
+        self, pixel_values: Array, prefix: Array, text: Array, last: Array, *, features: Array | None = None
+    ) -> PrefillRun:
+        """Run a batch from pictures to the logits of its last tokens; the caches then hold it.
+
+        Args:
+            pixel_values: [B,3,h,w] float32.
+            prefix: embedding rows before the image [B,P,C].
+            text: embedding rows after it [B,T,C], anything right of a sample's last token.
+            last: [B] index of each sample's last token in the unpruned sequence.
+            features: [B,V,C] image features of an earlier run of the same pictures (`image_features`), in place of
+                running the vision graph; a whole graph has no such place.
+        """
+        times: dict[str, float] = {}
+        self._write_inputs(pixel_values, prefix, text, last, times, features)
+        begin = time.perf_counter()
+        for step in self._steps:
+            start = time.perf_counter()
+            step.run()
+            times[step.name] = _since(start)
+            if step.after:
+                step.after()
+        logits = self._logits.read()
+        times["total"] = _since(begin)
+        lasts = [buffer.read() for buffer in self._last]
+        kept = {stage: buffer.read() for stage, buffer in self._kept.items()}
+        self._check_pruning(np.asarray(last), lasts, kept)
+        self._lengths = [values.astype(np.int32) + 1 for values in lasts]
+        self._positions = np.asarray(last, np.int64) + 1
+        return PrefillRun(logits, kept, tuple(values.copy() for values in self._lengths), times)
+
+    # Decode
+
+    def decode(self, hidden: Array) -> Array:
+        """One more token for every sample: embedding rows [B,C] -> logits [B,vocab] float32."""
+        if int(self._lengths[0].max()) >= self._capacity(self.segments[0]):
+            raise InputError(
+                "the caches are full",
+                wanted=f"at most {self.profile.new_tokens} new tokens",
+                do="export with more room",
+            )
+        self._token.write(hidden.reshape(self._token.shape))
+        for buffer, table in zip(self._token_rope, self._rope, strict=True):
+            buffer.write(table[self._positions][:, None])
+        for buffer, lengths in zip(self._length_buffers, self._lengths, strict=True):
+            buffer.write(lengths)
+        self._decode()
+        for segment, lengths in zip(self.segments, self._lengths, strict=True):
+            starts = lengths.tolist()
+            for layer in range(segment.start, segment.stop):
+                for cache, row in zip(self.caches[layer], self._rows[layer], strict=True):
+                    cache.write_rows(row, starts)
+            lengths += 1
+        self._positions += 1
+        return self._decode_logits.read()
+
+    @property
+    def lengths(self) -> tuple[Array, ...]:
+        """Valid cache rows now, for each segment [B]."""
+        return tuple(lengths.copy() for lengths in self._lengths)
+
+    @property
+    def image_features(self) -> Array:
+        """Features of the latest pictures [B,V,C], after a prefill of segments."""
+        return self._features.read()
+
+    def cache_bytes(self) -> int:
+        """Bytes of all key and value caches."""
+        buffers = [buffer for pair in self.caches.values() for buffer in pair]
+        return sum(prod(buffer.shape) * buffer.dtype.itemsize for buffer in buffers)
+
+    # Building
+
+    def _open(self, name: str) -> Runner:
+        if name not in self._graphs:
+            raise InputError(f"the bundle has no graph {name}", wanted="a complete bundle", do="export it again")
+        self._runners[name] = self._loader(self._graphs[name])
+        return self._runners[name]
+
+    def _inputs(self, name: str) -> "_Tensors":
+        """A new buffer for every input of an opened graph."""
+        return self._buffers(name, self._runners[name].inputs, {})
+
+    def _outputs(self, name: str, **given: Buffer) -> "_Tensors":
+        """A buffer for every output of an opened graph: the given ones, new ones for the rest."""
+        return self._buffers(name, self._runners[name].outputs, given)
+
+    def _buffers(self, graph: str, specs: Mapping[str, TensorSpec], given: Mapping[str, Buffer]) -> "_Tensors":
+        tensors = _Tensors(graph)
+        for name, spec in specs.items():
+            tensors[name] = given[name] if name in given else self._loader.allocate(spec.dtype, spec.shape)
+        return tensors
+
+    def _capacity(self, segment: Segment) -> int:
+        return self.profile.capacity_with(segment.image_tokens)
+
+    def _bind_decode(self, decode: Runner) -> None:
+        inputs, outputs = self._inputs("decode"), self._outputs("decode")
+        layers = range(self.plan.num_layers)
+        self.caches = {n: (inputs[f"past_key_{n}"], inputs[f"past_value_{n}"]) for n in layers}
+        self._rows = {n: (outputs[f"key_{n}"], outputs[f"value_{n}"]) for n in layers}
+        self._token, self._token_rope = inputs["hidden"], (inputs["cos"], inputs["sin"])
+        self._length_buffers = [inputs[f"length_{segment.index}"] for segment in self.segments]
+        self._decode_logits = outputs["logits"]
+        for segment in self.segments:
+            for layer in range(segment.start, segment.stop):
+                if self.caches[layer][0].shape[2] != self._capacity(segment):
+                    raise _not_the_plan("decode", f"past_key_{layer}")
+        self._decode = decode.bind(inputs, outputs)
+
+    def _allocate_staging(self, *, whole: bool) -> dict[int, tuple[Buffer, Buffer]]:
+        """Where a prefill graph writes each layer's keys and values, before they go into the cache's rows.
+
+        Segments run one after another, so the n-th layers of all segments share memory (the first segment's is the
+        longest). A whole graph gives all layers at once.
+        """
+        slots: list[tuple[Buffer, Buffer]] = []
+        staging: dict[int, tuple[Buffer, Buffer]] = {}
+        for segment in self.segments:
+            for slot, layer in enumerate(range(segment.start, segment.stop)):
+                batch, heads, _, size = self.caches[layer][0].shape
+                shape = (batch, heads, self.profile.tokens_with(segment.image_tokens), size)
+                if whole or slot == len(slots):
+                    slots.append((self._loader.allocate(self.dtype, shape), self._loader.allocate(self.dtype, shape)))
+                    staging[layer] = slots[-1]
+                else:
+                    staging[layer] = (slots[slot][0].view(shape), slots[slot][1].view(shape))
+        return staging
+
+    def _staged(self, start: int, stop: int) -> dict[str, Buffer]:
+        layers = range(start, stop)
+        keys = {f"key_{layer}": self._staging[layer][0] for layer in layers}
+        return keys | {f"value_{layer}": self._staging[layer][1] for layer in layers}
+
+    def _store(self, start: int, stop: int) -> None:
+        """Write staged keys and values [B,K,S_i,D] to the beginning of the layers' caches."""
+        starts = [0] * self.profile.batch
+        for layer in range(start, stop):
+            for cache, rows in zip(self.caches[layer], self._staging[layer], strict=True):
+                cache.write_rows(rows, starts)
+
+    def _allocate_positions(self) -> dict[str, Buffer]:
+        """cos and sin [B,S,D/2] of the unpruned sequence and `last` [B]; the first two never change."""
+        batch, tokens = self.profile.batch, self.profile.total_tokens
+        made: dict[str, Buffer] = {}
+        for name, table in zip(("cos", "sin"), self._rope, strict=True):
+            made[name] = self._loader.allocate(self.dtype, (batch, tokens, table.shape[1]))
+            made[name].write(np.broadcast_to(table[:tokens], made[name].shape))
+        made["last"] = self._last_in = self._loader.allocate(np.dtype(np.int32), (batch,))
+        return made
+
+    def _wire_segments(self) -> None:
+        vision = self._open("vision")
+        inputs = self._inputs("vision")
+        self._pixels = inputs["pixel_values"]
+        outputs = self._outputs("vision")
+        self._features = outputs["image_features"]
+        self._vision: Bound | None = vision.bind(inputs, outputs)
+        shape = (self.profile.batch, self.profile.total_tokens, self._token.shape[-1])
+        self._hidden = self._loader.allocate(self.dtype, shape)
+        flow = {"hidden": self._hidden, **self._allocate_positions()}
+        for segment in self.segments:
+            if segment.stage is not None:
+                flow = self._wire_selection(segment.stage, flow)
+            self._last.append(flow["last"])
+            flow = self._wire_prefill(segment, flow)
+        head = self._open("head")
+        self._logits = self._outputs("head")["logits"]
+        self._steps.append(_Step("head", head.bind(_pick("head", head, flow), {"logits": self._logits})))
+
+    def _wire_selection(self, stage: int, flow: dict[str, Buffer]) -> dict[str, Buffer]:
+        name = f"select_{stage}"
+        runner = self._open(name)
+        outputs = self._outputs(name)
+        self._steps.append(_Step(name, runner.bind(_pick(name, runner, flow), outputs)))
+        if "indices" in outputs:
+            self._kept[stage] = outputs["indices"]
+        return {part: outputs[f"{part}_out"] for part in ("hidden", "cos", "sin", "last")}
+
+    def _wire_prefill(self, segment: Segment, flow: dict[str, Buffer]) -> dict[str, Buffer]:
+        name = f"prefill_{segment.index}"
+        runner = self._open(name)
+        outputs = self._outputs(name, **self._staged(segment.start, segment.stop))
+        run = runner.bind(_pick(name, runner, flow), outputs)
+        self._steps.append(_Step(name, run, lambda: self._store(segment.start, segment.stop)))
+        after = {**flow, "hidden": outputs["hidden_out"], "key": outputs[f"key_{segment.stop - 1}"]}
+        return after | {part: outputs[part] for part in ("query",) if part in outputs}
+
+    def _wire_whole(self) -> None:
+        runner = self._open("prefill")
+        outputs = self._outputs("prefill", **self._staged(0, self.plan.num_layers))
+        flow = self._inputs("prefill")
+        flow |= self._allocate_positions()
+        self._pixels, self._prefix, self._text = flow["pixel_values"], flow["prefix"], flow["text"]
+        run = runner.bind(_pick("prefill", runner, flow), outputs)
+        self._steps.append(_Step("prefill", run, lambda: self._store(0, self.plan.num_layers)))
+        self._logits = outputs["logits"]
+        self._last = [outputs[f"last_{segment.index}"] for segment in self.segments]
+        self._kept = {
+            number: outputs[f"indices_{number}"] for number, stage in enumerate(self.plan.stages) if stage.keep
+        }
+        self._vision = None
+
+    # Running
+
+    def _write_inputs(
+        self,
+        pixel_values: Array,
+        prefix: Array,
+        text: Array,
+        last: Array,
+        times: dict[str, float],
+        features: Array | None,
+    ) -> None:
+        profile = self.profile
+        self._pixels.write(pixel_values)
+        self._last_in.write(np.asarray(last, np.int32))
+        if self._vision is None:
+            self._prefix.write(prefix)
+            self._text.write(text)
+            return
+        start = time.perf_counter()
+        if features is None:
+            self._vision()
+            times["vision"] = _since(start)
+        else:
+            self._features.write(features)
+        image, rest = profile.prefix_tokens, profile.prefix_tokens + profile.image_tokens
+        parts: list[tuple[int, Array | Buffer]] = [(0, prefix), (image, self._features), (rest, text)]
+        for first, rows in parts:
+            self._hidden.write_rows(rows, [first] * profile.batch)
+
+    def _check_pruning(self, last: Array, lasts: list[Array], kept: dict[int, Array]) -> None:
+        """Raise CheckError unless every stage kept exactly its tokens and the sequence shrank by the rest."""
+        for number, stage in enumerate(self.plan.stages):
+            if stage.keep:
+                _check_indices(number, kept[number], keep=stage.keep, tokens=self.plan.tokens_before(number))
+        for segment, values in zip(self.segments, lasts, strict=True):
+            wanted = last - (self.profile.image_tokens - segment.image_tokens)
+            if not np.array_equal(values, wanted):
+                raise CheckError(
+                    f"segment {segment.index} ends at rows {values.tolist()}: pruning did not happen as planned",
+                    wanted=f"{wanted.tolist()}, that is {segment.image_tokens} image tokens",
+                    do="export the bundle again",
+                )
+
+
+def _check_indices(stage: int, indices: Array, *, keep: int, tokens: int) -> None:
+    fits = indices.shape[1:] == (keep,) and indices.min() >= 0 and indices.max() < tokens
+    if not fits or not (np.diff(indices.astype(np.int64), axis=1) > 0).all():
+        raise CheckError(
+            f"stage {stage} kept the wrong tokens: {indices.shape[1]} indices from {indices.min()} to {indices.max()}",
+            wanted=f"{keep} distinct indices below {tokens} in rising order",
+            do="export the bundle again; with a plugin, report it as a defect",
+        )
+
+
+class _Tensors(dict[str, Buffer]):
+    """A graph's tensors by name; asking for one that is not there says that the graph does not fit."""
+
+    def __init__(self, graph: str) -> None:
+        super().__init__()
+        self._graph = graph
+
+    def __missing__(self, tensor: str) -> Buffer:
+        raise _not_the_plan(self._graph, tensor)
+
+
+def _pick(name: str, runner: Runner, flow: Mapping[str, Buffer]) -> dict[str, Buffer]:
+    """The buffers that the graph asks for."""
+    missing = runner.inputs.keys() - flow.keys()
+    if missing:
+        raise _not_the_plan(name, sorted(missing)[0])
+    return {part: flow[part] for part in runner.inputs}
+
+
+def _not_the_plan(graph: str, tensor: str) -> InputError:
+    return InputError(
+        f"graph {graph} does not fit the plan at {tensor}", wanted="graphs exported for this plan", do="export it again"
+    )
+
+
+def _since(start: float) -> float:
+    return (time.perf_counter() - start) * 1000.0

@@ -1,0 +1,262 @@
+"""ONNX Runtime: graphs on the CPU or on CUDA, with buffers bound by address so that a loop copies nothing.
+
+Every tensor goes in and out through an IOBinding by pointer and ONNX element type. That is one way for all dtypes
+(numpy has no bfloat16) and for both devices, and a bound tensor is never copied by the runtime.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import ml_dtypes
+import numpy as np
+import onnxruntime as ort
+from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
+
+from engines import native_library
+from engines.runners import Array, Bound, Buffer, Dtype, TensorSpec
+from engines.runners.host import HostBuffer
+from graphs.errors import BtpError, CheckError, InputError, UnavailableError
+
+# ONNX Runtime's type names -> (numpy dtype, ONNX TensorProto element type).
+ELEMENTS: dict[str, tuple[Dtype, int]] = {
+    "tensor(float)": (np.dtype(np.float32), 1),
+    "tensor(uint8)": (np.dtype(np.uint8), 2),
+    "tensor(int8)": (np.dtype(np.int8), 3),
+    "tensor(int32)": (np.dtype(np.int32), 6),
+    "tensor(int64)": (np.dtype(np.int64), 7),
+    "tensor(bool)": (np.dtype(np.bool_), 9),
+    "tensor(float16)": (np.dtype(np.float16), 10),
+    "tensor(double)": (np.dtype(np.float64), 11),
+    "tensor(bfloat16)": (np.dtype(ml_dtypes.bfloat16), 16),
+}
+ELEMENT_TYPES = dict(ELEMENTS.values())
+ORT_ERRORS: tuple[type[Exception], ...] = tuple(
+    value for value in vars(ort_errors).values() if isinstance(value, type) and issubclass(value, Exception)
+)
+RUN_ERRORS: tuple[type[Exception], ...] = (
+    *ORT_ERRORS,
+    RuntimeError,
+)  # with a binding, a failing kernel is reported as a plain RuntimeError
+
+
+class OrtLoader:
+    """Opens graphs in ONNX Runtime.
+
+    Args:
+        device: "cpu", "cuda" or "cuda:<number>".
+        threads: threads inside an operator; None lets ONNX Runtime take one for each core.
+        custom_ops: shared library with kernels of the `btp` operators; "found" takes the one that was built
+            (engines.native_library), if there is one. With None the graphs' own function bodies run.
+        prepack: False keeps float32 weights mapped from their file instead of copying them into a kernel's own layout:
+            slower, but a model larger than memory runs.
+        log_severity: 0 everything, 2 warnings, 3 errors.
+
+    Raises InputError for an unknown device or a missing library, UnavailableError if the device cannot be used.
+    """
+
+    def __init__(
+        self,
+        *,
+        device: str = "cpu",
+        threads: int | None = None,
+        custom_ops: Path | Literal["found"] | None = "found",
+        prepack: bool = True,
+        log_severity: int = 3,
+    ) -> None:
+        self.device = device
+        self._kind, self._number = _parse_device(device)
+        if threads is not None and threads < 1:
+            raise InputError(f"{threads} threads", wanted="1 or more", do="leave threads out to use every core")
+        if custom_ops == "found":
+            custom_ops = native_library.custom_ops()
+        if custom_ops is not None and not custom_ops.is_file():
+            raise InputError(f"no file {custom_ops}", wanted="the library with the custom operators", do="build it")
+        if self._kind == "cuda":
+            _require_cuda()
+        self.custom_ops = custom_ops
+        self._settings = (threads or 0, custom_ops, prepack, log_severity)
+
+    def __call__(self, path: Path) -> "OrtRunner":
+        if not path.is_file():
+            raise InputError(f"no graph {path}", wanted="a complete bundle", do="export it again")
+        try:
+            session = ort.InferenceSession(str(path), self._options(), providers=self._providers())
+        except ORT_ERRORS as error:
+            raise explain(error, path, "open") from error
+        if self._kind == "cuda" and session.get_providers()[0] != "CUDAExecutionProvider":
+            raise UnavailableError(
+                "ONNX Runtime could not start CUDA and fell back to the CPU",
+                wanted="CUDA and cuDNN libraries of the versions this onnxruntime-gpu was built for",
+                do='pip install "onnxruntime-gpu[cuda,cudnn]", or --device cpu',
+            )
+        return OrtRunner(session, path, self)
+
+    def allocate(self, dtype: Dtype, shape: Sequence[int]) -> Buffer:
+        if self._kind == "cpu":
+            return HostBuffer.allocate(dtype, shape)
+        from engines.runners.cuda import CudaBuffer
+
+        return CudaBuffer.allocate(dtype, shape, device=self._number)
+
+    @property
+    def target(self) -> tuple[str, int]:
+        """Device name and number as the IOBinding wants them."""
+        return self._kind, self._number
+
+    def _options(self) -> ort.SessionOptions:
+        threads, custom_ops, prepack, log_severity = self._settings
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1  # a decoder is a chain: there is nothing to run side by side
+        options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
+        options.log_severity_level = log_severity
+        # Many sessions run in turn: threads that spin while they wait would take the cores from the next session.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        if not prepack:
+            options.add_session_config_entry("session.disable_prepacking", "1")
+        if custom_ops is not None:
+            try:
+                options.register_custom_ops_library(str(custom_ops))
+            except ORT_ERRORS as error:
+                raise explain(error, custom_ops, "load") from error
+        return options
+
+    def _providers(self) -> list[Any]:
+        if self._kind == "cpu":
+            return ["CPUExecutionProvider"]
+        cuda = ("CUDAExecutionProvider", {"device_id": self._number, "arena_extend_strategy": "kSameAsRequested"})
+        return [cuda, "CPUExecutionProvider"]
+
+
+class OrtRunner:
+    """One ONNX Runtime session."""
+
+    def __init__(self, session: ort.InferenceSession, path: Path, loader: OrtLoader) -> None:
+        self.session, self.path, self.loader = session, path, loader
+        self.inputs = {node.name: _spec(node, path) for node in session.get_inputs()}
+        self.outputs = {node.name: _spec(node, path) for node in session.get_outputs()}
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        buffers = {name: self._allocate(spec) for name, spec in (self.inputs | self.outputs).items()}
+        _check_names(self.path, inputs, self.inputs)
+        for name, value in inputs.items():
+            _check_tensor(self.path, self.inputs[name], value.dtype, value.shape)
+            buffers[name].write(value)
+        self.bind({name: buffers[name] for name in self.inputs}, {name: buffers[name] for name in self.outputs})()
+        return {name: buffers[name].read() for name in self.outputs}
+
+    def bind(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> Bound:
+        _check_names(self.path, inputs, self.inputs)
+        _check_names(self.path, outputs, self.outputs)
+        for name, spec in (self.inputs | self.outputs).items():
+            buffer = inputs[name] if name in self.inputs else outputs[name]
+            _check_tensor(self.path, spec, buffer.dtype, buffer.shape)
+        return _OrtBound(self, inputs, outputs)
+
+    def _allocate(self, spec: TensorSpec) -> Buffer:
+        return self.loader.allocate(spec.dtype, spec.shape)
+
+
+class _OrtBound:
+    def __init__(self, runner: OrtRunner, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> None:
+        self._runner = runner
+        self._binding = runner.session.io_binding()
+        self._kind, self._number = runner.loader.target
+        # Kept so that the memory lives as long as its addresses are bound.
+        self._inputs, self._outputs = dict(inputs), dict(outputs)
+        for name, buffer in self._inputs.items():
+            self._bind_input(name, buffer)
+        for name, buffer in self._outputs.items():
+            element = ELEMENT_TYPES[buffer.dtype]
+            self._binding.bind_output(name, self._kind, self._number, element, buffer.shape, buffer.pointer)
+        # On a GPU, ONNX Runtime places small integer arithmetic on the CPU and copies such an input over when it is
+        # bound, not when the graph runs: bind these again before every run. (Not yet run on a GPU.)
+        self._rebind = {
+            name: buffer
+            for name, buffer in self._inputs.items()
+            if self._kind != "cpu" and np.issubdtype(buffer.dtype, np.integer)
+        }
+
+    def _bind_input(self, name: str, buffer: Buffer) -> None:
+        element = ELEMENT_TYPES[buffer.dtype]
+        self._binding.bind_input(name, self._kind, self._number, element, buffer.shape, buffer.pointer)
+
+    def __call__(self) -> None:
+        for name, buffer in self._rebind.items():
+            self._bind_input(name, buffer)
+        try:
+            self._runner.session.run_with_iobinding(self._binding)
+            if self._kind != "cpu":
+                self._binding.synchronize_outputs()
+        except RUN_ERRORS as error:
+            raise explain(error, self._runner.path, "run") from error
+
+
+def explain(error: Exception, path: Path, doing: str) -> BtpError:
+    """What an ONNX Runtime error means for the user."""
+    text = " ".join(str(error).split())
+    short = text if len(text) < 300 else text[:300] + " ..."
+    got = f"ONNX Runtime {ort.__version__} cannot {doing} {path.name}: {short}"
+    if "allocate" in text or "bad_alloc" in text or "out of memory" in text.lower():
+        return UnavailableError(got, wanted="more free memory", do="close other programs, or take a smaller profile")
+    if isinstance(error, (ort_errors.NotImplemented, ort_errors.EPFail)):
+        return UnavailableError(
+            got,
+            wanted="kernels for every operator and precision of the graph",
+            do="--device cuda, or export with --precision float32",
+        )
+    if doing == "open":
+        damaged = (ort_errors.InvalidProtobuf, ort_errors.NoSuchFile, ort_errors.InvalidGraph, ort_errors.NotFound)
+        if isinstance(error, damaged) or "xternal" in text:
+            return InputError(got, wanted="the graph and the weight files as exported", do="export the bundle again")
+    return CheckError(got, wanted="a graph that runs", do="btp-export verify shows which part is wrong")
+
+
+def _parse_device(device: str) -> tuple[str, int]:
+    kind, colon, number = device.partition(":")
+    if device == "cpu":
+        return "cpu", 0
+    if kind == "cuda" and (number.isdigit() if colon else True):
+        return "cuda", int(number or 0)
+    raise InputError(f"unknown device {device!r}", wanted="cpu, cuda or cuda:<number>", do="--device cpu")
+
+
+def _require_cuda() -> None:
+    if "CUDAExecutionProvider" not in ort.get_available_providers():
+        raise UnavailableError(
+            f"onnxruntime {ort.__version__} here has no CUDA",
+            wanted="onnxruntime-gpu in place of onnxruntime",
+            do="pip uninstall onnxruntime; pip install onnxruntime-gpu; or --device cpu",
+        )
+    if hasattr(ort, "preload_dlls"):  # finds CUDA and cuDNN in the nvidia-* wheels
+        ort.preload_dlls()
+
+
+def _spec(node: Any, path: Path) -> TensorSpec:
+    if node.type not in ELEMENTS or not all(isinstance(size, int) for size in node.shape):
+        raise InputError(
+            f"{path.name}: {node.name} is {node.type} {list(node.shape)}",
+            wanted="tensors of static shape",
+            do="export the bundle again",
+        )
+    return TensorSpec(node.name, ELEMENTS[node.type][0], tuple(node.shape))
+
+
+def _check_names(path: Path, given: Mapping[str, object], wanted: Mapping[str, TensorSpec]) -> None:
+    differences = [("missing", wanted.keys() - given.keys()), ("unknown", given.keys() - wanted.keys())]
+    if any(names for _, names in differences):
+        raise InputError(
+            f"{path.name}: " + "; ".join(f"{word} {', '.join(sorted(names))}" for word, names in differences if names),
+            wanted=f"exactly {', '.join(wanted)}",
+            do="give each tensor under the graph's own name",
+        )
+
+
+def _check_tensor(path: Path, spec: TensorSpec, dtype: Dtype, shape: Sequence[int]) -> None:
+    if dtype != spec.dtype or tuple(shape) != spec.shape:
+        raise InputError(
+            f"{path.name}: {spec.name} is {dtype} {list(shape)}",
+            wanted=f"{spec.dtype} {list(spec.shape)}",
+            do="convert it",
+        )

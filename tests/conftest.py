@@ -1,0 +1,128 @@
+"""Checkpoints and bundles that several test files use, made once a session."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests never go online
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+BundleMaker = Callable[..., Any]
+
+
+@pytest.fixture(scope="session")
+def demo_checkpoint() -> Path:
+    """The folder of the shipped demo model (V = 576)."""
+    from btp_export.demo import checkpoint_path
+
+    return checkpoint_path()
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(demo_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random LLaVA that runs in milliseconds: 6 layers, 4 query heads on 2 key heads, V = 36 in a 6 x 6 grid.
+
+    It has the demo's tokenizer and chat template. Its weights are larger than a fresh model's, so that attention is
+    sharp and the tokens it generates differ from prompt to prompt.
+    """
+    folder = tmp_path_factory.mktemp("tiny") / "model"
+    return make_tiny(demo_checkpoint, folder)
+
+
+def make_tiny(demo: Path, folder: Path, **text: Any) -> Path:
+    """Write the tiny model into `folder`; `text` changes its text configuration."""
+    import torch
+    from transformers import LlavaConfig, LlavaForConditionalGeneration
+
+    fields = json.loads((demo / "config.json").read_text())
+    fields["text_config"] |= {
+        "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 6, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 256,
+    } | text  # fmt: skip
+    fields["vision_config"] |= {
+        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 24,
+    }  # fmt: skip
+    fields |= {"image_seq_length": 36, "dtype": "float32"}
+    torch.manual_seed(0)
+    model = LlavaForConditionalGeneration(LlavaConfig(**fields)).float()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "language_model" in name and weight.ndim == 2:
+                weight.normal_(std=0.6 if "embed" in name else 0.15)
+    model.save_pretrained(folder)
+    for file in demo.iterdir():
+        if file.suffix in (".json", ".jinja") and file.name not in ("config.json", "model.safetensors.index.json"):
+            shutil.copyfile(file, folder / file.name)
+    processor = json.loads((folder / "processor_config.json").read_text())
+    processor["image_processor"] |= {"crop_size": {"height": 24, "width": 24}, "size": {"shortest_edge": 24}}
+    (folder / "processor_config.json").write_text(json.dumps(processor))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> BundleMaker:
+    """`tiny_bundle(plan=None, **options)`: a bundle of the tiny model, options of btp_export.export.Options."""
+    return _bundle_maker(tiny_checkpoint, tmp_path_factory, defaults={"text_tokens": 16, "new_tokens": 12})
+
+
+@pytest.fixture(scope="session")
+def demo_bundle(demo_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> BundleMaker:
+    """`demo_bundle(plan=None, **options)`: a bundle of the demo model."""
+    return _bundle_maker(demo_checkpoint, tmp_path_factory, defaults={"text_tokens": 32, "new_tokens": 8})
+
+
+def _bundle_maker(checkpoint: Path, folders: pytest.TempPathFactory, defaults: dict[str, Any]) -> BundleMaker:
+    made: dict[str, Any] = {}
+
+    def make(plan: Any = None, **options: Any) -> Any:
+        """Export once for each set of options (the vision graph takes seconds), then derive each plan from that."""
+        from btp_export.export import Options, export_bundle
+        from btp_export.models import open_model
+        from graphs.bundle import derive
+
+        chosen = defaults | options
+        base_key = repr(sorted(chosen.items()))
+        key = base_key + (plan.digest() if plan is not None else "")
+        if key in made:
+            return made[key]
+        whole = chosen.get("assemble") == "whole"
+        out = folders.mktemp("bundle") / "bundle"
+        if plan is None or whole:
+            model = open_model(str(checkpoint))
+            made[key] = export_bundle(model, plan or unpruned(model.spec), out, Options(**chosen))
+        else:
+            made[key] = derive(make(None, **options), plan, out)
+        return made[key]
+
+    return make
+
+
+def unpruned(spec: Any) -> Any:
+    """The plan without stages for a model."""
+    from graphs.plan import PruningPlan
+
+    return PruningPlan(
+        model_type=spec.model_type,
+        num_layers=spec.decoder.num_layers,
+        image_tokens=spec.vision.image_tokens,
+        grid=spec.vision.grid,
+    )
+
+
+@pytest.fixture(scope="session")
+def pictures() -> list[Image.Image]:
+    """Four pictures of different sizes with random smooth colours."""
+    rng = np.random.default_rng(0)
+    sizes = [(96, 96), (130, 70), (50, 90), (200, 200)]
+    small = [rng.integers(0, 256, (6, 6, 3), dtype=np.uint8) for _ in sizes]
+    return [
+        Image.fromarray(part).resize(size, Image.Resampling.BICUBIC) for part, size in zip(small, sizes, strict=True)
+    ]

@@ -1,0 +1,81 @@
+"""The chain under the runtime: what it refuses, and image features that are used again."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from engines.chain import Chain
+from engines.runners.onnxruntime import OrtLoader
+from graphs.bundle import ROPE_WEIGHTS, Bundle
+from graphs.checkpoint import open_tensors
+from graphs.errors import InputError
+
+
+@pytest.fixture(scope="module")
+def bundle(tiny_bundle: Any) -> Bundle:
+    made: Bundle = tiny_bundle()
+    return made
+
+
+def parts(bundle: Bundle) -> dict[str, Any]:
+    rope = open_tensors(bundle.weights / ROPE_WEIGHTS)
+    return {
+        "graphs": {graph.name: bundle.root / graph.file for graph in bundle.graphs()},
+        "plan": bundle.plan,
+        "profile": bundle.profile(),
+        "rope": (rope["cos"].read(), rope["sin"].read()),
+        "loader": OrtLoader(threads=1),
+    }
+
+
+def inputs(bundle: Bundle) -> tuple[Any, ...]:
+    rng = np.random.default_rng(0)
+    profile, hidden = bundle.profile(), bundle.spec.decoder.hidden_size
+
+    def noise(*shape: int) -> Any:
+        return rng.standard_normal(shape, dtype=np.float32)
+
+    rows = (noise(1, profile.prefix_tokens, hidden), noise(1, profile.text_tokens, hidden))
+    return noise(1, 3, *profile.image_size), *rows, np.array([profile.total_tokens - 1])
+
+
+def test_features_stand_in_for_the_vision_graph(bundle: Bundle) -> None:
+    chain = Chain(**parts(bundle))
+    pixels, *rest = inputs(bundle)
+    first = chain.prefill(pixels, *rest)
+    features = chain.image_features
+    assert not np.allclose(chain.prefill(pixels + 1, *rest).logits, first.logits)
+    again = chain.prefill(np.zeros_like(pixels), *rest, features=features)
+    np.testing.assert_array_equal(again.logits, first.logits)
+    assert "vision" in first.milliseconds and "vision" not in again.milliseconds
+
+
+def test_padding_changes_nothing(bundle: Bundle) -> None:
+    """Rows right of the last token may hold anything."""
+    chain = Chain(**parts(bundle))
+    pixels, prefix, text, last = inputs(bundle)
+    short = last - 6
+    one = chain.prefill(pixels, prefix, text, short)
+    step = chain.decode(text[:, 0])
+    text[:, -6:] = 1e3
+    two = chain.prefill(pixels, prefix, text, short)
+    np.testing.assert_allclose(two.logits, one.logits, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(chain.decode(text[:, 0]), step, rtol=1e-6, atol=1e-6)
+
+
+def test_incomplete_parts_are_refused(bundle: Bundle, tmp_path: Path) -> None:
+    given = parts(bundle)
+    without = {name: path for name, path in given["graphs"].items() if name != "head"}
+    with pytest.raises(InputError, match="no graph head"):
+        Chain(**given | {"graphs": without})
+    with pytest.raises(InputError, match=r"no graph .*absent\.onnx"):
+        Chain(**given | {"graphs": given["graphs"] | {"head": tmp_path / "absent.onnx"}})
+    with pytest.raises(InputError, match="rotary tables for 10 positions"):
+        Chain(**given | {"rope": tuple(table[:10] for table in given["rope"])})
+    with pytest.raises(InputError, match="graph decode does not fit the plan"):
+        Chain(**given | {"profile": given["profile"].model_copy(update={"new_tokens": 5})})
+    swapped = given["graphs"] | {"head": given["graphs"]["prefill_0"]}
+    with pytest.raises(InputError):
+        Chain(**given | {"graphs": swapped})
