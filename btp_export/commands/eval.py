@@ -1,0 +1,69 @@
+"""`btp-export eval`: accuracy of plans through the exported graphs."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from btp_export.commands import _options as options
+from btp_export.console import JsonOption, emit, progress
+
+
+def command(
+    bundle: Annotated[Path, typer.Argument(help="Folder of the bundle.")],
+    plans: Annotated[
+        str | None,
+        typer.Option("--plans", metavar="P,P,...", help="Presets, files, btp = the bundle's own.  [default: all]"),
+    ] = None,
+    compression: Annotated[
+        float | None,
+        typer.Option("--compression", metavar="X", help="One budget for all plans.  [default: the bundle's own]"),
+    ] = None,
+    samples: Annotated[int, typer.Option("--samples", metavar="N", help="How many held-out questions.")] = 200,
+    seed: options.SeedOption = 0,
+    data: Annotated[
+        Path | None,
+        typer.Option("--data", metavar="FILE", help="JSONL of image, prompt, answer.  [default: drawn scenes]"),
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option("--threads", metavar="N", help="Threads.  [default: all cores]")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure how many answers stay right under each plan, at equal average tokens."""
+    from btp_export.evaluate import DEFAULT_PLANS, evaluate_bundle
+    from graphs.bundle import Bundle
+
+    names = DEFAULT_PLANS if plans is None else [name.strip() for name in plans.split(",")]
+    with progress("evaluating") as bar:
+        result = evaluate_bundle(
+            Bundle.open(bundle),
+            plans=names,
+            compression=compression,
+            samples=samples,
+            seed=seed,
+            data=data,
+            threads=threads,
+            report=bar,
+        )
+    emit(result, as_json=as_json, render=show)
+
+
+def show(result: dict[str, Any]) -> Any:
+    """The document of `eval` for the console."""
+    from btp_export.console import table
+
+    rows = [
+        [
+            row["plan"],
+            f"{row['average_tokens']:.1f}",
+            f"{row['compression']:.3f}",
+            f"{row['accuracy']:.3f}",
+            "{:.3f} to {:.3f}".format(*row["interval"]),
+            "" if row["kept_accuracy"] is None else f"{row['kept_accuracy']:.1%}",
+            f"{row['flops_ratio']:.3f}",
+        ]
+        for row in result["rows"]
+    ]
+    title = f"{result['samples']} samples, {result['source']}"
+    return table(["plan", "tokens", "compression", "accuracy", "95 % interval", "kept", "FLOPs"], rows, title=title)

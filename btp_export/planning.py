@@ -1,0 +1,33 @@
+"""Which plan a model gets: calibrated, a preset by name, or a file."""
+
+from pathlib import Path
+
+from btp_export.calibration import CalibrationSettings, calibrate_model, check_settings
+from btp_export.console import Report, note
+from btp_export.models import Model
+from btp_export.plans import CALIBRATED, plan_for
+from calibrate.presets import PRESETS
+from graphs.errors import InputError
+from graphs.plan import PruningPlan
+
+
+def choose_plan(
+    model: Model, choice: str, settings: CalibrationSettings, *, report: Report | None = None
+) -> PruningPlan:
+    """The plan that `choice` names: `btp` calibrates on the model, a preset follows the compression, a file is read.
+
+    Raises InputError for an unknown name, a file for another model, and settings the choice cannot follow.
+    """
+    if choice == CALIBRATED:
+        return calibrate_model(model, settings, report=report, note=note)
+    check_settings(settings)
+    if settings.keep is not None:
+        raise InputError(
+            f"--keep with --plan {choice}", wanted="--keep only with the calibrated plan", do="leave --keep out"
+        )
+    return plan_for(choice, model.spec, compression=settings.compression)
+
+
+def plan_name(choice: str) -> str:
+    """What the plan is called in tables: the preset's name, or the file's."""
+    return choice if choice == CALIBRATED or choice in PRESETS else Path(choice).stem

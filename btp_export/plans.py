@@ -1,0 +1,122 @@
+"""Plans by name or file for a model, and how a plan is shown."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from graphs.errors import InputError
+from graphs.plan import PruningPlan
+from graphs.spec import ModelSpec
+
+CALIBRATED = "btp"
+
+
+def plan_for(
+    name: str, spec: ModelSpec, *, compression: float | None = None, average_tokens: float | None = None
+) -> PruningPlan:
+    """A preset by name, scaled to the model, or a plan file, checked to be for this model.
+
+    A budget goes with presets only. Raises InputError for an unknown name, an unreadable file or another model's plan.
+    """
+    from calibrate.presets import PRESETS, preset
+
+    if name in PRESETS:
+        return preset(
+            name,
+            model_type=spec.model_type,
+            num_layers=spec.decoder.num_layers,
+            image_tokens=spec.vision.image_tokens,
+            grid=spec.vision.grid,
+            compression=compression,
+            average_tokens=average_tokens,
+        )
+    path = Path(name).expanduser()
+    if name == CALIBRATED or not (path.suffix == ".json" or path.exists()):
+        raise InputError(
+            f"no preset or plan file is called {name!r}",
+            wanted=f"{', '.join(PRESETS)} or a plan.json",
+            do="btp-export calibrate --out plan.json" if name == CALIBRATED else "btp-export plan --list",
+        )
+    if compression is not None:
+        raise InputError(
+            f"--compression with the plan file {name}",
+            wanted="a preset: the counts of a file are fixed",
+            do="leave --compression out, or calibrate again",
+        )
+    plan = PruningPlan.load(path)
+    check_model(plan, spec, name)
+    return plan
+
+
+def check_model(plan: PruningPlan, spec: ModelSpec, source: str) -> None:
+    """Raise InputError unless the plan is for this model."""
+    got = (plan.model_type, plan.num_layers, plan.image_tokens, tuple(plan.grid))
+    wanted = (spec.model_type, spec.decoder.num_layers, spec.vision.image_tokens, tuple(spec.vision.grid))
+    if got != wanted:
+        raise InputError(
+            f"{source} is for {_words(*got)}",
+            wanted=f"{_words(*wanted)}, as {spec.name} has",
+            do="calibrate again for this model, or take a preset",
+        )
+
+
+def summary(plan: PruningPlan) -> dict[str, Any]:
+    """A plan and what it comes to, as JSON types."""
+    return {
+        "plan": plan.model_dump(mode="json"),
+        "average_tokens": plan.average_tokens,
+        "compression": plan.compression,
+        "tokens_per_layer": plan.tokens_per_layer(),
+    }
+
+
+def show(result: dict[str, Any]) -> Any:
+    """The `summary` as a table of segments for the console."""
+    from rich.console import Group
+
+    from btp_export.console import table
+
+    plan = PruningPlan.model_validate(result["plan"])
+    rows = []
+    for segment in plan.segments():
+        stage = plan.stages[segment.stage] if segment.stage is not None else None
+        share = f"{stage.attention_quota} / {stage.diversity_quota} / {stage.seeds}" if stage and stage.keep else ""
+        layers = f"{segment.start} to {segment.stop - 1}" if segment.stop - segment.start > 1 else f"{segment.start}"
+        rows.append([layers, f"{segment.image_tokens}", f"{segment.image_tokens / plan.image_tokens:.1%}", share])
+    shown = table(["layers", "image tokens", "of all", "attention / diversity / spatial"], rows)
+    total = (
+        f"{plan.average_tokens:.1f} of {plan.image_tokens} image tokens on average: "
+        f"compression {plan.compression:.3f}; importance {plan.importance}"
+    )
+    return Group(shown, total)
+
+
+def check_out(out: Path, *, force: bool) -> None:
+    """Raise InputError unless a plan may be written to `out`.
+
+    Only a plan file is ever replaced, and only with `force`.
+    """
+    if out.is_dir():
+        raise InputError(f"{out} is a folder", wanted="a file name", do=f"--out {out / 'plan.json'}")
+    if not out.parent.is_dir():
+        raise InputError(f"{out.parent} is not there", wanted="a folder that exists", do="make it first")
+    if out.exists():
+        if not force:
+            raise InputError(f"{out} is there already", wanted="a new file", do="another --out, or --force")
+        PruningPlan.load(out)
+
+
+def write_plan_file(plan: PruningPlan, out: Path, *, force: bool = False) -> None:
+    """Write a plan beside its place and rename it into it. Raises InputError as `check_out`."""
+    check_out(out, force=force)
+    part = out.with_name(f".{out.name}.part")
+    try:
+        part.write_text(plan.to_json(), encoding="utf-8")
+        part.replace(out)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _words(model_type: str, layers: int, tokens: int, grid: tuple[int, ...]) -> str:
+    return f"{model_type} with {layers} layers and {tokens} image tokens on {grid[0]} x {grid[1]}"

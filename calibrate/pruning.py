@@ -1,0 +1,131 @@
+"""One pruning stage of the reference: scores, the operators' reference selection, and the gathering of rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from graphs import importance
+from graphs.ops import gather_tokens, select_tokens
+from graphs.plan import PruningPlan, Stage
+from graphs.spatial import stage_seeds
+
+
+@dataclass(frozen=True)
+class StageRecord:
+    """What stage `number` did to one prompt.
+
+    `indices` [k] among the tokens it chose from and `absolute` [k] among the V of the picture, both ascending;
+    `chosen` [k] is what the reference selects, other than `indices` only where a kept set was forced;
+    `scores` [V_i] float32, empty where the stage needs none (keep 0); `last` is the prompt's last token afterwards.
+    `margin` is the smallest relative gap of the scores at the two cuts (pool and attention quota): near 0, rounding
+    may decide, and another runtime may keep the other token. It is inf where no cut is made.
+    """
+
+    number: int
+    indices: np.ndarray
+    absolute: np.ndarray
+    chosen: np.ndarray
+    scores: np.ndarray
+    margin: float
+    last: int
+
+
+def apply_stage(
+    plan: PruningPlan,
+    number: int,
+    *,
+    rows: tuple[torch.Tensor, ...],
+    query: torch.Tensor | None,
+    key: torch.Tensor | None,
+    last: int,
+    image_start: int,
+    before: torch.Tensor,
+    forced: Sequence[int] | None = None,
+) -> tuple[StageRecord, tuple[torch.Tensor, ...]]:
+    """Prune `rows` (hidden first, then whatever goes along; each [1, S, ...]) as stage `number` of `plan` says.
+
+    `query` [1,H,S,D] and `key` [1,K,S,D] are those of the layer before, after RoPE (None at layer 0); `before` [V_i]
+    are the survivors so far in the picture's numbering. Gives the record and the gathered rows, each [1, S-V_i+k, ...].
+    """
+    stage, count = plan.stages[number], len(before)
+    chosen, scores = _choose(plan, number, rows[0], query, key, last, image_start)
+    indices = chosen if forced is None else torch.as_tensor(forced, dtype=torch.int32)
+    at = indices[None].to(before.device)
+    gathered = tuple(_gather(row, at, start=image_start, count=count) for row in rows)
+    record = StageRecord(
+        number=number,
+        indices=_numpy(indices),
+        absolute=_numpy(before[at[0].long()]),
+        chosen=_numpy(chosen),
+        scores=scores.numpy(),
+        margin=score_margin(scores.numpy(), stage),
+        last=last - count + stage.keep,
+    )
+    return record, gathered
+
+
+def _choose(
+    plan: PruningPlan,
+    number: int,
+    hidden: torch.Tensor,
+    query: torch.Tensor | None,
+    key: torch.Tensor | None,
+    last: int,
+    image_start: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Indices [k] int32 and scores [V_i] float32 of one stage, on the CPU wherever the layers run."""
+    stage, count = plan.stages[number], plan.tokens_before(number)
+    if stage.keep == 0:
+        return torch.empty(0, dtype=torch.int32), torch.empty(0)
+    hidden = hidden.cpu()
+    if query is not None and key is not None:
+        text = importance.query_rows(plan) == "text"
+        rows = slice(image_start + count, None) if text else slice(last, last + 1)
+        query, key = query[:, :, rows].cpu(), key.cpu()
+    scores = importance.importance_scores(
+        plan, number, prefix_tokens=image_start, hidden=hidden, last=torch.tensor([last]), query=query, key=key
+    )
+    image = hidden[:, image_start : image_start + count]
+    seeds = stage_seeds(plan, number)
+    indices = select_tokens.reference(
+        scores,
+        importance.cosine_similarity(image) if stage.needs_similarity else None,
+        None if seeds is None else torch.from_numpy(seeds),
+        keep=stage.keep,
+        attention_quota=stage.attention_quota,
+        diversity_quota=stage.diversity_quota,
+        pool=stage.pool,
+        boundary=stage.boundary,
+    )
+    return indices[0], scores[0]
+
+
+def _gather(rows: torch.Tensor, indices: torch.Tensor, *, start: int, count: int) -> torch.Tensor:
+    """rows [1,S,...] -> [1,S-count+k,...]; the operator keeps at least one token, a stage may keep none."""
+    if indices.shape[1] == 0:
+        return torch.cat([rows[:, :start], rows[:, start + count :]], dim=1)
+    gathered: torch.Tensor = gather_tokens.reference(rows, indices, start=start, count=count)
+    return gathered
+
+
+def score_margin(scores: np.ndarray, stage: Stage) -> float:
+    """Smallest gap of `scores` [V_i] at the cuts of attention picking, over the highest score; see StageRecord."""
+    quota, pool = stage.attention_quota, stage.pool
+    if stage.keep == 0 or quota == 0 or len(scores) == 0:
+        return float("inf")
+    order = np.argsort(-scores, kind="stable")
+    candidates = order[:pool]
+    near, far = candidates[candidates < stage.boundary], candidates[candidates >= stage.boundary]
+    cuts = [(order, pool)]
+    cuts += [(near, quota)] if quota <= len(near) else [(far, quota - len(near))]
+    gaps = [float(scores[group[at - 1]] - scores[group[at]]) for group, at in cuts if 0 < at < len(group)]
+    scale = float(np.abs(scores[np.isfinite(scores)]).max(initial=0.0)) or 1.0
+    return min(gaps) / scale if gaps else float("inf")
+
+
+def _numpy(indices: torch.Tensor) -> np.ndarray:
+    return np.asarray(indices.cpu().numpy().astype(np.int64))

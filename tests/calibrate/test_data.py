@@ -1,0 +1,121 @@
+"""Samples from scenes, folders and JSONL files."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from calibrate import data
+from graphs.errors import InputError
+
+
+@pytest.fixture()
+def folder(tmp_path: Path) -> Path:
+    rng = np.random.default_rng(0)
+    (tmp_path / "more").mkdir()
+    for number in range(6):
+        place = tmp_path / ("more" if number % 2 else ".") / f"picture{number}.png"
+        Image.fromarray(rng.integers(0, 256, (20, 30, 3), dtype=np.uint8)).save(place)
+    (tmp_path / "notes.txt").write_text("not a picture")
+    return tmp_path
+
+
+def test_a_folder_is_read_in_a_seeded_order(folder: Path) -> None:
+    first = data.folder_samples(folder, count=5, seed=1)
+    again, other = data.folder_samples(folder, count=5, seed=1), data.folder_samples(folder, count=5, seed=2)
+    assert [one.name for one in first.samples] == [one.name for one in again.samples]
+    assert [one.name for one in first.samples] != [one.name for one in other.samples]
+    assert first.digest() == again.digest() != other.digest()
+    assert [one.prompt for one in first.samples[:2]] == list(data.DEFAULT_PROMPTS[:2])
+
+
+def test_unreadable_pictures_are_named_and_skipped(folder: Path) -> None:
+    (folder / "broken.jpg").write_bytes(b"no picture")
+    whole = (folder / "picture0.png").read_bytes()
+    (folder / "cut.png").write_bytes(whole[: len(whole) // 2])
+    notes: list[str] = []
+    found = data.folder_samples(folder, count=8, seed=0, note=notes.append)
+    assert len(found.samples) == 6
+    assert sorted(found.skipped) == ["broken.jpg", "cut.png"]
+    assert len(notes) == 2 and all("cannot read the picture" in text for text in notes)
+
+
+def test_too_few_pictures_are_an_error(tmp_path: Path, folder: Path) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(InputError, match="0 readable pictures"):
+        data.folder_samples(empty, count=64, seed=0)
+    with pytest.raises(InputError, match="not a folder"):
+        data.folder_samples(folder / "picture0.png", count=4, seed=0)
+    for path in folder.rglob("*.png"):
+        if not path.name.startswith("picture0"):
+            path.write_bytes(b"")
+    with pytest.raises(InputError, match=r"1 readable .* \(5 unreadable, 6 found\)"):
+        data.folder_samples(folder, count=64, seed=0)
+
+
+def test_prompts_file(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_text("What is it?\n\n  How many? \n", encoding="utf-8")
+    assert data.read_prompts(path) == ("What is it?", "How many?")
+    path.write_text("\n")
+    with pytest.raises(InputError, match="no prompt"):
+        data.read_prompts(path)
+    with pytest.raises(InputError, match="cannot read"):
+        data.read_prompts(tmp_path / "other.txt")
+
+
+def test_jsonl(folder: Path) -> None:
+    path = folder / "questions.jsonl"
+    record = {"image": "picture0.png", "prompt": "What?", "answer": "noise", "kind": "what"}
+    path.write_text("\n".join([json.dumps(record), "", json.dumps(record | {"answer": "snow"})]))
+    found = data.jsonl_samples(path)
+    assert [(one.prompt, one.answer, one.kind) for one in found.samples] == [
+        ("What?", "noise", "what"),
+        ("What?", "snow", "what"),
+    ]
+    assert len(data.jsonl_samples(path, count=1).samples) == 1
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "no json",
+        "[1, 2]",
+        '{"image": "picture0.png", "prompt": "?"}',
+        '{"image": "none.png", "prompt": "?", "answer": ""}',
+        '{"image": 3, "prompt": "?", "answer": ""}',
+    ],
+)
+def test_a_bad_line_is_an_error_not_a_gap(line: str, folder: Path) -> None:
+    path = folder / "questions.jsonl"
+    path.write_text(line + "\n")
+    with pytest.raises(InputError) as caught:
+        data.jsonl_samples(path)
+    assert "line 1" in str(caught.value) or "none.png" in str(caught.value)
+
+
+def test_one_picture_goes_through_the_tower_once() -> None:
+    import torch
+
+    calls: list[int] = []
+
+    class Tower(torch.nn.Module):
+        def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+            calls.append(len(pixels))
+            return pixels.flatten(2).transpose(1, 2)
+
+    class Encoder:
+        def encode(self, images: list[Image.Image], prompts: list[str], *, raw: bool = False) -> Any:
+            pixels = np.stack([np.asarray(image, np.float32).transpose(2, 0, 1) for image in images])
+            return type("Encoded", (), {"input_ids": [np.arange(len(prompts[0]))], "pixel_values": pixels})
+
+    picture = data.scene_samples(1, seed=0, split="calibration").samples[0].image
+    samples = [data.Sample(picture, "a", "x"), data.Sample(picture, "abc", "y")]
+    prepared = data.prepare(samples, Encoder(), Tower())
+    assert calls == [1]
+    assert [len(one.input.input_ids) for one in prepared] == [1, 3]
+    assert prepared[0].pixel_values.shape == (3, 96, 96)
