@@ -1,4 +1,4 @@
-"""Times of BtpSelectTokens on the CPU, one thread: reference in torch, portable bodies in ONNX Runtime.
+"""Times of BtpSelectTokens on the CPU, one thread: torch reference, portable bodies and custom op in ONNX Runtime.
 
     python -m benchmarks.select_tokens_cpu
 
@@ -15,6 +15,7 @@ import onnxruntime
 import torch
 from onnx import FunctionProto, TensorProto, helper
 
+from engines.native_library import custom_ops, how_to_build
 from graphs.ops import DOMAIN, VERSION, select_tokens
 from graphs.ops.select_tokens import Case
 from graphs.ops.select_tokens.cases import large_case
@@ -32,17 +33,23 @@ def main() -> None:
         wanted = select_tokens.reference(*tensors, **case.attributes).numpy()
         print(f"{case.name}: {case.scores.shape[1]} -> {case.attributes['keep']}, opset {OPSET}")
         show("reference (torch)", lambda: select_tokens.reference(*tensors, **case.attributes), runs)  # noqa: B023
-        for label, body in (
+        forms: list[tuple[str, FunctionProto | None]] = [
             ("body, generic (ONNX Runtime)", select_tokens.function(OPSET)),
             ("body, exact (ONNX Runtime)", select_tokens.body(OPSET, similarity=True, seeds=True)),
-        ):
+            ("custom op (ONNX Runtime)", None),
+        ]
+        for label, body in forms:
+            if body is None and custom_ops() is None:
+                print(f"  {label:<30} not built: {how_to_build('btp_ort')}")
+                continue
             session = session_of(case, body)
             if not np.array_equal(session.run(None, case.inputs)[0], wanted):
                 raise SystemExit(f"{label} does not give the reference's indices")
             show(label, lambda: session.run(None, case.inputs), runs)  # noqa: B023
 
 
-def session_of(case: Case, body: FunctionProto) -> onnxruntime.InferenceSession:
+def session_of(case: Case, body: FunctionProto | None) -> onnxruntime.InferenceSession:
+    """A session of one node; without a body the native library (docs/native.md) runs it."""
     values = [
         helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(array.dtype), array.shape)
         for name, array in case.inputs.items()
@@ -51,9 +58,11 @@ def session_of(case: Case, body: FunctionProto) -> onnxruntime.InferenceSession:
     node = helper.make_node(select_tokens.NAME, list(case.inputs), ["indices"], domain=DOMAIN, **case.attributes)
     opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, VERSION)]
     graph = helper.make_graph([node], "selection", values, [output])
-    model = helper.make_model(graph, opset_imports=opsets, functions=[body], ir_version=10)
+    model = helper.make_model(graph, opset_imports=opsets, functions=[body] if body else [], ir_version=10)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
+    if body is None:
+        options.register_custom_ops_library(str(custom_ops()))
     return onnxruntime.InferenceSession(model.SerializeToString(), options)
 
 

@@ -1,0 +1,56 @@
+// What the kernels need beyond C++: the CUDA headers, or the emulation header of the tests in their place.
+#pragma once
+
+#include <stdint.h>
+
+#ifdef BTP_SIMT_EMULATION
+#include "simt.h"
+#else
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#define BTP_LAUNCH(kernel, grid, block, shared, stream, ...) \
+    kernel<<<(grid), (block), (shared), (stream)>>>(__VA_ARGS__)
+// Everything is inlined, so that arrays that are struct members stay in registers.
+#define BTP_DEVICE __device__ __forceinline__
+#define BTP_DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
+#endif
+
+namespace btp {
+
+constexpr uint32_t kAllLanes = 0xffffffffu;
+constexpr uint32_t kNone = 0xffffffffu;
+
+// Unsigned key with the order of the floats: NaN lowest (all NaNs alike), then -inf ... +inf, -0 equal to +0.
+// 0 lies below every key and is left free for "not to be chosen".
+BTP_DEVICE uint32_t order_key(float x)
+{
+    const uint32_t bits = __float_as_uint(x);
+    if ((bits & 0x7fffffffu) > 0x7f800000u) {
+        return 1u;
+    }
+    if (bits == 0x80000000u) {
+        return 0x80000000u;
+    }
+    return (bits & 0x80000000u) ? ~bits : (bits | 0x80000000u);
+}
+
+// One redux instruction where the hardware has it (sm_80 on), a butterfly of shuffles before.
+BTP_DEVICE uint32_t warp_max(uint32_t value)
+{
+#if defined(BTP_SIMT_EMULATION) || __CUDA_ARCH__ >= 800
+    return __reduce_max_sync(kAllLanes, value);
+#else
+    for (int offset = 16; offset > 0; offset >>= 1) {
+        const uint32_t other = __shfl_xor_sync(kAllLanes, value, offset);
+        value = other > value ? other : value;
+    }
+    return value;
+#endif
+}
+
+BTP_DEVICE uint32_t warp_min(uint32_t value)
+{
+    return ~warp_max(~value);
+}
+
+}  // namespace btp

@@ -1,0 +1,189 @@
+// What the ONNX Runtime operators share: reading attributes and tensors with errors that name op, got and wanted.
+// Written against the C interface, which only grows, so one library serves later runtimes.
+#pragma once
+
+#if __has_include(<onnxruntime_c_api.h>)
+#include <onnxruntime_c_api.h>
+#else
+#include "ort_abi.h"
+#endif
+
+#include <cstdint>
+#include <exception>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+namespace btp {
+
+// The oldest interface with everything used here (ONNX Runtime 1.18): the library loads in it and in all later ones.
+constexpr uint32_t kOrtApi = 18;
+
+inline const OrtApi*& ort()
+{
+    static const OrtApi* api = nullptr;
+    return api;
+}
+
+// Turns a failed call into an exception; every entry point turns exceptions back into a status (guard()).
+inline void check(OrtStatus* status)
+{
+    if (status != nullptr) {
+        const std::string message = ort()->GetErrorMessage(status);
+        ort()->ReleaseStatus(status);
+        throw std::runtime_error(message);
+    }
+}
+
+template <typename Body>
+OrtStatus* guard(Body body) noexcept
+{
+    try {
+        body();
+        return nullptr;
+    } catch (const std::invalid_argument& error) {
+        return ort()->CreateStatus(ORT_INVALID_ARGUMENT, error.what());
+    } catch (const std::exception& error) {
+        return ort()->CreateStatus(ORT_FAIL, error.what());
+    }
+}
+
+inline void require_ok(const std::string& problem)
+{
+    if (!problem.empty()) {
+        throw std::invalid_argument(problem);
+    }
+}
+
+inline int32_t int_attribute(const OrtKernelInfo* info, const char* op, const char* name)
+{
+    int64_t value = 0;
+    OrtStatus* const status = ort()->KernelInfoGetAttribute_int64(info, name, &value);
+    if (status != nullptr) {
+        const std::string message = ort()->GetErrorMessage(status);
+        ort()->ReleaseStatus(status);
+        throw std::invalid_argument(std::string(op) + ": attribute " + name + " cannot be read as INT (" + message + ")");
+    }
+    if (value < INT32_MIN || value > INT32_MAX) {
+        throw std::invalid_argument(std::string(op) + ": attribute " + name + " is " + std::to_string(value)
+                                    + ", wanted a 32-bit value");
+    }
+    return static_cast<int32_t>(value);
+}
+
+// An input tensor; `data` is null for an optional input that is not there.
+struct Input {
+    const void* data = nullptr;
+    const OrtValue* value = nullptr;
+    std::vector<int64_t> shape;
+};
+
+inline Input input(const OrtKernelContext* context, size_t index)
+{
+    Input result;
+    size_t count = 0;
+    check(ort()->KernelContext_GetInputCount(context, &count));
+    if (index >= count) {
+        return result;
+    }
+    check(ort()->KernelContext_GetInput(context, index, &result.value));
+    if (result.value == nullptr) {
+        return result;
+    }
+    OrtTensorTypeAndShapeInfo* info = nullptr;
+    check(ort()->GetTensorTypeAndShape(result.value, &info));
+    size_t rank = 0;
+    check(ort()->GetDimensionsCount(info, &rank));
+    result.shape.resize(rank);
+    check(ort()->GetDimensions(info, result.shape.data(), rank));
+    ort()->ReleaseTensorTypeAndShapeInfo(info);
+    void* data = nullptr;
+    check(ort()->GetTensorMutableData(const_cast<OrtValue*>(result.value), &data));
+    result.data = data;
+    return result;
+}
+
+inline void* output(OrtKernelContext* context, size_t index, const std::vector<int64_t>& shape)
+{
+    OrtValue* value = nullptr;
+    check(ort()->KernelContext_GetOutput(context, index, shape.data(), shape.size(), &value));
+    void* data = nullptr;
+    check(ort()->GetTensorMutableData(value, &data));
+    return data;
+}
+
+inline std::string text(const std::vector<int64_t>& shape)
+{
+    std::string result = "[";
+    for (size_t axis = 0; axis < shape.size(); ++axis) {
+        result += (axis > 0 ? "," : "") + std::to_string(shape[axis]);
+    }
+    return result + "]";
+}
+
+inline void require_shape(const char* op, const char* name, const std::vector<int64_t>& got,
+                          const std::vector<int64_t>& wanted)
+{
+    if (got != wanted) {
+        throw std::invalid_argument(std::string(op) + ": " + name + " has shape " + text(got) + ", wanted "
+                                    + text(wanted));
+    }
+}
+
+inline int32_t small(int64_t value)
+{
+    if (value < 0 || value > INT32_MAX) {
+        throw std::invalid_argument("a dimension is " + std::to_string(value) + ", wanted at most 2147483647");
+    }
+    return static_cast<int32_t>(value);
+}
+
+// One registration: an operator name for one device and one type of its typed input.
+struct OrtOp : OrtCustomOp {
+    const char* name;
+    const char* device;  // execution provider, null for the CPU
+    ONNXTensorElementDataType type;
+
+    static const OrtOp& of(const OrtCustomOp* op) { return *static_cast<const OrtOp*>(op); }
+    bool on_gpu() const { return device != nullptr; }
+};
+
+// The part of the table that is the same for every operator. Kernel: constructed from (op, info), run(context).
+template <typename Kernel>
+OrtOp ort_op(const char* name, const char* device, ONNXTensorElementDataType type)
+{
+    OrtOp op{};
+    op.version = kOrtApi;
+    op.name = name;
+    op.device = device;
+    op.type = type;
+    op.GetName = [](const OrtCustomOp* self) { return OrtOp::of(self).name; };
+    op.GetExecutionProviderType = [](const OrtCustomOp* self) { return OrtOp::of(self).device; };
+    op.GetInputTypeCount = [](const OrtCustomOp*) { return Kernel::kInputs; };
+    op.GetOutputTypeCount = [](const OrtCustomOp*) -> size_t { return 1; };
+    op.GetInputType = [](const OrtCustomOp* self, size_t index) {
+        return Kernel::input_type(OrtOp::of(self).type, index);
+    };
+    op.GetOutputType = [](const OrtCustomOp* self, size_t) { return Kernel::output_type(OrtOp::of(self).type); };
+    op.GetInputCharacteristic = [](const OrtCustomOp*, size_t index) {
+        return index < Kernel::kRequired ? INPUT_OUTPUT_REQUIRED : INPUT_OUTPUT_OPTIONAL;
+    };
+    op.GetOutputCharacteristic = [](const OrtCustomOp*, size_t) { return INPUT_OUTPUT_REQUIRED; };
+    op.GetInputMemoryType = [](const OrtCustomOp*, size_t) { return OrtMemTypeDefault; };
+    op.GetStartVersion = [](const OrtCustomOp*) { return 1; };
+    op.GetEndVersion = [](const OrtCustomOp*) { return 1; };
+    op.CreateKernelV2 = [](const OrtCustomOp* self, const OrtApi*, const OrtKernelInfo* info, void** kernel) {
+        return guard([&] { *kernel = new Kernel(OrtOp::of(self), info); });
+    };
+    op.KernelComputeV2 = [](void* kernel, OrtKernelContext* context) {
+        return guard([&] { static_cast<Kernel*>(kernel)->run(context); });
+    };
+    op.KernelDestroy = [](void* kernel) { delete static_cast<Kernel*>(kernel); };
+    return op;
+}
+
+// The operators of this library, filled by one function of each operator's folder.
+std::vector<OrtOp> select_tokens_ops(bool with_gpu);
+std::vector<OrtOp> gather_tokens_ops(bool with_gpu);
+
+}  // namespace btp

@@ -1,0 +1,221 @@
+"""The TensorRT plugin of an operator, in Python: for builders that have no compiler.
+
+Same creators, attributes, checks and formats as the C++ plugins (trt_plugin.cpp of each operator), and enqueue launches
+the same kernels. Nothing here imports TensorRT: its module comes in as an argument, so that TensorRT and TensorRT for
+RTX are served alike.
+"""
+
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+from graphs.errors import InputError
+
+Shape = Sequence[int | None]  # None: a dimension that is open
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One input of an enqueue: device address, shape, and the name of its type (float32, float16, bfloat16, int32)."""
+
+    address: int
+    shape: tuple[int, ...]
+    dtype: str
+
+
+class Launcher(Protocol):
+    """The C interface of the kernels, one method an operator (engines.kernels.Kernels)."""
+
+    def select_tokens(
+        self, inputs: Sequence[Tensor], output: int, workspace: int, *, stream: int, **counts: int
+    ) -> None:
+        """BtpSelectTokens on device addresses."""
+
+    def gather_tokens(self, inputs: Sequence[Tensor], output: int, *, stream: int, start: int, count: int) -> None:
+        """BtpGatherTokens on device addresses."""
+
+
+class Operator(Protocol):
+    """What a plugin has to know of its operator; one object for each set of attribute values."""
+
+    NAME: ClassVar[str]
+    ATTRIBUTES: ClassVar[tuple[str, ...]]
+    INPUT_TYPES: ClassVar[tuple[tuple[str, ...], ...]]
+
+    values: tuple[int, ...]
+
+    def __init__(self, *values: int) -> None:
+        """Check the values alone; raises InputError."""
+
+    @abstractmethod
+    def output_shape(self, inputs: Sequence[Shape]) -> list["Dimension"]:
+        """Output dimensions for these inputs; raises InputError."""
+
+    @abstractmethod
+    def output_type(self, inputs: Sequence[str]) -> str:
+        """Name of the output's type."""
+
+    @abstractmethod
+    def workspace(self, inputs: Sequence[Tensor]) -> int:
+        """Bytes of workspace for inputs of these (largest) shapes."""
+
+    @abstractmethod
+    def launch(self, kernels: Launcher, inputs: Sequence[Tensor], output: int, workspace: int, stream: int) -> None:
+        """Put the kernels on the stream."""
+
+
+@dataclass(frozen=True)
+class Dimension:
+    """A dimension of an output: `plus` + the sum of the input dimensions (input, axis) in `terms`."""
+
+    plus: int = 0
+    terms: tuple[tuple[int, int], ...] = ()
+
+
+def attribute_values(trt: Any, operator: type[Operator], fields: Any) -> tuple[int, ...]:
+    """The operator's INT attributes from the parser's or the engine's fields; InputError names the wrong one."""
+    given = {field.name: field for field in fields}
+    values = []
+    for name in operator.ATTRIBUTES:
+        if name not in given:
+            raise InputError(f"{operator.NAME}: attribute {name} is missing", "one INT", "export the graph again")
+        field = given[name]
+        if field.type not in (trt.PluginFieldType.INT32, trt.PluginFieldType.INT64):
+            raise InputError(f"{operator.NAME}: attribute {name} is {field.type.name}", "one INT", "export it again")
+        if field.data is None or field.data.size != 1:
+            count = 0 if field.data is None else field.data.size
+            raise InputError(f"{operator.NAME}: attribute {name} is {count} values", "one INT", "export it again")
+        values.append(int(field.data.reshape(-1)[0]))
+    return tuple(values)
+
+
+def creators(trt: Any, operators: Sequence[type[Operator]], kernels: Callable[[], Launcher]) -> list[Any]:
+    """A plugin creator for each operator, for `trt.get_plugin_registry().register_creator(creator, "")`.
+
+    `kernels()` gives the kernels' C interface (engines.kernels.Kernels); only enqueue calls it, so engines are built
+    where no kernels can be loaded.
+    """
+    return [_creator(trt, operator, kernels) for operator in operators]
+
+
+def _creator(trt: Any, operator: type[Operator], kernels: Callable[[], Launcher]) -> Any:
+    plugin_class = _plugin_class(trt, operator, kernels)
+
+    class Creator(trt.IPluginCreatorV3One):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.IPluginCreatorV3One.__init__(self)
+            self.name = operator.NAME
+            self.plugin_version = "1"
+            self.plugin_namespace = ""
+            kind = trt.PluginFieldType.INT32
+            empty = _int32([])
+            self.field_names = trt.PluginFieldCollection(
+                [trt.PluginField(name, empty, kind) for name in operator.ATTRIBUTES]
+            )
+
+        def create_plugin(self, name: str, fields: Any, phase: Any) -> Any:
+            return plugin_class(operator(*attribute_values(trt, operator, fields)))
+
+    return Creator()
+
+
+def _plugin_class(trt: Any, operator: type[Operator], kernels: Callable[[], Launcher]) -> type[Any]:
+    types = {"float32": trt.float32, "float16": trt.float16, "bfloat16": trt.bfloat16, "int32": trt.int32}
+    names = {value: name for name, value in types.items()}
+
+    class Plugin(trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuild, trt.IPluginV3OneRuntime):  # type: ignore[misc]
+        def __init__(self, op: Operator) -> None:
+            trt.IPluginV3.__init__(self)
+            trt.IPluginV3OneCore.__init__(self)
+            trt.IPluginV3OneBuild.__init__(self)
+            trt.IPluginV3OneRuntime.__init__(self)
+            self.op = op
+            self.plugin_name = operator.NAME
+            self.plugin_version = "1"
+            self.plugin_namespace = ""
+            self.num_outputs = 1
+
+        def get_capability_interface(self, kind: Any) -> Any:
+            return self
+
+        def clone(self) -> Any:
+            return Plugin(self.op)
+
+        def attach_to_context(self, context: Any) -> Any:
+            return self.clone()
+
+        def get_fields_to_serialize(self) -> Any:
+            kind = trt.PluginFieldType.INT32
+            pairs = zip(operator.ATTRIBUTES, self.op.values, strict=True)
+            return trt.PluginFieldCollection([trt.PluginField(name, _int32([value]), kind) for name, value in pairs])
+
+        def get_output_data_types(self, input_types: Any) -> Any:
+            return [types[self.op.output_type([names.get(kind, "") for kind in input_types])]]
+
+        def get_output_shapes(self, inputs: Any, shape_inputs: Any, builder: Any) -> Any:
+            known = [[_constant(dims[axis]) for axis in range(len(dims))] for dims in inputs]
+            wanted = self.op.output_shape(known)
+            output = trt.DimsExprs(len(wanted))
+            for axis, dimension in enumerate(wanted):
+                output[axis] = _expression(trt, builder, inputs, dimension)
+            return [output]
+
+        def supports_format_combination(self, position: int, tensors: Any, inputs: int) -> bool:
+            described = tensors[position].desc
+            if described.format != trt.TensorFormat.LINEAR:
+                return False
+            kind = names.get(described.type, "")
+            if position < inputs:
+                return kind in operator.INPUT_TYPES[position]
+            return kind == self.op.output_type([names.get(tensors[i].desc.type, "") for i in range(inputs)])
+
+        def configure_plugin(self, inputs: Any, outputs: Any) -> None:
+            self.op.output_shape([tuple(tensor.max) for tensor in inputs])
+
+        def on_shape_change(self, inputs: Any, outputs: Any) -> None:
+            self.op.output_shape([tuple(tensor.dims) for tensor in inputs])
+
+        def get_workspace_size(self, inputs: Any, outputs: Any) -> int:
+            largest = [Tensor(0, tuple(tensor.max), names[tensor.desc.type]) for tensor in inputs]
+            return self.op.workspace(largest)
+
+        def get_valid_tactics(self) -> list[int]:
+            return []
+
+        def set_tactic(self, tactic: int) -> None:
+            return None
+
+        def enqueue(
+            self, input_desc: Any, output_desc: Any, inputs: Any, outputs: Any, workspace: int, stream: int
+        ) -> None:
+            tensors = [
+                Tensor(address, tuple(described.dims), names[described.type])
+                for address, described in zip(inputs, input_desc, strict=True)
+            ]
+            self.op.launch(kernels(), tensors, outputs[0], workspace, stream)
+
+    return Plugin
+
+
+def _expression(trt: Any, builder: Any, inputs: Any, dimension: Dimension) -> Any:
+    terms = [inputs[source][axis] for source, axis in dimension.terms]
+    if not terms:
+        return builder.constant(dimension.plus)
+    expression = terms[0]
+    for term in terms[1:]:
+        expression = builder.operation(trt.DimensionOperation.SUM, expression, term)
+    if dimension.plus:
+        sign = trt.DimensionOperation.SUM if dimension.plus > 0 else trt.DimensionOperation.SUB
+        expression = builder.operation(sign, expression, builder.constant(abs(dimension.plus)))
+    return expression
+
+
+def _constant(dimension: Any) -> int | None:
+    return int(dimension.get_constant_value()) if dimension.is_constant() else None
+
+
+def _int32(values: Sequence[int]) -> Any:
+    import numpy as np
+
+    return np.array(values, dtype=np.int32)

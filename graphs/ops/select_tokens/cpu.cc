@@ -1,0 +1,238 @@
+// BtpSelectTokens on the CPU. Distances are float32, 1 - similarity, kept as signed keys in float order, so that minimum,
+// maximum and ties are integer operations that compilers vectorise and results equal the reference's bit for bit.
+#include "cpu.h"
+
+#include <algorithm>
+#include <cstring>
+#include <limits>
+#include <numeric>
+#include <vector>
+
+#include "../common/half.h"
+
+// Hot loops are compiled for several instruction sets and the best is taken when the library is loaded.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define BTP_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define BTP_CLONES
+#endif
+
+namespace btp {
+namespace {
+
+constexpr int32_t kChosen = std::numeric_limits<int32_t>::min();  // below every key: not to be picked again
+constexpr int32_t kLowest = kChosen + 1;                          // NaN
+constexpr int32_t kFar = std::numeric_limits<int32_t>::max();
+constexpr int kChunk = 64;
+
+// Signed key with the order of the floats: NaN lowest, then -inf ... +inf, -0 equal to +0.
+inline int32_t order_key(float x)
+{
+    int32_t bits;
+    std::memcpy(&bits, &x, sizeof bits);
+    const int32_t magnitude = bits & 0x7fffffff;
+    const int32_t ordered = bits < 0 ? -magnitude : bits;
+    return magnitude > 0x7f800000 ? kLowest : ordered;
+}
+
+inline int32_t distance_key(float similarity) { return order_key(1.0f - similarity); }
+inline int32_t distance_key(uint16_t similarity) { return distance_key(half_to_float(similarity)); }
+
+// distance = min(distance, distance to the token whose similarities are `row`); returns the largest that is left.
+#define BTP_APPROACH(name, T)                                                             \
+    BTP_CLONES int32_t name(int32_t* __restrict distance, const T* __restrict row, int n) \
+    {                                                                                     \
+        int32_t best = kChosen;                                                           \
+        for (int i = 0; i < n; ++i) {                                                     \
+            const int32_t key = distance_key(row[i]);                                     \
+            const int32_t nearer = key < distance[i] ? key : distance[i];                 \
+            distance[i] = nearer;                                                         \
+            best = nearer > best ? nearer : best;                                         \
+        }                                                                                 \
+        return best;                                                                      \
+    }
+BTP_APPROACH(approach, float)
+BTP_APPROACH(approach, uint16_t)
+
+#define BTP_NEAREST(name, T)                                 \
+    BTP_CLONES int32_t name(const T* __restrict row, int n)  \
+    {                                                        \
+        int32_t best = kFar;                                 \
+        for (int i = 0; i < n; ++i) {                        \
+            const int32_t key = distance_key(row[i]);        \
+            best = key < best ? key : best;                  \
+        }                                                    \
+        return best;                                         \
+    }
+BTP_NEAREST(nearest, float)
+BTP_NEAREST(nearest, uint16_t)
+
+// First place of `value`, which is there: whole chunks are compared at once.
+BTP_CLONES int first_of(const int32_t* __restrict values, int n, int32_t value)
+{
+    int start = 0;
+    for (; start + kChunk <= n; start += kChunk) {
+        int32_t found = 0;
+        for (int i = 0; i < kChunk; ++i) {
+            found |= values[start + i] == value ? 1 : 0;
+        }
+        if (found != 0) {
+            break;
+        }
+    }
+    while (values[start] != value) {
+        ++start;
+    }
+    return start;
+}
+
+template <typename T>
+class Selection {
+public:
+    Selection(const BtpSelect& select, const float* scores, const T* similarity, const int32_t* seeds)
+        : select_(select), tokens_(select.tokens), scores_(scores), similarity_(similarity), seeds_(seeds),
+          member_(static_cast<size_t>(tokens_), 0)
+    {
+    }
+
+    void run(int32_t* indices)
+    {
+        if (select_.attention_quota > 0 || similarity_ == nullptr) {
+            sort_by_score();
+            pick_attention();
+        }
+        const bool nothing = select_.attention_quota == 0 && select_.seeds == 0;
+        if (similarity_ != nullptr) {
+            distance_.assign(static_cast<size_t>(tokens_), kFar);
+            const int diverse = select_.diversity_quota > 0 ? select_.diversity_quota : nothing ? select_.keep : 0;
+            const std::vector<int> attention = base_;
+            const int32_t best = diverse > 0 ? pick_diverse(diverse) : kFar;
+            const size_t before_seeds = base_.size();
+            for (int seed = 0; seed < select_.seeds; ++seed) {
+                if (seeds_[seed] >= 0 && seeds_[seed] < tokens_) {
+                    take(seeds_[seed]);
+                }
+            }
+            fill_by_distance(attention, before_seeds, best);
+        } else {
+            for (const int token : order_) {
+                take(token);
+            }
+        }
+        for (int token = 0; token < tokens_; ++token) {
+            if (member_[static_cast<size_t>(token)] != 0) {
+                *indices++ = token;
+            }
+        }
+    }
+
+private:
+    void take(int token)
+    {
+        if (static_cast<int>(base_.size()) < select_.keep && member_[static_cast<size_t>(token)] == 0) {
+            member_[static_cast<size_t>(token)] = 1;
+            base_.push_back(token);
+        }
+    }
+
+    // One integer a token: descending key above ascending index, so that plain sorting gives the order with its ties.
+    void sort_by_score()
+    {
+        std::vector<int64_t> places(static_cast<size_t>(tokens_));
+        for (int token = 0; token < tokens_; ++token) {
+            places[static_cast<size_t>(token)] = -(int64_t{order_key(scores_[token])} * (int64_t{1} << 31)) + token;
+        }
+        std::sort(places.begin(), places.end());
+        for (const int64_t place : places) {
+            order_.push_back(static_cast<int>(place & 0x7fffffff));
+        }
+    }
+
+    // Rule 1.
+    void pick_attention()
+    {
+        const int pool = std::min(select_.pool, tokens_);
+        int left = select_.attention_quota;
+        for (const bool below : {true, false}) {
+            for (int place = 0; place < pool && left > 0; ++place) {
+                const int token = order_[static_cast<size_t>(place)];
+                if ((token < select_.boundary) == below) {
+                    take(token);
+                    --left;
+                }
+            }
+        }
+    }
+
+    const T* row(int token) const { return similarity_ + static_cast<size_t>(token) * static_cast<size_t>(tokens_); }
+
+    // Selects a token: its own distance goes below all others; returns the largest distance left.
+    int32_t approach_token(int token)
+    {
+        distance_[static_cast<size_t>(token)] = kChosen;
+        return approach(distance_.data(), row(token), tokens_);
+    }
+
+    // Rule 2: the first token is the one whose nearest other token is farthest.
+    int32_t pick_diverse(int count)
+    {
+        std::vector<int32_t> alone(static_cast<size_t>(tokens_));
+        for (int token = 0; token < tokens_; ++token) {
+            const T* const values = row(token);
+            alone[static_cast<size_t>(token)] =
+                std::min(nearest(values, token), nearest(values + token + 1, tokens_ - token - 1));
+        }
+        int token = first_of(alone.data(), tokens_, *std::max_element(alone.begin(), alone.end()));
+        take(token);
+        int32_t best = approach_token(token);
+        for (int pick = 1; pick < count; ++pick) {
+            token = first_of(distance_.data(), tokens_, best);
+            take(token);
+            best = approach_token(token);
+        }
+        return best;
+    }
+
+    // Rule 4: distances to the diverse picks are known, the other members of the base come nearer one by one.
+    void fill_by_distance(const std::vector<int>& attention, size_t before_seeds, int32_t best)
+    {
+        if (static_cast<int>(base_.size()) == select_.keep) {
+            return;
+        }
+        for (const int token : attention) {
+            best = approach_token(token);
+        }
+        for (size_t place = before_seeds; place < base_.size(); ++place) {
+            best = approach_token(base_[place]);
+        }
+        while (static_cast<int>(base_.size()) < select_.keep) {
+            const int token = first_of(distance_.data(), tokens_, best);
+            take(token);
+            best = approach_token(token);
+        }
+    }
+
+    const BtpSelect& select_;
+    const int tokens_;
+    const float* const scores_;
+    const T* const similarity_;
+    const int32_t* const seeds_;
+    std::vector<uint8_t> member_;
+    std::vector<int> order_;
+    std::vector<int> base_;
+    std::vector<int32_t> distance_;
+};
+
+}  // namespace
+
+void select_tokens_cpu(const BtpSelect& select, const float* scores, const void* similarity, const int32_t* seeds,
+                       int32_t* indices)
+{
+    if (select.similarity == BTP_FLOAT16) {
+        Selection<uint16_t>(select, scores, static_cast<const uint16_t*>(similarity), seeds).run(indices);
+    } else {
+        Selection<float>(select, scores, static_cast<const float*>(similarity), seeds).run(indices);
+    }
+}
+
+}  // namespace btp

@@ -1,0 +1,114 @@
+"""Compiles the native sources for tests, once: outputs are kept in pytest's cache under a hash of what went in."""
+
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[3]
+OPS = ROOT / "graphs" / "ops"
+NATIVE = ROOT / "engines" / "native"
+TESTS = Path(__file__).parent
+OPERATORS = ("select_tokens", "gather_tokens")
+STRICT = ["-std=c++17", "-fPIC", "-Wall", "-Wextra", "-Werror"]
+ARCHITECTURES = ("80", "86", "87", "89", "90", "110", "120")  # as in CMakeLists.txt
+KEPT = ROOT / ".pytest_cache" / "d" / "native"
+
+
+def compiler() -> str:
+    """The C++ compiler, or a skip."""
+    path = shutil.which("c++") or shutil.which("g++")
+    if path is None:
+        pytest.skip("no C++ compiler (c++ or g++) is installed")
+    return path
+
+
+def nvcc() -> str:
+    """The CUDA compiler, or a skip."""
+    path = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+    if path is None:
+        pytest.skip("no CUDA compiler (nvcc) is installed")
+    return path
+
+
+def cuda_include() -> Path:
+    """The folder of cuda_runtime_api.h, or a skip."""
+    for folder in (Path(nvcc()).resolve().parents[1] / "include", Path("/usr/local/cuda/include")):
+        if (folder / "cuda_runtime_api.h").is_file():
+            return folder
+    pytest.skip("no CUDA toolkit headers (cuda_runtime_api.h) are installed")
+
+
+def tensorrt_headers() -> list[Path]:
+    """Folders of NvInferRuntime.h named by TENSORRT_INCLUDE_DIR (several with a colon between)."""
+    named = os.environ.get("TENSORRT_INCLUDE_DIR", "")
+    return [Path(part) for part in named.split(os.pathsep) if part and (Path(part) / "NvInferRuntime.h").is_file()]
+
+
+def run(command: Sequence[str | Path]) -> None:
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{' '.join(map(str, command))}\n{done.stdout}{done.stderr}"
+
+
+def sources() -> bytes:
+    """All native sources: whatever changes in them, everything is compiled again."""
+    files = [path for folder in (OPS, NATIVE, TESTS) for path in folder.rglob("*") if path.suffix in SUFFIXES]
+    return b"".join(str(path).encode() + path.read_bytes() for path in sorted(files))
+
+
+SUFFIXES = {".cu", ".cuh", ".h", ".cc", ".cpp"}
+
+
+def compiled(name: str, command: Sequence[str | Path], inputs: Sequence[Path]) -> Path:
+    """Run `command inputs -o <file>` unless it was done before; the file appears whole or not at all."""
+    key = hashlib.sha256(sources() + "\0".join(map(str, [*command, *inputs])).encode()).hexdigest()[:16]
+    target = KEPT / key / name
+    if not target.is_file():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_suffix(f".{os.getpid()}")
+        run([*command, *inputs, "-o", partial])
+        partial.replace(target)
+    return target
+
+
+@functools.cache
+def emulated_objects() -> tuple[Path, ...]:
+    """The kernels' own source, compiled for the CPU with tests/engines/native/simt.h."""
+    flags = [*STRICT, "-O2", "-Wno-unknown-pragmas", "-DBTP_SIMT_EMULATION", f"-I{TESTS}", "-x", "c++", "-c"]
+    files = [*(OPS / name / "kernel.cu" for name in OPERATORS), OPS / "common" / "status.cpp"]
+    return tuple(compiled(f"{path.parent.name}.o", [compiler(), *flags], [path]) for path in files)
+
+
+@functools.cache
+def emulated_kernels() -> Path:
+    """libbtp_kernels as it would be, with the kernels running in the SIMT emulation."""
+    return compiled("libbtp_kernels.so", [compiler(), *STRICT, "-shared"], emulated_objects())
+
+
+@functools.cache
+def ort_library() -> Path:
+    """libbtp_ort with CPU kernels."""
+    files = [OPS / "select_tokens" / "cpu.cc", *(OPS / name / "ort_op.cc" for name in OPERATORS)]
+    flags = [*STRICT, "-O3", "-shared", "-fvisibility=hidden"]
+    return compiled("libbtp_ort.so", [compiler(), *flags], [*files, NATIVE / "ort_library.cc"])
+
+
+def plugin(headers: Path, *, name: str = "trt_dynamic") -> Path:
+    """A TensorRT plugin library compiled against these headers, with emulated kernels."""
+    include = ["-isystem", headers, "-isystem", cuda_include()]
+    files = [*(OPS / name / "trt_plugin.cpp" for name in OPERATORS), OPS / "common" / "trt_common.cpp"]
+    flags = [compiler(), *STRICT, "-O1", "-shared", "-fvisibility=hidden", *include]
+    return compiled(f"libbtp_{name}.so", flags, [*files, NATIVE / f"{name}.cpp", *emulated_objects()])
+
+
+def contract(headers: Path) -> Path:
+    """The contract checker compiled against these headers."""
+    include = ["-isystem", headers, "-isystem", cuda_include()]
+    return compiled(
+        "contract", [compiler(), *STRICT, "-O1", *include, "-Wl,--no-as-needed", "-ldl"], [TESTS / "contract.cpp"]
+    )

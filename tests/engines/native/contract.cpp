@@ -1,0 +1,324 @@
+// Test only: what TensorRT relies on in a plugin library, checked with the headers alone.
+//
+//   contract LIBRARY [run]     `run`: LIBRARY holds the emulated kernels, so enqueue() is called too
+//
+// Loads the library as IPluginRegistry::loadLibrary does, then plays the parser and the builder: creators, fields, output
+// shapes, formats, wrong attributes, clone, serialise and recreate. Prints one line for every check that fails.
+#include "contract.h"
+
+#include <dlfcn.h>
+
+namespace {
+
+// --- the other side of the creators -------------------------------------------------------------------------------------
+
+struct Attributes {
+    std::deque<int32_t> values;
+    std::vector<PluginField> fields;
+    PluginFieldCollection collection{};
+
+    explicit Attributes(const std::map<std::string, int32_t>& given)
+    {
+        for (const auto& item : given) {
+            values.push_back(item.second);
+            fields.emplace_back(item.first.c_str(), &values.back(), PluginFieldType::kINT32, 1);
+        }
+    }
+    const PluginFieldCollection* get()
+    {
+        collection.nbFields = static_cast<int32_t>(fields.size());
+        collection.fields = fields.data();
+        return &collection;
+    }
+    PluginField& field(const std::string& name)
+    {
+        for (PluginField& f : fields) {
+            if (name == f.name) {
+                return f;
+            }
+        }
+        std::abort();
+    }
+};
+
+using Given = std::map<std::string, int32_t>;
+const Given kSelect{{"keep", 3}, {"attention_quota", 1}, {"diversity_quota", 1}, {"pool", 2}, {"boundary", 3}};
+const Given kGather{{"start", 1}, {"count", 4}};
+
+IPluginV3* create(IPluginCreatorV3One& creator, Attributes attributes)
+{
+    messages.forget();
+    return creator.createPlugin("node", attributes.get(), TensorRTPhase::kBUILD);
+}
+
+void refused(IPluginCreatorV3One& creator, Attributes attributes, const std::string& part)
+{
+    const std::unique_ptr<IPluginV3> plugin(create(creator, std::move(attributes)));
+    check(plugin == nullptr, "a plugin was made although " + part);
+    check(messages.text().find(part) != std::string::npos, "wanted '" + part + "' in: " + messages.text());
+}
+
+IPluginV3OneBuild& build(IPluginV3& plugin)
+{
+    return *static_cast<IPluginV3OneBuild*>(plugin.getCapabilityInterface(PluginCapabilityType::kBUILD));
+}
+
+IPluginV3OneRuntime& runtime(IPluginV3& plugin)
+{
+    return *static_cast<IPluginV3OneRuntime*>(plugin.getCapabilityInterface(PluginCapabilityType::kRUNTIME));
+}
+
+// Output shape, or {} if the plugin refuses the inputs.
+std::vector<int64_t> shape(IPluginV3& plugin, const std::vector<std::vector<int64_t>>& inputs)
+{
+    Expressions builder;
+    std::vector<DimsExprs> in;
+    for (const auto& dims : inputs) {
+        in.push_back(builder.dims(dims));
+    }
+    DimsExprs out{};
+    messages.forget();
+    const int32_t status = build(plugin).getOutputShapes(
+        in.data(), static_cast<int32_t>(in.size()), nullptr, 0, &out, 1, builder);
+    std::vector<int64_t> result;
+    for (int32_t i = 0; status == 0 && i < out.nbDims; ++i) {
+        result.push_back(out.d[i]->isConstant() ? out.d[i]->getConstantValue() : -1);
+    }
+    return result;
+}
+
+void no_shape(IPluginV3& plugin, const std::vector<std::vector<int64_t>>& inputs, const std::string& part)
+{
+    check(shape(plugin, inputs).empty(), "a shape was given although " + part);
+    check(messages.text().find(part) != std::string::npos, "wanted '" + part + "' in: " + messages.text());
+}
+
+DynamicPluginTensorDesc tensor(DataType type, TensorFormat format = TensorFormat::kLINEAR)
+{
+    DynamicPluginTensorDesc result{};
+    result.desc.type = type;
+    result.desc.format = format;
+    return result;
+}
+
+bool takes(IPluginV3& plugin, int32_t position, const std::vector<DataType>& types,
+           TensorFormat format = TensorFormat::kLINEAR)
+{
+    std::vector<DynamicPluginTensorDesc> tensors;
+    for (const DataType type : types) {
+        tensors.push_back(tensor(type, format));
+    }
+    return build(plugin).supportsFormatCombination(position, tensors.data(), static_cast<int32_t>(types.size()) - 1, 1);
+}
+
+PluginTensorDesc desc(DataType type, const std::vector<int64_t>& dims)
+{
+    PluginTensorDesc result{};
+    result.type = type;
+    result.format = TensorFormat::kLINEAR;
+    result.dims.nbDims = static_cast<int32_t>(dims.size());
+    for (size_t i = 0; i < dims.size(); ++i) {
+        result.dims.d[i] = dims[i];
+    }
+    return result;
+}
+
+// Serialised fields recreate the same plugin: same attributes again, same shapes.
+void round_trip(IPluginCreatorV3One& creator, IPluginV3& plugin, const Given& given,
+                const std::vector<std::vector<int64_t>>& inputs)
+{
+    const PluginFieldCollection* const fields = runtime(plugin).getFieldsToSerialize();
+    check(fields->nbFields == static_cast<int32_t>(given.size()), "every attribute is serialised once");
+    for (int32_t i = 0; i < fields->nbFields; ++i) {
+        const auto found = given.find(fields->fields[i].name);
+        check(found != given.end() && fields->fields[i].type == PluginFieldType::kINT32 && fields->fields[i].length == 1
+                  && *static_cast<const int32_t*>(fields->fields[i].data) == found->second,
+              std::string("serialised attribute ") + fields->fields[i].name);
+    }
+    const std::unique_ptr<IPluginV3> again(creator.createPlugin("node", fields, TensorRTPhase::kRUNTIME));
+    const std::unique_ptr<IPluginV3> copy(plugin.clone());
+    const std::unique_ptr<IPluginV3> attached(runtime(plugin).attachToContext(nullptr));
+    for (IPluginV3* other : {again.get(), copy.get(), attached.get()}) {
+        check(other != nullptr && shape(*other, inputs) == shape(plugin, inputs), "a copy gives the same shapes");
+    }
+    auto& core = *static_cast<IPluginV3OneCore*>(plugin.getCapabilityInterface(PluginCapabilityType::kCORE));
+    check(std::string(core.getPluginName()) == creator.getPluginName() && std::string(core.getPluginVersion()) == "1"
+              && std::string(core.getPluginNamespace()).empty(), "name, version and namespace");
+}
+
+void check_select(IPluginCreatorV3One& creator)
+{
+    const std::unique_ptr<IPluginV3> plugin(create(creator, Attributes(kSelect)));
+    check(plugin != nullptr, "BtpSelectTokens can be made: " + messages.text());
+    if (plugin == nullptr) {
+        return;
+    }
+    const std::vector<std::vector<int64_t>> full{{2, 5}, {2, 5, 5}, {2}};
+    check(shape(*plugin, {{2, 5}, {2, 5, 5}}) == std::vector<int64_t>{2, 3}, "indices are [B,keep]");
+    check(shape(*plugin, full) == std::vector<int64_t>{2, 3}, "seeds change no shape");
+    check(shape(*plugin, {{-1, -1}, {-1, -1, -1}}) == std::vector<int64_t>{-1, 3}, "open dimensions stay open");
+    no_shape(*plugin, {{2, 2}, {2, 2, 2}}, "keep is 3, wanted 1 to 2");
+    no_shape(*plugin, {{2, 5}}, "diversity_quota is 1, wanted 0, because there is no similarity");
+    no_shape(*plugin, {{2, 5}, {2, 5, 4}}, "a dimension of similarity is 4, wanted 5");
+    no_shape(*plugin, {{5}, {2, 5, 5}}, "scores has 1 dimensions, wanted 2");
+    no_shape(*plugin, {{2, 5}, {5, 5}}, "similarity has 2 dimensions, wanted 3");
+    no_shape(*plugin, {{2, 5}, {2, 5, 5}, {1, 2}}, "seeds has 2 dimensions, wanted 1");
+    for (const char* name : {"keep", "attention_quota", "diversity_quota", "pool", "boundary"}) {
+        Given without = kSelect;
+        without.erase(name);
+        refused(creator, Attributes(without), std::string("BtpSelectTokens: attribute ") + name + " is missing");
+        Attributes wrong(kSelect);
+        static const float number = 2.0f;
+        wrong.field(name) = PluginField(name, &number, PluginFieldType::kFLOAT32, 1);
+        refused(creator, std::move(wrong), std::string("attribute ") + name + " is FLOAT32, wanted one INT");
+        Attributes many(kSelect);
+        many.field(name).length = 2;
+        refused(creator, std::move(many), std::string("attribute ") + name + " is 2 values, wanted one INT");
+    }
+    const auto with = [](const char* name, int32_t value) {
+        Given changed = kSelect;
+        changed[name] = value;
+        return Attributes(changed);
+    };
+    refused(creator, with("keep", 0), "keep is 0, wanted at least 1");
+    refused(creator, with("attention_quota", -1), "attention_quota is -1");
+    refused(creator, with("pool", 0), "pool is 0, wanted at least attention_quota = 1");
+    refused(creator, with("boundary", -3), "boundary is -3");
+    using D = DataType;
+    check(takes(*plugin, 0, {D::kFLOAT, D::kFLOAT, D::kINT32, D::kINT32}), "float32 scores");
+    check(!takes(*plugin, 0, {D::kHALF, D::kFLOAT, D::kINT32, D::kINT32}), "no float16 scores");
+    check(takes(*plugin, 1, {D::kFLOAT, D::kHALF, D::kINT32, D::kINT32}), "float16 similarity");
+    check(!takes(*plugin, 1, {D::kFLOAT, D::kINT32, D::kINT32, D::kINT32}), "no integer similarity");
+    check(takes(*plugin, 2, {D::kFLOAT, D::kFLOAT, D::kINT32, D::kINT32}), "int32 seeds");
+    check(takes(*plugin, 1, {D::kFLOAT, D::kINT32}), "int32 indices right after the scores");
+    check(!takes(*plugin, 1, {D::kFLOAT, D::kFLOAT}), "no float32 indices");
+    check(!takes(*plugin, 0, {D::kFLOAT, D::kINT32}, TensorFormat::kCHW32), "linear tensors only");
+    const std::vector<PluginTensorDesc> in{desc(D::kFLOAT, {2, 5}), desc(D::kFLOAT, {2, 5, 5})};
+    const PluginTensorDesc out = desc(D::kINT32, {2, 3});
+    check(runtime(*plugin).onShapeChange(in.data(), 2, &out, 1) == 0, "sizes that fit are taken");
+    const std::vector<PluginTensorDesc> narrow{desc(D::kFLOAT, {2, 2}), desc(D::kFLOAT, {2, 2, 2})};
+    check(runtime(*plugin).onShapeChange(narrow.data(), 2, &out, 1) != 0, "keep above V is refused at run time too");
+    DataType type = D::kFLOAT;
+    check(build(*plugin).getOutputDataTypes(&type, 1, nullptr, 2) == 0 && type == D::kINT32, "indices are int32");
+    round_trip(creator, *plugin, kSelect, full);
+}
+
+void check_gather(IPluginCreatorV3One& creator)
+{
+    const std::unique_ptr<IPluginV3> plugin(create(creator, Attributes(kGather)));
+    check(plugin != nullptr, "BtpGatherTokens can be made: " + messages.text());
+    if (plugin == nullptr) {
+        return;
+    }
+    const std::vector<std::vector<int64_t>> full{{2, 7, 8}, {2, 3}};
+    check(shape(*plugin, full) == std::vector<int64_t>{2, 6, 8}, "output is [B,S-count+k,...]");
+    check(shape(*plugin, {{2, 7}, {2, 3}}) == std::vector<int64_t>{2, 6}, "tokens may be [B,S]");
+    check(shape(*plugin, {{-1, -1, 8}, {-1, -1}}) == std::vector<int64_t>{-1, -1, 8}, "open dimensions stay open");
+    no_shape(*plugin, {{2, 4, 8}, {2, 3}}, "count is 4, wanted 0 to 3");
+    no_shape(*plugin, {{2, 7, 8}, {1, 3}}, "dimension 0 of indices is 1, wanted 2");
+    no_shape(*plugin, {{2, 7, 8}, {3}}, "indices has 1 dimensions, wanted 2");
+    no_shape(*plugin, {{7}, {1, 3}}, "tokens has 1 dimensions, wanted 2 or more");
+    no_shape(*plugin, {{2, 7, 8}}, "got 1 inputs, wanted tokens and indices");
+    refused(creator, Attributes(Given{{"start", 1}}), "BtpGatherTokens: attribute count is missing");
+    refused(creator, Attributes(Given{{"start", -1}, {"count", 4}}), "start is -1");
+    refused(creator, Attributes(Given{{"start", 1}, {"count", -4}}), "count is -4");
+    using D = DataType;
+    for (const D type : {D::kFLOAT, D::kHALF, D::kBF16}) {
+        check(takes(*plugin, 0, {type, D::kINT32, type}) && takes(*plugin, 2, {type, D::kINT32, type}), "token types");
+        D out = D::kINT32;
+        check(build(*plugin).getOutputDataTypes(&out, 1, &type, 2) == 0 && out == type, "output has the tokens' type");
+    }
+    check(!takes(*plugin, 2, {D::kFLOAT, D::kINT32, D::kHALF}), "no change of type");
+    check(!takes(*plugin, 1, {D::kFLOAT, D::kFLOAT, D::kFLOAT}), "int32 indices");
+    round_trip(creator, *plugin, kGather, full);
+}
+
+// --- enqueue(), where the library's kernels run on the CPU -------------------------------------------------------------
+
+void run_select(IPluginCreatorV3One& creator)
+{
+    const std::unique_ptr<IPluginV3> plugin(create(creator, Attributes(kSelect)));
+    // Token 1 has the best score; tokens 2 and 3 are alike, so are 0 and 1; 4 is unlike all and the diverse pick.
+    const float scores[5] = {0.0f, 9.0f, 3.0f, 2.0f, 1.0f};
+    float similarity[25] = {};
+    const auto alike = [&similarity](int a, int b, float value) { similarity[a * 5 + b] = similarity[b * 5 + a] = value; };
+    for (int token = 0; token < 5; ++token) {
+        alike(token, token, 1.0f);
+    }
+    alike(0, 1, 0.9f);
+    alike(2, 3, 0.9f);
+    alike(0, 4, -0.5f);
+    alike(1, 4, -0.5f);
+    alike(2, 4, -0.25f);
+    alike(3, 4, -0.25f);
+    const std::vector<PluginTensorDesc> in{desc(DataType::kFLOAT, {1, 5}), desc(DataType::kFLOAT, {1, 5, 5})};
+    const PluginTensorDesc out = desc(DataType::kINT32, {1, 3});
+    int32_t indices[3] = {-1, -1, -1};
+    uint32_t workspace[64];
+    const void* const inputs[] = {scores, similarity};
+    void* const outputs[] = {indices};
+    check(runtime(*plugin).onShapeChange(in.data(), 2, &out, 1) == 0, "shapes are taken");
+    check(runtime(*plugin).enqueue(in.data(), &out, inputs, outputs, workspace, nullptr) == 0, "enqueue runs");
+    check(indices[0] == 1 && indices[1] == 2 && indices[2] == 4, "the selection is 1 (score), 4 (diverse), 2 (fill)");
+}
+
+void run_gather(IPluginCreatorV3One& creator)
+{
+    const std::unique_ptr<IPluginV3> plugin(create(creator, Attributes(kGather)));
+    uint16_t tokens[6 * 3];
+    for (uint16_t i = 0; i < 18; ++i) {
+        tokens[i] = i;
+    }
+    const int32_t indices[2] = {1, 3};
+    uint16_t output[4 * 3] = {};
+    const uint16_t rows[4] = {0, 2, 4, 5};
+    const std::vector<PluginTensorDesc> in{desc(DataType::kHALF, {1, 6, 3}), desc(DataType::kINT32, {1, 2})};
+    const PluginTensorDesc out = desc(DataType::kHALF, {1, 4, 3});
+    const void* const inputs[] = {tokens, indices};
+    void* const outputs[] = {output};
+    check(runtime(*plugin).enqueue(in.data(), &out, inputs, outputs, nullptr, nullptr) == 0, "enqueue runs");
+    for (int i = 0; i < 12; ++i) {
+        check(output[i] == rows[i / 3] * 3 + i % 3, "gathered row " + std::to_string(i / 3));
+    }
+}
+
+}  // namespace
+
+int main(int count, char** arguments)
+{
+    if (count < 2) {
+        return 2;
+    }
+    void* const library = dlopen(arguments[1], RTLD_NOW | RTLD_LOCAL);
+    if (library == nullptr) {
+        std::printf("FAILED: %s\n", dlerror());
+        return 1;
+    }
+    using GetCreators = IPluginCreatorInterface* const* (*)(int32_t&);
+    const auto get_creators = reinterpret_cast<GetCreators>(dlsym(library, "getCreators"));
+    if (get_creators == nullptr || dlsym(library, "setLoggerFinder") == nullptr) {  // RTX 1.7.1 wants both
+        std::printf("FAILED: the library lacks getCreators or setLoggerFinder\n");
+        return 1;
+    }
+    int32_t number = 0;
+    IPluginCreatorInterface* const* const creators = get_creators(number);
+    std::map<std::string, IPluginCreatorV3One*> named;
+    for (int32_t i = 0; i < number; ++i) {
+        check(std::string(creators[i]->getInterfaceInfo().kind) == "PLUGIN CREATOR_V3ONE", "creators are of IPluginV3");
+        auto* const creator = static_cast<IPluginCreatorV3One*>(creators[i]);
+        check(std::string(creator->getPluginVersion()) == "1", "plugin version 1");
+        check(std::string(creator->getPluginNamespace()).empty(), "no plugin namespace");
+        named[creator->getPluginName()] = creator;
+    }
+    check(number == 2 && named.count("BtpSelectTokens") == 1 && named.count("BtpGatherTokens") == 1, "two creators");
+    check(named["BtpSelectTokens"]->getFieldNames()->nbFields == 5, "fields of BtpSelectTokens");
+    check(named["BtpGatherTokens"]->getFieldNames()->nbFields == 2, "fields of BtpGatherTokens");
+    check_select(*named["BtpSelectTokens"]);
+    check_gather(*named["BtpGatherTokens"]);
+    if (count > 2) {
+        run_select(*named["BtpSelectTokens"]);
+        run_gather(*named["BtpGatherTokens"]);
+    }
+    std::printf("%d failed\n", failures);
+    return failures == 0 ? 0 : 1;
+}
