@@ -71,4 +71,4 @@ def _presets() -> list[dict[str, str]]:
 def _show_presets(result: dict[str, Any]) -> Any:
     from btp_export.console import table
 
-    return table(["plan", ""], [[entry["name"], entry["summary"]] for entry in result["presets"]])
+    return table(["plan", ""], [[entry["name"], entry["summary"]] for entry in result["presets"]], text=2)

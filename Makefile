@@ -1,0 +1,63 @@
+# `make demo` and `make test` do all their set-up in .venv; nothing outside the checkout is changed.
+#
+# TORCH_INDEX=<address of your PyTorch CPU index>  takes torch from there. Without it the CPU wheel is tried first
+# where pip already knows one, and the ordinary wheel (gigabytes on Linux x86) only if there is none.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+TORCH := torch==2.13.0
+OUT ?= demo-bundle
+
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: demo test lint format native gpu-check clean
+
+demo: $(VENV)/.ready
+	$(BIN)/btp-export --model demo --out $(OUT) --force
+	@echo
+	@echo "report: $(OUT)/report/index.html"
+
+test: $(VENV)/.ready-dev
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.ready-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.ready-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# Optional: the native operators (docs/native.md), as far as the compilers and headers at hand allow.
+NATIVE_OPTIONS ?=
+native:
+	cmake -S engines/native -B engines/native/build $(NATIVE_OPTIONS)
+	cmake --build engines/native/build
+
+# On a GPU machine: verifies the kernels, then times them. Runs on that machine's own torch, with numpy, onnx, ml_dtypes.
+gpu-check:
+	$(PYTHON) -m benchmarks.gpu_check
+
+clean:
+	rm -rf $(VENV) build *.egg-info
+
+$(VENV)/.ready: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or later is needed: make PYTHON=python3.11")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -c 'import torch' 2>/dev/null || $(MAKE) --no-print-directory torch
+	$(BIN)/python -m pip install --quiet -e '.[report]'
+	touch $@
+
+$(VENV)/.ready-dev: $(VENV)/.ready
+	$(BIN)/python -m pip install --quiet -e '.[dev]'
+	touch $@
+
+.PHONY: torch
+torch:
+ifdef TORCH_INDEX
+	$(BIN)/python -m pip install --quiet --index-url $(TORCH_INDEX) $(TORCH)
+else
+	$(BIN)/python -m pip install --quiet $(TORCH)+cpu || $(BIN)/python -m pip install --quiet $(TORCH)
+endif

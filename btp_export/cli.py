@@ -1,0 +1,145 @@
+"""The command line: finds the command modules, and turns errors, Ctrl-C and closed pipes into messages and exit codes.
+
+Exit codes: 0 done; 1 a check did not hold (or a defect of the toolkit); 2 bad input or usage; 3 something needed is
+not installed or not reachable; 130 interrupted (Ctrl-C, SIGTERM, SIGHUP).
+"""
+
+import contextlib
+import errno
+import importlib
+import os
+import pkgutil
+import re
+import signal
+import sys
+import threading
+import traceback
+import warnings
+from collections.abc import Iterator, Sequence
+from types import FrameType
+
+import typer
+
+from btp_export import commands, console
+from graphs.errors import BtpError
+
+ORDER = ("calibrate", "export", "verify", "run", "eval", "bench", "plan", "report", "doctor")
+OURS = ("btp_export", "calibrate", "engines", "graphs")
+INTERRUPTED = 130
+PIPE_CLOSED = 141
+
+
+def make_app() -> typer.Typer:
+    """The typer application: one command for each module in btp_export/commands, `main` for no command."""
+    app = typer.Typer(
+        name="btp-export",
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        rich_markup_mode=None,
+        context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    )
+    for name in command_names():
+        module = importlib.import_module(f"{commands.__name__}.{name}")
+        app.command(name, short_help=_first_sentence(module.command.__doc__))(module.command)
+    main_module = importlib.import_module(f"{commands.__name__}.main")
+    app.callback(invoke_without_command=True)(main_module.command)
+    return app
+
+
+def _first_sentence(text: str | None) -> str:
+    """What the list of commands shows: up to the first full stop or colon."""
+    return re.split(r"[.:](?:\s|$)", " ".join((text or "").split()), maxsplit=1)[0]
+
+
+def command_names() -> list[str]:
+    """Names of the command modules, in the order of the help page; new ones come last."""
+    modules = {module.name for module in pkgutil.iter_modules(commands.__path__)}
+    found = {name for name in modules if not name.startswith("_")} - {"main"}
+    return [name for name in ORDER if name in found] + sorted(found - set(ORDER))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return the exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in given  # taken at any place, also after a command
+    given = [argument for argument in given if argument != "--debug"]
+    _quiet_libraries(debug)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_signals_interrupt())
+        if "--json" in given and not {"-h", "--help"} & set(given):
+            stack.enter_context(console.stdout_for_results())
+        return _run(given, debug)
+
+
+def _run(arguments: list[str], debug: bool) -> int:
+    try:
+        code = make_app()(arguments, prog_name="btp-export", standalone_mode=False)
+        if code == INTERRUPTED:  # typer turns KeyboardInterrupt into this
+            console.show_lines(["interrupted"], prefix="")
+        return code if isinstance(code, int) else 0
+    except KeyboardInterrupt:
+        console.show_lines(["interrupted"], prefix="")
+        return INTERRUPTED
+    except (BrokenPipeError, SystemExit):  # typer exits when a pipe is closed, and only then
+        _discard_stdout()
+        return PIPE_CLOSED
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        lines, code = describe(error)
+        console.show_lines(lines)
+        return code
+
+
+def describe(error: BaseException) -> tuple[list[str], int]:
+    """One to three lines for an error, and its exit code."""
+    if isinstance(error, BtpError):
+        return error.lines(), error.exit_code
+    if isinstance(error, typer.TyperException):
+        context = getattr(error, "ctx", None)
+        path = context.command_path if context else "btp-export"
+        return [error.format_message(), f"do this: {path} --help"], 2
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        where = f" while writing {error.filename}" if error.filename else ""
+        return [f"{error.strerror}{where}", "do this: free some space, or give --out on another disk"], 2
+    if isinstance(error, OSError) and error.filename:
+        return [f"{error.filename}: {error.strerror}", "do this: check the path and its permissions"], 2
+    if isinstance(error, ModuleNotFoundError) and (error.name or "").split(".")[0] not in OURS:
+        return [f"{error.name} is not installed", "do this: btp-export doctor"], 3
+    if isinstance(error, MemoryError):
+        return ["not enough memory", "do this: btp-export doctor shows how much there is; close other programs"], 3
+    return [f"{type(error).__name__}: {error}", "this is a defect of btp-export; --debug shows where it happened"], 1
+
+
+def _quiet_libraries(debug: bool) -> None:
+    """Keep other libraries' progress bars and warnings out of the output; what the user has set stays."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not debug:
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        warnings.simplefilter("ignore")
+
+
+@contextlib.contextmanager
+def _signals_interrupt() -> Iterator[None]:
+    """SIGTERM and SIGHUP act like Ctrl-C, so that every `finally` that cleans up runs; `nohup` keeps its meaning."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = {}
+    if threading.current_thread() is threading.main_thread():  # elsewhere somebody else owns the signals
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                before[number] = signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _discard_stdout() -> None:
+    """Nobody reads any more: let the interpreter's last flush go nowhere instead of failing."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno() if sys.__stdout__ else 1)

@@ -1,0 +1,111 @@
+"""Options that several commands share, so that they read the same everywhere."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+if TYPE_CHECKING:
+    from btp_export.calibration import CalibrationSettings
+    from btp_export.export import Options
+
+MODEL_HELP = "demo, llava-1.5-7b, llava-1.5-13b, llava-1.6-7b, qwen2.5-vl-7b, a checkpoint folder, or a hub id."
+
+ModelOption = Annotated[str, typer.Option("--model", metavar="NAME", help=MODEL_HELP)]
+OutOption = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="The bundle.  [default: ./NAME-bundle]")]
+PlanOption = Annotated[
+    str,
+    typer.Option("--plan", metavar="PRESET|FILE", help="btp (calibrated), a preset (plan --list) or a plan.json."),
+]
+CompressionOption = Annotated[
+    float | None,
+    typer.Option("--compression", metavar="X", help="Share of image tokens to save, mean over layers, e.g. 0.78."),
+]
+KeepOption = Annotated[
+    str | None, typer.Option("--keep", metavar="K,K,...", help="Tokens kept by each stage instead, e.g. 288,144,0.")
+]
+SamplesOption = Annotated[int, typer.Option("--samples", metavar="N", help="Calibration samples.")]
+ImagesOption = Annotated[
+    Path | None, typer.Option("--images", metavar="DIR", help="Calibrate on these pictures.  [default: drawn scenes]")
+]
+SeedOption = Annotated[int, typer.Option("--seed", metavar="N", help="Chooses the samples.")]
+BatchOption = Annotated[int, typer.Option("--batch", metavar="B", help="Samples at a time.")]
+TextOption = Annotated[
+    int | None,
+    typer.Option("--text-tokens", metavar="T", help="Room for the prompt after the image.  [default: 64; demo 32]"),
+]
+NewOption = Annotated[
+    int | None,
+    typer.Option("--max-new-tokens", metavar="N", help="Room for generated tokens.  [default: 128; demo 8]"),
+]
+ProfileOption = Annotated[
+    list[str] | None,
+    typer.Option("--profile", metavar="SHAPE", help="batch=B,text=T,new=N,image=HxW; again for several."),
+]
+OpsetOption = Annotated[int, typer.Option("--opset", help="23: fused operators; 18: primitives only.")]
+PrecisionOption = Annotated[
+    Literal["float32", "float16", "bfloat16"] | None,
+    typer.Option(
+        "--precision", metavar="TYPE", help="float32, float16 or bfloat16.  [default: the model's; demo float32]"
+    ),
+]
+AssembleOption = Annotated[
+    Literal["segments", "whole"], typer.Option("--assemble", help="Prefill as segments, or one whole graph.")
+]
+LinkOption = Annotated[
+    Literal["auto", "hard", "copy"],
+    typer.Option("--link", help="Weights: hard links, copies, or links for the big ones."),
+]
+ForceOption = Annotated[bool, typer.Option("--force", help="Replace a bundle at --out.")]
+
+
+def default_out(model: str) -> Path:
+    """./demo-bundle for demo, ./model-bundle for owner/model or some/folder/model."""
+    return Path(f"{Path(model.rstrip('/')).resolve().name if model in ('.', '..') else Path(model).name}-bundle")
+
+
+def export_options(
+    *,
+    batch: int,
+    text_tokens: int | None,
+    max_new_tokens: int | None,
+    profile: list[str] | None,
+    opset: int,
+    precision: Literal["float32", "float16", "bfloat16"] | None,
+    assemble: Literal["segments", "whole"],
+    link: Literal["auto", "hard", "copy"],
+) -> "Options":
+    """The export's options from the command line's. Raises InputError for a count below 1."""
+    from btp_export.export import Options
+    from graphs.errors import InputError
+
+    for flag, count in (("--batch", batch), ("--text-tokens", text_tokens), ("--max-new-tokens", max_new_tokens)):
+        if count is not None and count < 1:
+            raise InputError(f"{flag} {count}", wanted="at least 1", do=f"{flag} 1")
+    return Options(
+        batch=batch,
+        text_tokens=text_tokens,
+        new_tokens=max_new_tokens,
+        profiles=tuple(profile or ()),
+        opset=opset,
+        precision=precision,
+        assemble=assemble,
+        link=link,
+    )
+
+
+def calibration_settings(
+    *, images: Path | None, samples: int, compression: float | None, keep: str | None, seed: int
+) -> "CalibrationSettings":
+    """The calibration's settings from the command line's. Raises InputError for settings out of range."""
+    from btp_export.calibration import CalibrationSettings, check_settings, parse_keep
+
+    settings = CalibrationSettings(
+        images=images,
+        samples=samples,
+        compression=compression,
+        keep=None if keep is None else parse_keep(keep),
+        seed=seed,
+    )
+    check_settings(settings)
+    return settings

@@ -1,0 +1,127 @@
+"""`btp-export doctor`: what is installed, what is missing and what to type, and what the machine has."""
+
+import os
+import platform
+import shutil
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from btp_export.console import JsonOption, emit, table
+
+
+class Need(NamedTuple):
+    """A package, what it is for, and other packages that bring the same module."""
+
+    package: str
+    purpose: str
+    alternatives: tuple[str, ...] = ()
+
+
+NEEDS = (
+    Need("torch", "vision capture and calibration"),
+    Need("transformers", "processors and the reference model"),
+    Need("onnx", "graphs"),
+    Need("onnx-ir", "building graphs"),
+    Need("onnxscript", "vision capture"),
+    Need("onnxruntime", "running graphs", ("onnxruntime-gpu",)),
+    Need("safetensors", "weights"),
+    Need("huggingface_hub", "fetching models"),
+    Need("pillow", "pictures"),
+    Need("jinja2", "the report"),
+)
+
+
+def command(as_json: JsonOption = False) -> None:
+    """Show what is installed, what is missing and how to get it, and the cores, memory and disk there are."""
+    from engines.native_library import survey
+
+    packages = [_package(need) for need in NEEDS]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    result = {
+        "ok": all(entry["version"] for entry in packages),
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "packages": packages,
+        "native": survey(),  # optional: without them the graphs' portable bodies run
+        "onnxruntime_providers": _providers(),
+        "cores": cores,
+        "memory_bytes": _memory(),
+        "free_disk_bytes": shutil.disk_usage(Path.cwd()).free,
+        "demo_model": _demo_model(),
+    }
+    emit(result, as_json=as_json, render=_render)
+
+
+def _package(need: Need) -> dict[str, Any]:
+    found = [(name, version) for name in (need.package, *need.alternatives) if (version := _version(name))]
+    package, version = found[0] if found else (need.package, None)
+    install = None if version else f"pip install {need.package}"
+    return {"package": package, "purpose": need.purpose, "version": version, "install": install}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _providers() -> list[str]:
+    """Where onnxruntime can run graphs. Any of its builds will do, so the module decides and not a package's name."""
+    try:
+        import onnxruntime
+    except ImportError:
+        return []
+    remote = "AzureExecutionProvider"  # sends pictures to a service; built in, never used here
+    return [name for name in onnxruntime.get_available_providers() if name != remote]
+
+
+def _memory() -> int | None:
+    """Bytes that are available now, None where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    found = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
+    return int(found[0]) * 1024 if found else None
+
+
+def _demo_model() -> bool:
+    from btp_export.demo import checkpoint_path
+
+    return (checkpoint_path() / "model.safetensors").is_file()
+
+
+def _render(result: dict[str, Any]) -> Any:
+    from rich.console import Group
+
+    from graphs.staging import size_text
+
+    rows = [[e["package"], e["version"] or "missing", e["install"] or e["purpose"]] for e in result["packages"]]
+    versions = table(["package", "version", "for, or what to type"], rows, text=3)
+    memory = size_text(result["memory_bytes"]) if result["memory_bytes"] is not None else "unknown"
+    providers = ", ".join(result["onnxruntime_providers"]) or "none"
+    lines = [
+        f"Python {result['python']} on {result['system']}",
+        f"{result['cores']} cores, {memory} memory available, {size_text(result['free_disk_bytes'])} free on this disk",
+        f"ONNX Runtime runs on: {providers}",
+        "demo model: there" if result["demo_model"] else "demo model: missing, install the package again",
+        "everything is there" if result["ok"] else "something is missing, see above",
+    ]
+    native = [_native_row(entry) for entry in result["native"]]
+    libraries = table(["native library (optional)", "state", "for"], native, text=3)
+    if any(entry["do"] for entry in result["native"]):
+        from engines.native_library import how_to_build
+
+        lines.append(f"build the native libraries: {how_to_build('btp_trt_dynamic')}")
+    return Group(versions, libraries, "\n".join(lines))
+
+
+def _native_row(entry: dict[str, Any]) -> list[str]:
+    if entry["problem"]:
+        return [entry["library"], entry["problem"], entry["do"]]
+    if entry["path"] is None:
+        return [entry["library"], "not built", entry["purpose"]]
+    target = f"GPU {', '.join(entry['architectures'])}" if entry["architectures"] else "CPU"
+    return [entry["library"], f"built for {target}", entry["purpose"]]

@@ -1,0 +1,38 @@
+"""`btp-export report`: make the report of an existing bundle, or make it again."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from btp_export.console import JsonOption, emit, progress
+
+
+def command(
+    bundle: Annotated[Path, typer.Argument(help="Folder of the bundle.")],
+    samples: Annotated[int, typer.Option("--samples", metavar="N", help="How many questions to evaluate.")] = 100,
+    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Which scenes.")] = 0,
+    data: Annotated[Path | None, typer.Option("--data", help="JSONL of image, prompt, answer to evaluate on.")] = None,
+    threads: Annotated[int | None, typer.Option("--threads", help="Threads inside an operator.")] = None,
+    as_json: JsonOption = False,
+) -> int:
+    """Verify, evaluate and time a bundle, and write report/index.html and report/report.json into it."""
+    from btp_export.report import write_report
+    from btp_export.report.collect import Settings, collect
+    from btp_export.report.data import document
+    from graphs.bundle import Bundle
+
+    opened = Bundle.open(bundle, check="full")
+    found = collect(opened, Settings(samples, seed, data, threads), progress)
+    folder = opened.root / "report"
+    write_report(folder, found)
+    passed = bool(found.verification and found.verification["passed"])
+    result = {"report": folder / "index.html", "passed": passed, **document(found)}
+    emit(result, as_json=as_json, render=show)
+    return 0 if passed else 1
+
+
+def show(result: dict[str, Any]) -> str:
+    """Where the report is, and whether verification held."""
+    state = "verified" if result["passed"] else "NOT verified"
+    return f"{result['report']}\n{state}; {result['compression']:.1%} fewer image tokens, mean over the layers"

@@ -1,0 +1,12 @@
+"""The report of a bundle: `report/index.html`, one self-contained page, and `report/report.json`, the same as data.
+
+    ReportData (what the other parts measured) -> document (JSON) -> page (view) -> template.html.j2 with inline SVG
+
+`write_report` only writes what it is given; `btp_export.commands.report` does the measuring for an existing bundle.
+"""
+
+from btp_export.report.data import Machine, Picture, ReportData, machine, original_indices
+from btp_export.report.draw import draw_kept
+from btp_export.report.write import write_report
+
+__all__ = ["Machine", "Picture", "ReportData", "draw_kept", "machine", "original_indices", "write_report"]

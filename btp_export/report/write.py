@@ -1,0 +1,33 @@
+"""Writing a report's two files."""
+
+import json
+from pathlib import Path
+
+from btp_export.report.data import ReportData, document
+from graphs.staging import uninterrupted
+
+
+def write_report(folder: Path, data: ReportData) -> None:
+    """Write `index.html` and `report.json` into `folder` (a bundle's report/), which is made if it is not there.
+
+    The page needs nothing but itself. The same data gives the same bytes. Both files are complete before the first one
+    takes its place, an earlier report's included; what else lies in the folder stays.
+    """
+    from btp_export.report.page import render
+
+    contents = document(data)
+    texts = {
+        "report.json": json.dumps(contents, indent=1, ensure_ascii=False, allow_nan=False) + "\n",
+        "index.html": render(contents, data.pictures),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    parts = {folder / name: folder / f".{name}.part" for name in texts}
+    try:
+        for part, text in zip(parts.values(), texts.values(), strict=True):
+            part.write_text(text, encoding="utf-8")
+        with uninterrupted():
+            for path, part in parts.items():
+                part.replace(path)
+    finally:
+        for part in parts.values():
+            part.unlink(missing_ok=True)

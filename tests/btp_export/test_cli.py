@@ -1,0 +1,146 @@
+"""The frame of the command line: help, usage errors, exit codes, signals, closed pipes."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+from btp_export import __version__, cli
+from graphs.errors import CheckError, InputError, UnavailableError
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "btp_export", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False, **options)
+
+
+def test_help_lists_the_commands_at_80_columns() -> None:
+    done = run("--help", env={**os.environ, "COLUMNS": "80"})
+    assert done.returncode == 0 and done.stderr == ""
+    lines = done.stdout.splitlines()
+    assert all(len(line) <= 80 for line in lines)
+    assert "..." not in done.stdout.split("Commands:")[1]  # nothing is cut off
+    shown = [
+        line.split()[0] for line in lines[lines.index("Commands:") + 1 :] if line.startswith("  ") and line[2] != " "
+    ]
+    assert shown == cli.command_names()
+    assert set(cli.ORDER) <= set(shown)
+
+
+def test_version() -> None:
+    assert run("--version").stdout == f"btp-export {__version__}\n"
+    assert json.loads(run("--version", "--json").stdout) == {"version": __version__}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "a model or a command is needed"),
+        (["--bla"], "No such option: --bla"),
+        (["exprot"], "Did you mean 'export'"),
+        (["export"], "Missing option '--model'"),
+        (["export", "--model", "demo", "--link", "soft"], "not one of 'auto', 'hard', 'copy'"),
+        (["export", "--model", "demo", "--batch", "0"], "--batch 0"),
+        (["export", "--model", "demo", "--batch", "two"], "--batch"),
+        (["--seed", "3", "doctor"], "it belongs after the command"),
+        (["--json", "doctor"], "it belongs after the command"),
+    ],
+)
+def test_usage_errors(arguments: list[str], said: str) -> None:
+    done = run(*arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    lines = done.stderr.splitlines()
+    assert 1 <= len(lines) <= 3 and said in lines[0], done.stderr
+    assert lines[-1].startswith("  do this: ")
+
+
+def fail_with(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+    """Let `btp-export doctor` raise."""
+
+    def command() -> None:
+        raise error
+
+    monkeypatch.setattr("btp_export.commands.doctor.command", command)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (CheckError("got", "wanted", "this"), 1, "error: got\n  wanted: wanted\n  do this: this\n"),
+        (InputError("got"), 2, "error: got\n"),
+        (UnavailableError("got", do="this"), 3, "error: got\n  do this: this\n"),
+        (FileNotFoundError(errno.ENOENT, "No such file or directory", "x.png"), 2, "error: x.png: No such file"),
+        (OSError(errno.ENOSPC, "No space left on device"), 2, "error: No space left on device\n  do this: free"),
+        (ModuleNotFoundError("No module named 'jinja2'", name="jinja2"), 3, "error: jinja2 is not installed"),
+        (MemoryError(), 3, "error: not enough memory"),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
+        (ZeroDivisionError("division by zero"), 1, "error: ZeroDivisionError: division by zero\n  this is a defect"),
+    ],
+)
+def test_errors_become_messages_and_exit_codes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: BaseException, code: int, said: str
+) -> None:
+    fail_with(monkeypatch, error)
+    assert cli.main(["doctor"]) == code
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.startswith(said)
+    assert len(captured.err.splitlines()) <= 3 and "Traceback" not in captured.err
+
+
+def test_debug_shows_where(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    fail_with(monkeypatch, InputError("got"))
+    assert cli.main(["doctor", "--debug"]) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("returned", [None, 0, 1])
+def test_a_command_s_exit_code(monkeypatch: pytest.MonkeyPatch, returned: int | None) -> None:
+    monkeypatch.setattr("btp_export.commands.doctor.command", lambda: returned)
+    assert cli.main(["doctor"]) == (returned or 0)
+
+    def leave() -> None:
+        raise typer.Exit(returned or 0)
+
+    monkeypatch.setattr("btp_export.commands.doctor.command", leave)
+    assert cli.main(["doctor"]) == (returned or 0)
+
+
+def test_handlers_and_standard_output_are_given_back() -> None:
+    before = signal.getsignal(signal.SIGTERM), sys.stdout
+    cli.main(["--version"])
+    assert (signal.getsignal(signal.SIGTERM), sys.stdout) == before
+
+
+def test_a_reader_that_leaves_is_no_error() -> None:
+    command = f"{sys.executable} -m btp_export doctor --json | head -c 1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert (done.stdout, done.stderr) == ("{", "")
+    # Nobody reads at all: the pipe is closed before anything is written.
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "wb") as stdout:
+        child = subprocess.run(
+            [sys.executable, "-m", "btp_export", "doctor"], stdout=stdout, stderr=subprocess.PIPE, cwd=ROOT, check=False
+        )
+    assert (child.returncode, child.stderr) == (cli.PIPE_CLOSED, b"")
+
+
+def test_doctor_says_what_is_missing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from btp_export.commands import doctor
+
+    assert cli.main(["doctor", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["ok"] and found["demo_model"] and found["cores"] >= 1
+    assert "CPUExecutionProvider" in found["onnxruntime_providers"]
+    monkeypatch.setattr(doctor, "NEEDS", (doctor.Need("no-such-package", "a test"),))
+    assert cli.main(["doctor"]) == 0
+    assert "pip install no-such-package" in capsys.readouterr().out

@@ -1,0 +1,76 @@
+"""Results on standard output, everything else on standard error."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from btp_export import console
+from graphs.profile import ShapeProfile
+
+
+def test_json_is_one_document_of_plain_types(capsys: pytest.CaptureFixture[str]) -> None:
+    profile = ShapeProfile(
+        name="p", image_size=(1, 2), grid=(1, 1), prefix_tokens=0, image_tokens=1, text_tokens=1, new_tokens=1
+    )
+    result = {
+        "path": Path("a/b"), "array": np.arange(3), "scalar": np.float32(0.5), "nan": float("nan"),
+        "infinite": np.float64("inf"), "record": profile, "nested": [{"tuple": (1, 2)}], 1: None, "true": True,
+    }  # fmt: skip
+    console.emit(result, as_json=True, render=lambda _: pytest.fail("not rendered"))
+    out = json.loads(capsys.readouterr().out)
+    assert out.pop("record")["image_size"] == [1, 2]
+    assert out == {
+        "path": "a/b", "array": [0, 1, 2], "scalar": 0.5, "nan": None, "infinite": None,
+        "nested": [{"tuple": [1, 2]}], "1": None, "true": True,
+    }  # fmt: skip
+
+
+def test_text_is_printed_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    console.emit({"x": 1}, as_json=False, render=lambda result: f"[bold]{result['x']}[/bold] :smile:")
+    assert capsys.readouterr().out == "[bold]1[/bold] :smile:\n"
+
+
+def test_only_results_reach_standard_output(capsys: pytest.CaptureFixture[str]) -> None:
+    with console.stdout_for_results():
+        print("a library talks")
+        console.note("we talk")
+        with console.progress("work", total=2) as bar:
+            bar.step()
+            bar(2, 2, "done")
+        console.stream("piece")
+        console.emit({"a": 1}, as_json=True)
+    captured = capsys.readouterr()
+    assert captured.out == 'piece{\n "a": 1\n}\n'
+    assert captured.err == "a library talks\nwe talk\n"
+    assert sys.stdout is not sys.stderr
+
+
+def test_progress_says_how_long_it_will_take(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter([100.0, 105.0, 120.0, 121.0, 140.0])
+    monkeypatch.setattr("btp_export.console.time.monotonic", lambda: next(clock))
+    with console.progress("work") as bar:
+        bar(1, 8)  # 5 s: too early to say anything
+        bar(2, 8, "layer 2")  # 20 s for 2 of 8: 60 s left
+        bar(3, 8)  # 1 s after the last line
+        bar(4, 8)  # 40 s for 4 of 8
+    assert capsys.readouterr().err.splitlines() == [
+        "work: 2 of 8, about 60 s left (layer 2)",
+        "work: 4 of 8, about 40 s left",
+    ]
+
+
+def test_a_live_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    with console.progress("work", total=4) as bar:
+        bar.step(2, "half")
+    assert capsys.readouterr().out == ""
+
+
+def test_errors_take_three_lines_at_most(capsys: pytest.CaptureFixture[str]) -> None:
+    console.show_lines(["first\nline", "second", "third", "fourth"])
+    assert capsys.readouterr().err == "error: first line\n  second\n  third\n"

@@ -1,0 +1,50 @@
+"""The whole road on the tiny model: the contract's document, a complete bundle, and nothing when a check fails."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from btp_export import pipeline
+from btp_export.cli import main
+from btp_export.report import ReportData
+from graphs.bundle import Bundle
+
+SHAPES = ["--text-tokens", "16", "--max-new-tokens", "4", "--samples", "4"]
+
+
+def test_the_whole_road(tmp_path: Path, tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "b"
+    assert main(["--model", str(tiny_checkpoint), "--out", str(out), "--compression", "0.5", *SHAPES, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["bundle"] == str(out)
+    assert result["plan"] == json.loads((out / "plan.json").read_text())
+    assert result["compression"] >= 0.5
+    assert result["verify"]["passed"] and result["verify"]["tokens_equal"]
+    assert {"name", "cosine", "norm_ratio", "max_abs"} <= set(result["verify"]["graphs"][0])
+    assert {"calibrate", "export", "verify", "bench", "report", "total"} <= set(result["seconds"])
+    assert result["seconds"]["total"] >= sum(v for k, v in result["seconds"].items() if k != "total") - 0.01
+    assert result["eval"] is None  # generated scenes say nothing about a model that was not trained on them
+    assert Bundle.open(out, check="full").plan.compression == result["compression"]
+    assert {path.name for path in (out / "report").iterdir()} == {"index.html", "report.json"}
+    assert [path.name for path in tmp_path.iterdir()] == ["b"]
+
+
+def test_what_does_not_verify_is_not_put_in_place(
+    tmp_path: Path, tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only the verdict is made up; everything before it is real."""
+
+    def failing(bundle: Bundle, *_: Any) -> ReportData:
+        found = ReportData(bundle.plan, bundle.manifest)
+        return replace(found, verification={"passed": False, "failures": ["prefill_1: cosine 0.7", "select_0", "head"]})
+
+    monkeypatch.setattr(pipeline, "collect", failing)
+    arguments = ["--model", str(tiny_checkpoint), "--out", str(tmp_path / "b"), "--plan", "vtw", *SHAPES]
+    assert main([*arguments, "--json"]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "error: the exported graphs do not verify: prefill_1: cosine 0.7; select_0" in captured.err
+    assert list(tmp_path.iterdir()) == []

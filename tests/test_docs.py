@@ -1,0 +1,85 @@
+"""What README and docs tell users to type is run, in order, on the demo model; links lead somewhere."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = [
+    "README.md",
+    "CONTRIBUTING.md",
+    *sorted(f"docs/{path.relative_to(ROOT / 'docs')}" for path in (ROOT / "docs").rglob("*.md")),
+]
+WITH_EXAMPLES = ["README.md", *(page for page in PAGES if page not in ("README.md", "CONTRIBUTING.md"))]
+BLOCK = re.compile(r"^```(console|python)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty folder with a picture, where the examples run one after the other."""
+    from calibrate.scenes import samples
+
+    folder = tmp_path_factory.mktemp("docs")
+    next(iter(samples(1, seed=0, split="eval"))).image.save(folder / "scene.png")
+    return folder
+
+
+def execute(kind: str, text: str, folder: Path) -> None:
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = {**os.environ, "PATH": path}
+    commands = [[sys.executable, "-c", text]]
+    if kind == "console":
+        lines = [line[2:] for line in text.splitlines() if line.startswith("$ ")]
+        assert lines, f"no line of the block starts with a dollar sign:\n{text}"
+        commands = [["bash", "-c", line] for line in lines]
+    for command in commands:
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{command[-1]}\n{done.stdout}{done.stderr}"
+        assert "Traceback" not in done.stderr
+        assert done.stdout or kind == "python", f"{command[-1]} printed nothing"
+
+
+@pytest.mark.parametrize("page", WITH_EXAMPLES)
+def test_examples_run(page: str, workplace: Path) -> None:
+    """README.md comes first: it makes the bundle that the other pages use."""
+    if page != "README.md" and not (workplace / "my-bundle").exists():
+        pytest.skip("README.md makes the bundle")
+    for kind, text in BLOCK.findall((ROOT / page).read_text(encoding="utf-8")):
+        execute(kind, text, workplace)
+
+
+def test_the_whole_road_left_a_whole_bundle(workplace: Path) -> None:
+    if not (workplace / "my-bundle").exists():
+        pytest.skip("README.md makes the bundle")
+    from graphs.bundle import Bundle
+
+    bundle = Bundle.open(workplace / "my-bundle", check="full")
+    report = json.loads((bundle.root / "report" / "report.json").read_text())
+    assert report["verification"]["passed"] and report["compression"] == bundle.plan.compression
+    assert str(workplace) not in (bundle.root / "report" / "report.json").read_text()
+    assert (bundle.root / "report" / "index.html").stat().st_size > 10_000
+    assert not list(workplace.glob(".*"))
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    targets = re.findall(r"\]\(([^)#\s]+)[^)]*\)", text)
+    missing = [t for t in targets if "://" not in t and not ((ROOT / page).parent / t).exists()]
+    assert not missing
+
+
+def test_every_page_is_in_the_index() -> None:
+    index = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    pages = [path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")]
+    assert [page for page in pages if page != "index.md" and f"({page})" not in index] == []
+
+
+def test_the_licence_is_whole() -> None:
+    text = (ROOT / "LICENSE").read_text(encoding="utf-8")
+    assert "Apache License" in text and "END OF TERMS AND CONDITIONS" in text and text.count("\n") > 190

@@ -1,0 +1,119 @@
+"""Rules of the layout: imports point one way, light things stay light, nothing names the machine it was made on."""
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+MAY_IMPORT = {
+    "graphs": set(),
+    "engines": {"graphs"},
+    "calibrate": {"graphs"},
+    "btp_export": {"graphs", "engines", "calibrate"},
+}
+DEVICE_MODULES = {"tensorrt", "tensorrt_rtx", "pycuda", "cuda", "cupy", "polygraphy", "onnxruntime"}
+HEAVY = ("torch", "transformers", "onnxruntime", "onnx", "onnx_ir", "matplotlib", "huggingface_hub", "PIL")
+COMMANDS = sorted(
+    path.stem for path in (ROOT / "btp_export" / "commands").glob("[a-z]*.py") if path.stem != "main"
+)  # fmt: skip
+
+
+def python_files(package: str) -> list[Path]:
+    return sorted((ROOT / package).rglob("*.py"))
+
+
+def imported(path: Path) -> Iterator[str]:
+    """Top-level names of every import in the file, those inside functions and TYPE_CHECKING included."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import, write the whole name"
+            yield (node.module or "").split(".")[0]
+
+
+@pytest.mark.parametrize("package", MAY_IMPORT)
+def test_imports_point_one_way(package: str) -> None:
+    allowed = MAY_IMPORT[package] | {package}
+    wrong = [
+        f"{path.relative_to(ROOT)} imports {name}"
+        for path in python_files(package)
+        for name in imported(path)
+        if name in MAY_IMPORT and name not in allowed
+    ]
+    assert python_files(package) and not wrong
+
+
+def test_graphs_know_no_device() -> None:
+    wrong = [
+        f"{path.relative_to(ROOT)} imports {name}"
+        for path in python_files("graphs")
+        for name in imported(path)
+        if name in DEVICE_MODULES
+    ]
+    assert not wrong
+
+
+def test_nothing_imports_the_tests() -> None:
+    wrong = [str(path) for package in MAY_IMPORT for path in python_files(package) if "tests" in set(imported(path))]
+    assert not wrong
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["--version"], *([name, "--help"] for name in COMMANDS)])
+def test_light_things_load_nothing_heavy(arguments: list[str]) -> None:
+    """In a fresh interpreter, because this one has loaded everything."""
+    run = f"from btp_export.cli import main; main({arguments!r})" if arguments else "import btp_export"
+    script = f"import sys; {run}; sys.stderr.write(' '.join(m for m in {HEAVY!r} if m in sys.modules))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert all(len(line) <= 80 for line in done.stdout.splitlines())
+
+
+def test_packages_import_without_side_effects() -> None:
+    script = "import calibrate, engines, graphs, btp_export"
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", script], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def project_files() -> list[Path]:
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        capture_output=True, text=True, cwd=ROOT, check=False,
+    )  # fmt: skip
+    if listed.returncode:
+        pytest.skip("not a git checkout: which files belong to the project is not known")
+    return [ROOT / name for name in listed.stdout.splitlines() if (ROOT / name).is_file()]
+
+
+def test_files_name_no_machine() -> None:
+    """Absolute home and work folders have no place in a project that others build (tests may make some up)."""
+    pattern = re.compile(rb"/(?:home|root|work|Users)/[\w.]")
+    text_suffixes = {".py", ".md", ".toml", ".json", ".jsonl", ".j2", ".txt", ".csv", ".cu", ".cc", ".cpp", ".h", ""}
+    wrong = [
+        str(path.relative_to(ROOT))
+        for path in project_files()
+        if path.suffix in text_suffixes
+        and path.relative_to(ROOT).parts[0] != "tests"
+        and pattern.search(path.read_bytes())
+    ]
+    assert not wrong
+
+
+def test_no_pickles_and_no_remote_code() -> None:
+    forbidden = re.compile(
+        r"torch\.load\((?!.*weights_only=True)|pickle\.load|trust_remote_code=True|allow_pickle=True"
+    )
+    wrong = [
+        str(path.relative_to(ROOT))
+        for package in MAY_IMPORT
+        for path in python_files(package)
+        if forbidden.search(path.read_text(encoding="utf-8"))
+    ]
+    assert not wrong
