@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given  # taken at any place, also after a command
     given = [argument for argument in given if argument != "--debug"]
-    _quiet_libraries(debug)
+    _set_up_libraries(debug)
     with contextlib.ExitStack() as stack:
         stack.enter_context(_signals_interrupt())
         if "--json" in given and not {"-h", "--help"} & set(given):
@@ -111,8 +111,11 @@ def describe(error: BaseException) -> tuple[list[str], int]:
     return [f"{type(error).__name__}: {error}", "this is a defect of btp-export; --debug shows where it happened"], 1
 
 
-def _quiet_libraries(debug: bool) -> None:
-    """Keep other libraries' progress bars and warnings out of the output; what the user has set stays."""
+def _set_up_libraries(debug: bool) -> None:
+    """Threads that wait asleep, and no progress bars or warnings of other libraries; what the user has set stays."""
+    # By default PyTorch's OpenMP threads wait in a loop. Where another process has a core too, every short operation
+    # then waits for a time slice: calibration of the demo took 171 s so, and 9 s with threads that sleep.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not debug:
