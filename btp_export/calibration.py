@@ -116,6 +116,4 @@ def calibration_samples(settings: CalibrationSettings, note: Callable[[str], Non
     if settings.images is None:
         return data.scene_samples(settings.samples, seed=settings.seed, split="calibration")
     prompts: Sequence[str] = data.DEFAULT_PROMPTS if settings.prompts is None else data.read_prompts(settings.prompts)
-    return data.folder_samples(
-        settings.images, prompts=prompts, count=settings.samples, seed=settings.seed, note=note
-    )
+    return data.folder_samples(settings.images, prompts=prompts, count=settings.samples, seed=settings.seed, note=note)

@@ -153,9 +153,7 @@ def _without_signal(measured: Measured) -> Measured:
     return Measured(measured.threshold, np.zeros_like(measured.counts), measured.change, measured.drop, measured.full)
 
 
-def propose(
-    measured: Measured, shape: Shape, *, compression: float, keep: Sequence[int] | None
-) -> list[Candidate]:
+def propose(measured: Measured, shape: Shape, *, compression: float, keep: Sequence[int] | None) -> list[Candidate]:
     """Candidate plans, cheapest by the counts first; all meet the budget (or have the given counts)."""
     candidates: dict[tuple[Any, ...], Candidate] = {}
     for bound in DROP_BOUNDS:

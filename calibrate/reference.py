@@ -260,9 +260,7 @@ class StreamedReference:
             part = logits[end - run.new_tokens - 1 : end]
             start, prompt = run.image_start, run.prompt_tokens
             stages, segments = tuple(run.stages), tuple(run.segments)
-            records.append(
-                RunRecord(run.plan, run.sample, start, prompt, part.numpy(), stages, segments, run.embedded)
-            )
+            records.append(RunRecord(run.plan, run.sample, start, prompt, part.numpy(), stages, segments, run.embedded))
         return records
 
     def _embed(self, ids: torch.Tensor) -> torch.Tensor:

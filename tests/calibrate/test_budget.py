@@ -69,9 +69,7 @@ def make(name: str, shape: Shape = LLAVA, **budget: float):
 
 def test_btp_paper_is_the_released_settings() -> None:
     plan = make("btp-paper")
-    rows = [
-        (s.layer, s.keep, s.attention_quota, s.pool, s.boundary, s.diversity_quota, s.seeds) for s in plan.stages
-    ]
+    rows = [(s.layer, s.keep, s.attention_quota, s.pool, s.boundary, s.diversity_quota, s.seeds) for s in plan.stages]
     assert rows == [
         (3, 288, 86, 318, 288, 86, 144),
         (6, 144, 129, 193, 144, 14, 0),

@@ -100,16 +100,12 @@ def test_right_bundles_pass(plan: PruningPlan, options: dict[str, Any], tiny_bun
     assert sum(check.max_abs > 0 for check in findings.graphs) >= 2, "two programs never round alike everywhere"
 
 
-def test_a_perturbed_weight_is_found_in_its_graph(
-    bundle: Bundle, samples: list[VerifySample], tmp_path: Path
-) -> None:
+def test_a_perturbed_weight_is_found_in_its_graph(bundle: Bundle, samples: list[VerifySample], tmp_path: Path) -> None:
     """One row of one matrix, by 5 %."""
     root = tmp_path / "bundle"
     shutil.copytree(bundle.root, root)
     ref = bundle.checkpoint()["language_model.layers.3.mlp.up_proj.weight"]
-    weight = np.memmap(
-        root / "graphs" / "weights" / ref.shard, np.float32, "r+", offset=ref.offset, shape=ref.shape
-    )
+    weight = np.memmap(root / "graphs" / "weights" / ref.shard, np.float32, "r+", offset=ref.offset, shape=ref.shape)
     weight[5] *= 1.05
     weight.flush()
     findings = check(replace(bundle, root=root), samples)
