@@ -3,7 +3,7 @@
 import contextlib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from btp_export.calibration import CalibrationSettings
 from btp_export.export import Options, check_plan, check_target, export_into
 from btp_export.models import open_model
 from btp_export.planning import choose_plan
-from btp_export.report import ReportData, write_report
+from btp_export.report import write_report
 from btp_export.report.collect import Settings, collect
 from graphs.bundle import Bundle
 from graphs.errors import CheckError
@@ -65,8 +65,7 @@ def run_job(job: Job) -> dict[str, Any]:
     with staged(job.out, force=job.force) as root:
         with clock.phase("export") as report:
             export_into(model, plan, profiles, root, job.export, report=report)
-        found = collect(Bundle.open(root), Settings(), clock.phase)
-        _require_passed(found)
+        found = collect(Bundle.open(root), Settings(), clock.phase, check=_require_passed)
         with clock.phase("report"):
             write_report(root / "report", found)
     return {
@@ -82,8 +81,7 @@ def run_job(job: Job) -> dict[str, Any]:
     }
 
 
-def _require_passed(found: ReportData) -> None:
-    verified = found.verification or {"passed": False, "failures": ["verification did not run"]}
+def _require_passed(verified: Mapping[str, Any]) -> None:
     if not verified["passed"]:
         raise CheckError(
             f"the exported graphs do not verify: {'; '.join(verified['failures'][:2])}",

@@ -1,6 +1,6 @@
 """Measuring what a report of an existing bundle shows, through the same functions as the commands of those names."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,9 +28,12 @@ class Settings:
     threads: int | None = None
 
 
-def collect(bundle: Bundle, settings: Settings, phase: Phase) -> ReportData:
+def collect(
+    bundle: Bundle, settings: Settings, phase: Phase, *, check: Callable[[Mapping[str, Any]], None] | None = None
+) -> ReportData:
     """Verify, evaluate, time and draw. `phase(name)` is opened around each part and gives its progress.
 
+    `check` sees the verification before anything else is measured and may raise.
     Accuracy on generated scenes says something about the demo model only; another model is evaluated if `questions`
     are given. The page says so where they are not.
     Raises InputError for settings that cannot be used, as the parts do.
@@ -42,6 +45,8 @@ def collect(bundle: Bundle, settings: Settings, phase: Phase) -> ReportData:
 
     with phase("verify") as report:
         verification = verify_bundle(bundle, threads=settings.threads, report=report)
+    if check is not None:
+        check(verification)
     evaluation: dict[str, Any] | None = None
     if settings.questions is not None or bundle.manifest.model.name == DEMO:
         with phase("eval") as report:

@@ -1,15 +1,11 @@
 """The whole road on the tiny model: the contract's document, a complete bundle, and nothing when a check fails."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from btp_export import pipeline
 from btp_export.cli import main
-from btp_export.report import ReportData
 from graphs.bundle import Bundle
 
 SHAPES = ["--text-tokens", "16", "--max-new-tokens", "4", "--samples", "4"]
@@ -35,13 +31,10 @@ def test_the_whole_road(tmp_path: Path, tiny_checkpoint: Path, capsys: pytest.Ca
 def test_what_does_not_verify_is_not_put_in_place(
     tmp_path: Path, tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Only the verdict is made up; everything before it is real."""
-
-    def failing(bundle: Bundle, *_: Any) -> ReportData:
-        found = ReportData(bundle.plan, bundle.manifest)
-        return replace(found, verification={"passed": False, "failures": ["prefill_1: cosine 0.7", "select_0", "head"]})
-
-    monkeypatch.setattr(pipeline, "collect", failing)
+    """Only the verdict is made up; everything before it is real, and nothing is measured after it."""
+    verdict = {"passed": False, "failures": ["prefill_1: cosine 0.7", "select_0", "head"]}
+    monkeypatch.setattr("btp_export.verify.verify_bundle", lambda *_, **__: verdict)
+    monkeypatch.setattr("btp_export.bench.measure", lambda *_, **__: pytest.fail("measured before it was verified"))
     arguments = ["--model", str(tiny_checkpoint), "--out", str(tmp_path / "b"), "--plan", "vtw", *SHAPES]
     assert main([*arguments, "--json"]) == 1
     captured = capsys.readouterr()
