@@ -123,16 +123,24 @@ def _set_up_libraries(debug: bool) -> None:
         warnings.simplefilter("ignore")
 
 
+class _Interrupt(KeyboardInterrupt):
+    """Ctrl-C, by a type of our own.
+
+    A plain KeyboardInterrupt that passes through an `exec` of text, as libraries use it, makes CPython kill itself with
+    SIGINT at exit even if it was caught, and the exit code would not be 130.
+    """
+
+
 @contextlib.contextmanager
 def _signals_interrupt() -> Iterator[None]:
     """SIGTERM and SIGHUP act like Ctrl-C, so that every `finally` that cleans up runs; `nohup` keeps its meaning."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
+        raise _Interrupt
 
     before = {}
     if threading.current_thread() is threading.main_thread():  # elsewhere somebody else owns the signals
-        for number in (signal.SIGTERM, signal.SIGHUP):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) is not signal.SIG_IGN:
                 before[number] = signal.signal(number, interrupt)
     try:

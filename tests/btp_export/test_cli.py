@@ -96,6 +96,24 @@ def test_errors_become_messages_and_exit_codes(
     assert len(captured.err.splitlines()) <= 3 and "Traceback" not in captured.err
 
 
+def test_ctrl_c_inside_executed_text_still_exits_with_130(tmp_path: Path) -> None:
+    """Libraries exec text while they capture a graph; a plain KeyboardInterrupt there turns the exit into a kill."""
+    (tmp_path / "interrupted.py").write_text(
+        "import sys\n"
+        "from btp_export import cli\n"
+        "from btp_export.commands import doctor\n"
+        "def command():\n"
+        "    exec('import os, signal, time\\nos.kill(os.getpid(), signal.SIGINT)\\ntime.sleep(10)')\n"
+        "doctor.command = command\n"
+        "sys.exit(cli.main(['doctor']))\n"
+    )
+    paths = os.pathsep.join([str(ROOT), str(tmp_path)])
+    done = subprocess.run(
+        [sys.executable, "-m", "interrupted"], env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
+
+
 def test_debug_shows_where(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     fail_with(monkeypatch, InputError("got"))
     assert cli.main(["doctor", "--debug"]) == 2
