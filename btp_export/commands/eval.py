@@ -59,11 +59,11 @@ def show(result: dict[str, Any]) -> Any:
             f"{row['average_tokens']:.1f}",
             f"{row['compression']:.3f}",
             f"{row['accuracy']:.3f}",
-            "{:.3f} to {:.3f}".format(*row["interval"]),
+            "{:.3f}–{:.3f}".format(*row["interval"]),
             "" if row["kept_accuracy"] is None else f"{row['kept_accuracy']:.1%}",
             f"{row['flops_ratio']:.3f}",
         ]
         for row in result["rows"]
     ]
     title = f"{result['samples']} samples, {result['source']}"
-    return table(["plan", "tokens", "compression", "accuracy", "95 % interval", "kept", "FLOPs"], rows, title=title)
+    return table(["plan", "tokens", "saved", "accuracy", "95 % interval", "kept", "FLOPs"], rows, title=title)
