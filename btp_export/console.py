@@ -33,7 +33,7 @@ def emit(result: Mapping[str, Any], *, as_json: bool, render: Callable[[Any], An
     is what `render(result)` returns (text or anything rich can print; None prints nothing).
     """
     if as_json:
-        _stdout().write(json.dumps(_plain(result), indent=1, ensure_ascii=False) + "\n")
+        _stdout().write(json.dumps(plain(result), indent=1, ensure_ascii=False) + "\n")
     elif render is not None and (shown := render(result)) is not None:
         _print(_stdout(), shown)
     _stdout().flush()
@@ -177,16 +177,16 @@ def _print(file: TextIO, shown: Any) -> None:
     Console(file=file, highlight=False, markup=False, emoji=False).print(shown)
 
 
-def _plain(value: Any) -> Any:
-    """`value` made of JSON's own types."""
+def plain(value: Any) -> Any:
+    """`value` made of JSON's own types: paths become strings, numbers that are not finite null."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if hasattr(value, "model_dump"):
-        return _plain(value.model_dump(mode="json"))
+        return plain(value.model_dump(mode="json"))
     if hasattr(value, "tolist"):  # numpy arrays and scalars
-        return _plain(value.tolist())
+        return plain(value.tolist())
     if isinstance(value, (Path, os.PathLike)):
         return os.fspath(value)
     if isinstance(value, float) and not math.isfinite(value):

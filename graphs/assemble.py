@@ -9,7 +9,7 @@ from graphs.fit import check_fits
 from graphs.importance import uses_attention
 from graphs.plan import PruningPlan
 from graphs.profile import ShapeProfile
-from graphs.selection import Selection, add_selection, embed_bodies, segment_query, stage_after
+from graphs.selection import add_selection, embed_bodies, segment_query, stage_after
 from graphs.spec import ModelSpec, Precision
 
 INT32 = ir.DataType.INT32
@@ -39,7 +39,7 @@ def assemble_whole(
     query = key = None
     for segment in plan.segments():
         if segment.stage is not None:
-            selection = _stage(b, plan, segment.stage, profile, stream, query, key)
+            selection = add_selection(b, plan, segment.stage, profile, stream, query=query, key=key)
             stream = selection.stream
             if selection.indices is not None:
                 chosen[segment.stage] = selection.indices
@@ -72,17 +72,3 @@ def _embedded(b: GraphBuilder, vision: BuiltGraph, spec: ModelSpec, profile: Sha
     last = b.input("last", (batch,), INT32)
     (features,) = b.splice(vision.model, [pixels], "vision")
     return Stream(b.concat([*prefix, features, text], 1, "embedded"), cos, sin, last)
-
-
-def _stage(
-    b: GraphBuilder,
-    plan: PruningPlan,
-    number: int,
-    profile: ShapeProfile,
-    stream: Stream,
-    query: ir.Value | None,
-    key: ir.Value | None,
-) -> Selection:
-    if not uses_attention(plan, number):
-        query = key = None
-    return add_selection(b, plan, number, profile, stream, query=query, key=key)

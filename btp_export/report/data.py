@@ -1,6 +1,5 @@
 """What a report is made of. Everything but the plan may be missing; the page then says which command measures it."""
 
-import math
 import os
 import platform
 from collections.abc import Mapping, Sequence
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
+from btp_export.console import plain
 from graphs.flops import cost
 from graphs.manifest import Manifest
 from graphs.plan import PruningPlan
@@ -154,18 +154,14 @@ def _picture_record(picture: Picture) -> dict[str, Any]:
 
 def _portable(value: Any) -> Any:
     """`value` as JSON types, without where things lie on this machine: of an absolute path only the last name stays."""
-    if isinstance(value, Mapping):
-        return {str(key): _portable(item) for key, item in value.items() if str(key) not in PLACES}
-    if isinstance(value, (list, tuple)):
-        return [_portable(item) for item in value]
-    if hasattr(value, "model_dump"):
-        return _portable(value.model_dump(mode="json"))
-    if hasattr(value, "tolist"):  # numpy arrays and scalars
-        return _portable(value.tolist())
-    if isinstance(value, os.PathLike):
-        value = os.fspath(value)
-    if isinstance(value, float) and not math.isfinite(value):
-        return None  # JSON has no other word for it
+    return _without_places(plain(value))
+
+
+def _without_places(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_places(item) for key, item in value.items() if key not in PLACES}
+    if isinstance(value, list):
+        return [_without_places(item) for item in value]
     if isinstance(value, str) and (PurePosixPath(value).is_absolute() or PureWindowsPath(value).is_absolute()):
         return PurePosixPath(value.replace("\\", "/")).name
     return value
