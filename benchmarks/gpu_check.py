@@ -1,13 +1,15 @@
 """Verify the CUDA kernels on the GPU at hand, then time them: `make gpu-check`.
 
-    python -m benchmarks.gpu_check [--quick]
+    python -m benchmarks.gpu_check [--quick | --verify-only]
 
 1. Builds the kernels for this GPU with nvcc (no network, no CMake needed).
 2. Verifies: every case of the operators and drawn ones, launched directly and replayed from a CUDA graph, against the
-   PyTorch reference, bit for bit. The first difference ends the program with exit code 1, and nothing is timed.
+   PyTorch reference, bit for bit; the same cases through the operators of ONNX Runtime, where it can use the GPU. The
+   first difference ends the program with exit code 1, and nothing is timed.
 3. Times with CUDA events around graph replays, prints the table and writes benchmarks/results/<gpu>.json.
 
-Needs a GPU, torch with CUDA and nvcc; exits with 3 and one message where one of them is missing.
+Needs a GPU, torch with CUDA and nvcc; exits with 3 and one message where one of them is missing. With --verify-only it
+runs under compute-sanitizer too.
 """
 
 import argparse
@@ -28,22 +30,28 @@ RESULTS = ROOT / "benchmarks" / "results"
 def main() -> int:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--quick", action="store_true", help="fewer drawn cases and repetitions; writes no file")
-    quick = arguments.parse_args().quick
+    arguments.add_argument("--verify-only", action="store_true", help="as --quick, and times nothing")
+    given = arguments.parse_args()
+    quick = given.quick or given.verify_only
     try:
         torch, nvcc = requirements()
         from benchmarks import gpu_timing, gpu_verify
         from engines.kernels import Kernels
 
-        with tempfile.TemporaryDirectory(prefix="btp-gpu-check-") as folder:
-            capability = torch.cuda.get_device_capability()
-            kernels = Kernels(build_kernels(nvcc, capability, Path(folder)))
-            checked = gpu_verify.verify(kernels, "cuda", drawn=50 if quick else 400)
-            print(f"verified: {checked} calls equal the reference\n")
-            probe = build_probe(nvcc, capability, Path(folder))
+        with tempfile.TemporaryDirectory(prefix="btp-gpu-check-") as name:
+            folder, capability = Path(name), torch.cuda.get_device_capability()
+            kernels = Kernels(build_kernels(nvcc, capability, folder))
+            checked = gpu_verify.verify(kernels, "cuda", drawn=50 if quick else 400, large=not given.verify_only)
+            print(f"verified: {checked} calls equal the reference")
+            runtime = verify_onnxruntime(nvcc, capability, folder)
+            print(f"ONNX Runtime: {runtime}\n")
+            if given.verify_only:
+                return 0
+            probe = build_probe(nvcc, capability, folder)
             limits, rows = gpu_timing.measure(kernels, probe, repeats=20 if quick else 200)
         gpu_timing.show(limits, rows)
         if not quick:
-            print(f"written: {write(torch, nvcc, checked, limits, rows).relative_to(ROOT)}")
+            print(f"written: {write(torch, nvcc, checked, runtime, limits, rows).relative_to(ROOT)}")
     except BtpError as error:
         print(*error.lines(), sep="\n", file=sys.stderr)
         return error.exit_code
@@ -70,12 +78,34 @@ def requirements() -> tuple[Any, str]:
     return torch, nvcc
 
 
+def verify_onnxruntime(nvcc: str, capability: tuple[int, int], folder: Path) -> str:
+    """How many cases equal the reference on ONNX Runtime's CUDA provider, or why it was not asked."""
+    try:
+        from benchmarks import gpu_ort
+
+        gpu_ort.require_provider(gpu_ort.CUDA)
+    except (ImportError, UnavailableError) as error:
+        return f"not checked: {error}".splitlines()[0]
+    ops = gpu_ort.CustomOps(build_ort(nvcc, capability, folder), gpu_ort.CUDA)
+    return f"{gpu_ort.verify(ops)} cases equal the reference on {gpu_ort.CUDA}"
+
+
+OPS = ROOT / "graphs" / "ops"
+KERNELS = [OPS / "select_tokens" / "kernel.cu", OPS / "gather_tokens" / "kernel.cu", OPS / "common" / "status.cpp"]
+
+
 def build_kernels(nvcc: str, capability: tuple[int, int], folder: Path) -> Path:
-    ops = ROOT / "graphs" / "ops"
-    sources = [ops / "select_tokens" / "kernel.cu", ops / "gather_tokens" / "kernel.cu", ops / "common" / "status.cpp"]
     number = "".join(map(str, capability))
     flags = ["-fmad=false", f'-DBTP_ARCHITECTURES="{number}"']
-    return compile_library(nvcc, number, folder / "libbtp_kernels.so", sources, flags)
+    return compile_library(nvcc, number, folder / "libbtp_kernels.so", KERNELS, flags)
+
+
+def build_ort(nvcc: str, capability: tuple[int, int], folder: Path) -> Path:
+    number = "".join(map(str, capability))
+    flags = ["-fmad=false", f'-DBTP_ARCHITECTURES="{number}"', "-DBTP_WITH_CUDA", "-Xcompiler=-fvisibility=hidden"]
+    operators = [OPS / "select_tokens" / "cpu.cc", *OPS.glob("*/ort_op.cc")]
+    sources = [*KERNELS, *operators, ROOT / "engines" / "native" / "ort_library.cc"]
+    return compile_library(nvcc, number, folder / "libbtp_ort.so", sources, flags)
 
 
 def build_probe(nvcc: str, capability: tuple[int, int], folder: Path) -> Path:
@@ -93,7 +123,7 @@ def compile_library(nvcc: str, number: str, target: Path, sources: list[Path], f
     return target
 
 
-def write(torch: Any, nvcc: str, checked: int, limits: Any, rows: Any) -> Path:
+def write(torch: Any, nvcc: str, checked: int, runtime: str, limits: Any, rows: Any) -> Path:
     """benchmarks/results/<gpu>.json: the rows and everything they depend on."""
     query = "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,power.limit"
     command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader", "--id=0"]
@@ -110,6 +140,7 @@ def write(torch: Any, nvcc: str, checked: int, limits: Any, rows: Any) -> Path:
         "torch": torch.__version__,
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "verified_calls": checked,
+        "onnxruntime": runtime,
         "limits": limits,
         "rows": rows,
     }

@@ -1,9 +1,9 @@
 """Times the kernels with CUDA events around graph replays, beside what the GPU allows.
 
-Limits, measured first: latency of a dependent read from L2, of the reductions of one selection step, and the bandwidth
-of a large device-to-device copy (bytes read plus bytes written). Floors, from them:
-- selection: steps x (read + reductions) + bytes of the similarity / bandwidth where rule 2 starts from nothing. Steps
-  are the picks that wait for the one before them: diversity_quota + what the fill has to add.
+Limits, measured first: two launches that do nothing, latency of a dependent read from L2, of the reductions of one
+selection step, and the bandwidth of a large device-to-device copy (bytes read plus bytes written). Floors, from them:
+- selection: launches + steps x (read + reductions) + bytes of the similarity / bandwidth where rule 2 starts from
+  nothing. Steps are the picks that wait for the one before them: diversity_quota + what the fill has to add.
 - gather: bytes read plus written / bandwidth.
 """
 
@@ -109,13 +109,20 @@ def _limits(probe: Path, repeats: int) -> dict[str, float]:
     cycle = torch.from_numpy(following).cuda()
     out = torch.empty(1024, dtype=torch.int32, device="cuda")
     chase = _Probe(library.probe_chase, ctypes.c_void_p(cycle.data_ptr()), STEPS, ctypes.c_void_p(out.data_ptr()))
-    limits = {"l2_read_ns": replay_us(chase, repeats) * 1e3 / STEPS}
-    for threads in (256, 1024):
+    limits = {"two_launches_us": replay_us(_Probe(library.probe_launches, 2), repeats)}
+    limits["l2_read_ns"] = replay_us(chase, repeats) * 1e3 / STEPS
+    for threads in sorted({_threads(case.scores.shape[1]) for case in _selections()}):
         reduce = _Probe(library.probe_reduce, STEPS, threads, ctypes.c_void_p(out.data_ptr()))
         limits[f"reduce_{threads}_ns"] = replay_us(reduce, repeats) * 1e3 / STEPS
     count = 1 << 30
     limits["copy_gb_per_s"] = 2 * count / replay_us(_Copy(count), max(5, repeats // 20)) / 1e3
     return limits
+
+
+def _threads(tokens: int) -> int:
+    """Threads of the block that goes from pick to pick; kernel.cu, launch()."""
+    per_warp = 32 * (4 if tokens <= 4096 else 8)
+    return -(-tokens // per_warp) * 32
 
 
 def _selections() -> list[Case]:
@@ -161,16 +168,16 @@ def _selection_row(kernels: Kernels, case: Case, limits: dict[str, float], repea
     us = replay_us(call, repeats)
     reference_us = eager_us(call.reference, 5)
     steps, tokens = _steps(case), case.scores.shape[1]
-    reduce_ns = limits["reduce_256_ns" if tokens <= 1024 else "reduce_1024_ns"]
+    step_ns = limits["l2_read_ns"] + limits[f"reduce_{_threads(tokens)}_ns"]
     whole = case.similarity is not None and case.attributes["diversity_quota"] > 0
     moved = case.similarity.nbytes if whole and case.similarity is not None else 0
-    floor = steps * (limits["l2_read_ns"] + reduce_ns) / 1e3 + moved / limits["copy_gb_per_s"] / 1e3
+    floor = limits["two_launches_us"] + steps * step_ns / 1e3 + moved / limits["copy_gb_per_s"] / 1e3
     return {
         "what": f"select {case.name} {tokens}->{case.attributes['keep']}",
         "batch": len(case.scores),
         "steps": steps,
         "us": us,
-        "floor_us": max(floor, 1e-3),
+        "floor_us": floor,
         "reference_us": reference_us,
         "times_faster_than_reference": reference_us / us,
         "gb_per_s": moved / us / 1e3,

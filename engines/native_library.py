@@ -7,6 +7,7 @@ them, and the folder `lib` beside it, for packages that carry them.
 import ctypes
 import os
 import platform
+import re
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ LIBRARIES: Final = {
     "btp_trt": ("TensorRT plugin for --staticPlugins", "-DTENSORRT_INCLUDE_DIR=<folder of NvInferRuntime.h>"),
     "btp_ort": ("operators for ONNX Runtime", ""),
 }
+KERNELS_FUNCTION: Final = "btp_kernels_architectures"
 _MACHINES: Final = {62: "x86_64", 183: "aarch64"}  # e_machine of an ELF file
 
 
@@ -108,13 +110,21 @@ def inspect(name: str, path: Path) -> NativeLibrary:
     """What the library was built for. Raises UnavailableError if it is for another machine or of another version."""
     _require_machine(path)
     if name == "btp_trt":
-        return NativeLibrary(name, path, ())  # loading it registers plugins and needs TensorRT: its file says enough
-    library = open_library(path)
-    prefix = "btp_ort" if name == "btp_ort" else "btp_kernels"
-    architectures = getattr(library, f"{prefix}_architectures")
-    architectures.restype = ctypes.c_char_p
-    text: str = architectures().decode()
+        text = _described_architectures(path)
+    else:
+        architectures = getattr(open_library(path), "btp_ort_architectures" if name == "btp_ort" else KERNELS_FUNCTION)
+        architectures.restype = ctypes.c_char_p
+        text = architectures().decode()
     return NativeLibrary(name, path, tuple(part.removesuffix("-real") for part in text.split(",") if part))
+
+
+def _described_architectures(path: Path) -> str:
+    """From the text in the file (common/status.h): loading the library would register plugins, and needs TensorRT."""
+    found = re.search(rb"btp-kernels (\d+) for ([^;\0]*);", path.read_bytes())
+    if found is None:
+        raise UnavailableError(f"{path} is no library of this project", f"interface version {VERSION}", BUILD)
+    _require_version(path, int(found[1]))
+    return found[2].decode()
 
 
 def open_library(path: Path) -> ctypes.CDLL:
@@ -126,11 +136,14 @@ def open_library(path: Path) -> ctypes.CDLL:
         raise UnavailableError(f"{path} cannot be loaded: {error}", "a library built on this machine", BUILD) from error
     for symbol in ("btp_ort_version", "btp_kernels_version"):
         if hasattr(library, symbol):
-            version = int(getattr(library, symbol)())
-            if version != VERSION:
-                raise UnavailableError(f"{path} is of interface version {version}", f"version {VERSION}", BUILD)
+            _require_version(path, int(getattr(library, symbol)()))
             return library
     raise UnavailableError(f"{path} is no library of this project", f"interface version {VERSION}", BUILD)
+
+
+def _require_version(path: Path, version: int) -> None:
+    if version != VERSION:
+        raise UnavailableError(f"{path} is of interface version {version}", f"version {VERSION}", BUILD)
 
 
 def require_capability(library: NativeLibrary, capability: tuple[int, int]) -> None:

@@ -14,22 +14,6 @@ from graphs.ops.select_tokens.trt_python import SelectTokens
 OPERATORS = (SelectTokens, GatherTokens)
 
 
-def tensorrt_module() -> Any:
-    """The TensorRT module that can be imported: `tensorrt`, else `tensorrt_rtx`.
-
-    Raises UnavailableError, with the reason of each, if there is none.
-    """
-    import importlib
-
-    reasons = []
-    for name in ("tensorrt", "tensorrt_rtx", "tensorrt_rtx_bindings"):
-        try:
-            return importlib.import_module(name)
-        except ImportError as error:
-            reasons.append(f"{name}: {str(error).splitlines()[0]}")
-    raise UnavailableError("; ".join(reasons), "TensorRT with its Python module", "see docs/native.md")
-
-
 def register_python(trt: Any, kernels: Path | None = None) -> list[Any]:
     """Register the Python plugins; returns their creators, which the caller must keep as long as TensorRT uses them.
 

@@ -12,6 +12,7 @@
     kernel<<<(grid), (block), (shared), (stream)>>>(__VA_ARGS__)
 // Everything is inlined, so that arrays that are struct members stay in registers.
 #define BTP_DEVICE __device__ __forceinline__
+#define BTP_HOST_DEVICE __host__ __device__ __forceinline__
 #define BTP_DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
 #endif
 
@@ -20,18 +21,20 @@ namespace btp {
 constexpr uint32_t kAllLanes = 0xffffffffu;
 constexpr uint32_t kNone = 0xffffffffu;
 
-// Unsigned key with the order of the floats: NaN lowest (all NaNs alike), then -inf ... +inf, -0 equal to +0.
-// 0 lies below every key and is left free for "not to be chosen".
-BTP_DEVICE uint32_t order_key(float x)
+// Unsigned key with the order of the floats: NaN lowest (all NaNs alike), then -inf ... +inf; x is not -0.
+// 0 lies below every key and is left free for "not to be chosen". No branches: it stands between every two steps.
+BTP_DEVICE uint32_t key_without_minus_zero(float x)
 {
     const uint32_t bits = __float_as_uint(x);
-    if ((bits & 0x7fffffffu) > 0x7f800000u) {
-        return 1u;
-    }
-    if (bits == 0x80000000u) {
-        return 0x80000000u;
-    }
-    return (bits & 0x80000000u) ? ~bits : (bits | 0x80000000u);
+    const uint32_t sign = static_cast<uint32_t>(static_cast<int32_t>(bits) >> 31);
+    const uint32_t key = bits ^ (sign | 0x80000000u);
+    return x != x ? 1u : key;
+}
+
+// The same for any x; -0 is equal to +0.
+BTP_DEVICE uint32_t order_key(float x)
+{
+    return key_without_minus_zero(__fadd_rn(x, 0.0f));
 }
 
 // One redux instruction where the hardware has it (sm_80 on), a butterfly of shuffles before.
@@ -51,6 +54,18 @@ BTP_DEVICE uint32_t warp_max(uint32_t value)
 BTP_DEVICE uint32_t warp_min(uint32_t value)
 {
     return ~warp_max(~value);
+}
+
+BTP_DEVICE uint32_t warp_sum(uint32_t value)
+{
+#if defined(BTP_SIMT_EMULATION) || __CUDA_ARCH__ >= 800
+    return __reduce_add_sync(kAllLanes, value);
+#else
+    for (int offset = 16; offset > 0; offset >>= 1) {
+        value += __shfl_xor_sync(kAllLanes, value, offset);
+    }
+    return value;
+#endif
 }
 
 }  // namespace btp

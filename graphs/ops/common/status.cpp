@@ -20,7 +20,6 @@ extern "C" const char* btp_error_string(int32_t code)
     case BTP_OK: return "no error";
     case BTP_BAD_ARGUMENT: return "a size, an attribute or a pointer breaks the operator's rules";
     case BTP_WORKSPACE: return "the workspace is smaller than the operator asks for";
-    case BTP_TOO_LARGE: return "more tokens than one thread block of this device can hold";
     default: break;
     }
     if (code >= BTP_CUDA) {
@@ -31,6 +30,12 @@ extern "C" const char* btp_error_string(int32_t code)
     return text.c_str();
 }
 
-extern "C" int32_t btp_kernels_version(void) { return 1; }
+#define BTP_VERSION 1
+#define BTP_TEXT_OF(value) #value
+#define BTP_TEXT(value) BTP_TEXT_OF(value)
+
+const char btp_kernels_description[] = "btp-kernels " BTP_TEXT(BTP_VERSION) " for " BTP_ARCHITECTURES ";";
+
+extern "C" int32_t btp_kernels_version(void) { return BTP_VERSION; }
 
 extern "C" const char* btp_kernels_architectures(void) { return BTP_ARCHITECTURES; }

@@ -13,7 +13,6 @@ enum {
     BTP_OK = 0,
     BTP_BAD_ARGUMENT = 1,   // a size, count or pointer breaks the operator's rules; *_problem() says which
     BTP_WORKSPACE = 2,      // the workspace is smaller than *_workspace() asks for
-    BTP_TOO_LARGE = 3,      // more tokens than one thread block of this device can hold
     BTP_CUDA = 1000         // BTP_CUDA + n: the launch gave CUDA error n
 };
 
@@ -25,6 +24,9 @@ BTP_API const char* btp_error_string(int32_t code);
 // e.g. "80,87,90".
 BTP_API int32_t btp_kernels_version(void);
 BTP_API const char* btp_kernels_architectures(void);
+
+// Both once more as text in the file, "btp-kernels 1 for 80,87,90;", for those who cannot load it (btp_trt needs TensorRT).
+BTP_API extern const char btp_kernels_description[];
 
 #ifdef __cplusplus
 }

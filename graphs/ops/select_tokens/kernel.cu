@@ -1,14 +1,13 @@
 // BtpSelectTokens for CUDA devices. The rule numbers are those of the operator's definition (schema.py).
 //
-// Two launches at most:
-//   nearest_other  one warp a token: its smallest distance to any other token (start of rule 2); reads the similarity
-//                  once, spread over the whole device. Left out when no farthest-point selection starts from nothing.
-//   select_tokens  one block a batch row does all the rest: order, picks, base, fill, ascending output. The distances of
-//                  all tokens stay in registers (kItems a thread); one step of the farthest-point loop is one row read,
-//                  a minimum, two levels of warp redux and one barrier.
+// Two launches:
+//   survey_tokens  one warp a token, spread over the whole device: how far its nearest other token is (start of rule 2)
+//                  and how many tokens are before it in the order (rule 1). Reads the similarity once.
+//   select_tokens  one block a batch row goes from pick to pick; the distances of all tokens stay in registers (kItems a
+//                  thread). Further blocks find meanwhile how far every token is from picks A and the seeds.
 //
-// Floor of the loop: a step cannot start before the one before it has named its token, so
-//   steps x (read of one row from L2 + minimum + redux pair + shared write, barrier, read + redux pair).
+// Floor: a step cannot start before the one before it has named its token, so
+//   steps x (read of one row + minimum + reductions of warp and block, with one barrier).
 // docs/native.md carries the arithmetic for the sizes in use.
 //
 // Distances are float32, 1 - similarity, rounded once (__fsub_rn, never contracted), as unsigned keys in float order; so
@@ -17,56 +16,40 @@
 
 #include "rules.h"
 #include "selection.cuh"
+#include "survey.cuh"
 
 namespace btp {
 namespace {
 
-constexpr int kRowWarps = 8;  // warps a block of nearest_other
-
-// nearest[b,i] = key of the smallest distance from token i to another token; similarity [B,V,V], rows = B * V.
-template <typename T>
-__global__ void nearest_other(const T* __restrict__ similarity, int tokens, int rows, uint32_t* __restrict__ nearest)
-{
-    const int lane = static_cast<int>(threadIdx.x) & 31;
-    const int row = static_cast<int>(blockIdx.x) * kRowWarps + (static_cast<int>(threadIdx.x) >> 5);
-    if (row >= rows) {
-        return;  // whole warps leave, and the block has no barrier
-    }
-    const T* const values = similarity + static_cast<size_t>(row) * tokens;
-    const int self = row % tokens;
-    uint32_t best = kNone;
-#pragma unroll 8
-    for (int other = lane; other < tokens; other += 32) {
-        const uint32_t key = distance_key(values[other]);
-        best = other == self ? best : lower(best, key);
-    }
-    best = warp_min(best);
-    if (lane == 0) {
-        nearest[row] = best;
-    }
-}
-
+// Blocks take their work in the order in which they start: first the `parts` of approach_base for each batch row, then the
+// rows themselves. So a block only ever waits for blocks that are running or done, whatever the order of their numbers.
 template <typename B, typename T>
-__global__ void __launch_bounds__(B::kThreads, 1)
-select_tokens(const BtpSelect select, const float* __restrict__ scores, const T* __restrict__ similarity,
-              const int32_t* __restrict__ seeds, const uint32_t* __restrict__ nearest, int32_t* __restrict__ indices)
+__global__ void __launch_bounds__(B::kMaxThreads, 1)
+select_tokens(const BtpSelect select, const int parts, const T* __restrict__ similarity,
+              const int32_t* __restrict__ seeds, const Survey survey, int32_t* __restrict__ indices)
 {
     BTP_DYNAMIC_SHARED(memory);
-    const size_t row = blockIdx.x;
-    const size_t tokens = static_cast<size_t>(select.tokens);
-    Selection<B, T> selection{select,
-                              scores + row * tokens,
-                              similarity == nullptr ? nullptr : similarity + row * tokens * tokens,
-                              seeds,
-                              nearest == nullptr ? nullptr : nearest + row * tokens,
-                              *reinterpret_cast<typename B::Shared*>(memory)};
-    selection.run(indices + row * static_cast<size_t>(select.keep));
-}
-
-bool starts_from_nothing(const BtpSelect& s)
-{
-    return s.similarity != BTP_NO_SIMILARITY
-           && (s.diversity_quota > 0 || (s.attention_quota == 0 && s.seeds == 0));
+    auto& shared = *reinterpret_cast<typename B::Shared*>(memory);
+    uint32_t work = blockIdx.x;
+    if (parts > 0) {
+        if (threadIdx.x == 0) {
+            shared.word = atomicAdd(survey.ticket, 1u);
+        }
+        __syncthreads();
+        work = shared.word;
+        __syncthreads();
+    }
+    const uint32_t before = static_cast<uint32_t>(parts) * static_cast<uint32_t>(select.batch);
+    if (work < before) {
+        const uint32_t batch = work / static_cast<uint32_t>(parts);
+        const Row<T> row{select, similarity, seeds, survey, batch};
+        approach_base<B>(select, row, static_cast<int>(work % static_cast<uint32_t>(parts)), shared);
+    } else {
+        const size_t batch = work - before;
+        const Row<T> row{select, similarity, seeds, survey, batch};
+        Selection<B, T> selection{select, row, shared};
+        selection.run(parts, indices + batch * static_cast<size_t>(select.keep));
+    }
 }
 
 int32_t cuda_status(cudaError_t error)
@@ -75,54 +58,41 @@ int32_t cuda_status(cudaError_t error)
 }
 
 template <typename B, typename T>
-int32_t launch_block(const BtpSelect& select, const float* scores, const T* similarity, const int32_t* seeds,
-                     const uint32_t* nearest, int32_t* indices, cudaStream_t stream)
+int32_t launch(const BtpSelect& select, const float* scores, const T* similarity, const int32_t* seeds,
+               const Survey& survey, int32_t* indices, cudaStream_t stream)
 {
-    const auto kernel = select_tokens<B, T>;
-    constexpr size_t shared = sizeof(typename B::Shared);
-    if (shared > 48 * 1024) {
-        // More than 48 KiB of shared memory is given on request only; devices that have less refuse here.
-        const cudaError_t raised = cudaFuncSetAttribute(
-            kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
-        if (raised != cudaSuccess) {
-            (void)cudaGetLastError();
-            return BTP_TOO_LARGE;
-        }
+    const size_t tokens = static_cast<size_t>(select.batch) * static_cast<size_t>(select.tokens);
+    const auto surveys = static_cast<unsigned>((tokens + kSurveyWarps - 1) / kSurveyWarps);
+    const auto survey_kernel = survey_tokens<B::kWide, T>;
+    BTP_LAUNCH(survey_kernel, surveys, 32 * kSurveyWarps, 0, stream, select, scores, similarity, survey);
+    const int32_t status = cuda_status(cudaGetLastError());
+    if (status != BTP_OK) {
+        return status;
     }
-    BTP_LAUNCH(kernel, static_cast<unsigned>(select.batch), B::kThreads, shared, stream, select, scores, similarity,
-               seeds, nearest, indices);
+    const auto kernel = select_tokens<B, T>;
+    const int parts = base_parts(select);
+    const auto blocks = static_cast<unsigned>(select.batch) * static_cast<unsigned>(parts + 1);
+    constexpr unsigned kWarpTokens = 32 * B::kItems;
+    const unsigned threads = (static_cast<unsigned>(select.tokens) + kWarpTokens - 1) / kWarpTokens * 32;
+    BTP_LAUNCH(kernel, blocks, threads, sizeof(typename B::Shared), stream, select, parts, similarity, seeds, survey,
+               indices);
     return cuda_status(cudaGetLastError());
 }
 
 template <typename T>
 int32_t launch(const BtpSelect& select, const float* scores, const T* similarity, const int32_t* seeds,
-               uint32_t* nearest, int32_t* indices, cudaStream_t stream)
+               const Survey& survey, int32_t* indices, cudaStream_t stream)
 {
-    if (nearest != nullptr) {
-        const int rows = select.batch * select.tokens;
-        const unsigned blocks = static_cast<unsigned>((rows + kRowWarps - 1) / kRowWarps);
-        BTP_LAUNCH(nearest_other<T>, blocks, 32 * kRowWarps, 0, stream, similarity, select.tokens, rows, nearest);
-        const int32_t status = cuda_status(cudaGetLastError());
-        if (status != BTP_OK) {
-            return status;
-        }
-    }
     const auto with = [&](auto block) {
-        return launch_block<decltype(block), T>(select, scores, similarity, seeds, nearest, indices, stream);
+        static_assert(sizeof(typename decltype(block)::Shared) <= 48 * 1024, "more is given on request only");
+        return launch<decltype(block), T>(select, scores, similarity, seeds, survey, indices, stream);
     };
-    if (select.tokens <= Block<128, 4>::kTokens) {
-        return with(Block<128, 4>{});
+    const bool wide = select.tokens % 4 == 0 && reinterpret_cast<uintptr_t>(scores) % sizeof(Unit<float, 4>) == 0
+                      && reinterpret_cast<uintptr_t>(similarity) % sizeof(Unit<T, 4>) == 0;
+    if (select.tokens <= Block<4, true>::kTokens) {
+        return wide ? with(Block<4, true>{}) : with(Block<4, false>{});
     }
-    if (select.tokens <= Block<256, 4>::kTokens) {
-        return with(Block<256, 4>{});
-    }
-    if (select.tokens <= Block<512, 4>::kTokens) {
-        return with(Block<512, 4>{});
-    }
-    if (select.tokens <= Block<1024, 4>::kTokens) {
-        return with(Block<1024, 4>{});
-    }
-    return with(Block<1024, 8>{});
+    return wide ? with(Block<8, true>{}) : with(Block<8, false>{});
 }
 
 }  // namespace
@@ -141,10 +111,7 @@ extern "C" const char* btp_select_tokens_problem(const BtpSelect* select)
 
 extern "C" size_t btp_select_tokens_workspace(const BtpSelect* select)
 {
-    if (btp_select_tokens_problem(select) != nullptr || !btp::starts_from_nothing(*select)) {
-        return 0;
-    }
-    return sizeof(uint32_t) * static_cast<size_t>(select->batch) * static_cast<size_t>(select->tokens);
+    return btp_select_tokens_problem(select) != nullptr ? 0 : btp::Survey::bytes(*select);
 }
 
 extern "C" int32_t btp_select_tokens(const BtpSelect* select, const float* scores, const void* similarity,
@@ -156,14 +123,13 @@ extern "C" int32_t btp_select_tokens(const BtpSelect* select, const float* score
     if (!typed || scores == nullptr || indices == nullptr || btp_select_tokens_problem(select) != nullptr) {
         return BTP_BAD_ARGUMENT;
     }
-    const size_t wanted = btp_select_tokens_workspace(select);
-    if (workspace_bytes < wanted || (wanted > 0 && workspace == nullptr)) {
+    if (workspace == nullptr || workspace_bytes < btp_select_tokens_workspace(select)) {
         return BTP_WORKSPACE;
     }
-    uint32_t* const nearest = wanted > 0 ? static_cast<uint32_t*>(workspace) : nullptr;
+    const btp::Survey survey{*select, workspace};
     const auto cuda_stream = static_cast<cudaStream_t>(stream);
     if (select->similarity == BTP_FLOAT16) {
-        return btp::launch(*select, scores, static_cast<const __half*>(similarity), seeds, nearest, indices, cuda_stream);
+        return btp::launch(*select, scores, static_cast<const __half*>(similarity), seeds, survey, indices, cuda_stream);
     }
-    return btp::launch(*select, scores, static_cast<const float*>(similarity), seeds, nearest, indices, cuda_stream);
+    return btp::launch(*select, scores, static_cast<const float*>(similarity), seeds, survey, indices, cuda_stream);
 }

@@ -33,8 +33,8 @@ BTP_API size_t btp_select_tokens_workspace(const BtpSelect* select);
 // Why these sizes cannot be run, or NULL. The text belongs to the library, one per thread.
 BTP_API const char* btp_select_tokens_problem(const BtpSelect* select);
 
-// Puts one or two launches on `stream` (a cudaStream_t); neither allocates, synchronises nor reads device memory on the
-// host, so it can be captured in a graph.
+// Puts two launches on `stream` (a cudaStream_t); neither allocates, synchronises nor reads device memory on the host, so
+// they can be captured in a graph. Calls that may run at the same time need a workspace each.
 //   scores [B,V] float32, similarity [B,V,V] of select->similarity (or NULL), seeds [m] int32 (or NULL; values outside
 //   [0,V) are skipped), indices [B,k] int32 ascending. All are device pointers to dense row-major tensors.
 BTP_API int32_t btp_select_tokens(const BtpSelect* select, const float* scores, const void* similarity, const int32_t* seeds,

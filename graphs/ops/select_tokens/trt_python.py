@@ -53,11 +53,9 @@ class SelectTokens:
         return "int32"
 
     def workspace(self, inputs: Sequence[Tensor]) -> int:
-        """Four bytes a token for the start of rule 2; kernel.h: btp_select_tokens_workspace."""
-        nothing = self._settings["attention_quota"] == 0 and len(inputs) < 3
-        starts = len(inputs) > 1 and (self._settings["diversity_quota"] > 0 or nothing)
+        """What survey.cuh keeps: three numbers a token, two a batch row and one more, four bytes each."""
         batch, tokens = inputs[0].shape
-        return 4 * batch * tokens if starts else 0
+        return 4 * (3 * batch * tokens + 2 * batch + 1)
 
     def launch(self, kernels: Launcher, inputs: Sequence[Tensor], output: int, workspace: int, stream: int) -> None:
         kernels.select_tokens(inputs, output, workspace, stream=stream, **self._settings)

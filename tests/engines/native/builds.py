@@ -112,3 +112,10 @@ def contract(headers: Path) -> Path:
     return compiled(
         "contract", [compiler(), *STRICT, "-O1", *include, "-Wl,--no-as-needed", "-ldl"], [TESTS / "contract.cpp"]
     )
+
+
+def static_host(headers: Path) -> Path:
+    """A process for btp_trt to be loaded into, compiled against these headers."""
+    include = ["-isystem", headers, "-isystem", cuda_include()]
+    flags = [*STRICT, "-Wno-deprecated-declarations", "-O1", *include, "-rdynamic", "-Wl,--no-as-needed", "-ldl"]
+    return compiled("static_host", [compiler(), *flags], [TESTS / "static_host.cpp"])

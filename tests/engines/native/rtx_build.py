@@ -1,8 +1,9 @@
-"""Run as a script under TensorRT for RTX: parses an ONNX file with the plugins, builds an engine for an absent GPU.
+"""Run as a script: TensorRT for RTX parses each ONNX file named and builds an engine for a GPU that need not be there.
 
-    rtx_build.py MODEL python|LIBRARY
+    rtx_build.py none|python|LIBRARY MODEL...
 
-Prints one JSON object: parsed, layers (name, type), output shapes, engine bytes, and what the log said.
+The first argument says which plugins are registered. Prints one JSON object, file -> {parsed, layers: types, outputs:
+shapes, engine_bytes, log: warnings and errors}; a file that is not parsed has no layers.
 """
 
 import json
@@ -10,40 +11,49 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from engines.plugins import register_native, register_python
+from engines.tensorrt import library
 
-def main(model: str, plugins: str) -> None:
-    from engines.plugins import register_native, register_python, tensorrt_module
+trt: Any = library.load("rtx").module
 
-    trt: Any = tensorrt_module()
-    log: list[str] = []
 
-    class Logger(trt.ILogger):  # type: ignore[misc]
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
+class Log(trt.ILogger):  # type: ignore[misc]
+    def __init__(self) -> None:
+        trt.ILogger.__init__(self)
+        self.lines: list[str] = []
 
-        def log(self, severity: Any, message: str) -> None:
-            if severity in (trt.ILogger.INTERNAL_ERROR, trt.ILogger.ERROR, trt.ILogger.WARNING):
-                log.append(f"{severity.name}: {message}")
+    def log(self, severity: Any, message: str) -> None:
+        if severity in (trt.ILogger.INTERNAL_ERROR, trt.ILogger.ERROR, trt.ILogger.WARNING):
+            self.lines.append(f"{severity.name}: {message}")
 
-    logger = Logger()
-    keep = register_python(trt) if plugins == "python" else register_native(trt, Path(plugins))
-    builder = trt.Builder(logger)
+
+def register(plugins: str) -> Any:
+    """What is returned must be kept while TensorRT runs."""
+    if plugins == "none":
+        return None
+    return register_python(trt) if plugins == "python" else register_native(trt, Path(plugins))
+
+
+def build(model: Path) -> dict[str, Any]:
+    log = Log()
+    builder = trt.Builder(log)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-    parser = trt.OnnxParser(network, logger)
-    result: dict[str, Any] = {"parsed": parser.parse_from_file(model), "log": log}
-    if result["parsed"]:
-        result["layers"] = [network.get_layer(i).type.name for i in range(network.num_layers)]
-        result["outputs"] = [list(network.get_output(i).shape) for i in range(network.num_outputs)]
-        config = builder.create_builder_config()
-        config.num_compute_capabilities = 1
-        config.set_compute_capability(trt.ComputeCapability.SM89, 0)
-        engine = builder.build_serialized_network(network, config)
-        result["engine_bytes"] = 0 if engine is None else engine.nbytes
-    else:
-        result["errors"] = [parser.get_error(i).desc() for i in range(parser.num_errors)]
-    print(json.dumps(result))
-    del keep
+    parser = trt.OnnxParser(network, log)
+    if not parser.parse(model.read_bytes()):
+        return {"parsed": False, "log": log.lines}
+    config = builder.create_builder_config()
+    config.num_compute_capabilities = 1
+    config.set_compute_capability(trt.ComputeCapability.SM89, 0)
+    engine = builder.build_serialized_network(network, config)
+    return {
+        "parsed": True,
+        "layers": [network.get_layer(i).type.name for i in range(network.num_layers)],
+        "outputs": [list(network.get_output(i).shape) for i in range(network.num_outputs)],
+        "engine_bytes": 0 if engine is None else engine.nbytes,
+        "log": log.lines,
+    }
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2])
+    keep = register(sys.argv[1])
+    print(json.dumps({name: build(Path(name)) for name in sys.argv[2:]}))

@@ -1,10 +1,10 @@
 // Test only: runs the CUDA kernels' own source on a CPU, one block after the other, each thread a fiber (ucontext).
 //
 // Served: threadIdx, blockIdx, blockDim, __syncthreads, warp shuffles, ballot and redux with all lanes, dynamic shared
-// memory, atomicMin on shared memory. What it shows is the kernels' logic; it says nothing about their speed and cannot
-// see everything that a GPU's memory model allows. To bring missing barriers to light, threads run in another order every
-// time a barrier opens (seeded), shared memory starts full of noise, and a block whose threads wait at different places
-// ends the program with a message.
+// memory, atomics. What it shows is the kernels' logic; it says nothing about their speed and cannot see everything that
+// a GPU's memory model allows. To bring missing barriers to light, threads run in another order every time a barrier opens
+// (seeded), shared memory starts full of noise, and a block whose threads wait at different places ends the program with
+// a message. Blocks run in another order every launch: one that waits for a block that comes later hangs for ever.
 #pragma once
 
 #include <stdint.h>
@@ -16,12 +16,14 @@
 #include <algorithm>
 #include <functional>
 #include <memory>
+#include <numeric>
 #include <random>
 #include <string>
 #include <vector>
 
 #define __global__ static
 #define BTP_DEVICE inline
+#define BTP_HOST_DEVICE inline
 #define __launch_bounds__(...)
 
 struct uint4 {
@@ -174,7 +176,10 @@ inline void launch(dim3 grid, dim3 block, size_t shared, std::function<void()> b
     d.block = block;
     d.body = std::move(body);
     d.fibers.resize(threads);
-    for (unsigned index = 0; index < grid.x * grid.y * grid.z; ++index) {
+    std::vector<unsigned> order(grid.x * grid.y * grid.z);
+    std::iota(order.begin(), order.end(), 0u);
+    std::shuffle(order.begin(), order.end(), d.random);
+    for (const unsigned index : order) {
         d.block_index = dim3(index % grid.x, index / grid.x % grid.y, index / (grid.x * grid.y));
         d.shared.resize(shared);
         for (unsigned char& byte : d.shared) {
@@ -253,6 +258,14 @@ inline uint32_t __reduce_max_sync(uint32_t mask, uint32_t value)
     return static_cast<uint32_t>(*std::max_element(values, values + 32));
 }
 
+inline uint32_t __reduce_add_sync(uint32_t mask, uint32_t value)
+{
+    simt::whole_warp(mask);
+    const uint64_t* const values = simt::device().meet(value);
+    return static_cast<uint32_t>(std::accumulate(values, values + 32, uint64_t{0}));
+}
+
+inline int __ffs(int bits) { return __builtin_ffs(bits); }
 inline int __popc(uint32_t bits) { return __builtin_popcount(bits); }
 
 inline uint32_t __float_as_uint(float x)
@@ -262,6 +275,7 @@ inline uint32_t __float_as_uint(float x)
     return bits;
 }
 
+inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fsub_rn(float a, float b) { return a - b; }
 
 inline uint32_t atomicMin(uint32_t* address, uint32_t value)
@@ -270,6 +284,23 @@ inline uint32_t atomicMin(uint32_t* address, uint32_t value)
     *address = std::min(old, value);
     return old;
 }
+
+inline uint32_t atomicAdd(uint32_t* address, uint32_t value)
+{
+    const uint32_t old = *address;
+    *address = old + value;
+    return old;
+}
+
+inline uint32_t atomicOr(uint32_t* address, uint32_t value)
+{
+    const uint32_t old = *address;
+    *address = old | value;
+    return old;
+}
+
+inline uint32_t __ldcg(const uint32_t* address) { return *address; }
+inline void __threadfence() {}
 
 struct __half {
     uint16_t bits;

@@ -67,7 +67,15 @@ __global__ void reverse(int* out, bool wait) {
     out[threadIdx.x] = memory[63 - threadIdx.x];
 }
 __global__ void split() { if (threadIdx.x < 7) { __syncthreads(); } else { __ballot_sync(0xffffffffu, true); } }
+__global__ void place(unsigned* ticket, unsigned* places) {
+    if (threadIdx.x == 0) { places[blockIdx.x] = atomicAdd(ticket, 1u); }
+}
 int main(int count, char**) {
+    unsigned next = 0, places[16], moved = 0;
+    unsigned* ticket = &next; unsigned* out = places;
+    BTP_LAUNCH(place, dim3(16), dim3(32), 0, nullptr, ticket, out);
+    for (unsigned i = 0; i < 16; ++i) { moved += places[i] != i; }
+    if (next != 16 || moved == 0) { return 2; }
     if (count > 1) { BTP_LAUNCH(split, dim3(1), dim3(64), 64, nullptr); return 0; }
     int with[64], without[64], wrong[2] = {0, 0};
     int* a = with; int* b = without;
@@ -79,7 +87,7 @@ int main(int count, char**) {
 """
 
 
-def test_the_emulation_shows_a_missing_barrier_and_a_split_block(tmp_path: Path) -> None:
+def test_the_emulation_shows_a_missing_barrier_a_split_block_and_any_order_of_blocks(tmp_path: Path) -> None:
     source = tmp_path / "emulated.cpp"
     source.write_text(EMULATED)
     program = tmp_path / "emulated"

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from engines.kernels import Kernels
-from graphs.errors import CheckError
+from graphs.errors import CheckError, UnavailableError
 from tests.engines.native import builds
 
 gpu_verify = pytest.importorskip("benchmarks.gpu_verify")
@@ -29,6 +29,20 @@ def test_the_verification_finds_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch) 
         gpu_verify.verify(kernels, "cpu", drawn=0, large=False)
 
 
+def test_the_operators_of_onnx_runtime_pass_their_verification() -> None:
+    gpu_ort = pytest.importorskip("benchmarks.gpu_ort")
+    assert gpu_ort.verify(gpu_ort.CustomOps(builds.ort_library())) > 50
+    with pytest.raises(UnavailableError, match="has no NoSuchExecutionProvider"):
+        gpu_ort.require_provider("NoSuchExecutionProvider")
+
+
+def test_the_threads_of_the_floor_are_those_of_the_kernel() -> None:
+    gpu_timing = pytest.importorskip("benchmarks.gpu_timing")
+    assert [gpu_timing._threads(tokens) for tokens in (1, 144, 576, 2880, 4096, 4097, 8192)] == [
+        32, 64, 160, 736, 1024, 544, 1024,
+    ]  # fmt: skip
+
+
 def test_steps_count_the_picks_that_wait() -> None:
     gpu_timing = pytest.importorskip("benchmarks.gpu_timing")
     cases = {case.name: case for case in gpu_timing._selections()[:6]}
@@ -37,7 +51,15 @@ def test_steps_count_the_picks_that_wait() -> None:
     assert 15 <= gpu_timing._steps(cases["released-2"]) <= 30
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here: run `make gpu-check`")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU that torch can use")
+def test_the_kernels_equal_the_reference_on_this_gpu() -> None:
+    command = [sys.executable, "-m", "benchmarks.gpu_check", "--verify-only"]
+    done = subprocess.run(command, cwd=builds.ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "calls equal the reference" in done.stdout
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here: the test above runs on it")
 def test_without_a_gpu_it_says_so_and_exits_3() -> None:
     command = [sys.executable, "-m", "benchmarks.gpu_check"]
     done = subprocess.run(command, cwd=builds.ROOT, capture_output=True, text=True, check=False)

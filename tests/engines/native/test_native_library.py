@@ -75,6 +75,30 @@ def test_a_good_library_tells_what_it_was_built_for(monkeypatch: pytest.MonkeyPa
     assert custom_ops() == path
 
 
+def test_what_cannot_be_loaded_here_is_described_by_its_file(tmp_path: Path) -> None:
+    """btp_trt registers plugins when it is loaded; the text that its kernels carry says enough."""
+    library = tmp_path / "libbtp_trt.so"
+    source = tmp_path / "library.cpp"
+    for text, architectures in (("1 for 80,87-real,90", ("80", "87", "90")), ("1 for ", ())):
+        source.write_text(f'extern "C" const char text[] = "btp-kernels {text};";')
+        builds.run([builds.compiler(), "-shared", "-fPIC", source, "-o", library])
+        assert inspect("btp_trt", library) == NativeLibrary("btp_trt", library, architectures)
+    for text, message in (
+        ("btp-kernels 7 for 80;", "is of interface version 7"),
+        ("", "is no library of this project"),
+    ):
+        source.write_text(f'extern "C" const char text[] = "{text}";')
+        builds.run([builds.compiler(), "-shared", "-fPIC", source, "-o", library])
+        with pytest.raises(UnavailableError, match=message):
+            inspect("btp_trt", library)
+
+
+def test_the_kernels_carry_the_description(tmp_path: Path) -> None:
+    kernels = tmp_path / "libbtp_trt.so"
+    shutil.copy(builds.emulated_kernels(), kernels)
+    assert inspect("btp_trt", kernels) == NativeLibrary("btp_trt", kernels, ())
+
+
 def test_the_survey_has_a_line_for_every_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copy(builds.ort_library(), tmp_path)
     (tmp_path / "libbtp_trt.so").write_text("not a library, though long enough to look at")

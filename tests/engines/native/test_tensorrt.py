@@ -1,15 +1,11 @@
 """The TensorRT plugins: against the headers alone, and in engines that TensorRT for RTX builds for an absent GPU.
 
-TENSORRT_INCLUDE_DIR names folders of NvInferRuntime.h (several with a colon between). TensorRT for RTX is the extra
-`rtx`; BTP_RTX_PYTHON may name another interpreter that has it.
+TENSORRT_INCLUDE_DIR names folders of NvInferRuntime.h (several with a colon between).
 """
 
-import functools
 import importlib.util
-import json
-import os
+import re
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +14,9 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from graphs.ops import functions
-from tests.engines.native import builds
+from benchmarks.gpu_ort import one_node
+from graphs.ops import functions, gather_tokens, select_tokens
+from tests.engines.native import builds, rtx
 
 HEADERS = builds.tensorrt_headers()
 PLUGIN_ATTRIBUTES = {"plugin_version": "1", "plugin_namespace": ""}
@@ -41,50 +38,28 @@ def test_contract_with_headers_alone(index: int) -> None:
         assert done.returncode == 0, f"{against}, {library}: {done.stdout}{done.stderr}"
 
 
-def test_the_static_library_compiles_and_names_what_it_expects_of_tensorrt() -> None:
-    for folder in headers():
-        library = builds.plugin(folder, name="trt_static")
-        symbols = subprocess.run(["nm", "-D", "--undefined-only", library], capture_output=True, text=True, check=True)
-        assert {"getPluginRegistry", "getLogger"} <= set(symbols.stdout.split())
+@pytest.mark.parametrize("index", range(max(1, len(HEADERS))))
+def test_the_static_library_registers_itself_when_it_is_loaded(index: int) -> None:
+    folder = headers()[index]
+    library, host = builds.plugin(folder, name="trt_static"), builds.static_host(folder)
+    major = re.search(r"_MAJOR(?:_ENTERPRISE)? (\d+)", (folder / "NvInferVersion.h").read_text())
+    assert major is not None
+    done = subprocess.run([host, library, f"{major[1]}0300"], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["BtpSelectTokens '1' into ''", "BtpGatherTokens '1' into ''", "registered 1"]
+
+
+@pytest.mark.parametrize("version", ["90300", "120100", "10701"])
+def test_the_static_library_touches_nothing_of_another_tensorrt(version: str) -> None:
+    """The registry's table of functions changed with 11, and TensorRT for RTX (1.7 here) has that of 11."""
+    folder = headers()[0]
+    library, host = builds.plugin(folder, name="trt_static"), builds.static_host(folder)
+    done = subprocess.run([host, library, version], capture_output=True, text=True, check=True)
+    assert done.stdout == "registered 0\n"
+    found = f"{int(version) // 10000}.{int(version) // 100 % 100}"
+    assert re.search(rf"^libbtp_trt.so: it was built for TensorRT \d+, and this process has {found};", done.stderr)
 
 
 # --- TensorRT for RTX -------------------------------------------------------------------------------------------------
-
-
-@functools.cache
-def rtx() -> tuple[str, Path]:
-    """An interpreter with the bindings and its folder of libraries under the names they are looked for; or a skip."""
-    python = os.environ.get("BTP_RTX_PYTHON", sys.executable)
-    found = "import importlib.util as u; print(u.find_spec('tensorrt_rtx_bindings') and " \
-            "u.find_spec('onnxruntime_ep_nv_tensorrt_rtx').submodule_search_locations[0] or '')"  # fmt: skip
-    libraries = subprocess.run([python, "-c", found], capture_output=True, text=True, check=False).stdout.strip()
-    if not libraries:
-        pytest.skip("TensorRT for RTX is not installed: pip install 'btp-export[rtx]', or set BTP_RTX_PYTHON")
-    links = builds.KEPT / "rtx"
-    links.mkdir(parents=True, exist_ok=True)
-    for name, stem in (
-        ("libtensorrt_rtx.so.1", "libtensorrt_rtx.so"),
-        ("libtensorrt_rtx.so", "libtensorrt_rtx.so"),
-        ("libtensorrt_onnxparser_rtx.so.1", "libtensorrt_onnxparser_rtx.so"),
-    ):
-        (target,) = Path(libraries).glob(f"{stem}.*.*.*")
-        link = links / name
-        if not link.exists():
-            link.unlink(missing_ok=True)
-            link.symlink_to(target)
-    return python, links
-
-
-def build_engine(model: onnx.ModelProto, plugins: str, folder: Path) -> tuple[dict[str, Any], str]:
-    """What rtx_build.py found, and what the plugin said on standard error."""
-    python, links = rtx()
-    path = folder / "model.onnx"
-    onnx.save(model, path)
-    environment = {**os.environ, "LD_LIBRARY_PATH": str(links), "PYTHONPATH": str(builds.ROOT)}
-    command = [python, str(builds.TESTS / "rtx_build.py"), str(path), plugins]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return json.loads(done.stdout.splitlines()[-1]), done.stdout + done.stderr
 
 
 def pipeline(
@@ -133,15 +108,36 @@ VARIANTS = {
 }
 
 
+@rtx.needed
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_an_engine_is_built_with_the_plugins(variant: str, form: str, tmp_path: Path) -> None:
-    rtx()
-    result, _ = build_engine(VARIANTS[variant], plugin_of(form), tmp_path)
-    assert result["parsed"] and result["log"] == []
-    assert result["layers"] == ["PLUGIN_V3", "PLUGIN_V3"]
-    assert result["outputs"] == [[1, 288], [1, 352, 512]]
-    assert result["engine_bytes"] > 0
+def test_an_engine_is_built_with_the_plugins(form: str, tmp_path: Path) -> None:
+    built, _ = rtx.build(VARIANTS, tmp_path, plugin_of(form))
+    for variant, result in built.items():
+        assert result["parsed"] and result["log"] == [], variant
+        assert result["layers"] == ["PLUGIN_V3", "PLUGIN_V3"], variant
+        assert result["outputs"] == [[1, 288], [1, 352, 512]], variant
+        assert result["engine_bytes"] > 0, variant
+
+
+@rtx.needed
+@pytest.mark.parametrize("form", FORMS)
+def test_every_case_of_the_operators_becomes_an_engine(form: str, tmp_path: Path) -> None:
+    chosen = {f"select {n} {case.name}": case for n, case in enumerate(select_tokens.cases())}
+    models = {
+        name: one_node("BtpSelectTokens", case.inputs, case.attributes, np.dtype(np.int32), 2)
+        for name, case in chosen.items()
+    }
+    shapes = {name: [len(case.scores), case.attributes["keep"]] for name, case in chosen.items()}
+    for gather in gather_tokens.cases():
+        name, tokens = f"gather {gather.name}", gather.tokens
+        models[name] = one_node("BtpGatherTokens", gather.inputs, gather.attributes, tokens.dtype, tokens.ndim)
+        rows = tokens.shape[1] - gather.attributes["count"] + gather.indices.shape[1]
+        shapes[name] = [tokens.shape[0], rows, *tokens.shape[2:]]
+    built, _ = rtx.build(models, tmp_path, plugin_of(form))
+    assert {name: result["parsed"] and result["outputs"] for name, result in built.items()} == {
+        name: [shape] for name, shape in shapes.items()
+    }
+    assert all(result["layers"] == ["PLUGIN_V3"] and result["engine_bytes"] > 0 for result in built.values())
 
 
 REFUSED = {
@@ -150,31 +146,51 @@ REFUSED = {
     "attribute of the wrong type": (pipeline(boundary=2.5), "attribute boundary is FLOAT32"),
     "list for a number": (pipeline(keep=[288, 3]), "attribute keep is 2 values"),
     "similarity missing": (pipeline(None, 0), "diversity_quota is 86"),
-    "quota above pool": (pipeline(attention_quota=400), "pool"),
+    "quota above pool": (pipeline(attention_quota=400), "(pool is 318|attention_quota is 400)"),
 }
 
 
+@rtx.needed
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("case", REFUSED)
 def test_a_wrong_graph_is_refused_with_a_message(case: str, form: str, tmp_path: Path) -> None:
-    rtx()
     model, message = REFUSED[case]
-    result, said = build_engine(model, plugin_of(form), tmp_path)
-    assert not result["parsed"] and result["errors"]
-    assert f"BtpSelectTokens: {message}" in said or (case == "quota above pool" and "pool" in said)
+    built, said = rtx.build({case: model}, tmp_path, plugin_of(form))
+    assert not built[case]["parsed"] and built[case]["log"]
+    assert re.search(f"BtpSelectTokens: {message}", said), said
 
 
-def test_a_second_form_of_the_plugins_is_refused(tmp_path: Path) -> None:
-    python, links = rtx()
+@rtx.needed
+def test_a_second_form_of_the_plugins_is_refused() -> None:
     script = (
-        "from engines.plugins import register_python, tensorrt_module\n"
-        "trt = tensorrt_module(); keep = register_python(trt)\n"
+        "from engines.plugins import register_python\n"
+        "from engines.tensorrt import library\n"
+        "trt = library.load('rtx').module; keep = register_python(trt)\n"
         "try:\n    register_python(trt)\n"
         "except Exception as error:\n    print(type(error).__name__, error)\n"
     )
-    environment = {**os.environ, "LD_LIBRARY_PATH": str(links), "PYTHONPATH": str(builds.ROOT)}
-    done = subprocess.run([python, "-c", script], capture_output=True, text=True, env=environment, check=False)
-    assert "CheckError the plugin BtpSelectTokens is registered already" in done.stdout, done.stdout + done.stderr
+    assert "CheckError the plugin BtpSelectTokens is registered already" in rtx.run("-c", script).stdout
+
+
+@rtx.needed
+def test_the_python_plugins_are_made_again_from_what_they_serialize() -> None:
+    script = (
+        "import numpy as np\n"
+        "from engines.plugins import register_python\n"
+        "from engines.tensorrt import library\n"
+        "trt = library.load('rtx').module\n"
+        "for creator in register_python(trt):\n"
+        "    names = [field.name for field in creator.field_names]\n"
+        "    fields = [trt.PluginField(name, np.int32([2 + n // 3]), trt.PluginFieldType.INT32)"
+        " for n, name in enumerate(names)]\n"
+        "    made = creator.create_plugin('x', trt.PluginFieldCollection(fields), trt.TensorRTPhase.BUILD)\n"
+        "    again = creator.create_plugin('x', made.get_fields_to_serialize(), trt.TensorRTPhase.RUNTIME)\n"
+        "    print(creator.name, dict(zip(names, again.op.values)), again.op.values == made.op.values)\n"
+    )
+    assert rtx.run("-c", script).stdout.splitlines() == [
+        "BtpSelectTokens {'keep': 2, 'attention_quota': 2, 'diversity_quota': 2, 'pool': 3, 'boundary': 3} True",
+        "BtpGatherTokens {'start': 2, 'count': 2} True",
+    ]
 
 
 def test_the_python_plugin_launches_the_kernels() -> None:
@@ -190,7 +206,8 @@ def test_the_python_plugin_launches_the_kernels() -> None:
     assert op.workspace(inputs) == kernels.workspace(
         inputs, **dict(zip(SelectTokens.ATTRIBUTES, op.values, strict=True))
     )
-    op.launch(kernels, inputs, indices.ctypes.data, 0, 0)
+    workspace = np.zeros(op.workspace(inputs), np.uint8)
+    op.launch(kernels, inputs, indices.ctypes.data, workspace.ctypes.data, 0)
     assert indices.tolist() == [[1, 3]]
 
 

@@ -8,10 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.gpu_ort import one_node
 from graphs.errors import InputError
 from graphs.ops import select_tokens
 from graphs.ops.select_tokens.cases import Case, cases
-from tests.graphs.ops.native_backends import BACKENDS, Array, backend, one_node
+from tests.graphs.ops.native_backends import BACKENDS, Array, backend
 
 CASES = cases()
 
@@ -70,10 +71,10 @@ def test_equals_the_reference_on_drawn_calls(case: Case, name: str) -> None:
     np.testing.assert_array_equal(backend(name).select(case.inputs, case.attributes), expected(case))
 
 
-@pytest.mark.parametrize("tokens", [513, 1025, 2049, 4097])
+@pytest.mark.parametrize("tokens", [1025, 3840, 4097, 4100])
 @pytest.mark.parametrize("name", BACKENDS)
-def test_every_block_size_of_the_kernel(tokens: int, name: str) -> None:
-    """The kernel has one form for each range of V; few picks keep the emulation short."""
+def test_every_form_of_the_kernel(tokens: int, name: str) -> None:
+    """The kernel has two forms for each of two ranges of V; few picks keep the emulation short."""
     random = np.random.default_rng(tokens)
     features = random.standard_normal((1, tokens, 8)).astype(np.float32)
     features /= np.linalg.norm(features, axis=-1, keepdims=True)
@@ -118,6 +119,19 @@ def test_the_custom_op_refuses_wrong_shapes_and_seeds() -> None:
         ort.select({"scores": SCORES, "similarity": SIMILARITY, "seeds": np.int32([1, 6])}, COUNTS)
     with pytest.raises(RuntimeError, match="there are seeds"):
         ort.select({"scores": SCORES, "seeds": np.int32([1])}, COUNTS | {"diversity_quota": 0})
+
+
+def test_the_kernel_reads_a_similarity_at_any_address() -> None:
+    """Rows that a wide read would fit by their length but not by their address."""
+    emulated = backend("cuda-kernel-emulated")
+    case = next(case for case in CASES if case.name == "all-picks")
+    assert case.similarity is not None and case.similarity.shape[-1] % 4 == 0
+    room = np.zeros(case.similarity.size + 1, np.float32)
+    shifted = room[1:].reshape(case.similarity.shape)
+    shifted[...] = case.similarity
+    assert shifted.ctypes.data % 16 != case.similarity.ctypes.data % 16
+    got = emulated.select(case.inputs | {"similarity": shifted}, case.attributes)
+    np.testing.assert_array_equal(got, expected(case))
 
 
 def test_the_kernel_skips_seeds_outside_the_tokens() -> None:
