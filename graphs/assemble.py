@@ -64,7 +64,7 @@ def assemble_whole(
 def _embedded(b: GraphBuilder, vision: BuiltGraph, spec: ModelSpec, profile: ShapeProfile) -> Stream:
     """The inputs, and hidden [B,S,C] of prefix, image features and text one after another."""
     batch, width, half = profile.batch, spec.decoder.hidden_size, spec.decoder.head_dim // 2
-    pixels = b.input("pixel_values", (batch, spec.vision.channels, *profile.image_size), ir.DataType.FLOAT)
+    pixels = b.input("pixel_values", profile.pixel_input(spec.vision.channels), ir.DataType.FLOAT)
     prefix = [b.input("prefix", (batch, profile.prefix_tokens, width))] if profile.prefix_tokens else []
     text = b.input("text", (batch, profile.text_tokens, width))
     cos = b.input("cos", (batch, profile.total_tokens, half))

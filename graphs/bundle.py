@@ -1,6 +1,7 @@
 """A bundle on disk (contract, "btp-bundle/1"): opening with checks, writing, deriving one with another plan.
 
     manifest.json   plan.json   graphs/*.onnx   graphs/weights/*.safetensors   processor/*   engines/   report/
+    plans/<profile>.json for profiles with other image tokens than the first one's
 
 Everything the manifest lists is hashed. engines/ and report/ are made from the bundle and not listed.
 """
@@ -10,14 +11,15 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from graphs.checkpoint import Checkpoint, open_checkpoint
 from graphs.errors import InputError
+from graphs.fit import plan_for_profile
 from graphs.manifest import (
     BuildRecord,
     FileRecord,
@@ -29,7 +31,7 @@ from graphs.manifest import (
 from graphs.plan import PruningPlan
 from graphs.profile import ShapeProfile
 from graphs.spec import ModelSpec
-from graphs.staging import SMALL_FILE, Link, place, record, sha256, staged
+from graphs.staging import SMALL_FILE, Link, hashing, put, record, sha256, staged
 from graphs.strict import parse_record
 
 if TYPE_CHECKING:
@@ -45,11 +47,15 @@ ROPE_WEIGHTS = "btp-rope.safetensors"
 
 @dataclass(frozen=True)
 class Bundle:
-    """An opened bundle. `root` is its folder; nothing of the weights is loaded."""
+    """An opened bundle. `root` is its folder; nothing of the weights is loaded.
+
+    `plan` is the first profile's, `profile_plans` those of profiles with other image tokens: ask `plan_for`.
+    """
 
     root: Path
     manifest: Manifest
     plan: PruningPlan
+    profile_plans: Mapping[str, PruningPlan] = field(default_factory=dict)
 
     @staticmethod
     def open(path: Path, *, check: Check = "quick") -> "Bundle":
@@ -60,10 +66,16 @@ class Bundle:
         """
         path = Path(path)
         manifest = _read_manifest(path)
-        for entry in listed_files(manifest):
-            _check_file(path, entry, hashed=check == "full" or entry.size <= SMALL_FILE)
-        bundle = Bundle(path, manifest, PruningPlan.load(path / "plan.json"))
-        _check_plan(bundle)
+        files = list(listed_files(manifest))
+        for entry in files:
+            _check_size(path, entry)
+        hashed = [entry for entry in files if check == "full" or entry.size <= SMALL_FILE]
+        with hashing([path / entry.file for entry in hashed]) as hashes:
+            for entry in hashed:
+                _check_hash(path, entry, hashes()[path / entry.file])
+        plans = {name: PruningPlan.load(path / entry.file) for name, entry in manifest.profile_plans.items()}
+        bundle = Bundle(path, manifest, PruningPlan.load(path / manifest.plan.file), plans)
+        _check_plans(bundle)
         return bundle
 
     @property
@@ -92,6 +104,10 @@ class Bundle:
             )
         return profiles[name]
 
+    def plan_for(self, profile: str | None = None) -> PruningPlan:
+        """The plan of the profile of that name, or of the first. Raises InputError for an unknown name."""
+        return self.profile_plans.get(self.profile(profile).name, self.plan)
+
     def graphs(self, profile: str | None = None) -> list[GraphRecord]:
         """The graphs of one profile, in the order in which they run."""
         wanted = self.profile(profile).name
@@ -118,6 +134,7 @@ class Bundle:
 def listed_files(manifest: Manifest) -> Iterator[FileRecord]:
     """Every file that the manifest vouches for."""
     yield manifest.plan
+    yield from manifest.profile_plans.values()
     yield from manifest.processor
     yield from manifest.graphs
     yield from manifest.weights
@@ -135,29 +152,43 @@ def _read_manifest(root: Path) -> Manifest:
     return parse_record(Manifest, text, source=root / "manifest.json", noun="bundle manifest")
 
 
-def _check_file(root: Path, entry: FileRecord, *, hashed: bool) -> None:
+REMEDY = "export it again, or restore the file"
+
+
+def _check_size(root: Path, entry: FileRecord) -> None:
     path = root / entry.file
-    wanted, remedy = "the bundle as it was exported", "export it again, or restore the file"
     if not path.is_file():
-        raise InputError(f"{path} is missing", wanted=wanted, do=remedy)
+        raise InputError(f"{path} is missing", wanted="the bundle as it was exported", do=REMEDY)
     size = path.stat().st_size
     if size != entry.size:
-        raise InputError(f"{path} has {size} bytes", wanted=f"{entry.size} bytes as exported", do=remedy)
-    if hashed and (got := sha256(path)) != entry.sha256:
-        raise InputError(f"{path} was changed: sha256 {got}", wanted=f"sha256 {entry.sha256}", do=remedy)
+        raise InputError(f"{path} has {size} bytes", wanted=f"{entry.size} bytes as exported", do=REMEDY)
 
 
-def _check_plan(bundle: Bundle) -> None:
-    """A manifest edited by hand could pair a plan with another model."""
-    plan, spec = bundle.plan, bundle.manifest.spec
-    if (plan.model_type, plan.num_layers) != (spec.model_type, spec.decoder.num_layers):
-        raise InputError(
-            f"{bundle.root / 'plan.json'} is for {plan.model_type} with {plan.num_layers} layers",
-            wanted=f"{spec.model_type} with {spec.decoder.num_layers} layers as in the manifest",
-            do="export the bundle again",
-        )
-    if not bundle.manifest.profiles:
+def _check_hash(root: Path, entry: FileRecord, got: str) -> None:
+    if got != entry.sha256:
+        raise InputError(f"{root / entry.file} was changed: sha256 {got}", wanted=f"sha256 {entry.sha256}", do=REMEDY)
+
+
+def _check_plans(bundle: Bundle) -> None:
+    """A manifest edited by hand could pair a plan with another model or profile."""
+    manifest = bundle.manifest
+    if not manifest.profiles:
         raise InputError(f"{bundle.root / 'manifest.json'} has no profile", wanted="at least one", do="export it again")
+    spec, files = manifest.spec, manifest.profile_plans
+    for profile in manifest.profiles:
+        plan, file = bundle.plan_for(profile.name), files.get(profile.name, manifest.plan).file
+        if (plan.model_type, plan.num_layers) != (spec.model_type, spec.decoder.num_layers):
+            raise InputError(
+                f"{bundle.root / file} is for {plan.model_type} with {plan.num_layers} layers",
+                wanted=f"{spec.model_type} with {spec.decoder.num_layers} layers as in the manifest",
+                do="export the bundle again",
+            )
+        if (plan.image_tokens, plan.grid, plan.blocks) != (profile.image_tokens, profile.grid, profile.blocks):
+            raise InputError(
+                f"{bundle.root / file} is for {plan.image_tokens} image tokens on {plan.grid[0]} x {plan.grid[1]}",
+                wanted=f"{profile.image_tokens} on {profile.grid[0]} x {profile.grid[1]} of profile {profile.name}",
+                do="export the bundle again",
+            )
 
 
 # -- writing ---------------------------------------------------------------------------------------------------------
@@ -196,26 +227,36 @@ def _tensors(values: Sequence[object]) -> tuple[TensorRecord, ...]:
     )
 
 
-def write_plan(root: Path, plan: PruningPlan) -> FileRecord:
-    """Write plan.json under `root`."""
-    (root / "plan.json").write_text(plan.to_json(), encoding="utf-8")
-    return record(root, "plan.json")
+def write_plan(root: Path, plan: PruningPlan, file: str = "plan.json") -> FileRecord:
+    """Write a plan under `root`."""
+    (root / file).parent.mkdir(exist_ok=True)
+    (root / file).write_text(plan.to_json(), encoding="utf-8")
+    return record(root, file)
 
 
-def place_weights(root: Path, checkpoint: Checkpoint, link: Link, done: Callable[[str], None]) -> list[FileRecord]:
-    """Put the checkpoint's shards (and their index, if there are several) in graphs/weights, by their own names."""
+def write_plans(root: Path, plans: Mapping[str, PruningPlan]) -> tuple[FileRecord, dict[str, FileRecord]]:
+    """plan.json for the first profile, and plans/<profile>.json where another's plan differs."""
+    first = next(iter(plans.values()))
+    others = {name: write_plan(root, plan, f"plans/{name}.json") for name, plan in plans.items() if plan != first}
+    return write_plan(root, first), others
+
+
+def place_weights(root: Path, checkpoint: Checkpoint, link: Link) -> dict[str, str | None]:
+    """Put the checkpoint's shards (and their index, if there are several) in graphs/weights, by their own names.
+
+    Gives the files by their paths in the bundle, with their hashes as far as those are known by now.
+    """
     folder = root / "graphs" / "weights"
     folder.mkdir(parents=True, exist_ok=True)
-    records = []
+    names: dict[str, str | None] = {}
     for name, file in sorted(zip(checkpoint.shards, checkpoint.files, strict=True)):
-        done(name)
-        records.append(place(file, folder / name, link))
+        names[name] = put(file, folder / name, link)
     if checkpoint.shards != ("model.safetensors",):
         weight_map = {ref.stored_name: ref.shard for ref in checkpoint.tensors.values()}
         text = json.dumps({"metadata": {}, "weight_map": weight_map}, indent=1, sort_keys=True) + "\n"
         (folder / SHARD_INDEX).write_text(text, encoding="utf-8")
-        records.append(record(folder, SHARD_INDEX))
-    return [entry.model_copy(update={"file": f"graphs/weights/{entry.file}"}) for entry in records]
+        names[SHARD_INDEX] = sha256(folder / SHARD_INDEX)
+    return {f"graphs/weights/{name}": known for name, known in names.items()}
 
 
 def write_manifest(
@@ -229,6 +270,7 @@ def write_manifest(
     graphs: Sequence[GraphRecord],
     weights: Sequence[FileRecord],
     processor: Sequence[FileRecord],
+    profile_plans: dict[str, FileRecord] | None = None,
     tools: dict[str, str] | None = None,
 ) -> Manifest:
     """Write manifest.json, the last file of a bundle."""
@@ -236,6 +278,7 @@ def write_manifest(
         model=model,
         spec=spec,
         plan=plan,
+        profile_plans=profile_plans or {},
         build=build,
         profiles=tuple(profiles),
         graphs=tuple(graphs),
@@ -267,9 +310,9 @@ def _version(package: str) -> str:
 def derive(bundle: Bundle, plan: PruningPlan, out: Path, *, force: bool = False) -> Bundle:
     """The same model, shapes and vision graph with another plan, as a bundle of segments at `out`.
 
-    Only the decoder graphs are built anew, from the bundle's own weights; no torch is needed. Weights are hard-linked
-    where possible whatever their size, as a derived bundle is for measuring. Raises InputError if the plan does not
-    fit the model.
+    The plan is brought to each profile's image tokens; the bundle's own is what it is for each. Only the decoder graphs
+    are built anew, from the bundle's own weights; no torch is needed. Weights are hard-linked where possible whatever
+    their size, as a derived bundle is for measuring. Raises InputError if the plan does not fit the model.
     """
     with staged(out, force=force) as root:
         derive_into(bundle, plan, root)
@@ -280,16 +323,22 @@ def derive_into(bundle: Bundle, plan: PruningPlan, root: Path) -> None:
     """Fill the empty folder `root` with the bundle that `derive` makes."""
     manifest = bundle.manifest
     graphs: list[GraphRecord] = []
+    plans = {
+        profile.name: bundle.plan_for(profile.name) if plan == bundle.plan else plan_for_profile(plan, profile)
+        for profile in manifest.profiles
+    }
     for profile in manifest.profiles:
         suffix = f".{profile.name}" if len(manifest.profiles) > 1 else ""
-        graphs += _derived_graphs(bundle, plan, profile, root, suffix)
+        graphs += _derived_graphs(bundle, plans[profile.name], profile, root, suffix)
     for entry in (*manifest.weights, *manifest.processor):
         _link_or_copy(bundle.root / entry.file, root / entry.file)
+    first_plan, profile_plans = write_plans(root, plans)
     write_manifest(
         root,
         model=manifest.model,
         spec=manifest.spec,
-        plan=write_plan(root, plan),
+        plan=first_plan,
+        profile_plans=profile_plans,
         build=manifest.build.model_copy(update={"assemble": "segments"}),
         profiles=manifest.profiles,
         graphs=graphs,

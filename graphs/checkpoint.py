@@ -7,6 +7,7 @@ tensor needs too. Layout of a safetensors file: 8 bytes little-endian header len
 
 import json
 import math
+import operator
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -29,6 +30,9 @@ NUMPY_DTYPES: dict[str, np.dtype[Any]] = {
     "U8": np.dtype(np.uint8),
     "BOOL": np.dtype(np.bool_),
 }
+
+
+HEADER_BYTES = 100_000_000  # the format's own limit
 
 
 @dataclass(frozen=True)
@@ -120,6 +124,20 @@ def open_checkpoint(
     return Checkpoint(folder, config, tensors, files, tuple(path.name for path in paths))
 
 
+def missing_shards(folder: Path) -> list[str]:
+    """Names of the weight files that are not there (a link to nothing counts as missing); empty if all are.
+
+    Raises InputError for an index that cannot be read.
+    """
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if index.is_file():
+        return [name for name in _indexed_files(index) if not (folder / name).is_file()]
+    stray = sorted(path.name for path in folder.glob("*.safetensors") if path != single)
+    if single.is_file() or any(folder.glob("*.bin")):  # pickles have an error of their own
+        return []
+    return ["model.safetensors.index.json" if stray else "model.safetensors"]
+
+
 def open_tensors(path: Path) -> dict[str, TensorRef]:
     """The tensors of one safetensors file by their stored names. Raises InputError if it is missing or damaged."""
     if not path.is_file():
@@ -132,7 +150,7 @@ def _shards(folder: Path) -> list[Path]:
     single = folder / "model.safetensors"
     if index.is_file():
         names = _indexed_files(index)
-        missing = [name for name in names if not (folder / name).is_file()]
+        missing = missing_shards(folder)
         if missing:
             raise InputError(
                 f"{len(missing)} of {len(names)} shards are missing in {folder}: {', '.join(missing[:3])}",
@@ -169,23 +187,37 @@ def _read_header(path: Path, renames: Sequence[tuple[str, str]]) -> list[TensorR
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
         if 8 + length > size:
             raise _damaged(file, f"the header needs {8 + length} bytes, the file has {size}")
+        if length > HEADER_BYTES:
+            raise _damaged(file, f"a header of {length} bytes")
         try:
             header = json.loads(stream.read(length))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise _damaged(file, "the header is not JSON") from error
     if not isinstance(header, dict):
         raise _damaged(file, "the header is not a JSON object")
     header.pop("__metadata__", None)
     refs = [_tensor_ref(file, size, 8 + length, name, entry, renames) for name, entry in header.items()]
+    _check_covered(file, 8 + length, size, refs)
     return [replace(ref, shard=path.name) for ref in refs]
+
+
+def _check_covered(file: Path, start: int, size: int, refs: Sequence[TensorRef]) -> None:
+    """The tensors must fill the file from the header to its end, one after another, as the format says."""
+    position = start
+    for ref in sorted(refs, key=lambda ref: (ref.offset, ref.nbytes)):
+        if ref.offset != position:
+            raise _damaged(file, f"{ref.stored_name} begins at byte {ref.offset}, what is before it ends at {position}")
+        position += ref.nbytes
+    if position != size:
+        raise _damaged(file, f"the tensors end at byte {position}, the file has {size}")
 
 
 def _tensor_ref(
     file: Path, size: int, data_start: int, name: str, entry: dict[str, Any], renames: Sequence[tuple[str, str]]
 ) -> TensorRef:
     try:
-        begin, end = (int(offset) for offset in entry["data_offsets"])
-        shape = tuple(int(size) for size in entry["shape"])
+        begin, end = (operator.index(offset) for offset in entry["data_offsets"])
+        shape = tuple(operator.index(size) for size in entry["shape"])
         dtype = str(entry["dtype"])
     except (KeyError, TypeError, ValueError) as error:
         raise _damaged(file, f"the entry of {name} is not valid") from error

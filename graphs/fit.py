@@ -1,7 +1,7 @@
-"""Whether a plan, a shape profile and a model belong together."""
+"""Whether a plan, a shape profile and a model belong together, and how they are brought together."""
 
 from graphs.errors import InputError
-from graphs.plan import PruningPlan
+from graphs.plan import PruningPlan, rescale
 from graphs.profile import ShapeProfile
 from graphs.spec import ModelSpec
 
@@ -13,6 +13,7 @@ def check_fits(spec: ModelSpec, plan: PruningPlan, profile: ShapeProfile) -> Non
         ("decoder layers", plan.num_layers, spec.decoder.num_layers),
         ("image tokens", plan.image_tokens, profile.image_tokens),
         ("grid", list(plan.grid), list(profile.grid)),
+        ("blocks of image tokens", list(plan.blocks), list(profile.blocks)),
         ("tokens before the image in the profile", profile.prefix_tokens, spec.prefix_tokens),
     ]
     for what, got, wanted in pairs:
@@ -26,3 +27,14 @@ def check_fits(spec: ModelSpec, plan: PruningPlan, profile: ShapeProfile) -> Non
             wanted=f"at most {spec.decoder.max_positions}, which {spec.name} was trained for",
             do="lower --text-tokens or --max-new-tokens",
         )
+
+
+def plan_for_profile(plan: PruningPlan, profile: ShapeProfile) -> PruningPlan:
+    """The plan for the profile's image tokens: the plan itself, or rescaled. Raises InputError as `rescale`."""
+    return rescale(plan, image_tokens=profile.image_tokens, grid=profile.grid, blocks=profile.blocks)
+
+
+def spec_at(spec: ModelSpec, profile: ShapeProfile) -> ModelSpec:
+    """The model with the profile's picture as its default: plans made for that are the profile's."""
+    picture = {"image_size": profile.image_size, "grid": profile.grid, "blocks": profile.blocks}
+    return spec.model_copy(update={"vision": spec.vision.model_copy(update=picture)})

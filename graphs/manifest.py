@@ -3,7 +3,7 @@
 from pathlib import PurePosixPath
 from typing import Annotated, Final, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 
 from graphs.profile import ShapeProfile
 from graphs.spec import ModelSpec, Precision
@@ -72,15 +72,26 @@ class BuildRecord(Strict):
 
 
 class Manifest(Strict):
-    """The whole manifest; graphs are listed in the order in which they run."""
+    """The whole manifest; graphs are listed in the order in which they run.
+
+    `profile_plans` has the plan file of each profile, by name, whose image tokens are not the first one's.
+    """
 
     format: Literal["btp-bundle/1"] = FORMAT
     model: ModelRecord
     spec: ModelSpec
-    plan: FileRecord
+    plan: FileRecord  # of the first profile
+    profile_plans: dict[str, FileRecord] = Field(default_factory=dict, exclude_if=lambda plans: not plans)
     build: BuildRecord
     profiles: tuple[ShapeProfile, ...]
     graphs: tuple[GraphRecord, ...]
     weights: tuple[FileRecord, ...]
     processor: tuple[FileRecord, ...]
     tools: dict[str, str]
+
+    @model_validator(mode="after")
+    def _check(self) -> "Manifest":
+        unknown = self.profile_plans.keys() - {profile.name for profile in self.profiles}
+        if unknown:
+            raise ValueError(f"profile_plans names {sorted(unknown)[0]}, which is no profile")
+        return self

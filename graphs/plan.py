@@ -12,6 +12,7 @@ from typing import Any, Final, Literal
 
 from pydantic import Field, model_validator
 
+from graphs.blocks import Blocks, Grid, blocks_field, check_blocks
 from graphs.errors import InputError
 from graphs.strict import Strict, parse_record
 
@@ -60,13 +61,15 @@ class PruningPlan(Strict):
     num_layers: int = Field(ge=1)
     image_tokens: int = Field(ge=1)
     importance: Importance = "last-token"
-    grid: tuple[int, int]  # rows, columns; rows * columns < V where a model adds newline tokens or tiles
+    grid: Grid  # rows, columns; of the finest block without its newline column where there are blocks
+    blocks: Blocks = blocks_field()  # see graphs/blocks.py; none: the tokens are the grid
     spatial_metric: SpatialMetric = "euclidean"
     stages: tuple[Stage, ...] = ()
     calibration: dict[str, Any] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _check(self) -> "PruningPlan":
+        check_blocks(self.blocks, self.grid, self.image_tokens)
         tokens, layer = self.image_tokens, -1
         for number, stage in enumerate(self.stages):
             _check_stage(number, stage, tokens=tokens, after_layer=layer, num_layers=self.num_layers)
@@ -132,6 +135,69 @@ class PruningPlan(Strict):
                 do="btp-export plan --list",
             ) from error
         return PruningPlan.from_json(text, source=path)
+
+
+def rescale(plan: PruningPlan, *, image_tokens: int, grid: Grid, blocks: Blocks = ()) -> PruningPlan:
+    """The same layers and shares for another number of image tokens V; the plan itself if it is for these already.
+
+    A stage's count is its share of V, rounded; quotas, pool, boundary and seeds keep their shares of that count, so
+    that a stage that divided its places among them exactly still does. What it was rescaled from goes into the
+    calibration record. Raises InputError if there are too few tokens for counts that fall from stage to stage.
+    """
+    if (plan.image_tokens, plan.grid, plan.blocks) == (image_tokens, grid, blocks):
+        return plan
+    keeping = [stage for stage in plan.stages if stage.keep]
+    if image_tokens <= len(keeping):
+        raise InputError(
+            f"a plan of {len(keeping)} stages that keep tokens, for {image_tokens} image tokens",
+            wanted=f"at least {len(keeping) + 1} tokens",
+            do="take a larger image size or a plan of fewer stages",
+        )
+    stages: list[Stage] = []
+    tokens = image_tokens
+    for number, stage in enumerate(plan.stages):
+        least = len(keeping) - number  # one for this stage and each that keeps tokens after it
+        keep = min(tokens - 1, max(least, _share(stage.keep, image_tokens, plan.image_tokens))) if stage.keep else 0
+        stages.append(with_keep(stage, keep, tokens))
+        tokens = keep
+    origin = {"image_tokens": plan.image_tokens, "grid": list(plan.grid), "blocks": [list(one) for one in plan.blocks]}
+    return PruningPlan.model_validate(
+        plan.model_dump()
+        | {
+            "image_tokens": image_tokens,
+            "grid": grid,
+            "blocks": blocks,
+            "stages": stages,
+            "calibration": {**plan.calibration, "rescaled_from": plan.calibration.get("rescaled_from", origin)},
+        }
+    )
+
+
+def with_keep(stage: Stage, keep: int, tokens: int) -> Stage:
+    """`stage` with another count, choosing from `tokens`."""
+    if keep == 0:
+        return Stage(layer=stage.layer, keep=0)
+
+    def part(count: int) -> int:
+        return _share(count, keep, stage.keep)
+
+    # Parts are cut out of one line, so that parts that filled `keep` exactly fill the new one exactly.
+    attention, diversity = part(stage.attention_quota), part(stage.attention_quota + stage.diversity_quota)
+    seeds = part(stage.attention_quota + stage.diversity_quota + stage.seeds) - diversity
+    return Stage(
+        layer=stage.layer,
+        keep=keep,
+        attention_quota=attention,
+        pool=max(attention, min(tokens, part(stage.pool))),
+        boundary=min(tokens, part(stage.boundary)),
+        diversity_quota=diversity - attention,
+        seeds=seeds,
+    )
+
+
+def _share(count: int, new: int, old: int) -> int:
+    """count * new / old, rounded half up in whole numbers."""
+    return (2 * count * new + old) // (2 * old)
 
 
 def _check_stage(number: int, stage: Stage, *, tokens: int, after_layer: int, num_layers: int) -> None:

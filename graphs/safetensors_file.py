@@ -22,7 +22,7 @@ def header_bytes(tensors: Mapping[str, np.ndarray]) -> bytes:
     """Everything in front of the data: 8 bytes of length and the padded JSON header."""
     entries: dict[str, object] = {}
     position = 0
-    for name in _ordered(tensors):
+    for name in tensor_order(tensors):
         array = tensors[name]
         entries[name] = {
             "dtype": CODES[array.dtype],
@@ -39,7 +39,7 @@ def tensor_offsets(tensors: Mapping[str, np.ndarray]) -> dict[str, int]:
     """Where each tensor's bytes start, counted from the start of the file."""
     position = len(header_bytes(tensors))
     offsets: dict[str, int] = {}
-    for name in _ordered(tensors):
+    for name in tensor_order(tensors):
         offsets[name] = position
         position += tensors[name].nbytes
     return offsets
@@ -49,9 +49,10 @@ def write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
     """Write the file, one tensor after another. The same arrays give the same bytes."""
     with path.open("wb") as stream:
         stream.write(header_bytes(tensors))
-        for name in _ordered(tensors):
+        for name in tensor_order(tensors):
             np.ascontiguousarray(tensors[name]).tofile(stream)
 
 
-def _ordered(tensors: Mapping[str, np.ndarray]) -> list[str]:
+def tensor_order(tensors: Mapping[str, np.ndarray]) -> list[str]:
+    """The names in the order of their data in the file."""
     return sorted(tensors, key=lambda name: (ORDER.index(CODES[tensors[name].dtype]), name))

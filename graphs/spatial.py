@@ -6,6 +6,7 @@ bit generator with a fixed stream: the same plan gives the same constants on eve
 
 import numpy as np
 
+from graphs.blocks import Blocks, count_tokens, token_positions
 from graphs.errors import InputError
 from graphs.plan import PruningPlan, SpatialMetric
 
@@ -13,23 +14,24 @@ PIVOTS = 8  # tokens that pivot-distance measures from
 NORM_EPSILON = 1e-12  # a hidden state with a smaller norm counts as zero: cosine 0 to everything, itself included
 
 
-def spatial_seeds(grid: tuple[int, int], count: int, metric: SpatialMetric) -> np.ndarray:
-    """`count` tokens of a rows x columns grid, spread out: int32 [count] in the order they were chosen.
+def spatial_seeds(grid: tuple[int, int], count: int, metric: SpatialMetric, blocks: Blocks = ()) -> np.ndarray:
+    """`count` tokens of a rows x columns grid (or of blocks over it), spread out: int32 [count] as they were chosen.
 
-    Farthest-point selection on grid positions: token 0 first, then always the token whose nearest chosen token is
-    farthest away, ties to the lower index. Euclidean distances are compared squared, so no rounding decides.
-    Raises InputError if the grid has fewer than `count` tokens.
+    Farthest-point selection on the tokens' positions in the picture: token 0 first, then always the token whose nearest
+    chosen token is farthest away, ties to the lower index. Positions are whole numbers and euclidean distances are
+    compared squared, so no rounding decides. Raises InputError if there are fewer than `count` tokens.
     """
     rows, columns = grid
-    if not 0 <= count <= rows * columns:
+    tokens = count_tokens(blocks or (grid,))
+    if not 0 <= count <= tokens:
         raise InputError(
             f"{count} spatial seeds on a grid of {rows} x {columns}",
-            wanted=f"0 to {rows * columns}",
+            wanted=f"0 to {tokens}",
             do="lower the stage's seeds or give the grid of the model's image size",
         )
     if count == 0:
         return np.empty(0, np.int32)
-    row, column = (axis.ravel().astype(np.int64) for axis in np.indices(grid))
+    row, column = token_positions(grid, blocks)
 
     def distance_to(token: int) -> np.ndarray:
         down, right = np.abs(row - row[token]), np.abs(column - column[token])
@@ -47,7 +49,7 @@ def spatial_seeds(grid: tuple[int, int], count: int, metric: SpatialMetric) -> n
 def stage_seeds(plan: PruningPlan, stage: int) -> np.ndarray | None:
     """The stage's spatial set, int32 [seeds], or None if it has none."""
     count = plan.stages[stage].seeds
-    return spatial_seeds(plan.grid, count, plan.spatial_metric) if count else None
+    return spatial_seeds(plan.grid, count, plan.spatial_metric, plan.blocks) if count else None
 
 
 def stage_pivots(plan: PruningPlan, stage: int) -> np.ndarray:
@@ -61,7 +63,7 @@ def stage_pivots(plan: PruningPlan, stage: int) -> np.ndarray:
             wanted="pivot-distance in the first stage only: later stages see survivors, not a grid",
             do="use one stage with keep > 0, or another importance",
         )
-    return spatial_seeds(plan.grid, min(PIVOTS, plan.stages[0].keep), plan.spatial_metric)
+    return spatial_seeds(plan.grid, min(PIVOTS, plan.stages[0].keep), plan.spatial_metric, plan.blocks)
 
 
 def random_scores(count: int, stage: int) -> np.ndarray:

@@ -3,15 +3,17 @@
 Also the means for its files: space checked beforehand, links or copies, sizes and hashes.
 """
 
+import concurrent.futures
 import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -25,25 +27,29 @@ Link = Literal["auto", "hard", "copy"]
 SMALL_FILE = 64 * 2**20
 RESERVE = 64 * 2**20  # bytes left free besides the bundle itself
 CHUNK = 8 * 2**20
+HASH_THREADS = 2
 
 
 @contextlib.contextmanager
-def staged(destination: Path, *, force: bool = False) -> Iterator[Path]:
+def staged(
+    destination: Path, *, force: bool = False, is_ours: Callable[[Path], bool] | None = None, noun: str = "bundle"
+) -> Iterator[Path]:
     """Yield an empty folder beside `destination`; when the block ends well it becomes `destination`.
 
     On any error, Ctrl-C included, the folder and the parents made for it are removed and `destination` is as before.
-    A bundle at `destination` is replaced only with `force`; anything else there is never touched.
+    A bundle at `destination` is replaced only with `force`; anything else there is never touched. `is_ours` and `noun`:
+    what else than a bundle is made and may be replaced.
     Raises InputError if the destination is taken or cannot be written.
     """
     destination = destination.resolve()
-    check_destination(destination, force=force)
+    check_destination(destination, force=force, is_ours=is_ours, noun=noun)
     with uninterrupted():
         made = _make_parents(destination.parent)
         folder = _temporary_sibling(destination, made)
     try:
         yield folder
         _sync_tree(folder)
-        check_destination(destination, force=force)  # it may have appeared while we worked
+        check_destination(destination, force=force, is_ours=is_ours, noun=noun)  # it may have appeared while we worked
         with uninterrupted():
             _put_in_place(folder, destination)
     except BaseException:
@@ -53,23 +59,28 @@ def staged(destination: Path, *, force: bool = False) -> Iterator[Path]:
         raise
 
 
-def check_destination(destination: Path, *, force: bool) -> None:
+def check_destination(
+    destination: Path, *, force: bool, is_ours: Callable[[Path], bool] | None = None, noun: str = "bundle"
+) -> None:
     """Raise InputError unless a bundle may be put at `destination`: free, an empty folder, or a bundle and `force`."""
+    another = "give another --out" if is_ours is None else "move it away"
     if not destination.exists():
         return
     if not destination.is_dir():
-        raise InputError(f"{destination} is a file", wanted="a folder for the bundle", do="give another --out")
+        raise InputError(f"{destination} is a file", wanted=f"a folder for the {noun}", do=another)
     if not any(destination.iterdir()):
         return
-    if not is_bundle(destination):
+    if not (is_ours or is_bundle)(destination):
         raise InputError(
-            f"{destination} is not empty and is no bundle",
-            wanted="a new or empty folder; --force replaces bundles only",
-            do="give another --out",
+            f"{destination} is not empty and is no {noun}",
+            wanted=f"a new or empty folder; --force replaces {noun}s only",
+            do=another,
         )
     if not force:
         raise InputError(
-            f"{destination} already holds a bundle", wanted="a new or empty folder", do="--force, or another --out"
+            f"{destination} already holds a {noun}",
+            wanted="a new or empty folder",
+            do="--force" + (", or another --out" if is_ours is None else f", which replaces this {noun}"),
         )
 
 
@@ -83,15 +94,21 @@ def is_bundle(folder: Path) -> bool:
     return isinstance(manifest, dict) and str(manifest.get("format", "")).startswith(family)
 
 
-def check_space(destination: Path, needed: int) -> None:
+def check_space(
+    destination: Path,
+    needed: int,
+    *,
+    what: str = "the bundle",
+    do: str = "free some space, give --out on another disk, or --link hard",
+) -> None:
     """Raise InputError unless the disk of `destination` has `needed` bytes and a reserve."""
     folder = existing_parent(destination)
     free = shutil.disk_usage(folder).free
     if free < needed + RESERVE:
         raise InputError(
-            f"the bundle needs {size_text(needed + RESERVE)}, {folder} has {size_text(free)} free",
-            wanted="enough space for the whole bundle",
-            do="free some space, give --out on another disk, or --link hard",
+            f"{what} needs {size_text(needed + RESERVE)}, {folder} has {size_text(free)} free",
+            wanted="enough space for all of it",
+            do=do,
         )
 
 
@@ -100,8 +117,13 @@ def place(source: Path, target: Path, link: Link) -> FileRecord:
 
     The record's path is the file name. Raises InputError if `link` is hard and the file system refuses.
     """
+    known = put(source, target, link)
+    return FileRecord(file=target.name, size=target.stat().st_size, sha256=known or sha256(target))
+
+
+def put(source: Path, target: Path, link: Link) -> str | None:
+    """Put `source` at `target` as `place` does; gives its hash if that is known without reading it once more."""
     source = source.resolve()
-    size = source.stat().st_size
     if will_link(source, target.parent, link):
         try:
             os.link(source, target)
@@ -113,8 +135,18 @@ def place(source: Path, target: Path, link: Link) -> FileRecord:
                     do="--link copy",
                 ) from error
         else:
-            return FileRecord(file=target.name, size=size, sha256=sha256(target))
-    return FileRecord(file=target.name, size=size, sha256=_copy(source, target))
+            return hub_sha256(source)
+    return _copy(source, target)
+
+
+def hub_sha256(path: Path) -> str | None:
+    """The hash that the hub's cache keeps a file under, if it is one of large files (symbolic links resolved).
+
+    The cache stores a repository's files as models--<owner>--<name>/blobs/<etag>; the etag of a file in large file
+    storage is its sha256, of other files a shorter git hash.
+    """
+    in_cache = path.parent.name == "blobs" and path.parent.parent.name.startswith("models--")
+    return path.name if in_cache and re.fullmatch(r"[0-9a-f]{64}", path.name) else None
 
 
 def will_link(source: Path, folder: Path, link: Link) -> bool:
@@ -129,13 +161,29 @@ def copied_bytes(sources: Sequence[Path], folder: Path, link: Link) -> int:
     return sum(path.stat().st_size for path in sources if not will_link(path.resolve(), folder, link))
 
 
-def sha256(path: Path) -> str:
-    """Hash of a file's bytes."""
+def sha256(path: Path, stop: threading.Event | None = None) -> str:
+    """Hash of a file's bytes; given up, with a wrong result, once `stop` is set."""
     digest = hashlib.sha256()
     with path.open("rb") as stream:
-        while chunk := stream.read(CHUNK):
+        while (chunk := stream.read(CHUNK)) and not (stop and stop.is_set()):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def hashing(paths: Sequence[Path]) -> Iterator[Callable[[], dict[Path, str]]]:
+    """Hash files in threads while the block does something else; what is yielded waits and gives the hashes.
+
+    Reading and hashing leave the interpreter to others, and 14 GB of weights take as long as capturing a vision tower.
+    If the block ends early the threads stop too.
+    """
+    stop = threading.Event()
+    with concurrent.futures.ThreadPoolExecutor(HASH_THREADS) as pool:
+        futures = {path: pool.submit(sha256, path, stop) for path in paths}
+        try:
+            yield lambda: {path: future.result() for path, future in futures.items()}
+        finally:
+            stop.set()
 
 
 def record(root: Path, file: str) -> FileRecord:

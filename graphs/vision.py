@@ -2,10 +2,11 @@
 
 import contextlib
 import copy
+import hashlib
 import logging
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from graphs.safetensors_file import tensor_offsets
 from graphs.spec import Precision
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
 VISION_FILE = "btp-vision.safetensors"
@@ -25,33 +27,54 @@ FLOATS = tuple(PRECISIONS.values())
 
 
 def capture_vision(
-    module: "nn.Module", *, batch: int, image_size: tuple[int, int], opset: int, precision: Precision = "float32"
+    module: "nn.Module",
+    *,
+    batch: int,
+    image_size: tuple[int, int],
+    opset: int,
+    precision: Precision = "float32",
+    pixel_shape: tuple[int, ...] | None = None,
+    in_place: bool = False,
 ) -> tuple[BuiltGraph, dict[str, np.ndarray]]:
-    """`vision`: pixel_values [B,3,h,w] float32 -> image_features [B,V,C] in `precision`.
+    """`vision`: pixel_values [B,3,h,w] (or `pixel_shape`) float32 -> image_features [B,V,C] in `precision`.
 
-    `module` is float32 and is not changed. The returned arrays are what weights/btp-vision.safetensors must hold
+    `module` is float32; it is not changed, or with `in_place` turned into `precision`, which saves the memory of a
+    copy. The returned arrays are what weights/btp-vision.safetensors must hold
     (graphs.safetensors_file.write_tensors); the graph points into that file. The graph carries no source names,
     stack traces or paths. Raises InputError for an unsupported opset, or a module that torch.onnx cannot capture
     with static shapes.
     """
     GraphBuilder("vision", opset=opset)  # refuses an opset that the other graphs would refuse
-    model = _export(module, batch, image_size, opset, precision)
+    narrowed = _in_precision(module, precision, in_place)
+    model = _export(narrowed, pixel_shape or (batch, 3, *image_size), opset)
     _strip(model)
     model.ir_version = IR_VERSIONS[opset]
     model.producer_name, model.producer_version = "btp-export", None
     model.graph.name = "vision"
-    weights = _bind(model)
+    _name_constants(model, module.state_dict().keys())
+    weights = _take_weights(model)
+    _point(model, weights, weights)
     _check_static(model)
     return BuiltGraph("vision", model, None), weights
 
 
-def _export(module: "nn.Module", batch: int, image_size: tuple[int, int], opset: int, precision: Precision) -> ir.Model:
+def share_weights(captured: Sequence[tuple[BuiltGraph, dict[str, np.ndarray]]]) -> dict[str, np.ndarray]:
+    """What one weights file for several graphs of the same tower must hold; the graphs are pointed into it."""
+    together: dict[str, np.ndarray] = {}
+    for _, weights in captured:
+        together |= weights
+    for graph, weights in captured:
+        _point(graph.model, weights, together)
+    return together
+
+
+def _export(module: "nn.Module", pixel_shape: tuple[int, ...], opset: int) -> ir.Model:
     import torch
 
-    pixels = torch.zeros(batch, 3, *image_size)
+    pixels = torch.zeros(pixel_shape)
     with _quiet(), torch.no_grad():
         program = torch.onnx.export(
-            _in_precision(module, precision),
+            module,
             (pixels,),
             dynamo=True,
             opset_version=opset,
@@ -65,27 +88,41 @@ def _export(module: "nn.Module", batch: int, image_size: tuple[int, int], opset:
     return model
 
 
-def _in_precision(module: "nn.Module", precision: Precision) -> "nn.Module":
-    """The module computing in `precision` on float32 pixels; a copy if that is not float32."""
+def _in_precision(module: "nn.Module", precision: Precision, in_place: bool) -> "nn.Module":
+    """The module computing in `precision` on float32 pixels; a copy if that is not float32, unless `in_place`."""
     import torch
     from torch import nn
 
     if precision == "float32":
         return module
     dtype = getattr(torch, precision)
+    floats = [one for one in (*module.parameters(), *module.buffers()) if one.is_floating_point()]
+    if in_place:
+        for one in floats:
+            one.data = one.data.to(dtype)
+    else:  # tensor by tensor through the memo, as a whole copy in float32 would be made otherwise
+        module = copy.deepcopy(module, {id(one): _narrow(one, dtype) for one in floats})
 
     class Narrow(nn.Module):
         """Casts the pixels once, at the entrance."""
 
         def __init__(self) -> None:
             super().__init__()
-            self.inner = copy.deepcopy(module).to(dtype)
+            self.inner = module
 
         def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
             features: torch.Tensor = self.inner(pixel_values.to(dtype))
             return features
 
     return Narrow().eval()
+
+
+def _narrow(tensor: "torch.Tensor", dtype: "torch.dtype") -> "torch.Tensor":
+    """A parameter or buffer in another precision."""
+    from torch import nn
+
+    narrow = tensor.detach().to(dtype)
+    return nn.Parameter(narrow, requires_grad=False) if isinstance(tensor, nn.Parameter) else narrow
 
 
 @contextlib.contextmanager
@@ -122,22 +159,52 @@ def _clear(value: ir.Value) -> None:
         value.const_value.metadata_props.clear()
 
 
-def _bind(model: ir.Model) -> dict[str, np.ndarray]:
-    """Replace the large float initialisers by pointers into the file; give what the file must hold."""
+def _name_constants(model: ir.Model, parameters: Collection[str]) -> None:
+    """Name large constants that are no parameters (rotary tables, folded weights) by what they hold.
+
+    torch.onnx counts them, so that graphs of two picture sizes would give one name to different constants.
+    """
+    initializers = model.graph.initializers
+    for name, value in list(initializers.items()):
+        tensor = value.const_value
+        assert tensor is not None
+        if name.removeprefix("inner.") in parameters or not _is_large(tensor):
+            continue
+        digest = hashlib.sha256(np.asarray(tensor.numpy(), order="C").tobytes()).hexdigest()
+        own = f"constant_{tensor.dtype.name.lower()}_{'x'.join(map(str, tensor.shape))}_{digest[:16]}"
+        del initializers[name]
+        if own in initializers:
+            value.replace_all_uses_with(initializers[own])
+        else:
+            value.name = own
+            initializers.add(value)
+
+
+def _is_large(tensor: ir.TensorProtocol) -> bool:
+    return tensor.dtype in FLOATS and tensor.nbytes >= INLINE_BYTES
+
+
+def _take_weights(model: ir.Model) -> dict[str, np.ndarray]:
+    """The large float initialisers by name; the others are made constants of the graph itself."""
     weights: dict[str, np.ndarray] = {}
     for name, value in model.graph.initializers.items():
         tensor = value.const_value
         assert tensor is not None
-        if tensor.dtype in FLOATS and tensor.nbytes >= INLINE_BYTES:
+        if _is_large(tensor):
             weights[name] = np.asarray(tensor.numpy(), order="C")
         else:
             value.const_value = ir.Tensor(np.asarray(tensor.numpy(), order="C"), dtype=tensor.dtype, name=name)
+    return weights
+
+
+def _point(model: ir.Model, names: Iterable[str], weights: dict[str, np.ndarray]) -> None:
+    """Make the named initialisers pointers into the file that holds `weights`."""
     offsets = tensor_offsets(weights)
     types = {dtype: code for code, dtype in NUMPY.items()}
-    for name, array in weights.items():
+    for name in names:
+        array = weights[name]
         pointer = external(name, VISION_FILE, offsets[name], array.nbytes, types[array.dtype], array.shape)
         model.graph.initializers[name].const_value = pointer
-    return weights
 
 
 def _check_static(model: ir.Model) -> None:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from graphs.errors import InputError
-from graphs.plan import PruningPlan, Stage
+from graphs.plan import PruningPlan, Stage, rescale
 
 # The released LLaVA-1.5-7B settings, as in the design's example and the paper's table.
 RELEASED = PruningPlan(
@@ -158,3 +158,48 @@ def test_any_plan_round_trips_and_counts_add_up(plan: PruningPlan) -> None:
     segments = plan.segments()
     assert segments[0].start == 0 and segments[-1].stop == plan.num_layers
     assert all(a.stop == b.start for a, b in itertools.pairwise(segments))
+
+
+# Rescaling
+
+
+def test_rescaling_keeps_layers_and_shares() -> None:
+    """The released plan from 576 to 2304 tokens is four times the counts, and back the same plan."""
+    large = rescale(RELEASED, image_tokens=2304, grid=(48, 48))
+    first, small = large.stages[0], RELEASED.stages[0]
+    assert [stage.layer for stage in large.stages] == [stage.layer for stage in RELEASED.stages]
+    assert first.model_dump() == {
+        name: value if name == "layer" else 4 * value for name, value in small.model_dump().items()
+    }
+    assert large.compression == pytest.approx(RELEASED.compression)
+    assert large.calibration["rescaled_from"] == {"image_tokens": 576, "grid": [24, 24], "blocks": []}
+    back = rescale(large, image_tokens=576, grid=(24, 24))
+    assert back.digest() == RELEASED.digest()
+    assert rescale(RELEASED, image_tokens=576, grid=(24, 24)) is RELEASED
+
+
+@given(plans(), st.integers(1, 400))
+def test_any_plan_rescales_to_a_valid_one(plan: PruningPlan, tokens: int) -> None:
+    keeping = [stage.keep for stage in plan.stages if stage.keep]
+    if tokens <= len(keeping):
+        with pytest.raises(InputError, match=f"for {tokens} image tokens"):
+            rescale(plan, image_tokens=tokens, grid=(1, tokens))
+        return
+    made = rescale(plan, image_tokens=tokens, grid=(1, tokens))
+    assert PruningPlan.from_json(made.to_json()) == made
+    assert [stage.layer for stage in made.stages] == [stage.layer for stage in plan.stages]
+    for new, old in zip(made.stages, plan.stages, strict=True):
+        assert (new.keep == 0) == (old.keep == 0)
+        exact = old.keep * tokens / plan.image_tokens
+        assert abs(new.keep - exact) <= 0.5 or new.keep < len(keeping) + 1 or new.keep + len(keeping) >= tokens
+        assert (new.attention_quota == new.keep) or old.attention_quota < old.keep, "no fill where there was none"
+
+
+def test_places_that_were_full_stay_full() -> None:
+    """attention + diversity + seeds = keep before and after, whatever the rounding."""
+    stage = Stage(layer=1, keep=100, attention_quota=33, pool=90, boundary=100, diversity_quota=42, seeds=25)
+    plan = RELEASED.model_copy(update={"stages": (stage,)})
+    for tokens in range(40, 700, 7):
+        made = rescale(plan, image_tokens=tokens, grid=(1, tokens)).stages[0]
+        assert made.attention_quota + made.diversity_quota + made.seeds == made.keep
+        assert made.pool >= made.attention_quota

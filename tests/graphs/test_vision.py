@@ -75,6 +75,17 @@ def test_same_bytes_twice_and_nothing_of_the_machine_in_them(module, capfd):
     assert captured.out == captured.err == ""
 
 
+def test_in_place_gives_the_same_graph_and_weights(module):
+    shape = {"batch": 1, "image_size": (16, 16), "opset": 23, "precision": "float16"}
+    graph, weights = capture_vision(module, **shape)
+    own = copy.deepcopy(module)
+    other, same = capture_vision(own, **shape, in_place=True)
+    assert {value.dtype for value in own.state_dict().values() if value.is_floating_point()} == {torch.float16}
+    assert serialize(graph) == serialize(other)
+    assert list(weights) == list(same)
+    assert all(np.array_equal(weights[name], same[name]) for name in weights)
+
+
 def test_refuses_other_opsets(module):
     with pytest.raises(InputError, match="opset 17"):
         capture_vision(module, batch=1, image_size=(16, 16), opset=17)
