@@ -1,7 +1,7 @@
 """A model and a plan become a bundle: decoder graphs built from headers alone, the vision graph captured."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,18 +13,18 @@ from btp_export.models import Model
 from graphs.assemble import assemble_whole
 from graphs.build import build_decoder_graphs
 from graphs.builder import IR_VERSIONS, BuiltGraph
-from graphs.bundle import ROPE_WEIGHTS, VISION_WEIGHTS, Bundle, place_weights, write_graphs, write_manifest, write_plan
+from graphs.bundle import ROPE_WEIGHTS, VISION_WEIGHTS, Bundle, place_weights, write_graphs, write_manifest, write_plans
 from graphs.errors import InputError
-from graphs.fit import check_fits
+from graphs.fit import check_fits, plan_for_profile
 from graphs.manifest import BuildRecord, FileRecord, GraphRecord, ModelRecord
 from graphs.plan import PruningPlan
 from graphs.profile import ShapeProfile
 from graphs.rope import rope_tables
 from graphs.safetensors_file import write_tensors
 from graphs.spec import Precision
-from graphs.staging import Link, check_destination, check_space, copied_bytes, place, record, sha256, staged
+from graphs.staging import Link, check_destination, check_space, copied_bytes, hashing, place, record, sha256, staged
 from graphs.strict import Strict
-from graphs.vision import capture_vision
+from graphs.vision import capture_vision, share_weights
 
 DEMO_SHAPES = (32, 8)  # text bucket and new tokens of the demo, whose prompts and answers are short
 SHAPES = (64, 128)
@@ -32,12 +32,16 @@ GRAPH_BYTES = 4 * 2**20  # more than the .onnx files of one profile take
 
 
 class Options(Strict):
-    """How to export. None stands for the model's default; a profile is "batch=2,text=64,new=128,image=336x336"."""
+    """How to export. None stands for the model's default; a profile is "batch=2,text=64,new=128,image=336x336".
+
+    `image_sizes` are heights and widths in pixels: a profile for each, of every other shape that is asked for.
+    """
 
     batch: int = Field(default=1, ge=1)
     text_tokens: int | None = Field(default=None, ge=1)
     new_tokens: int | None = Field(default=None, ge=1)
     profiles: tuple[str, ...] = ()
+    image_sizes: tuple[tuple[int, int], ...] = ()
     opset: int = 23
     precision: Precision | None = None
     assemble: Literal["segments", "whole"] = "segments"
@@ -52,20 +56,25 @@ def export_bundle(
     *,
     force: bool = False,
     report: Report | None = None,
+    note: Callable[[str], None] | None = None,
 ) -> Bundle:
     """Export to a bundle at `out`, which appears there whole or not at all.
 
-    Raises InputError if anything does not fit together, before the first long step.
+    A plan for other image tokens than a profile's is rescaled to it, and `note` is told. Raises InputError if anything
+    does not fit together, before the first long step.
     """
     profiles = check_target(model, out, options, force=force)
-    check_plan(model, plan, profiles)
+    plans = check_plan(model, plan, profiles, note=note)
     with staged(out, force=force) as root:
-        export_into(model, plan, profiles, root, options, report=report)
+        export_into(model, plans, profiles, root, options, report=report)
     return Bundle.open(out)
 
 
 def make_profiles(model: Model, options: Options) -> list[ShapeProfile]:
-    """The shape profiles that the options name; one if they name none. Raises InputError for one given twice."""
+    """The shape profiles that the options name; one if they name none.
+
+    Raises InputError for one given twice, or an image size that the model cannot take.
+    """
     text, new = DEMO_SHAPES if model.source.is_demo else SHAPES
     defaults: dict[str, Any] = {
         "batch": options.batch,
@@ -73,12 +82,27 @@ def make_profiles(model: Model, options: Options) -> list[ShapeProfile]:
         "new_tokens": options.new_tokens or new,
         "image_size": None,
     }
-    chosen = [defaults | _parse_profile(text) for text in options.profiles] or [defaults]
+    chosen = []
+    for named in [_parse_profile(text) for text in options.profiles] or [{}]:
+        sizes = [named["image_size"]] if "image_size" in named else options.image_sizes or [None]
+        chosen += [defaults | named | {"image_size": size} for size in sizes]
     profiles = [model.family.profile(model.spec, **fields) for fields in chosen]
-    names = [profile.name for profile in profiles]
-    if len(set(names)) < len(names):
-        raise InputError(f"the same profile twice: {', '.join(names)}", wanted="different shapes", do="leave one out")
+    for number, profile in enumerate(profiles):
+        for other in profiles[:number]:
+            if _same_graphs(model, profile, other):
+                raise InputError(
+                    f"the same profile twice: {other.name}, {profile.name}",
+                    wanted="shapes that make different graphs",
+                    do="leave one out",
+                )
     return profiles
+
+
+def _same_graphs(model: Model, one: ShapeProfile, other: ShapeProfile) -> bool:
+    """Picture sizes may differ and yet become the same tokens."""
+    rest = {"name": "", "image_size": (0, 0)}
+    layouts = [model.family.layout(model.spec, profile.image_size) for profile in (one, other)]
+    return one.model_copy(update=rest) == other.model_copy(update=rest) and layouts[0] == layouts[1]
 
 
 def check_target(model: Model, out: Path, options: Options, *, force: bool) -> list[ShapeProfile]:
@@ -93,50 +117,83 @@ def check_target(model: Model, out: Path, options: Options, *, force: bool) -> l
     return profiles
 
 
-def check_plan(model: Model, plan: PruningPlan, profiles: Sequence[ShapeProfile]) -> None:
-    """Raise InputError unless the plan fits the model at every profile."""
-    for profile in profiles:
-        check_fits(model.spec, plan, profile)
+def check_plan(
+    model: Model,
+    plan: PruningPlan,
+    profiles: Sequence[ShapeProfile],
+    *,
+    note: Callable[[str], None] | None = None,
+) -> list[PruningPlan]:
+    """The plan for every profile's image tokens; `note` is told where it had to be rescaled.
+
+    Only models that take any image size have plans rescaled. Raises InputError unless it fits the model at all of them.
+    """
+    plans = [plan_for_profile(plan, profile) if model.spec.vision.dynamic else plan for profile in profiles]
+    for made, profile in zip(plans, profiles, strict=True):
+        check_fits(model.spec, made, profile)
+        if made != plan and note is not None:
+            note(
+                f"profile {profile.name}: the plan for {plan.image_tokens} image tokens was rescaled to "
+                f"{made.image_tokens}"
+            )
+    return plans
 
 
 def export_into(
     model: Model,
-    plan: PruningPlan,
+    plans: Sequence[PruningPlan],
     profiles: Sequence[ShapeProfile],
     root: Path,
     options: Options,
     *,
     report: Report | None = None,
 ) -> None:
-    """Fill the empty folder `root` with the bundle; the manifest is written last."""
-    steps = _Steps(report, total=len(profiles) + 3)
+    """Fill the empty folder `root` with the bundle of profiles and their plans; the manifest is written last."""
+    steps = _Steps(report, total=len(profiles) + 4)
     precision = options.precision or default_precision(model)
     weights = root / "graphs" / "weights"
     weights.mkdir(parents=True)
     with steps.next("placing the weights"):
-        placed = place_weights(root, model.checkpoint, options.link, steps.say)
+        placed = place_weights(root, model.checkpoint, options.link)
         processor = _place_processor(model, root)
-    with steps.next("capturing the vision graph"):
-        visions = _capture_visions(model, profiles, weights, options.opset, precision)
-    with steps.next("position tables"):
-        cos, sin = rope_tables(model.checkpoint.config, max(profile.max_positions for profile in profiles))
-        write_tensors(weights / ROPE_WEIGHTS, {"cos": cos, "sin": sin})
-    graphs: list[GraphRecord] = []
-    for profile, vision in zip(profiles, visions, strict=True):
-        with steps.next(f"building the decoder graphs of {profile.name}"):
-            graphs += _write_profile(model, plan, profile, vision, root, options, precision, several=len(profiles) > 1)
-    made = [record(root, f"graphs/weights/{name}") for name in (VISION_WEIGHTS, ROPE_WEIGHTS)]
+    with hashing([root / file for file, known in placed.items() if known is None]) as hashes:
+        with steps.next("capturing the vision graph"):
+            visions = _capture_visions(model, profiles, weights, options.opset, precision)
+        with steps.next("position tables"):
+            cos, sin = rope_tables(model.checkpoint.config, max(profile.max_positions for profile in profiles))
+            write_tensors(weights / ROPE_WEIGHTS, {"cos": cos, "sin": sin})
+        graphs: list[GraphRecord] = []
+        for profile, plan, vision in zip(profiles, plans, visions, strict=True):
+            with steps.next(f"building the decoder graphs of {profile.name}"):
+                graphs += _write_profile(
+                    model, plan, profile, vision, root, options, precision, several=len(profiles) > 1
+                )
+        with steps.next("hashing the weights"):
+            records = _weight_records(root, placed, hashes())
+    names = [profile.name for profile in profiles]
+    first_plan, profile_plans = write_plans(root, dict(zip(names, plans, strict=True)))
     write_manifest(
         root,
         model=_model_record(model),
         spec=model.spec,
-        plan=write_plan(root, plan),
+        plan=first_plan,
+        profile_plans=profile_plans,
         build=BuildRecord(opset=options.opset, precision=precision, assemble=options.assemble),
         profiles=profiles,
         graphs=graphs,
-        weights=[*placed, *made],
+        weights=records,
         processor=processor,
     )
+
+
+def _weight_records(root: Path, placed: Mapping[str, str | None], hashes: Mapping[Path, str]) -> list[FileRecord]:
+    """The checkpoint's files and our two; `hashes` has those that were not known when the files were placed."""
+    made = [record(root, f"graphs/weights/{name}") for name in (VISION_WEIGHTS, ROPE_WEIGHTS)]
+    own = [
+        FileRecord(file=file, size=(root / file).stat().st_size, sha256=known or hashes[root / file])
+        for file, known in placed.items()
+    ]
+    return [*own, *made]
 
 
 def default_precision(model: Model) -> Precision:
@@ -148,29 +205,25 @@ def _capture_visions(
     model: Model, profiles: Sequence[ShapeProfile], weights: Path, opset: int, precision: Precision
 ) -> list[BuiltGraph]:
     """One vision graph a profile; equal shapes share the capture, all share one file of weights."""
-    module = model.family.vision_module(model.checkpoint)
-    captured: dict[tuple[int, tuple[int, int]], BuiltGraph] = {}
-    stored: dict[str, np.ndarray] | None = None
+    captured: dict[tuple[int, tuple[int, int]], tuple[BuiltGraph, dict[str, np.ndarray]]] = {}
+    stored: dict[str, np.ndarray] = {}
     for profile in profiles:
         shape = (profile.batch, profile.image_size)
         if shape in captured:
             continue
-        captured[shape], arrays = capture_vision(
-            module, batch=profile.batch, image_size=profile.image_size, opset=opset, precision=precision
+        graph, arrays = capture_vision(
+            model.family.vision_module(model.checkpoint, profile.image_size),
+            batch=profile.batch,
+            image_size=profile.image_size,
+            pixel_shape=profile.pixel_input(model.spec.vision.channels),
+            opset=opset,
+            precision=precision,
+            in_place=True,
         )
-        if stored is not None and not _same_arrays(stored, arrays):
-            raise InputError(
-                f"the vision graph of {profile.name} holds other weights than that of {profiles[0].name}",
-                wanted="profiles that share the vision weights",
-                do="export a bundle for each",
-            )
-        stored = arrays
-    write_tensors(weights / VISION_WEIGHTS, stored or {})
-    return [captured[(profile.batch, profile.image_size)] for profile in profiles]
-
-
-def _same_arrays(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> bool:
-    return one.keys() == other.keys() and all(np.array_equal(one[name], other[name]) for name in one)
+        # Towers of several sizes hold the same weights: keep them in memory once.
+        captured[shape] = graph, {name: stored.setdefault(name, array) for name, array in arrays.items()}
+    write_tensors(weights / VISION_WEIGHTS, share_weights(list(captured.values())))
+    return [captured[(profile.batch, profile.image_size)][0] for profile in profiles]
 
 
 def _write_profile(
@@ -209,6 +262,7 @@ def _model_record(model: Model) -> ModelRecord:
         source=model.source.origin,
         config_sha256=sha256(model.source.folder / "config.json"),
         renames=model.family.renames,
+        dummy_weights=model.source.is_dummy,
     )
 
 

@@ -1,12 +1,18 @@
-"""From what the user calls a model to an opened checkpoint: the demo, known names, local folders, hub ids."""
+"""From what the user calls a model to an opened checkpoint: the demo, known names, local folders, hub ids.
+
+Every part of a checkpoint is looked for before anything long begins: configuration, tokenizer, processor, chat
+template, and every shard with a header that fits its length.
+"""
 
 import difflib
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from btp_export.console import Report
 from btp_export.families import Family, family_for
-from graphs.checkpoint import Checkpoint, open_checkpoint, read_config
+from graphs.checkpoint import Checkpoint, missing_shards, open_checkpoint, read_config
 from graphs.errors import InputError, UnavailableError
 from graphs.spec import ModelSpec
 
@@ -23,11 +29,20 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 # What is fetched of a repository: no pickles, no code.
 PATTERNS = ["*.safetensors", "*.json", "*.txt", "*.jinja", "tokenizer.model"]
 
+# What there must be beside configuration and weights: any one of each.
+NEEDED = {
+    "a tokenizer": ("tokenizer.json", "tokenizer.model", "vocab.json"),
+    "a processor": ("preprocessor_config.json", "processor_config.json"),
+    "a chat template": ("chat_template.jinja", "chat_template.json"),
+}
+TEMPLATE_HOLDERS = ("processor_config.json", "tokenizer_config.json")  # where a chat template may stand too
+
 # What a bundle keeps of a checkpoint folder beside the weights.
 PROCESSOR_FILES = (
     "config.json",
     "generation_config.json",
     "btp.json",
+    "btp-dummy.json",
     "processor_config.json",
     "preprocessor_config.json",
     "video_preprocessor_config.json",
@@ -51,6 +66,7 @@ class Source:
     origin: str
     folder: Path
     is_demo: bool = False  # a local folder may be called demo too
+    is_dummy: bool = False  # its weights are made up
 
 
 @dataclass(frozen=True)
@@ -68,14 +84,23 @@ class Model:
         return [path for name in PROCESSOR_FILES if (path := self.source.folder / name).is_file()]
 
 
-def open_model(name: str) -> Model:
-    """Find a model and read its configuration and headers.
+@dataclass(frozen=True)
+class DummyWeights:
+    """What `--dummy-weights` asks for: the seed, and fewer decoder layers than the model has (None: all)."""
 
-    Raises InputError for an unknown name, a model without a family, or a broken checkpoint; UnavailableError if it
-    must be fetched and cannot.
+    seed: int = 0
+    layers: int | None = None
+
+
+def open_model(name: str, dummy: DummyWeights | None = None, *, report: Report | None = None) -> Model:
+    """Find a model and read its configuration and headers; with `dummy`, one of its shapes with made-up weights.
+
+    Raises InputError for an unknown name, a model without a family, or a checkpoint that is broken or lacks a part;
+    UnavailableError if it must be fetched and cannot.
     """
-    source = find_model(name)
+    source = find_model(name) if dummy is None else _dummy_source(name, dummy, report)
     family = family_for(read_config(source.folder))
+    _check_parts(source)
     checkpoint = open_checkpoint(source.folder, family.renames)
     return Model(source, family, checkpoint, family.spec(checkpoint, source.name))
 
@@ -88,13 +113,64 @@ def find_model(name: str) -> Source:
         return Source(DEMO, DEMO, checkpoint_path(), is_demo=True)
     folder = Path(name).expanduser()
     if name and name not in HUB_NAMES and folder.is_dir():
-        label = folder.resolve().name
-        return Source(label, label, folder.resolve())
+        return _local(folder.resolve())
     if name in HUB_NAMES or (HUB_ID.fullmatch(name) and not folder.parent.is_dir()):
         return _from_hub(name, HUB_NAMES.get(name, name))
     if folder.is_file():
         raise InputError(f"{name} is a file", wanted="a checkpoint folder", do="give the folder that holds config.json")
     raise _unknown(name)
+
+
+def _local(folder: Path) -> Source:
+    from btp_export.dummy import read_marker
+
+    marker = read_marker(folder)
+    if marker is not None:
+        return Source(marker.model, marker.origin, folder, is_dummy=True)
+    return Source(folder.name, folder.name, folder)
+
+
+def _dummy_source(name: str, dummy: DummyWeights, report: Report | None) -> Source:
+    from btp_export.dummy import dummy_checkpoint
+
+    return _local(dummy_checkpoint(name, seed=dummy.seed, layers=dummy.layers, report=report))
+
+
+def missing_parts(folder: Path) -> list[str]:
+    """What a checkpoint folder lacks, in words."""
+    missing = [] if (folder / "config.json").is_file() else ["config.json"]
+    for part, files in NEEDED.items():
+        there = any((folder / file).is_file() for file in files)
+        if not there and not (part == "a chat template" and _template_inside(folder)):
+            missing.append(f"{part} ({' or '.join(files)})")
+    return missing + missing_shards(folder)
+
+
+def _template_inside(folder: Path) -> bool:
+    for name in TEMPLATE_HOLDERS:
+        try:
+            document = json.loads((folder / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        if isinstance(document, dict) and document.get("chat_template"):
+            return True
+    return False
+
+
+def _check_parts(source: Source) -> None:
+    if (source.folder / "btp.json").is_file():  # its settings can stand for a template; what is missing shows later
+        return
+    missing = missing_parts(source.folder)
+    if missing:
+        raise InputError(
+            f"{source.folder} lacks {_some(missing)}",
+            wanted="config.json, tokenizer, processor and chat template files, and every safetensors shard",
+            do="put the missing files into the folder, or download the checkpoint again",
+        )
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 def _unknown(name: str) -> InputError:
@@ -108,7 +184,7 @@ def _unknown(name: str) -> InputError:
 
 
 def _from_hub(name: str, repository: str) -> Source:
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 
     try:
@@ -126,15 +202,37 @@ def _from_hub(name: str, repository: str) -> Source:
             f"the hub has no public model {repository}", wanted="owner/name of a model", do="check the spelling"
         ) from error
     except (OSError, RuntimeError, ValueError) as error:  # what the hub's client raises without a network
+        partial = _cached_snapshot(Path(constants.HF_HUB_CACHE), repository)
+        if partial is None:
+            raise _not_reachable(repository, type(error).__name__) from error
+        folder = partial  # the client wants all of it; what it cannot know is that enough is there
+    missing = missing_parts(folder)
+    if missing:
         raise UnavailableError(
-            f"cannot fetch {repository}: {type(error).__name__}",
-            wanted=f"a network, or the files of {repository} in a folder: config.json, *.safetensors with "
-            "model.safetensors.index.json, tokenizer and processor files",
-            do="get them on another machine and give --model FOLDER",
-        ) from error
-    if not (folder / "config.json").is_file():
-        raise UnavailableError(
-            f"only part of {repository} is in the cache", wanted="all its files", do="go online once, or --model FOLDER"
+            f"only part of {repository} is in the cache, it lacks {_some(missing)}",
+            wanted=f"these files of {repository} in {folder}",
+            do="go online once, or put all its files into a folder and give --model FOLDER",
         )
     revision = f"@{folder.name}" if COMMIT.fullmatch(folder.name) else ""
     return Source(name, f"{repository}{revision}", folder)
+
+
+def _cached_snapshot(cache: Path, repository: str) -> Path | None:
+    """The folder of the revision `main` in the hub's cache, whole or not; None if nothing of it is there."""
+    root = cache / f"models--{repository.replace('/', '--')}"
+    try:
+        commit = (root / "refs" / "main").read_text(encoding="ascii").strip()
+    except (OSError, UnicodeDecodeError):
+        return None
+    folder = root / "snapshots" / commit
+    return folder if COMMIT.fullmatch(commit) and folder.is_dir() else None
+
+
+def _not_reachable(repository: str, reason: str) -> UnavailableError:
+    return UnavailableError(
+        f"cannot fetch {repository}: {reason}, and nothing of it is in the cache",
+        wanted=f"a network, or these files of {repository} in a folder: config.json, generation_config.json, "
+        "*.safetensors with model.safetensors.index.json, preprocessor_config.json, processor_config.json, tokenizer*, "
+        "vocab.json, merges.txt, chat_template.* (those that it has)",
+        do="get them on another machine and give --model FOLDER; with --dummy-weights no download is needed",
+    )

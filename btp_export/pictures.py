@@ -1,12 +1,18 @@
-"""Opening pictures: any format Pillow reads, turned upright and to RGB, with clear refusals."""
+"""Opening pictures of any format as upright RGB, with clear refusals, and fitting them to a bundle's profiles."""
 
+import math
 import struct
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from btp_export.families import family_of
+from btp_export.families._vision import Layout
 from graphs.errors import InputError
+from graphs.profile import ShapeProfile
+from graphs.spec import ModelSpec
 
 MAX_PIXELS = 100_000_000  # about 300 MB as RGB; a larger header is a mistake or an attack
 MAX_ASPECT = 200  # longer side / shorter side; processors scale the shorter side up
@@ -56,6 +62,69 @@ def to_rgb(image: Image.Image, *, name: str = "the picture") -> Image.Image:
     if upright.mode == "F":
         raise InputError(f"{name} has float pixels", wanted="8 or 16 bits a channel", do="convert it to PNG first")
     return upright.convert("RGB")
+
+
+def fits(picture: Image.Image, spec: ModelSpec, profile: ShapeProfile) -> bool:
+    """Whether the picture becomes the tokens that the profile's graphs are for."""
+    family = family_of(spec)
+    try:
+        return family.layout(spec, (picture.height, picture.width)) == family.layout(spec, profile.image_size)
+    except InputError:  # a size that the model takes nowhere
+        return False
+
+
+def fitted(pictures: Sequence[Image.Image], spec: ModelSpec, profile: ShapeProfile) -> list[Image.Image]:
+    """The pictures in RGB; those that do not fit the profile are scaled to its size, whatever their proportions."""
+    height, width = profile.image_size
+    upright = [to_rgb(picture) for picture in pictures]
+    return [
+        picture if fits(picture, spec, profile) else picture.resize((width, height), Image.Resampling.BICUBIC)
+        for picture in upright
+    ]
+
+
+def profile_for(
+    pictures: Sequence[Image.Image], spec: ModelSpec, profiles: Sequence[ShapeProfile], *, resize: bool = False
+) -> ShapeProfile:
+    """The first profile that all pictures fit; with `resize` else the one nearest to the first picture's proportions.
+
+    Raises InputError naming the profiles' sizes if there is none.
+    """
+    fitting = [[profile for profile in profiles if fits(picture, spec, profile)] for picture in pictures]
+    for profile in profiles:
+        if all(profile in some for some in fitting):
+            return profile
+    if resize:
+        shape = pictures[0].height / pictures[0].width
+        return min(profiles, key=lambda one: abs(math.log(one.image_size[0] / one.image_size[1] / shape)))
+    for picture, some in zip(pictures, fitting, strict=True):
+        if not some:
+            raise misfit(picture, spec, profiles)
+    raise InputError(
+        "pictures that fit different profiles", wanted="one profile for all", do="run them one by one, or with --resize"
+    )
+
+
+def misfit(picture: Image.Image, spec: ModelSpec, profiles: Sequence[ShapeProfile]) -> InputError:
+    """What to say about a picture that fits none of the profiles."""
+    size = f"{picture.height} x {picture.width} pixels (height x width)"
+    try:
+        layout = family_of(spec).layout(spec, (picture.height, picture.width))
+    except InputError as error:
+        return InputError(f"a picture of {size}: {error.got}", wanted=error.wanted, do="run with --resize")
+    # Some models are exported for sizes that they scale to, not for every picture's own.
+    scaled = family_of(spec).layout(spec, layout.size) == layout
+    height, width = layout.size if scaled else (picture.height, picture.width)
+    kinds = dict.fromkeys(f"{_grid(one)} from {one.image_size[0]} x {one.image_size[1]}" for one in profiles)
+    return InputError(
+        f"a picture of {size} becomes {_grid(layout)} image tokens",
+        wanted=f"what the bundle is built for: {'; or '.join(kinds)}",
+        do=f"run with --resize, or export with --image-size {height}x{width}",
+    )
+
+
+def _grid(kind: Layout | ShapeProfile) -> str:
+    return " + ".join(f"{rows} x {columns}" for rows, columns in kind.blocks or (kind.grid,))
 
 
 def _grey_16(image: Image.Image, name: str) -> Image.Image:

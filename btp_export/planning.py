@@ -8,24 +8,34 @@ from btp_export.models import Model
 from btp_export.plans import CALIBRATED, plan_for
 from calibrate.presets import PRESETS
 from graphs.errors import InputError
+from graphs.fit import spec_at
 from graphs.plan import PruningPlan
+from graphs.profile import ShapeProfile
 
 
 def choose_plan(
-    model: Model, choice: str, settings: CalibrationSettings, *, report: Report | None = None
+    model: Model,
+    choice: str,
+    settings: CalibrationSettings,
+    *,
+    profile: ShapeProfile | None = None,
+    report: Report | None = None,
 ) -> PruningPlan:
     """The plan that `choice` names: `btp` calibrates on the model, a preset follows the compression, a file is read.
+
+    The first two are made for the profile's image tokens, or the model's own; a file may be for others.
 
     Raises InputError for an unknown name, a file for another model, and settings the choice cannot follow.
     """
     if choice == CALIBRATED:
-        return calibrate_model(model, settings, report=report, note=note)
+        return calibrate_model(model, settings, profile=profile, report=report, note=note)
     check_settings(settings)
     if settings.keep is not None:
         raise InputError(
             f"--keep with --plan {choice}", wanted="--keep only with the calibrated plan", do="leave --keep out"
         )
-    return plan_for(choice, model.spec, compression=settings.compression)
+    spec = model.spec if profile is None else spec_at(model.spec, profile)
+    return plan_for(choice, spec, compression=settings.compression)
 
 
 def plan_name(choice: str) -> str:

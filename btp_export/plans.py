@@ -15,9 +15,11 @@ CALIBRATED = "btp"
 def plan_for(
     name: str, spec: ModelSpec, *, compression: float | None = None, average_tokens: float | None = None
 ) -> PruningPlan:
-    """A preset by name, scaled to the model, or a plan file, checked to be for this model.
+    """A preset by name, scaled to the model at its own image size, or a plan file, checked to be for this model.
 
-    A budget goes with presets only. Raises InputError for an unknown name, an unreadable file or another model's plan.
+    The file of a model that takes any image size may be for another one: graphs.fit.plan_for_profile brings it to a
+    profile. A budget goes with presets only. Raises InputError for an unknown name, an unreadable file or another
+    model's plan.
     """
     from calibrate.presets import PRESETS, preset
 
@@ -28,6 +30,7 @@ def plan_for(
             num_layers=spec.decoder.num_layers,
             image_tokens=spec.vision.image_tokens,
             grid=spec.vision.grid,
+            blocks=spec.vision.blocks,
             compression=compression,
             average_tokens=average_tokens,
         )
@@ -50,10 +53,10 @@ def plan_for(
 
 
 def check_model(plan: PruningPlan, spec: ModelSpec, source: str) -> None:
-    """Raise InputError unless the plan is for this model."""
+    """Raise InputError unless the plan is for this model, and for its image size if it has only one."""
     got = (plan.model_type, plan.num_layers, plan.image_tokens, tuple(plan.grid))
     wanted = (spec.model_type, spec.decoder.num_layers, spec.vision.image_tokens, tuple(spec.vision.grid))
-    if got != wanted:
+    if got[:2] != wanted[:2] or (got != wanted and not spec.vision.dynamic):
         raise InputError(
             f"{source} is for {_words(*got)}",
             wanted=f"{_words(*wanted)}, as {spec.name} has",

@@ -5,7 +5,7 @@ The processor comes from transformers (the import takes two to three seconds, mo
 the network and no code from the model's folder is run.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from btp_export.pictures import to_rgb
+from btp_export.families._processor import load_processor
+from btp_export.pictures import fits, misfit, to_rgb
 from graphs.errors import InputError
 from graphs.profile import ShapeProfile
 from graphs.spec import ModelSpec
@@ -24,7 +25,8 @@ class Encoded:
     """A batch of n samples.
 
     input_ids: for each sample, int64 [P + V + t], image tokens expanded, t tokens after the image (t differs).
-    pixel_values: [n, 3, h, w] float32.
+    pixel_values: float32, the samples' own one after another as transformers' processor returns them: [n, 3, h, w], or
+        what else the model takes (ShapeProfile.pixel_shape).
     unknown: for each sample, how many tokens of the text the tokenizer does not know.
     """
 
@@ -52,18 +54,24 @@ class Encoded:
         return replace(
             self,
             input_ids=tuple(self.input_ids[n] for n in samples),
-            pixel_values=self.pixel_values[list(samples)],
+            pixel_values=self.pixels(samples),
             unknown=tuple(self.unknown[n] for n in samples),
         )
 
+    def pixels(self, samples: Iterable[int]) -> np.ndarray[Any, np.dtype[np.float32]]:
+        """`pixel_values` of these samples, one after another."""
+        rows = len(self.pixel_values) // len(self)
+        return np.concatenate([self.pixel_values[n * rows : (n + 1) * rows] for n in samples])
+
     def check(self, profile: ShapeProfile) -> None:
-        """Raise InputError unless every sample fits the profile's image tokens, picture size and text bucket."""
-        height, width = profile.image_size
-        if self.image_tokens != profile.image_tokens or self.pixel_values.shape[2:] != (height, width):
-            size = " x ".join(map(str, self.pixel_values.shape[2:]))
+        """Raise InputError unless every sample fits the profile's image tokens, pixels and text bucket."""
+        rows, *rest = profile.pixel_input(self.pixel_values.shape[1])
+        shape = (rows // profile.batch * len(self), *rest)
+        if self.image_tokens != profile.image_tokens or self.pixel_values.shape != shape:
+            got, wanted = (" x ".join(map(str, one)) for one in _sizes(self.pixel_values.shape, shape))
             raise InputError(
-                f"the processor makes {self.image_tokens} image tokens from {size} pixels",
-                wanted=f"{profile.image_tokens} tokens from {height} x {width} pixels (profile {profile.name})",
+                f"the processor makes {self.image_tokens} image tokens from {got} pixels",
+                wanted=f"{profile.image_tokens} tokens from {wanted} pixels (profile {profile.name})",
                 do="export the bundle again for this picture size",
             )
         for text in self.text_lengths:
@@ -105,9 +113,13 @@ class Prompter:
         """
         if len(images) != len(prompts) or not images:
             raise InputError(f"{len(images)} pictures and {len(prompts)} prompts", wanted="one picture for each prompt")
+        images = [to_rgb(image) for image in images]
+        if profile is not None:
+            for image in images:
+                if not fits(image, self.spec, profile):
+                    raise misfit(image, self.spec, [profile])
         samples = [
-            self._sample(to_rgb(image), self.text(prompt, raw=raw))
-            for image, prompt in zip(images, prompts, strict=True)
+            self._sample(image, self.text(prompt, raw=raw)) for image, prompt in zip(images, prompts, strict=True)
         ]
         ids = tuple(sample[0] for sample in samples)
         image_tokens = self._span(ids)
@@ -205,11 +217,15 @@ class Prompter:
         return int(counts.pop())
 
 
-def _load_processor(folder: Path) -> Any:
-    from transformers import AutoProcessor
+def _sizes(*shapes: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
+    """What distinguishes shapes of pixels: height and width of [n,3,h,w], everything else of others."""
+    plain = all(len(shape) == 4 for shape in shapes)
+    return (shape[2:] if plain else shape for shape in shapes)
 
+
+def _load_processor(folder: Path) -> Any:
     try:
-        processor = AutoProcessor.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        processor = load_processor(folder)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
         raise InputError(
             f"{folder} holds no usable processor: {str(error).splitlines()[0] if str(error) else type(error).__name__}",

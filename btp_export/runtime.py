@@ -7,7 +7,7 @@
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -17,13 +17,16 @@ import numpy as np
 
 from btp_export import sampling
 from btp_export.detokenise import Detokeniser
-from btp_export.pictures import open_picture
+from btp_export.pictures import fitted, open_picture
 from btp_export.prompting import Encoded, Prompter
+from btp_export.streamed import check_fits_memory
 from engines.chain import Chain
+from engines.runners import Loader
 from engines.runners.onnxruntime import OrtLoader
-from graphs.bundle import ROPE_WEIGHTS, Bundle
+from graphs.bundle import ROPE_WEIGHTS, Bundle, Check
 from graphs.checkpoint import open_tensors
 from graphs.errors import InputError
+from graphs.rope import token_tables
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -78,37 +81,78 @@ class Generation:
 
 
 def load(
-    bundle: "Bundle | Path | str", *, profile: str | None = None, threads: int | None = None, device: str = "cpu"
+    bundle: "Bundle | Path | str",
+    *,
+    profile: str | None = None,
+    threads: int | None = None,
+    device: str = "cpu",
+    engine: str | None = None,
 ) -> "BundleModel":
-    """Open a bundle for running in ONNX Runtime.
+    """Open a bundle for running: its graphs in ONNX Runtime, or the engines built from them for a target.
 
     Args:
         bundle: its folder, or an opened Bundle.
         profile: name of a shape profile; the first if left out.
-        threads: threads inside an operator; all cores if left out.
-        device: "cpu", "cuda" or "cuda:<number>".
+        threads: threads inside an operator; all cores if left out. Engines have none.
+        device: "cpu", "cuda" or "cuda:<number>"; engines run on the first GPU if nothing else is said.
+        engine: a target whose engines lie in the bundle, see docs/engines.md.
 
-    Raises InputError for a bundle that is missing, damaged or without that profile, and UnavailableError if its graphs
-    cannot run on this device.
+    Raises InputError for a bundle that is missing, damaged, without that profile or without engines, and
+    UnavailableError if its graphs or engines cannot run on this device.
     """
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(Path(bundle))
-    return BundleModel(opened, OrtLoader(device=device, threads=threads), profile=profile)
+    chosen = opened.profile(profile).name
+    loader, graphs = open_graphs(opened, chosen, threads=threads, device=device, engine=engine)
+    if engine is None:
+        check_fits_memory(opened, chosen, device)
+    return BundleModel(opened, loader, profile=chosen, graphs=graphs)
+
+
+def open_graphs(
+    bundle: Bundle,
+    profile: str,
+    *,
+    threads: int | None = None,
+    device: str = "cpu",
+    engine: str | None = None,
+    part: str = "",
+    check: Check = "quick",
+) -> tuple[Loader, dict[str, Path]]:
+    """How the graphs of a profile are opened, and the file of each by name: the ONNX graphs, or a target's engines.
+
+    `part` is the folder of other engines inside the target's, such as the unpruned ones.
+    """
+    if engine is None:
+        files = {graph.name: bundle.root / graph.file for graph in bundle.graphs(profile)}
+        return OrtLoader(device=device, threads=threads), files
+    from engines.runners.tensorrt import open_engines
+    from engines.targets import find_target
+    from engines.tensorrt.records import engines_folder
+
+    if threads is not None:
+        raise InputError(f"--threads {threads} with --engine", wanted="one or the other", do="leave --threads out")
+    folder = engines_folder(bundle, find_target(engine).name) / part
+    gpu = "cuda" if device in ("cpu", "auto") else device  # engines run on nothing else
+    return open_engines(bundle, folder, profile=profile, device=gpu, check=check)
 
 
 class BundleModel:
     """A bundle's graphs, ready to run. It holds one batch at a time and is not for several threads at once."""
 
-    def __init__(self, bundle: Bundle, loader: OrtLoader, *, profile: str | None = None) -> None:
-        self.bundle, self.plan, self.spec = bundle, bundle.plan, bundle.spec
-        self.profile = bundle.profile(profile)
+    def __init__(
+        self, bundle: Bundle, loader: Loader, *, profile: str | None = None, graphs: Mapping[str, Path] | None = None
+    ) -> None:
+        """`graphs` are the files that the loader opens, by name; the bundle's own if left out."""
+        self.bundle, self.spec = bundle, bundle.spec
+        self.profile, self.plan = bundle.profile(profile), bundle.plan_for(profile)
         self._embeddings = bundle.checkpoint()["language_model.embed_tokens.weight"].read()
         rope = open_tensors(bundle.weights / ROPE_WEIGHTS)
-        graphs = {graph.name: bundle.root / graph.file for graph in bundle.graphs(self.profile.name)}
+        own = {graph.name: bundle.root / graph.file for graph in bundle.graphs(self.profile.name)}
         self.chain = Chain(
-            graphs,
+            own if graphs is None else graphs,
             plan=self.plan,
             profile=self.profile,
-            rope=(rope["cos"].read(), rope["sin"].read()),
+            rope=token_tables((rope["cos"].read(), rope["sin"].read()), self.spec.decoder, self.profile),
             loader=loader,
         )
         self._prefills = 0
@@ -128,6 +172,7 @@ class BundleModel:
         top_p: float = 1.0,
         seed: int = 0,
         raw_prompt: bool = False,
+        resize: bool = False,
         on_text: OnText | None = None,
     ) -> list[Generation]:
         """One answer for each picture and prompt; a single picture serves all prompts, and the other way round.
@@ -143,6 +188,7 @@ class BundleModel:
             top_p: draw only from the most probable tokens that together reach this share.
             seed: of the sampling.
             raw_prompt: do not use the chat template.
+            resize: scale pictures that do not fit the profile's size to it.
             on_text: called with (sample, piece of text) as text comes; the pieces of a sample make up its text.
 
         Raises InputError for what cannot be run, CheckError if a graph did not prune as planned.
@@ -150,7 +196,7 @@ class BundleModel:
         room = self._room(max_new_tokens)
         sampling.check_settings(temperature, top_p, seed)
         pictures, texts = _samples(images, prompts)
-        encoded = self.encode(pictures, texts, raw=raw_prompt)
+        encoded = self.encode(fitted(pictures, self.spec, self.profile) if resize else pictures, texts, raw=raw_prompt)
 
         def choose(sample: int, logits: Array) -> int:
             return sampling.choose(logits, generators[sample], temperature=temperature, top_p=top_p)
@@ -181,7 +227,7 @@ class BundleModel:
         prefix = np.stack([self._embed(encoded.input_ids[place][: self.profile.prefix_tokens]) for place in filled])
         text = np.stack([self._embed_text(encoded.input_ids[place]) for place in filled])
         last = np.array([encoded.lengths[place] - 1 for place in filled], np.int32)
-        run = self.chain.prefill(encoded.pixel_values[filled], prefix, text, last, features=features)
+        run = self.chain.prefill(encoded.pixels(filled), prefix, text, last, features=features)
         self._prefills += 1
         relative = tuple(run.kept[stage][:count] for stage in sorted(run.kept))
         segmented = "prefill" not in run.milliseconds

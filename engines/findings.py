@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -78,6 +78,15 @@ class Findings:
     kept: list[list[float]] = field(default_factory=list)  # per stage: agreement of each sample, 1.0 for keep 0
     near_ties: list[str] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
+
+    def state(self) -> dict[str, Any]:
+        """Everything, as JSON types."""
+        return asdict(self)
+
+    @staticmethod
+    def restored(state: dict[str, Any]) -> Findings:
+        """The findings that `state` was taken of."""
+        return Findings(**{**state, "graphs": [GraphCheck(**check) for check in state["graphs"]]})
 
     def kept_agreement(self) -> list[float]:
         """Mean agreement per stage."""

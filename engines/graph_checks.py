@@ -2,21 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
 from engines.findings import Findings, GraphCheck, agreement
 from engines.reference_run import Array, SegmentRun, StageRun, VerifySample
 from engines.runners import Runner
+from engines.streamed import run_each
 from graphs.plan import PruningPlan, Segment
 from graphs.profile import ShapeProfile
+
+Numbered = list[tuple[int, VerifySample]]  # a batch of samples with their numbers
+Makers = Mapping[str, Callable[[], Sequence[Array]]]
+Look = Callable[[Mapping[str, Array]], None]
+
+
+class _Feed(Mapping[str, Array]):
+    """A batch's inputs, each stacked when it is asked for: the caches of all layers together would fill memory.
+
+    The arrays of the samples are filled up with the last sample, and padded at the end to the declared shape. A sample
+    has one row of the first dimension, or several where pixels are a list of patches.
+    """
+
+    def __init__(self, runner: Runner, batch: int, makers: Makers) -> None:
+        self._inputs, self._batch, self._makers = runner.inputs, batch, makers
+
+    def __getitem__(self, name: str) -> Array:
+        spec, values = self._inputs[name], self._makers[name]()
+        stacked = np.zeros(spec.shape, spec.dtype)
+        rows = spec.shape[0] // self._batch
+        for place in range(self._batch):
+            value = values[min(place, len(values) - 1)]
+            sizes = np.shape(value)[1 if rows > 1 else 0 :]
+            corner = [slice(place * rows, (place + 1) * rows), *(slice(0, size) for size in sizes)]
+            stacked[tuple(corner)] = value
+        return stacked
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._inputs)
+
+    def __len__(self) -> int:
+        return len(self._inputs)
 
 
 @dataclass
 class GraphVerifier:
-    """One open graph; each kind of graph has a method that feeds it and looks at what comes out."""
+    """One open graph; each kind of graph has a method that says how a batch is fed and looks at what comes out.
+
+    What comes out may come in several parts (engines/streamed.py), each output once.
+    """
 
     name: str
     runner: Runner
@@ -28,86 +65,94 @@ class GraphVerifier:
         self.result = GraphCheck(self.name)
         self.findings.graphs.append(self.result)
         kind, _, number = self.name.partition("_")
+        runs: list[tuple[_Feed, Look]] = []
         for batch in _batches(samples, self.profile.batch):
             if kind == "prefill" and number:
-                self._prefill(batch, self.plan.segments()[int(number)])
+                runs += self._prefill(batch, self.plan.segments()[int(number)])
             elif kind == "select":
-                self._select(batch, int(number))
+                runs += self._select(batch, int(number))
             else:
                 others = {"vision": self._vision, "head": self._head, "decode": self._decode, "prefill": self._whole}
-                others[kind](batch)
+                runs += others[kind](batch)
+        run_each(self.runner, [feed for feed, _ in runs], lambda place, out: runs[place][1](out))
 
-    def _run(self, feeds: Mapping[str, Sequence[Array]], count: int) -> dict[str, Array]:
-        """Stack one array per sample into the batch, filled up and padded at the end to the declared shape."""
-        inputs = {}
-        for name, spec in self.runner.inputs.items():
-            stacked = np.zeros(spec.shape, spec.dtype)
-            for place in range(spec.shape[0]):
-                value = feeds[name][min(place, count - 1)]
-                corner = [slice(place, place + 1), *(slice(0, size) for size in np.shape(value))]
-                stacked[tuple(corner)] = value
-            inputs[name] = stacked
-        return self.runner.run(inputs)
+    def _feed(self, makers: Makers) -> _Feed:
+        return _Feed(self.runner, self.profile.batch, makers)
 
     def _compare(self, output: str, sample: int, wanted: Array, got: Array) -> None:
         self.result.add(f"{output} of sample {sample}", wanted, got)
 
-    def _vision(self, batch: list[tuple[int, VerifySample]]) -> None:
-        out = self._run({"pixel_values": [s.pixel_values for _, s in batch]}, len(batch))
-        for place, (number, sample) in enumerate(batch):
-            self._compare("image_features", number, sample.image_features, out["image_features"][place])
+    def _vision(self, batch: Numbered) -> Iterator[tuple[_Feed, Look]]:
+        def look(out: Mapping[str, Array]) -> None:
+            for place, (number, sample) in enumerate(batch):
+                self._compare("image_features", number, sample.image_features, out["image_features"][place])
 
-    def _prefill(self, batch: list[tuple[int, VerifySample]], segment: Segment) -> None:
+        yield self._feed({"pixel_values": lambda: [s.pixel_values for _, s in batch]}), look
+
+    def _prefill(self, batch: Numbered, segment: Segment) -> Iterator[tuple[_Feed, Look]]:
         runs = [sample.run.segments[segment.index] for _, sample in batch]
         rows = self.profile.tokens_with(segment.image_tokens)
         if self.runner.inputs["hidden"].shape[1] != rows:
             self._fail(f"sees {self.runner.inputs['hidden'].shape[1]} rows, the plan says {rows}: tokens not pruned")
             return
-        feeds = {
-            "hidden": [_real(run.hidden_in, run) for run in runs],
-            "cos": [_real(run.cos, run) for run in runs],
-            "sin": [_real(run.sin, run) for run in runs],
-            "last": [np.asarray(run.last, np.int32) for run in runs],
-        }
-        out = self._run(feeds, len(batch))
-        for place, ((number, sample), run) in enumerate(zip(batch, runs, strict=True)):
-            n = run.last + 1
-            self._compare("hidden_out", number, run.hidden_out[:n], out["hidden_out"][place, :n])
-            for layer in range(segment.start, segment.stop):
-                key, value = f"key_{layer}", f"value_{layer}"
-                self._compare(key, number, run.keys[layer][:, :n], out[key][place, :, :n])
-                self._compare(value, number, run.values[layer][:, :n], out[value][place, :, :n])
-            if "query" in out:
-                query = self._query_rows(run, segment.image_tokens, sample.run.image_start, out["query"].shape[2])
-                self._compare("query", number, query, out["query"][place, :, : query.shape[1]])
 
-    def _select(self, batch: list[tuple[int, VerifySample]], number: int) -> None:
+        layers = {f"{kind}_{layer}" for kind in ("key", "value") for layer in range(segment.start, segment.stop)}
+        given = self.runner.outputs.keys() - {"hidden_out", "query"}
+        if given != layers or "hidden_out" not in self.runner.outputs:
+            self._fail(f"is not the graph of layers {segment.start} to {segment.stop - 1}, which the plan puts here")
+            return
+
+        def look(out: Mapping[str, Array]) -> None:
+            for place, ((number, sample), run) in enumerate(zip(batch, runs, strict=True)):
+                n = run.last + 1
+                for name, got in out.items():
+                    kind, _, layer = name.partition("_")
+                    if kind in ("key", "value"):
+                        wanted = (run.keys if kind == "key" else run.values)[int(layer)]
+                        self._compare(name, number, wanted[:, :n], got[place, :, :n])
+                    elif name == "query":
+                        query = self._query_rows(run, segment.image_tokens, sample.run.image_start, got.shape[2])
+                        self._compare(name, number, query, got[place, :, : query.shape[1]])
+                    else:
+                        self._compare(name, number, run.hidden_out[:n], got[place, :n])
+
+        feed = {
+            "hidden": lambda: [_real(run.hidden_in, run) for run in runs],
+            "cos": lambda: [_real(run.cos, run) for run in runs],
+            "sin": lambda: [_real(run.sin, run) for run in runs],
+            "last": lambda: [np.asarray(run.last, np.int32) for run in runs],
+        }
+        yield self._feed(feed), look
+
+    def _select(self, batch: Numbered, number: int) -> Iterator[tuple[_Feed, Look]]:
         stage, before = self.plan.stages[number], self.plan.tokens_before(number)
-        feeds: dict[str, list[Array]] = {name: [] for name in self.runner.inputs}
-        for _, sample in batch:
-            for name, value in self._stage_inputs(sample, number).items():
-                if name in feeds:
-                    feeds[name].append(value)
-        out = self._run(feeds, len(batch))
-        for place, (at, sample) in enumerate(batch):
-            inputs = self._stage_inputs(sample, number)
-            record, last = sample.run.stages[number], int(inputs["last"])
-            kept = out["indices"][place] if stage.keep else np.empty(0, np.int64)
-            self._kept(number, at, kept, record, before)
-            if int(out["last_out"][place]) != last - before + stage.keep:
-                at_row, wanted = int(out["last_out"][place]), last - before + stage.keep
-                self._fail(f"puts the last token at row {at_row}, the plan at {wanted}: tokens not pruned")
-            if stage.keep and len(record.scores) and np.isfinite(record.scores).all():
-                self._compare("scores", at, record.scores, out["scores"][place])
-            # The rows that come out must be those at the graph's own indices, with their own positions.
-            start = sample.run.image_start
-            parts = [np.arange(start), start + kept, np.arange(start + before, last + 1)]
-            rows = np.concatenate(parts).astype(np.int64)
-            for name in ("hidden", "cos", "sin"):
-                got = out[f"{name}_out"][place, : len(rows)]
-                if rows.max() > last:  # only with indices that were already reported as wrong
-                    continue
-                self._compare(f"{name}_out", at, inputs[name][rows], got)
+
+        def look(out: Mapping[str, Array]) -> None:
+            for place, (at, sample) in enumerate(batch):
+                inputs = self._stage_inputs(sample, number)
+                record, last = sample.run.stages[number], int(inputs["last"])
+                kept = out["indices"][place] if stage.keep else np.empty(0, np.int64)
+                self._kept(number, at, kept, record, before)
+                if int(out["last_out"][place]) != last - before + stage.keep:
+                    at_row, wanted = int(out["last_out"][place]), last - before + stage.keep
+                    self._fail(f"puts the last token at row {at_row}, the plan at {wanted}: tokens not pruned")
+                if stage.keep and len(record.scores) and np.isfinite(record.scores).all():
+                    self._compare("scores", at, record.scores, out["scores"][place])
+                # The rows that come out must be those at the graph's own indices, with their own positions.
+                start = sample.run.image_start
+                parts = [np.arange(start), start + kept, np.arange(start + before, last + 1)]
+                rows = np.concatenate(parts).astype(np.int64)
+                for name in ("hidden", "cos", "sin"):
+                    got = out[f"{name}_out"][place, : len(rows)]
+                    if rows.max() > last:  # only with indices that were already reported as wrong
+                        continue
+                    self._compare(f"{name}_out", at, inputs[name][rows], got)
+
+        names = self.runner.inputs
+        yield self._feed({name: partial(self._stage_input, batch, number, name) for name in names}), look
+
+    def _stage_input(self, batch: Numbered, number: int, name: str) -> list[Array]:
+        return [self._stage_inputs(sample, number)[name] for _, sample in batch]
 
     def _kept(self, number: int, sample: int, kept: Array, record: StageRun, before: int) -> None:
         """Count, order and range of the kept indices, and how many are the reference's."""
@@ -121,80 +166,107 @@ class GraphVerifier:
         if share < 1.0:
             self.findings.near_ties.append(_difference(self.name, sample, record, kept))
 
-    def _head(self, batch: list[tuple[int, VerifySample]]) -> None:
+    def _head(self, batch: Numbered) -> Iterator[tuple[_Feed, Look]]:
         runs = [sample.run.segments[-1] for _, sample in batch]
-        feeds = {
-            "hidden": [_real(run.hidden_out, run) for run in runs],
-            "last": [np.asarray(run.last, np.int32) for run in runs],
-        }
-        out = self._run(feeds, len(batch))
-        for place, (number, sample) in enumerate(batch):
-            self._compare("logits", number, sample.run.logits[0], out["logits"][place])
 
-    def _decode(self, batch: list[tuple[int, VerifySample]]) -> None:
+        def look(out: Mapping[str, Array]) -> None:
+            for place, (number, sample) in enumerate(batch):
+                self._compare("logits", number, sample.run.logits[0], out["logits"][place])
+
+        feed = {
+            "hidden": lambda: [_real(run.hidden_out, run) for run in runs],
+            "last": lambda: [np.asarray(run.last, np.int32) for run in runs],
+        }
+        yield self._feed(feed), look
+
+    def _decode(self, batch: Numbered) -> Iterator[tuple[_Feed, Look]]:
         """Every generated token but the last, with the reference's caches before it."""
         steps = min(len(sample.run.logits) - 1 for _, sample in batch)
-        room = self.profile.new_tokens
         for segment in self.plan.segments():
             capacity = self.profile.capacity_with(segment.image_tokens)
             cache = self.runner.inputs.get(f"past_key_{segment.start}")
             if f"length_{segment.index}" not in self.runner.inputs or cache is None or cache.shape[2] != capacity:
                 self._fail(f"has no caches of {capacity} rows from layer {segment.start} on: tokens not pruned")
                 return
-        for step in range(min(steps, room)):
-            feeds: dict[str, list[Array]] = {name: [] for name in self.runner.inputs}
-            for _, sample in batch:
-                self._decode_inputs(sample, step, feeds)
-            out = self._run(feeds, len(batch))
-            for place, (number, sample) in enumerate(batch):
-                self._compare("logits", number, sample.run.logits[step + 1], out["logits"][place])
-                for run in sample.run.segments:
-                    row = run.last + 1 + step
-                    for layer in run.keys:
-                        key, value = f"key_{layer}", f"value_{layer}"
-                        self._compare(key, number, run.keys[layer][:, row], out[key][place, :, 0])
-                        self._compare(value, number, run.values[layer][:, row], out[value][place, :, 0])
+        for step in range(min(steps, self.profile.new_tokens)):
+            feed = {name: partial(self._decode_input, batch, step, name) for name in self.runner.inputs}
+            yield self._feed(feed), partial(self._decoded, batch, step)
 
-    def _decode_inputs(self, sample: VerifySample, step: int, feeds: dict[str, list[Array]]) -> None:
-        embedded = sample.embedded
-        row = embedded.last + 1 + step
-        feeds["hidden"].append(embedded.hidden[row : row + 1])
-        feeds["cos"].append(embedded.cos[row : row + 1])
-        feeds["sin"].append(embedded.sin[row : row + 1])
-        for index, run in enumerate(sample.run.segments):
-            length = run.last + 1 + step
-            feeds[f"length_{index}"].append(np.asarray(length, np.int32))
-            for layer in run.keys:
-                feeds[f"past_key_{layer}"].append(run.keys[layer][:, :length])
-                feeds[f"past_value_{layer}"].append(run.values[layer][:, :length])
+    def _decoded(self, batch: Numbered, step: int, out: Mapping[str, Array]) -> None:
+        for place, (number, sample) in enumerate(batch):
+            for name, got in out.items():
+                kind, _, layer = name.partition("_")
+                if name == "logits":
+                    self._compare(name, number, sample.run.logits[step + 1], got[place])
+                    continue
+                run = self._segment_of(sample, int(layer))
+                wanted = (run.keys if kind == "key" else run.values)[int(layer)]
+                self._compare(name, number, wanted[:, run.last + 1 + step], got[place, :, 0])
 
-    def _whole(self, batch: list[tuple[int, VerifySample]]) -> None:
+    def _decode_input(self, batch: Numbered, step: int, name: str) -> list[Array]:
+        kind, _, number = name.rpartition("_")
+        values: list[Array] = []
+        for _, sample in batch:
+            if kind == "length":
+                values.append(np.asarray(sample.run.segments[int(number)].last + 1 + step, np.int32))
+            elif kind in ("past_key", "past_value"):
+                run = self._segment_of(sample, int(number))
+                past = run.keys if kind == "past_key" else run.values
+                values.append(past[int(number)][:, : run.last + 1 + step])
+            else:
+                row = sample.embedded.last + 1 + step
+                values.append(getattr(sample.embedded, name)[row : row + 1])
+        return values
+
+    def _segment_of(self, sample: VerifySample, layer: int) -> SegmentRun:
+        index = next(part.index for part in self.plan.segments() if part.start <= layer < part.stop)
+        return sample.run.segments[index]
+
+    def _whole(self, batch: Numbered) -> Iterator[tuple[_Feed, Look]]:
         """The prefill in one graph: not forced, so its own kept sets go through all layers."""
+        same = [True] * len(batch)  # other tokens give other values; agreement says how many, and its gate decides
+
+        def look(out: Mapping[str, Array]) -> None:
+            for place, (number, sample) in enumerate(batch):
+                for stage, record in enumerate(sample.run.stages):
+                    if self.plan.stages[stage].keep and f"indices_{stage}" in out:
+                        kept = out[f"indices_{stage}"][place]
+                        self._kept(stage, number, kept, record, self.plan.tokens_before(stage))
+                        same[place] = same[place] and np.array_equal(record.indices, kept)
+                    elif not self.plan.stages[stage].keep and "logits" in out:
+                        self._kept(stage, number, np.empty(0, np.int64), record, self.plan.tokens_before(stage))
+                if same[place]:
+                    self._whole_values(number, sample, place, out)
+
+        feed = {name: partial(self._whole_input, batch, name) for name in self.runner.inputs}
+        yield self._feed(feed), look
+
+    def _whole_values(self, number: int, sample: VerifySample, place: int, out: Mapping[str, Array]) -> None:
+        for name, got in out.items():
+            kind, _, layer = name.partition("_")
+            if name == "logits":
+                self._compare(name, number, sample.run.logits[0], got[place])
+            elif kind in ("key", "value"):
+                run = self._segment_of(sample, int(layer))
+                rows = slice(0, run.last + 1)
+                wanted = (run.keys if kind == "key" else run.values)[int(layer)]
+                self._compare(name, number, wanted[:, rows], got[place][:, rows])
+
+    def _whole_input(self, batch: Numbered, name: str) -> list[Array]:
         start, image = self.profile.prefix_tokens, self.profile.image_tokens
-        feeds: dict[str, list[Array]] = {name: [] for name in self.runner.inputs}
+        values: list[Array] = []
         for _, sample in batch:
             embedded = sample.embedded
             n = embedded.last + 1
-            values = {"pixel_values": sample.pixel_values, "prefix": embedded.hidden[:start]}
-            values |= {"text": embedded.hidden[start + image : n], "cos": embedded.cos[:n], "sin": embedded.sin[:n]}
-            for name in feeds:
-                feeds[name].append(values[name] if name in values else np.asarray(embedded.last, np.int32))
-        out = self._run(feeds, len(batch))
-        for place, (number, sample) in enumerate(batch):
-            same = True
-            for stage, record in enumerate(sample.run.stages):
-                kept = out[f"indices_{stage}"][place] if self.plan.stages[stage].keep else np.empty(0, np.int64)
-                self._kept(stage, number, kept, record, self.plan.tokens_before(stage))
-                same = same and np.array_equal(record.indices, kept)
-            if not same:  # other tokens give other values; agreement says how many, and its gate decides
-                continue
-            self._compare("logits", number, sample.run.logits[0], out["logits"][place])
-            for run in sample.run.segments:
-                for layer in run.keys:
-                    rows = slice(0, run.last + 1)
-                    key, value = f"key_{layer}", f"value_{layer}"
-                    self._compare(key, number, run.keys[layer][:, rows], out[key][place][:, rows])
-                    self._compare(value, number, run.values[layer][:, rows], out[value][place][:, rows])
+            if name == "pixel_values":
+                values.append(sample.pixel_values)
+            elif name == "last":
+                values.append(np.asarray(embedded.last, np.int32))
+            elif name in ("cos", "sin"):
+                values.append(getattr(embedded, name)[:n])
+            else:
+                values.append(embedded.hidden[:start] if name == "prefix" else embedded.hidden[start + image : n])
+        return values
 
     def _stage_inputs(self, sample: VerifySample, number: int) -> dict[str, Array]:
         """hidden, cos, sin, last, query and key that stage `number` of the reference saw; real rows only."""

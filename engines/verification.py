@@ -25,6 +25,7 @@ from engines.runners import Runner
 from graphs.plan import PruningPlan
 from graphs.profile import ShapeProfile
 from graphs.spec import Precision
+from graphs.work import Sequence as Steps
 
 __all__ = ["GATES", "Findings", "FreeRun", "VerifySample", "same_kept", "verify_free", "verify_graphs"]
 
@@ -38,29 +39,40 @@ def verify_graphs(
     precision: Precision,
     samples: Sequence[VerifySample],
     *,
+    computed: Precision | None = None,
+    steps: Steps | None = None,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> Findings:
     """Run every graph on the reference's inputs, one graph open at a time, and compare.
 
     `graphs` opens graphs by name, in the order in which they run; the samples are taken in batches of the profile's
-    size, the last one filled up with its last sample.
+    size, the last one filled up with its last sample. `precision` is the graphs' own, `computed` what the runner makes
+    of it in the decoder (None: the same). Graphs that `steps` knows to be checked are not run again.
     """
-    findings = Findings(kept=[[] for _ in plan.stages])
+    latest = steps.resume("the check of the graphs") if steps is not None else None
+    if latest is not None:
+        findings, checked = Findings.restored(latest.meta), latest.number
+    else:
+        findings, checked = Findings(kept=[[] for _ in plan.stages]), 0
     missing = [name for name in _graph_names(plan, whole="prefill" in graphs) if name not in graphs]
-    if missing:
+    if missing and not checked:
         findings.failures.append(f"the bundle lacks the graphs {', '.join(missing)}")
     for number, (name, opener) in enumerate(graphs.items()):
+        if number < checked:
+            continue
         if progress is not None:
-            progress(number, len(graphs), name)
+            progress(number - checked, len(graphs) - checked, name)
         GraphVerifier(name, opener(), plan, profile, findings).check(samples)
         check = findings.graphs[-1]
-        gates = GATES["float32" if name == "vision" and precision == "float32" else precision]
+        gates = GATES[precision if name == "vision" else computed or precision]
         if not check.holds(gates):
             findings.failures.append(
                 f"{name}: cosine {check.cosine:.10g} and norm ratio {check.norm_ratio:.7g} ({check.worst}); "
                 f"wanted at least {gates.cosine:.10g} and 1 within {gates.norm:g}"
             )
-    _judge_agreement(findings, GATES[precision])
+        if steps is not None and steps.due:
+            steps.save(number + 1, {}, findings.state())
+    _judge_agreement(findings, GATES[computed or precision])
     return findings
 
 

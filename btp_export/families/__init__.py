@@ -4,6 +4,7 @@ import importlib
 import pkgutil
 from typing import TYPE_CHECKING, Any, Protocol
 
+from btp_export.families._vision import Layout
 from graphs.checkpoint import Checkpoint
 from graphs.errors import InputError
 from graphs.profile import ShapeProfile
@@ -36,14 +37,30 @@ class Family(Protocol):
         """The static shapes for one batch, image size (height, width; None = the model's own), bucket and room."""
         ...
 
-    def vision_module(self, checkpoint: Checkpoint) -> "nn.Module":
-        """Vision tower and projector, float32: forward(pixel_values [B,3,h,w]) -> image features [B,V,C]."""
+    def layout(self, spec: ModelSpec, picture: tuple[int, int]) -> Layout:
+        """What a picture of that height and width becomes; models of one size scale every picture to it.
+
+        Raises InputError for a picture that the model cannot take.
+        """
+        ...
+
+    def vision_module(self, checkpoint: Checkpoint, image_size: tuple[int, int] | None = None) -> "nn.Module":
+        """Vision tower and projector, float32, for pictures of that height and width (None: the model's own).
+
+        forward(pixel_values, shaped as the profile's `pixel_input`) -> image features [B,V,C]; B follows from the
+        pixels' first dimension.
+        """
         ...
 
 
 def known_families() -> list[str]:
     """The model types there is a file for."""
     return sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
+
+
+def family_of(spec: ModelSpec) -> Family:
+    """The family that made a spec."""
+    return family_for({"model_type": spec.model_type})
 
 
 def family_for(config: dict[str, Any]) -> Family:

@@ -3,6 +3,7 @@
 import re
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
+from graphs import configuration
 from graphs.checkpoint import Checkpoint
 from graphs.errors import InputError
 from graphs.spec import DecoderSpec
@@ -10,7 +11,7 @@ from graphs.spec import DecoderSpec
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-TEXT_TYPES = ("llama", "mistral", "qwen2")
+TEXT_TYPES = ("llama", "mistral", "qwen2", "qwen2_5_vl_text")
 ACTIVATIONS: dict[str, Literal["silu", "gelu", "gelu_pytorch_tanh"]] = {
     "silu": "silu",
     "swish": "silu",
@@ -34,24 +35,24 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "num_local_experts": (None, 0, 1),
     "quantization_config": (None,),
 }
+MROPE_SECTION = [16, 24, 24]  # transformers' own default
 # Old checkpoints store the rotary table, which is computed from the configuration.
 IGNORED = re.compile(r"\.rotary_emb\.inv_freq$")
 
 
 def text_config(config: dict[str, Any]) -> "PreTrainedConfig":
-    """transformers' own configuration object of the decoder, with its defaults filled in."""
-    from transformers import AutoConfig
+    """transformers' own configuration object of the decoder, with its defaults filled in.
 
-    fields = dict(config.get("text_config") or {})
-    model_type = fields.pop("model_type", "llama")
-    if model_type not in TEXT_TYPES:
+    Raises InputError for a decoder that the block does not compute, or settings that transformers refuses.
+    """
+    text = configuration.text_config(config)
+    if text.model_type not in TEXT_TYPES:
         raise InputError(
-            f"a {model_type} decoder", wanted=f"one of {', '.join(TEXT_TYPES)}", do="use a model with such a decoder"
+            f"a {text.model_type} decoder",
+            wanted=f"one of {', '.join(TEXT_TYPES)}",
+            do="use a model with such a decoder",
         )
-    try:
-        return AutoConfig.for_model(model_type, **fields)
-    except (TypeError, ValueError) as error:
-        raise InputError(f"text_config: {error}", wanted=f"a {model_type} configuration", do="restore it") from error
+    return text
 
 
 def decoder_spec(checkpoint: Checkpoint) -> DecoderSpec:
@@ -74,11 +75,13 @@ def decoder_spec(checkpoint: Checkpoint) -> DecoderSpec:
         vocab_size=checkpoint["language_model.embed_tokens.weight"].shape[0],
         rms_norm_eps=text.rms_norm_eps,
         hidden_act=ACTIVATIONS[text.hidden_act],
-        qkv_bias=bias or text.model_type == "qwen2",  # Qwen2 has these three always, and no setting for it
+        qkv_bias=bias or text.model_type.startswith("qwen2"),  # Qwen2 has these three always, and no setting for it
         o_bias=bias,
         mlp_bias=bool(getattr(text, "mlp_bias", False)),
-        # transformers ties if either level says so, also when the file holds a separate matrix
-        tie_word_embeddings=bool(config.get("tie_word_embeddings") or text.tie_word_embeddings),
+        # transformers ties if either level says so, but not where the file holds a separate matrix
+        tie_word_embeddings="lm_head.weight" not in checkpoint.tensors
+        and bool(config.get("tie_word_embeddings") or getattr(text, "tie_word_embeddings", False)),
+        rope_sections=_rope_sections(text, head_dim),
         max_positions=_max_positions(text),
     )
     _refuse_tensors(checkpoint, spec)
@@ -94,29 +97,50 @@ def _max_positions(text: "PreTrainedConfig") -> int:
     return min(positions, window) if window is not None and slides else positions
 
 
+def _rope_sections(text: "PreTrainedConfig", head_dim: int) -> tuple[int, ...] | None:
+    """M-RoPE's division of D/2; None for decoders whose tokens have one position."""
+    if text.model_type != "qwen2_5_vl_text":
+        return None
+    sections = (text.rope_parameters or {}).get("mrope_section", MROPE_SECTION)
+    whole = isinstance(sections, list) and all(isinstance(size, int) and size > 0 for size in sections)
+    if not whole or 2 * sum(sections) != head_dim:
+        _refuse(f"mrope_section {sections} with heads of {head_dim}", f"sections that add up to {head_dim // 2}")
+    return tuple(sections)
+
+
 def _refuse_features(config: dict[str, Any], text: "PreTrainedConfig") -> None:
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
     for holder, fields in (("config.json", config), ("text_config", config.get("text_config") or {})):
         for key, harmless in NEUTRAL.items():
             if fields.get(key) not in harmless:
                 _refuse(f"{holder} sets {key} to {fields[key]!r}", f"{key} unset")
     if text.hidden_act not in ACTIVATIONS:
         _refuse(f"text_config sets hidden_act to {text.hidden_act!r}", f"one of {', '.join(ACTIVATIONS)}")
+    sizes = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
+    for key in sizes:
+        if getattr(text, key) < 1:
+            _refuse(f"text_config sets {key} to {getattr(text, key)}", "a number above 0")
     if text.num_attention_heads % text.num_key_value_heads:
         _refuse(
             f"{text.num_attention_heads} query heads and {text.num_key_value_heads} key heads",
             "a multiple of the key heads",
         )
-    rotary = (getattr(text, "rope_parameters", None) or {}).get("partial_rotary_factor", 1)
+    parameters = getattr(text, "rope_parameters", None) or {}
+    kind, known = parameters.get("rope_type", "default"), {"default", "mrope", *ROPE_INIT_FUNCTIONS}
+    if kind not in known:
+        _refuse(f"text_config sets rope_type to {kind!r}", f"one of {', '.join(sorted(known))}")
+    rotary = parameters.get("partial_rotary_factor", 1)
     if rotary not in (None, 1, 1.0):
         _refuse(f"text_config rotates {rotary} of each head", "the whole head")
 
 
 def _refuse_tensors(checkpoint: Checkpoint, spec: DecoderSpec) -> None:
-    """A tensor the block does not read (a query norm, an expert, a bias) means the block is not this model's."""
-    linear = {f"self_attn.{x}_proj": spec.qkv_bias for x in "qkv"} | {"self_attn.o_proj": spec.o_bias}
-    linear |= {f"mlp.{x}_proj": spec.mlp_bias for x in ("gate", "up", "down")}
-    known = {f"{module}.weight" for module in (*linear, "input_layernorm", "post_attention_layernorm")}
-    known |= {f"{module}.bias" for module, has_bias in linear.items() if has_bias}
+    """A tensor the block does not read (a query norm, an expert, a bias) means the block is not this model's.
+
+    Nor is it if the block reads a tensor of another shape.
+    """
+    known = _shapes(spec)
     for name, ref in checkpoint.tensors.items():
         if not name.startswith("language_model.") or IGNORED.search(name):
             continue
@@ -125,8 +149,34 @@ def _refuse_tensors(checkpoint: Checkpoint, spec: DecoderSpec) -> None:
             _refuse(
                 f"the decoder has a tensor {ref.stored_name}", f"{spec.num_layers} layers, as the configuration says"
             )
-        if within not in known and within not in ("embed_tokens.weight", "norm.weight"):
+        if within not in known:
             _refuse(f"the decoder has a tensor {ref.stored_name}", "layers like Llama's, as the configuration says")
+        if ref.shape != known[within]:
+            raise InputError(
+                f"{ref.stored_name} has shape {list(ref.shape)}",
+                wanted=f"{list(known[within])}, as config.json says",
+                do="use the config.json and the safetensors files of the same model",
+            )
+
+
+def _shapes(spec: DecoderSpec) -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor of a layer, and of those around the layers, by its name within."""
+    width, queries, keys = spec.hidden_size, spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+    matrices = {
+        "self_attn.q_proj": (queries, width, spec.qkv_bias),
+        "self_attn.k_proj": (keys, width, spec.qkv_bias),
+        "self_attn.v_proj": (keys, width, spec.qkv_bias),
+        "self_attn.o_proj": (width, queries, spec.o_bias),
+        "mlp.gate_proj": (spec.intermediate_size, width, spec.mlp_bias),
+        "mlp.up_proj": (spec.intermediate_size, width, spec.mlp_bias),
+        "mlp.down_proj": (width, spec.intermediate_size, spec.mlp_bias),
+    }
+    shapes: dict[str, tuple[int, ...]] = {
+        f"{name}.weight": (rows, columns) for name, (rows, columns, _) in matrices.items()
+    }
+    shapes |= {f"{name}.bias": (rows,) for name, (rows, _, has_bias) in matrices.items() if has_bias}
+    shapes |= {f"{name}.weight": (width,) for name in ("input_layernorm", "post_attention_layernorm", "norm")}
+    return shapes | {"embed_tokens.weight": (spec.vocab_size, width)}
 
 
 def split_layer(name: str) -> tuple[int | None, str]:

@@ -1,0 +1,116 @@
+"""What the families read of a checkpoint beside decoder and tower: settings, stop tokens, where the image stands."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from btp_export.families._decoder import decoder_spec
+from btp_export.families._keys import refuse_unknown_keys
+from btp_export.families._processor import load_processor
+from graphs.checkpoint import Checkpoint
+from graphs.errors import InputError
+from graphs.spec import ModelSpec, Precision, VisionSpec
+from graphs.strict import Strict, parse_record
+
+SETTINGS_FILE = "btp.json"
+PRECISION_OF: dict[str, Precision] = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+class Settings(Strict):
+    """btp.json of a checkpoint folder: what the toolkit wants to know and transformers' files have no place for."""
+
+    change_threshold: float | None = Field(default=None, gt=-1, lt=1)
+    prefix_tokens: int | None = Field(default=None, ge=0)
+
+
+def model_spec(
+    checkpoint: Checkpoint, *, model_type: str, name: str, vision: VisionSpec, image_token_id: int
+) -> ModelSpec:
+    """The model as data; reads config.json, generation_config.json, btp.json and the tokenizer's chat template.
+
+    Raises InputError for what the graphs cannot express.
+    """
+    decoder = decoder_spec(checkpoint)
+    refuse_unknown_keys(checkpoint)
+    settings = _settings(checkpoint.folder)
+    eos, pad = _stop_tokens(checkpoint)
+    stored = checkpoint["language_model.layers.0.self_attn.q_proj.weight"].dtype
+    extra = {} if settings.change_threshold is None else {"change_threshold": settings.change_threshold}
+    prefix = settings.prefix_tokens
+    return ModelSpec(
+        model_type=model_type,
+        name=name,
+        decoder=decoder,
+        vision=vision,
+        prefix_tokens=count_prefix_tokens(checkpoint.folder, image_token_id) if prefix is None else prefix,
+        image_token_id=image_token_id,
+        eos_token_ids=eos,
+        pad_token_id=pad,
+        weight_dtype=PRECISION_OF[stored],
+        **extra,
+    )
+
+
+def count_prefix_tokens(folder: Path, image_token_id: int) -> int:
+    """P: tokens of the chat template before the first image token, by the checkpoint's own processor.
+
+    Raises InputError if there are no processor files, no chat template, or no image placeholder in it.
+    """
+    try:
+        processor = load_processor(folder)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{folder} has no usable processor files: {str(error).splitlines()[0]}",
+            wanted="tokenizer and processor files with a chat template",
+            do='add them, or say where the image stands in btp.json: {"prefix_tokens": N}',
+        ) from error
+    content = [{"type": "image"}, {"type": "text", "text": "?"}]
+    try:
+        text = processor.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+        )
+    except ValueError as error:
+        raise InputError(
+            f"{folder} has no chat template: {str(error).splitlines()[0]}",
+            wanted="chat_template.jinja or a template in the tokenizer's configuration",
+            do='add it, or say where the image stands in btp.json: {"prefix_tokens": N}',
+        ) from error
+    bos = processor.tokenizer.bos_token
+    # A template that writes the begin token itself does not get a second one (btp_export/prompting.py).
+    ids = processor.tokenizer(text, add_special_tokens=not (bos and text.startswith(bos)))["input_ids"]
+    if image_token_id not in ids:
+        raise InputError(
+            f"the chat template of {folder} puts no image token {image_token_id} in a prompt with a picture",
+            wanted="a template that places it",
+            do="use the processor files of the same model",
+        )
+    return int(ids.index(image_token_id))
+
+
+def _stop_tokens(checkpoint: Checkpoint) -> tuple[tuple[int, ...], int]:
+    """eos ids and the pad id: generation_config.json, then config.json, then its text_config."""
+    config = checkpoint.config
+    sources = [_optional_json(checkpoint.folder / "generation_config.json"), config, config.get("text_config") or {}]
+    eos = next((source["eos_token_id"] for source in sources if source.get("eos_token_id") is not None), 2)
+    ids = (eos,) if isinstance(eos, int) else tuple(eos)
+    pad = next((source["pad_token_id"] for source in sources if source.get("pad_token_id") is not None), ids[0])
+    return ids, pad if pad >= 0 else ids[0]
+
+
+def _settings(folder: Path) -> Settings:
+    path = folder / SETTINGS_FILE
+    if not path.is_file():
+        return Settings()
+    return parse_record(Settings, path.read_bytes(), source=path, noun="settings file")
+
+
+def _optional_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path} is not JSON: {error}", wanted="the model's own file", do="restore it") from error
+    return document

@@ -1,0 +1,174 @@
+"""What the families share on the image side: layouts of pictures, profiles, and loading towers."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from graphs.blocks import Blocks, Grid, count_tokens
+from graphs.checkpoint import Checkpoint
+from graphs.configuration import whole_config
+from graphs.errors import InputError
+from graphs.profile import ShapeProfile
+from graphs.spec import ModelSpec
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+HAS_CLASS_TOKEN = {"clip_vision_model": True, "siglip_vision_model": False}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a picture becomes: equal layouts go through the same graphs.
+
+    size: height and width in pixels that the picture is scaled to. grid, blocks: its tokens, see graphs/blocks.py.
+    pixel_shape: `pixel_values` of one picture, None for [1, channels, *size]; a batch has B times the first dimension.
+    """
+
+    size: tuple[int, int]
+    grid: Grid
+    blocks: Blocks = ()
+    pixel_shape: tuple[int, ...] | None = None
+
+    @property
+    def image_tokens(self) -> int:
+        """V."""
+        return count_tokens(self.blocks or (self.grid,))
+
+
+def make_profile(
+    spec: ModelSpec, layout: Layout, *, batch: int, image_size: tuple[int, int], text_tokens: int, new_tokens: int
+) -> ShapeProfile:
+    """The static shapes for pictures of that layout; `image_size` is what the profile is called by."""
+    shape = layout.pixel_shape
+    return ShapeProfile(
+        name=f"b{batch}-{image_size[0]}x{image_size[1]}-t{text_tokens}-n{new_tokens}",
+        batch=batch,
+        image_size=image_size,
+        grid=layout.grid,
+        blocks=layout.blocks,
+        pixel_shape=None if shape is None else (batch * shape[0], *shape[1:]),
+        prefix_tokens=spec.prefix_tokens,
+        image_tokens=layout.image_tokens,
+        text_tokens=text_tokens,
+        new_tokens=new_tokens,
+    )
+
+
+def image_side(kind: Any, config: Any) -> Any:
+    """transformers' LLaVA-like model of class `kind` without a decoder, and without weights until `load_vision`."""
+    import torch
+    from torch import nn
+
+    config.text_config.num_hidden_layers = 0  # only the image side is used; the decoder would cost its memory
+    config.text_config.vocab_size, config.text_config.pad_token_id = 1, None
+    with torch.device("meta"):
+        model = kind(config).float()  # a configuration may ask for half precision
+    model.language_model = nn.Identity()
+    for module in model.modules():
+        table = getattr(module, "position_ids", None)
+        if isinstance(table, torch.Tensor):  # counts the positions; no weight, so in no checkpoint
+            module.register_buffer("position_ids", torch.arange(table.shape[-1])[None], persistent=False)
+    return model
+
+
+def vision_state(checkpoint: Checkpoint, prefixes: tuple[str, ...]) -> dict[str, "torch.Tensor"]:
+    """The tensors under these canonical prefixes in float32; old checkpoints' position_ids are no weights."""
+    import torch
+
+    return {
+        name: torch.from_numpy(np.array(ref.read(), dtype=np.float32))
+        for name, ref in checkpoint.tensors.items()
+        if name.startswith(prefixes) and not name.endswith(".position_ids")
+    }
+
+
+def load_vision(module: "nn.Module", state: dict[str, "torch.Tensor"], checkpoint: Checkpoint) -> None:
+    """Put the state into the module. Raises InputError naming the first tensor that does not fit."""
+    parameters = module.state_dict()
+    problems = [f"{name} is missing" for name in parameters.keys() - state.keys()]
+    problems += [f"{name} is unknown" for name in state.keys() - parameters.keys()]
+    problems += [
+        f"{name} has shape {list(tensor.shape)} in place of {list(parameters[name].shape)}"
+        for name, tensor in state.items()
+        if name in parameters and tensor.shape != parameters[name].shape
+    ]
+    if problems:
+        raise InputError(
+            f"{checkpoint.folder}: {len(problems)} vision tensors do not fit: {min(problems)}",
+            wanted="the tower and projector that config.json describes",
+            do="use the config.json and the safetensors files of the same model",
+        )
+    module.load_state_dict(state, assign=True)
+
+
+def grid_of_patches(config: dict[str, Any]) -> tuple[int, int]:
+    """Side of the tower's picture in pixels and in patches.
+
+    Raises InputError if the tokens are not the patches, or config.json does not describe a tower and projector.
+    """
+    _check_tower(whole_config(config))
+    vision = config.get("vision_config") or {}
+    tower = vision.get("model_type", "clip_vision_model")
+    strategy = config.get("vision_feature_select_strategy", "default")
+    has_class_token = HAS_CLASS_TOKEN.get(tower)
+    if has_class_token is None:
+        raise InputError(
+            f"a {tower} vision tower", wanted=f"one of {', '.join(HAS_CLASS_TOKEN)}", do="use a model with one of them"
+        )
+    wanted_strategy = "default" if has_class_token else "full"
+    if strategy != wanted_strategy:
+        raise InputError(
+            f"vision_feature_select_strategy {strategy!r} with a {tower}",
+            wanted=f"{wanted_strategy!r}: the image tokens are the patches, no more and no fewer",
+            do="use a model with this setting",
+        )
+    side, patch = _side(vision, "image_size", 336), _side(vision, "patch_size", 14)
+    return side, side // patch
+
+
+def _check_tower(config: Any) -> None:
+    from transformers.activations import ACT2FN
+
+    for part, key in ((config.vision_config, "hidden_act"), (config, "projector_hidden_act")):
+        if (name := getattr(part, key)) not in ACT2FN:
+            raise InputError(f"config.json sets {key} to {name!r}", wanted="a function that transformers knows")
+    states = config.vision_config.num_hidden_layers + 1  # the embeddings first
+    for layer in PatchFeatures(config).layers:
+        if not -states <= layer < states:
+            raise InputError(
+                f"config.json sets vision_feature_layer to {config.vision_feature_layer}",
+                wanted=f"layers of the tower, {-states} to {states - 1}",
+                do="restore config.json",
+            )
+
+
+def _side(vision: dict[str, Any], key: str, default: int) -> int:
+    side = vision.get(key, default)
+    if not isinstance(side, int) or side < 1:
+        raise InputError(f"vision_config sets {key} to {side!r}", wanted="a number of pixels", do="restore config.json")
+    return side
+
+
+def image_token_id(config: dict[str, Any]) -> int:
+    """The placeholder's id, by the name of transformers 5 or 4."""
+    token: int = config.get("image_token_id", config.get("image_token_index", 32000))
+    return token
+
+
+class PatchFeatures:
+    """Which hidden states of a CLIP-like tower become image tokens, as LLaVA's configuration says."""
+
+    def __init__(self, config: Any) -> None:
+        layers = config.vision_feature_layer
+        self.layers: list[int] = [layers] if isinstance(layers, int) else list(layers)
+        self.first = 1 if config.vision_feature_select_strategy == "default" else 0
+
+    def __call__(self, tower: "nn.Module", pixel_values: "torch.Tensor") -> "torch.Tensor":
+        """Pixels [N,3,h,w] -> [N, patches, width of the layers side by side]."""
+        import torch
+
+        states = tower(pixel_values, output_hidden_states=True).hidden_states
+        return torch.cat([states[layer][:, self.first :] for layer in self.layers], dim=-1)

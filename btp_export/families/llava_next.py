@@ -1,0 +1,189 @@
+"""LLaVA-1.6 (LLaVA-NeXT): pictures of any size in tiles ("anyres"), CLIP tower, projector, Llama-like decoder.
+
+A picture is seen twice: squeezed into one square of the tower's size (the base view), and scaled with its proportions
+into the best of a few sizes, the pinpoints, padded and cut into squares of that size (the tiles). Every square gives
+the same number of patches. The tokens are those of the base view, then those of the tiles put together again, without
+the rows or columns that are nothing but padding, and with a learned newline token at the end of each row.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from btp_export.families._checkpoint import model_spec
+from btp_export.families._vision import (
+    Layout,
+    PatchFeatures,
+    grid_of_patches,
+    image_side,
+    image_token_id,
+    load_vision,
+    make_profile,
+    vision_state,
+)
+from btp_export.families.llava import Llava
+from graphs.blocks import Grid
+from graphs.checkpoint import Checkpoint
+from graphs.errors import InputError
+from graphs.profile import ShapeProfile
+from graphs.spec import ModelSpec, VisionSpec
+
+if TYPE_CHECKING:
+    from torch import nn
+
+PINPOINTS = (
+    (336, 672),
+    (672, 336),
+    (672, 672),
+    (1008, 336),
+    (336, 1008),
+)  # transformers' own where config.json has none
+
+
+class LlavaNext:
+    """transformers' LlavaNextForConditionalGeneration."""
+
+    model_type = "llava_next"
+    renames: tuple[tuple[str, str], ...] = (*Llava.renames, ("model.image_newline", "image_newline"))
+
+    def spec(self, checkpoint: Checkpoint, name: str) -> ModelSpec:
+        """The model as data; its own image size is the largest pinpoint."""
+        config = checkpoint.config
+        side, patches = grid_of_patches(config)
+        pinpoints = _pinpoints(config, side)
+        size = max(pinpoints, key=lambda one: one[0] * one[1])
+        layout = _layout(size, pinpoints, side, patches)
+        vision = VisionSpec(
+            image_size=size,
+            grid=layout.grid,
+            blocks=layout.blocks,
+            dynamic=True,
+            pinpoints=pinpoints,
+            tile=side,
+        )
+        return model_spec(
+            checkpoint, model_type=self.model_type, name=name, vision=vision, image_token_id=image_token_id(config)
+        )
+
+    def layout(self, spec: ModelSpec, picture: tuple[int, int]) -> Layout:
+        """The base view's tokens and those of the tiles of the best pinpoint.
+
+        Raises InputError for a picture so long that its tiles are all padding.
+        """
+        vision = spec.vision
+        assert vision.tile is not None
+        return _layout(picture, vision.pinpoints, vision.tile, vision.blocks[0][0])
+
+    def profile(
+        self,
+        spec: ModelSpec,
+        *,
+        batch: int,
+        image_size: tuple[int, int] | None,
+        text_tokens: int,
+        new_tokens: int,
+    ) -> ShapeProfile:
+        """Pictures of that size, and all others that become the same tokens."""
+        size = image_size or spec.vision.image_size
+        layout = self.layout(spec, size)
+        return make_profile(spec, layout, batch=batch, image_size=size, text_tokens=text_tokens, new_tokens=new_tokens)
+
+    def vision_module(self, checkpoint: Checkpoint, image_size: tuple[int, int] | None = None) -> "nn.Module":
+        """transformers' own tower, projector, unpadding and newlines, with the checkpoint's weights in float32."""
+        import torch
+        from torch import nn
+        from transformers import LlavaNextConfig, LlavaNextModel
+
+        config = LlavaNextConfig.from_dict(checkpoint.config)
+        side, _ = grid_of_patches(checkpoint.config)
+        pinpoints = _pinpoints(checkpoint.config, side)
+        config.image_grid_pinpoints = [list(size) for size in pinpoints]
+        size = image_size or max(pinpoints, key=lambda one: one[0] * one[1])
+
+        class ImageFeatures(nn.Module):
+            """pixel_values [B, 1 + tiles, 3, s, s] -> image features [B,V,C], for pictures of one size.
+
+            LlavaNextModel.get_image_features takes the sizes as a tensor and looks into it; here they are a constant.
+            """
+
+            def __init__(self, model: LlavaNextModel) -> None:
+                super().__init__()
+                self.vision_tower = model.vision_tower
+                self.multi_modal_projector = model.multi_modal_projector
+                self.image_newline = model.image_newline
+                self.patch_features = PatchFeatures(config)
+                self.pack = model.pack_image_features
+
+            def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+                batch, squares = pixel_values.shape[:2]
+                patches = self.patch_features(self.vision_tower, pixel_values.flatten(0, 1))
+                features = self.multi_modal_projector(patches).unflatten(0, (batch, squares))
+                packed, _ = self.pack(
+                    list(features), [list(size)] * batch, config.vision_feature_select_strategy, self.image_newline
+                )
+                return torch.stack(packed)
+
+        model = image_side(LlavaNextModel, config)
+        prefixes = ("vision_tower.", "multi_modal_projector.", "image_newline")
+        load_vision(model, vision_state(checkpoint, prefixes), checkpoint)
+        return ImageFeatures(model).eval().requires_grad_(False)
+
+
+FAMILY = LlavaNext()
+
+
+def _pinpoints(config: dict[str, Any], side: int) -> tuple[tuple[int, int], ...]:
+    """Height and width of each. Raises InputError unless all can be cut into squares of `side` pixels."""
+    if config.get("use_image_newline_parameter") is False:
+        raise InputError(
+            "config.json sets use_image_newline_parameter to false",
+            wanted="a newline token after each row of tiles, as transformers computes it",
+            do="use a model with this setting",
+        )
+    given = config.get("image_grid_pinpoints") or PINPOINTS
+    try:
+        pinpoints = tuple((int(height), int(width)) for height, width in given)
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"config.json sets image_grid_pinpoints to {given!r}"[:200],
+            wanted="a list of heights and widths in pixels",
+            do="restore config.json",
+        ) from error
+    for height, width in pinpoints:
+        if min(height, width) < side or height % side or width % side:
+            raise InputError(
+                f"an image grid of {height} x {width} pixels with a tower that sees {side} x {side}",
+                wanted=f"multiples of {side}",
+                do="restore image_grid_pinpoints and vision_config of config.json",
+            )
+    return pinpoints
+
+
+def _layout(picture: tuple[int, int], pinpoints: tuple[tuple[int, int], ...], side: int, patches: int) -> Layout:
+    """What a picture (height, width) becomes, with squares of `side` pixels and `patches` x `patches` tokens."""
+    from transformers.image_processing_utils import select_best_resolution
+
+    best: tuple[int, int] = select_best_resolution(picture, list(pinpoints))
+    tiles = (best[0] // side, best[1] // side)
+    rows, columns = _unpadded(picture, (tiles[0] * patches, tiles[1] * patches))
+    if min(rows, columns) < 1:
+        raise InputError(
+            f"image size {picture[0]} x {picture[1]}: nothing of it is left in tiles of {best[0]} x {best[1]}",
+            wanted="a picture whose sides differ less",
+            do="crop it",
+        )
+    blocks = ((patches, patches), (rows, columns + 1))
+    return Layout(best, (rows, columns), blocks, pixel_shape=(1, 1 + tiles[0] * tiles[1], 3, side, side))
+
+
+def _unpadded(picture: tuple[int, int], padded: Grid) -> Grid:
+    """Rows and columns that the picture takes of the padded grid.
+
+    As many are cut away on both sides as are padding, rounded down. The rounding of the division by floats is that of
+    transformers (unpad_image), because it decides.
+    """
+    height, width = picture
+    rows, columns = padded
+    if width / height > columns / rows:
+        filled = int(round(height * (columns / width), 7))
+        return rows - (rows - filled) // 2 * 2, columns
+    filled = int(round(width * (rows / height), 7))
+    return rows, columns - (columns - filled) // 2 * 2

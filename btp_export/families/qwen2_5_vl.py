@@ -1,0 +1,269 @@
+"""Qwen2.5-VL: a vision transformer with windows for pictures of any size, 2 x 2 patches a token, M-RoPE, Qwen2 decoder.
+
+A picture is scaled to a multiple of 28 pixels on each side and cut into 14 x 14 patches, which the processor hands over
+flattened, each twice (the tower takes two frames at a time). Four neighbours become one token, so a picture of H x W
+pixels gives (H / 28) x (W / 28) tokens.
+
+The tower is transformers' with other plumbing. Its forward turns the grid into lists, which torch.export cannot follow,
+and runs windows one by one. Here the grid is fixed when the module is made: see `ImageFeatures` and
+docs/decisions/qwen-vision-capture.md.
+"""
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from btp_export.families._checkpoint import model_spec
+from btp_export.families._vision import Layout, load_vision, make_profile, vision_state
+from graphs.checkpoint import Checkpoint
+from graphs.errors import InputError
+from graphs.profile import ShapeProfile
+from graphs.spec import ModelSpec, VisionSpec
+
+if TYPE_CHECKING:
+    from torch import nn
+
+DEFAULT_SIDE = 672  # 24 x 24 = 576 tokens, as many as LLaVA-1.5 has
+PIXEL_RANGE = (56 * 56, 28 * 28 * 1280)  # of transformers' image processor, where the checkpoint brings none
+
+
+class Qwen2_5_VL:
+    """transformers' Qwen2_5_VLForConditionalGeneration, pictures only."""
+
+    model_type = "qwen2_5_vl"
+    renames: tuple[tuple[str, str], ...] = (
+        ("model.language_model.", "language_model."),  # transformers 5
+        ("model.visual.", "visual."),
+        ("model.", "language_model."),  # transformers 4, where `visual.` stands beside
+    )
+
+    def spec(self, checkpoint: Checkpoint, name: str) -> ModelSpec:
+        """The model as data."""
+        token = checkpoint.config.get("image_token_id", 151655)
+        return model_spec(
+            checkpoint, model_type=self.model_type, name=name, vision=_vision_spec(checkpoint), image_token_id=token
+        )
+
+    def layout(self, spec: ModelSpec, picture: tuple[int, int]) -> Layout:
+        """The nearest size the processor scales to: its area within the model's bounds, about the picture's shape."""
+        vision, cell = spec.vision, _cell(spec.vision)
+        height, width = _processor_size(picture, cell, vision.pixel_range or PIXEL_RANGE)
+        grid = (height // cell, width // cell)
+        patches, values = vision.patches or (4, 1176)
+        return Layout((height, width), grid, pixel_shape=(grid[0] * grid[1] * patches, values))
+
+    def profile(
+        self,
+        spec: ModelSpec,
+        *,
+        batch: int,
+        image_size: tuple[int, int] | None,
+        text_tokens: int,
+        new_tokens: int,
+    ) -> ShapeProfile:
+        """Any size that the processor leaves as it is. Raises InputError for another, naming the nearest."""
+        size = image_size or spec.vision.image_size
+        layout = self.layout(spec, size)
+        if layout.size != size:
+            least, most = spec.vision.pixel_range or PIXEL_RANGE
+            cell = _cell(spec.vision)
+            raise InputError(
+                f"image size {size[0]} x {size[1]}",
+                wanted=f"height and width multiples of {cell}, {least} to {most} pixels in all",
+                do=f"--image-size {layout.size[0]}x{layout.size[1]}, the nearest",
+            )
+        return make_profile(spec, layout, batch=batch, image_size=size, text_tokens=text_tokens, new_tokens=new_tokens)
+
+    def vision_module(self, checkpoint: Checkpoint, image_size: tuple[int, int] | None = None) -> "nn.Module":
+        """transformers' own tower and merger with the checkpoint's weights in float32, for one grid of patches."""
+        import torch
+        from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
+
+        config = _vision_config(checkpoint)
+        with torch.device("meta"):  # no weights of its own: those of the checkpoint are put in its place
+            tower = Qwen2_5_VisionTransformerPretrainedModel(config).float()
+        state = vision_state(checkpoint, ("visual.",))
+        load_vision(tower, {name.removeprefix("visual."): tensor for name, tensor in state.items()}, checkpoint)
+        tower.rotary_pos_emb = type(tower.rotary_pos_emb)(config)  # only tables, which its constructor computes
+        height, width = image_size or _vision_spec(checkpoint).image_size
+        grid = (height // config.patch_size, width // config.patch_size)
+        return _image_features(tower, grid).eval().requires_grad_(False)
+
+
+FAMILY = Qwen2_5_VL()
+
+
+@dataclass(frozen=True)
+class _Windows:
+    """`count` windows of `size` patches each, one after another from patch `start` on."""
+
+    start: int
+    count: int
+    size: int
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.count * self.size
+
+
+def _image_features(tower: Any, grid: tuple[int, int]) -> "nn.Module":
+    """The tower for pictures of `grid` patches: pixel_values [B*n, 1176] -> image features [B, n/4, C]."""
+    import torch
+    from torch import nn
+    from torch.nn import functional
+    from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
+
+    class ImageFeatures(nn.Module):
+        """pixel_values [B*n,1176] -> image features [B,n/4,C], n patches a picture.
+
+        What differs from transformers' forward, none of it in the numbers:
+        1. Pictures are a batch, not one long sequence with borders.
+        2. The patches' embedding is a matrix product: the convolution's kernel is as large as its input.
+        3. Windows of the same size stand together (at most four sizes: inside, right, bottom, corner), so each layer
+           runs one attention for each size, with no mask and no loop. A window's tokens see each other only, so the
+           windows' order does not matter; it is undone at the end.
+        4. Rotary tables are constants, in float32 in every precision, as in transformers.
+        Linear layers get rows [B*n,C], not [B,n,C]: so torch.onnx makes them Gemm and leaves their weights as they are.
+        """
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.patch_embed, self.blocks, self.merger = tower.patch_embed, tower.blocks, tower.merger
+            self.full = frozenset(tower.fullatt_block_indexes)
+            self.patches, self.unit = grid[0] * grid[1], tower.spatial_merge_unit
+            self.whole = [_Windows(0, 1, self.patches)]
+            self.order, self.windows = self._arrange()
+            self.back = torch.argsort(self.order)
+            where = get_vision_position_ids(torch.tensor([[1, *grid]]), tower.spatial_merge_size)
+            tables = [self._ordered(table, 1) for table in tower.rotary_pos_emb(where, where)]
+            # [n,1,1,D/2] each, as both halves are the same. Not buffers: the module's precision must not reach them.
+            self.tables = [table.chunk(2, dim=-1)[0][:, None, None] for table in tables]
+
+        def _arrange(self) -> tuple[torch.Tensor, list[_Windows]]:
+            """Order of the n/4 groups of merged patches, [n/4], and the windows it makes, by size."""
+            index, borders = get_vision_window_index(
+                torch.tensor([[1, *grid]]),
+                spatial_merge_size=tower.spatial_merge_size,
+                window_size=tower.window_size,
+                patch_size=tower.patch_size,
+            )
+            groups = (borders[1:] - borders[:-1]) // self.unit  # of merged patches in each window
+            parts = sorted(index.split(groups.tolist()), key=len, reverse=True)  # stable: transformers' order otherwise
+            runs: list[_Windows] = []
+            for size in sorted({len(part) for part in parts}, reverse=True):
+                count = sum(len(part) == size for part in parts)
+                runs.append(_Windows(runs[-1].stop if runs else 0, count, size * self.unit))
+            return torch.cat(parts), runs
+
+        def _ordered(self, rows: torch.Tensor, batch: int) -> torch.Tensor:
+            """Rows [B*n,C] of patches with the groups of merged patches in the windows' order."""
+            groups = rows.reshape(batch, self.patches // self.unit, -1)
+            return groups.index_select(1, self.order.to(rows.device)).reshape(rows.shape)
+
+        def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+            batch = pixel_values.shape[0] // self.patches
+            rows = self._ordered(functional.linear(pixel_values, self.patch_embed.proj.weight.flatten(1)), batch)
+            cos, sin = (table.to(rows.device) for table in self.tables)
+            for layer, block in enumerate(self.blocks):
+                windows = self.whole if layer in self.full else self.windows
+                rows = rows + self._attention(block.attn, block.norm1(rows), batch, windows, cos, sin)
+                rows = rows + block.mlp(block.norm2(rows))
+            merged = self.merger(rows).reshape(batch, self.patches // self.unit, -1)
+            features: torch.Tensor = merged.index_select(1, self.back.to(rows.device))
+            return features
+
+        def _attention(
+            self,
+            attention: Any,
+            rows: torch.Tensor,
+            batch: int,
+            windows: list[_Windows],
+            cos: torch.Tensor,
+            sin: torch.Tensor,
+        ) -> torch.Tensor:
+            """Attention within each window on rows [B*n,C], with the weights of transformers' module."""
+            heads, width = attention.num_heads, rows.shape[1]
+            stacked = attention.qkv(rows).reshape(batch, self.patches, 3 * width)
+            queries_keys, value = torch.split(stacked, [2 * width, width], dim=-1)
+            wide = queries_keys.reshape(batch, self.patches, 2, heads, -1).float()  # transformers rotates in float32
+            left, right = wide.chunk(2, dim=-1)
+            rotated = torch.cat([left * cos - right * sin, right * cos + left * sin], dim=-1).to(rows.dtype)
+            query, key = rotated.reshape(batch, self.patches, 2 * width).chunk(2, dim=-1)
+            contexts = []
+            for run in windows:
+                taken = [part[:, run.start : run.stop] for part in (query, key, value)]
+                q, k, v = (part.reshape(batch * run.count, run.size, heads, -1).transpose(1, 2) for part in taken)
+                context = functional.scaled_dot_product_attention(q, k, v, scale=attention.scaling)
+                contexts.append(context.transpose(1, 2).reshape(batch, run.count * run.size, width))
+            joined = torch.cat(contexts, dim=1) if len(contexts) > 1 else contexts[0]
+            projected: torch.Tensor = attention.proj(joined.reshape(rows.shape))
+            return projected
+
+    return ImageFeatures()
+
+
+def _vision_spec(checkpoint: Checkpoint) -> VisionSpec:
+    """Default picture size, patches and bounds."""
+    vision = _vision_config(checkpoint)
+    patch, merge, frames = vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size
+    cell = patch * merge
+    bounds = _pixel_range(checkpoint.folder, (patch, merge, frames))
+    size = _processor_size((DEFAULT_SIDE, DEFAULT_SIDE), cell, bounds)
+    return VisionSpec(
+        image_size=size,
+        grid=(size[0] // cell, size[1] // cell),
+        channels=vision.in_channels,
+        dynamic=True,
+        patches=(merge * merge, vision.in_channels * frames * patch * patch),
+        pixel_range=bounds,
+    )
+
+
+def _vision_config(checkpoint: Checkpoint) -> Any:
+    """transformers' own configuration object of the tower. Raises InputError for settings that it refuses."""
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import Qwen2_5_VLConfig
+
+    try:
+        return Qwen2_5_VLConfig.from_dict(copy.deepcopy(checkpoint.config)).vision_config
+    except (TypeError, ValueError, StrictDataclassError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"config.json: {reason}", wanted="a qwen2_5_vl configuration", do="restore it") from error
+
+
+def _pixel_range(folder: Path, sizes: tuple[int, int, int]) -> tuple[int, int]:
+    """Least and most pixels of a picture by the checkpoint's image processor; `sizes` are the tower's."""
+    from transformers import AutoImageProcessor
+
+    try:
+        processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError):  # the prefix then comes from btp.json, or its absence is said
+        return PIXEL_RANGE
+    own = (processor.patch_size, processor.merge_size, processor.temporal_patch_size)
+    if own != sizes:
+        raise InputError(
+            f"the processor of {folder} makes patches of {own} (side, merged, frames)",
+            wanted=f"{sizes}, as config.json says",
+            do="use the processor files of the same model",
+        )
+    return int(processor.size["shortest_edge"]), int(processor.size["longest_edge"])
+
+
+def _cell(vision: VisionSpec) -> int:
+    """Pixels of a token's side."""
+    return vision.image_size[0] // vision.grid[0]
+
+
+def _processor_size(picture: tuple[int, int], cell: int, bounds: tuple[int, int]) -> tuple[int, int]:
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+
+    try:
+        height, width = smart_resize(*picture, factor=cell, min_pixels=bounds[0], max_pixels=bounds[1])
+    except ValueError as error:
+        raise InputError(
+            f"a picture of {picture[0]} x {picture[1]} pixels",
+            wanted="at most 200 times as long as wide, which is what the model takes",
+            do="cut the picture",
+        ) from error
+    return int(height), int(width)
