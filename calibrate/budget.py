@@ -1,4 +1,4 @@
-"""From a budget to integer counts: how many tokens each stage keeps, and how a stage divides them.
+"""From a budget to integer counts: how many tokens each stage keeps.
 
 A plan of stages at layers l_1 < ... < l_n that keep k_1 > ... > k_n sees on average
 (l_1 V + (l_2 - l_1) k_1 + ... + (L - l_n) k_n) / L image tokens. Counts fall as the released settings fall:
@@ -8,31 +8,41 @@ solved so that the budget is met; floors and a last adjustment make the counts i
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from graphs.errors import InputError
-from graphs.plan import PruningPlan, Stage
+from graphs.plan import PruningPlan, Stage, with_keep
 
 DEFAULT_COMPRESSION = 0.78  # the paper's: 129 of 576 tokens on average
 EXPONENTS = (1.0, 2.0, math.log2(12.0))
 FLAT_EXPONENTS = (1.0, 1.2, 1.5)  # counts that fall little: for models whose image tokens all matter until they go
-# Attention's share in the first stage: the paper's for LLaVA-1.6, between its best two for LLaVA-1.5.
-LAMBDA_START = 0.4
-# Pool over quota in the released settings: the less attention decides, the wider it is over-selected.
-_POOL_FACTORS = ((0.3, 3.7), (0.9, 1.5), (1.0, 1.2))
 
 
 @dataclass(frozen=True)
 class Shape:
-    """The decoder and picture a plan is made for: L layers, V image tokens on a grid of rows and columns."""
+    """The decoder and picture a plan is made for: L layers, V image tokens on a grid of rows and columns.
+
+    `blocks` are the token blocks of a picture that is not one grid (graphs/blocks.py).
+    """
 
     model_type: str
     num_layers: int
     image_tokens: int
     grid: tuple[int, int]
+    blocks: tuple[tuple[int, int], ...] = ()
+
+    @staticmethod
+    def of(plan: PruningPlan) -> Shape:
+        """The shape a plan is for."""
+        return Shape(plan.model_type, plan.num_layers, plan.image_tokens, plan.grid, plan.blocks)
+
+    @property
+    def most_seeds(self) -> int:
+        """Tokens of the fixed spatial set, V/4, or all that have a place on the grid where that is fewer."""
+        placed = sum(rows * columns for rows, columns in self.blocks or (self.grid,))
+        return min(self.image_tokens // 4, placed)
 
     def plan(self, stages: Sequence[Stage], **settings: object) -> PruningPlan:
         """A plan of `stages` for this shape."""
@@ -42,10 +52,23 @@ class Shape:
                 "num_layers": self.num_layers,
                 "image_tokens": self.image_tokens,
                 "grid": self.grid,
+                "blocks": self.blocks,
                 "stages": tuple(stages),
                 **settings,
             }
         )
+
+
+def exponents_for(stages: int, family: Sequence[float] = EXPONENTS) -> tuple[float, ...]:
+    """Exponents of `stages` stages: those of the family, continued by the step from its second last to its last."""
+    step = family[-1] - family[-2]
+    more = (family[-1] + step * n for n in range(1, stages - len(family) + 1))
+    return (*family[:stages], *more)
+
+
+def exponents_of(keeps: Sequence[int], image_tokens: int) -> tuple[float, ...]:
+    """Exponents to the base 1/2 with which `counts_for` gives these counts (all above 0) again at their own budget."""
+    return tuple(max(1e-6, -math.log2(keep / image_tokens)) for keep in keeps)
 
 
 def token_budget(compression: float, num_layers: int, image_tokens: int) -> int:
@@ -109,68 +132,12 @@ def counts_for(
     return tuple(keeps)
 
 
-def balance(stages: int, start: float = LAMBDA_START) -> tuple[float, ...]:
-    """lambda of each stage that keeps tokens: an arithmetic progression from `start` to 1.0 (one stage: 1.0)."""
-    if stages == 1:
-        return (1.0,)
-    return tuple(start + (1.0 - start) * n / (stages - 1) for n in range(stages))
-
-
-def pool_factor(share: float) -> float:
-    """Pool over attention quota at lambda = `share`, interpolated between the released settings."""
-    points = _POOL_FACTORS
-    if share <= points[0][0]:
-        return points[0][1]
-    for (left, high), (right, low) in itertools.pairwise(points):
-        if share <= right:
-            return high + (low - high) * (share - left) / (right - left)
-    return points[-1][1]
-
-
-def stage_of(layer: int, keep: int, share: float, *, tokens: int, seeds: int = 0) -> Stage:
-    """A stage that gives attention `share` of its `keep` places among `tokens`; diversity gets the rest.
-
-    Of the rest up to `seeds` places go to the fixed spatial set, where the farthest-point selection then starts from.
-    """
-    if keep == 0:
-        return Stage(layer=layer, keep=0)
-    quota = min(keep, math.floor(share * keep + 0.5))
-    pool = max(quota, min(tokens, math.floor(pool_factor(share) * quota)))
-    spatial = min(seeds, keep - quota)
-    return Stage(
-        layer=layer,
-        keep=keep,
-        attention_quota=quota,
-        pool=pool,
-        boundary=keep,
-        diversity_quota=keep - quota - spatial,
-        seeds=spatial,
-    )
-
-
-def balanced_stages(
-    layers: Sequence[int], keeps: Sequence[int], shape: Shape, *, start: float = LAMBDA_START
-) -> tuple[Stage, ...]:
-    """The stages of a balanced plan: lambda rises to 1.0 over the stages that keep tokens, the first has spatial seeds.
-
-    The spatial set is V/4 tokens, as the released 144 of 576.
-    """
-    shares = [*balance(sum(keep > 0 for keep in keeps), start)] if any(keeps) else []
-    stages, tokens = [], shape.image_tokens
-    for n, (layer, keep) in enumerate(zip(layers, keeps, strict=True)):
-        seeds = min(shape.image_tokens // 4, shape.grid[0] * shape.grid[1]) if n == 0 else 0
-        share = shares[n] if keep else 0.0
-        stages.append(stage_of(layer, keep, share, tokens=tokens, seeds=seeds))
-        tokens = keep
-    return tuple(stages)
-
-
 def refitted(plan: PruningPlan, compression: float) -> PruningPlan:
     """The same stage layers and balance with counts for another budget; the plan itself where it already meets it.
 
     Raises InputError if the budget cannot be met at these layers.
     """
-    shape = Shape(plan.model_type, plan.num_layers, plan.image_tokens, plan.grid)
+    shape = Shape.of(plan)
     budget = token_budget(compression, shape.num_layers, shape.image_tokens)
     used = sum(plan.tokens_per_layer())
     if used <= budget < used + shape.num_layers:
@@ -178,7 +145,7 @@ def refitted(plan: PruningPlan, compression: float) -> PruningPlan:
     keeping = [stage for stage in plan.stages if stage.keep]
     drops = [stage for stage in plan.stages if not stage.keep]
     layers = [stage.layer for stage in keeping]
-    exponents = [max(1e-6, -math.log2(stage.keep / shape.image_tokens)) for stage in keeping]
+    exponents = exponents_of([stage.keep for stage in keeping], shape.image_tokens)
     final = drops[0].layer if drops else None
     keeps = layers and counts_for(
         layers, exponents, budget=budget, num_layers=shape.num_layers, image_tokens=shape.image_tokens, final=final
@@ -191,21 +158,6 @@ def refitted(plan: PruningPlan, compression: float) -> PruningPlan:
         )
     stages, tokens = [], shape.image_tokens
     for stage, keep in zip(keeping, keeps, strict=True):
-        stages.append(_rescaled(stage, keep, tokens))
+        stages.append(with_keep(stage, keep, tokens))
         tokens = keep
     return plan.model_copy(update={"stages": (*stages, *drops)})
-
-
-def _rescaled(stage: Stage, keep: int, tokens: int) -> Stage:
-    """`stage` with another count; its quotas, pool and seeds keep their shares."""
-    share = keep / stage.keep
-    quota = min(keep, round(stage.attention_quota * share))
-    return Stage(
-        layer=stage.layer,
-        keep=keep,
-        attention_quota=quota,
-        pool=max(quota, min(tokens, round(stage.pool * share))),
-        boundary=min(tokens, round(stage.boundary * share)),
-        diversity_quota=min(keep, round(stage.diversity_quota * share)),
-        seeds=min(keep, stage.seeds),
-    )

@@ -1,11 +1,12 @@
 """Calibration: measure the unpruned model on a small set, and make the balanced plan for a budget.
 
 1. One pass of the streamed reference counts changed image tokens per layer and measures what dropping every image
-   token before each layer does to the next token (calibrate/statistics.py).
-2. The counts propose a few placements of the stages for the budget (calibrate/stages.py), for two bounds on the drop,
+   token before each layer does to the next token (calibrate/statistics.py). Its result can be kept and used again.
+2. The counts propose a few placements of the stages for the budget (calibrate/propose.py), for two bounds on the drop,
    with token counts that fall like the released ones and with flat ones.
-3. A second pass runs them all on part of the set, and the one whose next-token distribution stays nearest to the full
-   model's (mean KL divergence) becomes the plan. Nothing else is searched.
+3. A second pass runs them all on part of the set, and a third the best few on all of it. The one whose next-token
+   distribution stays nearest to the full model's (mean KL divergence) becomes the plan.
+4. If it is asked for, counts and balance are then searched by the real objective (calibrate/tune.py).
 
 The plan's `calibration` record holds what all this was computed from. Same inputs, same settings, same plan.
 """
@@ -15,29 +16,25 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
-from calibrate.budget import (
-    DEFAULT_COMPRESSION,
-    EXPONENTS,
-    FLAT_EXPONENTS,
-    LAMBDA_START,
-    Shape,
-    balanced_stages,
-    token_budget,
-)
-from calibrate.records import ReferenceInput, RunRecord
+from calibrate.budget import Shape
+from calibrate.costs import PrefillCost
+from calibrate.judge import judge
+from calibrate.propose import Budget, Candidate, Evidence, Request, propose
+from calibrate.records import ReferenceInput
 from calibrate.reference import StreamedReference
-from calibrate.stages import Placement, check_keeps, final_layer, is_dead, layers_for, placements
-from calibrate.statistics import ChangeObserver, DropObserver, bootstrap_spread
+from calibrate.spread import stage_spread
+from calibrate.stages import is_dead
+from calibrate.statistics import Statistics, bootstrap_spread, measure, rounded
+from calibrate.tune import check_tuning, tune
+from graphs.errors import InputError
 from graphs.plan import PruningPlan
 
-DROP_BOUNDS = (0.02, 0.1)  # nats; the stage that drops all comes where the mean divergence stays within one of them
-MEASURED_SAMPLES = 24  # at most so many samples measure dropping and candidates
-PLACEMENTS = 4  # candidates for each bound, and each way in which counts fall
+DROPPED_SAMPLES = 24  # at most so many samples measure what dropping does
 TAU_LADDER = (0.95, 0.97, 0.98, 0.99)  # tried where the model's own threshold finds nothing
 
 Progress = Callable[[int, int, str], None]
@@ -52,198 +49,158 @@ class Threshold:
 
 
 @dataclass(frozen=True)
-class Measured:
-    """What the first pass found: mean counts [L] at `threshold`, and the observers themselves."""
+class Study:
+    """A model on its calibration samples, `inputs`, with what was measured on them.
 
+    `source` says where they came from and goes into every plan's record.
+    """
+
+    reference: StreamedReference
+    inputs: Sequence[ReferenceInput]
+    shape: Shape
+    statistics: Statistics
     threshold: Threshold
-    counts: np.ndarray
-    change: ChangeObserver
-    drop: DropObserver
-    full: list[RunRecord]
+    cost: PrefillCost | None = None
+    seed: int = 0
+    source: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def divergence(self) -> np.ndarray:
-        """Mean KL in nats of the next-token distribution if all image tokens go before layer 0, 1, ...: [L]."""
-        mean: np.ndarray = self.drop.divergence.mean(axis=0)
+    def dead(self) -> bool:
+        """Whether the counts are too small to tell layers apart."""
+        return is_dead(self.counts, self.shape.image_tokens)
+
+    @property
+    def counts(self) -> np.ndarray:
+        """Mean changed tokens, [L]."""
+        mean: np.ndarray = self.statistics.counts_at(self.threshold.value).mean(axis=0)
         return mean
 
-
-@dataclass(frozen=True)
-class Candidate:
-    """A plan under consideration and how far its next-token distributions are from the full model's (mean KL, nats)."""
-
-    plan: PruningPlan
-    bound: float
-    divergence: float = float("nan")
-    agreement: float = float("nan")
+    @property
+    def evidence(self) -> Evidence:
+        """What proposals go by."""
+        return Evidence.of(self.statistics, self.threshold.value, flat=self.dead)
 
 
-def calibrate(
+def taus_for(tau: float | None, model_tau: float) -> tuple[float, ...]:
+    """The thresholds that are counted at: the given one, or the model's and the higher ones of the ladder."""
+    return (tau,) if tau is not None else tuple(dict.fromkeys((model_tau, *(t for t in TAU_LADDER if t > model_tau))))
+
+
+def measure_statistics(
     reference: StreamedReference,
     inputs: Sequence[ReferenceInput],
     shape: Shape,
     *,
-    compression: float | None = None,
-    keep: Sequence[int] | None = None,
     tau: float | None = None,
     model_tau: float = 0.93,
-    seed: int = 0,
-    source: dict[str, Any] | None = None,
     progress: Progress | None = None,
-) -> PruningPlan:
-    """The balanced plan for `compression` (default 0.78) or for given counts `keep`.
-
-    `tau` is the threshold the user asked for, `model_tau` the model's own; `source` says where the inputs came from
-    and goes into the plan's record. Raises InputError for a budget that cannot be reached.
-    """
-    wanted = DEFAULT_COMPRESSION if compression is None else compression
-    check_budget(shape, wanted, keep)
-    measured = measure(reference, inputs, shape, tau=tau, model_tau=model_tau, progress=_part(progress, 0))
-    notes: list[str] = []
-    if is_dead(measured.counts, shape.image_tokens):
-        notes.append("hardly any image token changes at this threshold: all layers were taken to change alike")
-        measured = _without_signal(measured)
-    candidates = propose(measured, shape, compression=wanted, keep=keep)
-    candidates = judge(reference, inputs, candidates, measured, progress=_part(progress, 1))
-    best = min(range(len(candidates)), key=lambda n: candidates[n].divergence)
-    if not np.ptp([candidate.divergence for candidate in candidates]) > 1e-6:
-        notes.append("no candidate changes the model's answers: the cheapest placement by the counts was taken")
-        best = 0
-    record = _record(measured, candidates, best, wanted if keep is None else None, seed, len(inputs), source, notes)
-    return candidates[best].plan.model_copy(update={"calibration": record})
+) -> Statistics:
+    """The first pass. `tau` is the threshold the user asked for, `model_tau` the model's own."""
+    told = texted(progress, "measuring the layers")
+    taus = taus_for(tau, model_tau)
+    return measure(reference, inputs, shape.plan(()), taus=taus, dropped=DROPPED_SAMPLES, progress=told)
 
 
-def check_budget(shape: Shape, compression: float | None, keep: Sequence[int] | None) -> None:
-    """Raise InputError for a compression or counts that no plan of this shape can have."""
-    token_budget(DEFAULT_COMPRESSION if compression is None else compression, shape.num_layers, shape.image_tokens)
-    if keep is not None:
-        check_keeps(keep, shape)
-
-
-def measure(
-    reference: StreamedReference,
-    inputs: Sequence[ReferenceInput],
-    shape: Shape,
-    *,
-    tau: float | None,
-    model_tau: float,
-    progress: Callable[[int, int], None] | None = None,
-) -> Measured:
-    """One unpruned pass over all inputs."""
-    taus = (tau,) if tau is not None else tuple(dict.fromkeys((model_tau, *(t for t in TAU_LADDER if t > model_tau))))
-    change = ChangeObserver(taus)
-    drop = DropObserver(min(MEASURED_SAMPLES, len(inputs)))
-    full = reference.run(inputs, shape.plan(()), observers=(change, drop), progress=progress)
-    threshold = _threshold(change, tau, model_tau, shape.image_tokens)
-    return Measured(threshold, change.count_matrix(threshold.value).mean(axis=0), change, drop, full)
-
-
-def _threshold(change: ChangeObserver, tau: float | None, model_tau: float, image_tokens: int) -> Threshold:
+def threshold_of(statistics: Statistics, shape: Shape, *, tau: float | None, model_tau: float) -> Threshold:
+    """The first of the counted thresholds at which the counts say something."""
     if tau is not None:
         return Threshold(tau, "given")
-    for value in change.taus:
-        if not is_dead(change.count_matrix(value).mean(axis=0), image_tokens):
+    for value in statistics.taus:
+        if not is_dead(statistics.counts_at(value).mean(axis=0), shape.image_tokens):
             if value == model_tau:
                 return Threshold(value, "the model's setting")
             return Threshold(value, f"raised from {model_tau}, at which hardly any image token counts as changed")
     return Threshold(model_tau, "the model's setting; no threshold up to the highest tried finds changed tokens")
 
 
-def _without_signal(measured: Measured) -> Measured:
-    return Measured(measured.threshold, np.zeros_like(measured.counts), measured.change, measured.drop, measured.full)
+def calibrate(
+    study: Study, request: Request | None = None, *, tuned: bool = False, progress: Progress | None = None
+) -> PruningPlan:
+    """The balanced plan for the request (a compression of 0.78 unless it says otherwise), its record filled in.
+
+    With `tuned` counts and balance are searched afterwards. Raises InputError for a budget that cannot be reached, and
+    as `check_tuning`.
+    """
+    request = request or Request()
+    request.check(study.shape, study.cost)
+    if tuned:
+        check_tuning(study.statistics.samples, counts=request.budget.keep is None, shares=_free_balance(request))
+    candidates = propose(study.evidence, study.shape, request, study.cost)
+    told = texted(progress, "trying placements")
+    (candidates,) = judge(study.reference, study.inputs, [candidates], study.statistics.logits, progress=told)
+    plan, _ = planned(study, request, candidates)
+    return _tuned(study, request, plan, progress) if tuned else plan
 
 
-def propose(measured: Measured, shape: Shape, *, compression: float, keep: Sequence[int] | None) -> list[Candidate]:
-    """Candidate plans, cheapest by the counts first; all meet the budget (or have the given counts)."""
-    candidates: dict[tuple[Any, ...], Candidate] = {}
-    for bound in DROP_BOUNDS:
-        final = final_layer(measured.counts, measured.divergence, bound)
-        if final <= 1:  # the picture does not matter to the answers: only the counts can say where it stops to
-            final = final_layer(measured.counts, None, bound)
-        if keep is not None:
-            layers = layers_for(measured.counts, keep, final, shape, compression)
-            found = [Placement(layers, tuple(keep), 0.0)]
-        else:
-            found = [
-                placement
-                for exponents in (EXPONENTS, FLAT_EXPONENTS)
-                for placement in placements(
-                    measured.counts, final, shape, compression, limit=PLACEMENTS, exponents=exponents
-                )
-            ]
-        for placement in found:
-            stages = balanced_stages(placement.layers, placement.keeps, shape, start=LAMBDA_START)
-            candidates.setdefault(stages, Candidate(shape.plan(stages), bound))
-    return list(candidates.values())
+def _tuned(study: Study, request: Request, plan: PruningPlan, progress: Progress | None) -> PruningPlan:
+    """The plan after the search, whichever it is, with the search in its record."""
+    if study.cost is None:
+        raise InputError("tuning without a cost", wanted="the cost of the model's layers")
+    found, record = tune(
+        study.reference,
+        study.inputs,
+        plan,
+        request.recipe,
+        study.cost,
+        counts=request.budget.keep is None,
+        shares=_free_balance(request),
+        seed=study.seed,
+        progress=texted(progress, "tuning"),
+    )
+    return found.model_copy(update={"calibration": plan.calibration | {"tuning": record}})
 
 
-def judge(
-    reference: StreamedReference,
-    inputs: Sequence[ReferenceInput],
-    candidates: Sequence[Candidate],
-    measured: Measured,
-    *,
-    progress: Callable[[int, int], None] | None = None,
-) -> list[Candidate]:
-    """The candidates with their divergence and agreement, measured on the first samples in one streamed pass."""
-    few = inputs[:MEASURED_SAMPLES]
-    runs = reference.run(few, [candidate.plan for candidate in candidates], progress=progress)
-    judged = []
-    for n, candidate in enumerate(candidates):
-        mine = runs[n * len(few) : (n + 1) * len(few)]
-        kl = [divergence(full.logits[0], run.logits[0]) for full, run in zip(measured.full, mine, strict=False)]
-        same = [full.next_tokens[0] == run.next_tokens[0] for full, run in zip(measured.full, mine, strict=False)]
-        judged.append(Candidate(candidate.plan, candidate.bound, float(np.mean(kl)), float(np.mean(same))))
-    return judged
+def planned(study: Study, request: Request, candidates: Sequence[Candidate]) -> tuple[PruningPlan, int]:
+    """The best of the judged candidates with its record, and its number."""
+    best, notes = choose(candidates)
+    if study.dead:
+        notes.insert(0, "hardly any image token changes at this threshold: all layers were taken to change alike")
+    record = _record(study, request, candidates, best, notes)
+    return candidates[best].plan.model_copy(update={"calibration": record}), best
 
 
-def divergence(full: np.ndarray, pruned: np.ndarray) -> float:
-    """KL(full || pruned) in nats between the softmax distributions of two rows of logits [vocabulary]."""
-    log_p, log_q = _log_softmax(full), _log_softmax(pruned)
-    return max(0.0, float(np.sum(np.exp(log_p) * (log_p - log_q))))
+def choose(candidates: Sequence[Candidate]) -> tuple[int, list[str]]:
+    """The number of the judged candidate whose answers are nearest to the full model's, and notes on the choice.
+
+    It is one of those that were judged on the most samples.
+    """
+    if len(candidates) > 1 and not np.ptp([candidate.mean for candidate in candidates]) > 1e-6:
+        return 0, ["no candidate changes the model's answers: the cheapest placement by the counts was taken"]
+    return min(range(len(candidates)), key=lambda n: (-len(candidates[n].divergence), candidates[n].mean)), []
 
 
-def _log_softmax(logits: np.ndarray) -> np.ndarray:
-    shifted = logits.astype(np.float64) - logits.max()
-    return np.asarray(shifted - np.log(np.exp(shifted).sum()))
+def _free_balance(request: Request) -> bool:
+    return request.recipe.balance is None
 
 
 def _record(
-    measured: Measured,
-    candidates: Sequence[Candidate],
-    best: int,
-    compression: float | None,
-    seed: int,
-    samples: int,
-    source: dict[str, Any] | None,
-    notes: Sequence[str],
+    study: Study, request: Request, candidates: Sequence[Candidate], best: int, notes: Sequence[str]
 ) -> dict[str, Any]:
     """What the plan was computed from; the same calibration gives the same record."""
-    change, drop, tau = measured.change, measured.drop, measured.threshold
+    statistics, tau, seed = study.statistics, study.threshold, study.seed
+    budget = request.budget
+    plan = candidates[best].plan
     return {
-        "samples": samples,
-        "source": source or {},
+        "samples": statistics.samples,
+        "source": study.source,
         "seed": seed,
         "threshold": {"value": tau.value, "reason": tau.reason},
-        "changed_tokens": _rounded(change.count_matrix(tau.value).mean(axis=0)),
-        "changed_tokens_spread": bootstrap_spread(change.count_matrix(tau.value), seed=seed),
-        "attention_mass": _rounded(change.attention_mass().mean(axis=0)),
-        "attention_top_shares": change.mean_top_shares(),
-        "drop_divergence": _rounded(drop.divergence.mean(axis=0)),
-        "drop_agreement": _rounded(drop.agreement.mean(axis=0)),
-        "requested_compression": compression,
-        "balance_start": LAMBDA_START,
-        "candidates": [
-            {
-                "layers": [stage.layer for stage in candidate.plan.stages],
-                "keep": [stage.keep for stage in candidate.plan.stages],
-                "drop_bound": candidate.bound,
-                "divergence": round(candidate.divergence, 6),
-                "agreement": round(candidate.agreement, 6),
-            }
-            for candidate in candidates
-        ],
+        "changed_tokens": rounded(study.counts),
+        "changed_tokens_spread": bootstrap_spread(statistics.counts_at(tau.value), seed=seed),
+        "attention_mass": rounded(statistics.attention.mean(axis=0)),
+        "attention_top_shares": statistics.mean_top_shares(),
+        "drop_divergence": rounded(statistics.divergence.mean(axis=0)),
+        "drop_divergence_spread": bootstrap_spread(statistics.divergence, seed=seed),
+        "drop_agreement": rounded(statistics.agreement.mean(axis=0)),
+        "drop_bounds": list(request.drop_bounds),
+        "requested_compression": budget.requested if budget.keep is None and budget.share is None else None,
+        "requested_share": budget.share,
+        "cost": None if study.cost is None else study.cost.summary() | {"share": round(study.cost.share(plan), 6)},
+        "switches": request.recipe.switches() | {"stages": None if request.layers is None else list(request.layers)},
+        "balance": list(request.recipe.shares(sum(stage.keep > 0 for stage in plan.stages))),
+        "candidates": [candidate.summary() for candidate in candidates],
         "chosen": best,
+        "stage_spread": _spread(study, request, candidates),
         "notes": list(notes),
         "tools": {
             "python": platform.python_version(),
@@ -252,13 +209,20 @@ def _record(
     }
 
 
-def _part(progress: Progress | None, part: int) -> Callable[[int, int], None] | None:
-    """Progress of one of the two passes, as a part of the whole."""
-    if progress is None:
-        return None
-    texts = ("measuring the layers", "trying placements")
-    return lambda done, total: progress(part * total + done, 2 * total, texts[part])
+def _spread(study: Study, request: Request, candidates: Sequence[Candidate]) -> dict[str, dict[str, Any]]:
+    """The same choice on bootstrap samples. For a share the compression that the choice came to stands for it."""
+    chosen = candidates[choose(candidates)[0]].plan
+    if request.budget.share is not None and chosen.compression < 1.0 - 1.0 / chosen.num_layers:
+        request = replace(request, budget=Budget(compression=chosen.compression))
+    request = replace(request, drop_bounds=request.drop_bounds[:1])
+
+    def place(evidence: Evidence) -> tuple[int, ...]:
+        first, *_ = propose(evidence, study.shape, request, limit=1)
+        return tuple(stage.layer for stage in first.plan.stages)
+
+    return stage_spread(study.statistics, study.threshold.value, place, candidates, seed=study.seed)
 
 
-def _rounded(values: np.ndarray) -> list[float]:
-    return [round(float(value), 6) for value in values]
+def texted(progress: Progress | None, text: str) -> Callable[[int, int], None] | None:
+    """Progress with what is being done."""
+    return None if progress is None else lambda done, total: progress(done, total, text)

@@ -42,10 +42,43 @@ def exact(answer: str, expected: str) -> bool:
     return normalised(answer) == normalised(expected)
 
 
+def hits(samples: Sequence[Sample], answers: Sequence[str]) -> list[bool]:
+    """Which answers are exactly the samples' own; a sample without one never matches."""
+    return [one.answer is not None and exact(text, one.answer) for one, text in zip(samples, answers, strict=True)]
+
+
 def score(samples: Sequence[Sample], answers: Sequence[str]) -> Score:
-    """Exact match of `answers` with the samples' own answers; a sample without one never matches."""
-    hits = [one.answer is not None and exact(text, one.answer) for one, text in zip(samples, answers, strict=True)]
-    return Score(sum(hits), len(hits))
+    """Exact match of `answers` with the samples' own answers."""
+    right = hits(samples, answers)
+    return Score(sum(right), len(right))
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Two sets of answers to the same questions: how many only the first got right, and only the second."""
+
+    first_only: int
+    second_only: int
+    count: int
+
+    @property
+    def difference(self) -> float:
+        """Accuracy of the first minus that of the second."""
+        return (self.first_only - self.second_only) / self.count if self.count else 0.0
+
+    @property
+    def p_value(self) -> float:
+        """Two-sided exact test of McNemar (Psychometrika 12, 1947): 1 if nothing tells the two apart."""
+        different, fewer = self.first_only + self.second_only, min(self.first_only, self.second_only)
+        # Whole numbers: the powers of two of a thousand questions do not fit a float.
+        tail = sum(math.comb(different, successes) for successes in range(fewer + 1))
+        return min(1.0, 2 * tail / (1 << different))
+
+
+def paired(first: Sequence[bool], second: Sequence[bool]) -> Paired:
+    """Compare two rows of hits on the same questions."""
+    pairs = list(zip(first, second, strict=True))
+    return Paired(sum(a and not b for a, b in pairs), sum(b and not a for a, b in pairs), len(pairs))
 
 
 def scores_by_kind(samples: Sequence[Sample], answers: Sequence[str]) -> dict[str, Score]:

@@ -1,8 +1,10 @@
 """Plans by name: the released settings of BTP, and the methods it is compared with as special cases of one plan.
 
-Every preset is scaled to the model: published layers by L / L_published, counts by V. Asked for a budget (average
-tokens or compression), counts are solved so that the plan comes as near to it from below as integer counts allow;
-`vtw` can only move its one layer, so its average comes in steps of V / L. `plan.average_tokens` says what it really is.
+Every preset is scaled to the model: published layers by L / L_published, counts by V. Asked for a compression, counts
+are solved so that the plan comes as near to it from below as integer counts allow. Asked for average tokens, to be
+compared with another plan, it comes as near as they allow from either side: within half a token, and within 1 % where
+that is more. `vtw` moves by whole layers; with a budget between two layers it withdraws part of the tokens one layer
+early (docs/decisions/vtw-between-layers.md).
 """
 
 from __future__ import annotations
@@ -33,9 +35,11 @@ class _Released:
     keep: float
     attention: float
     factor: float
-    diversity: float
+    diversity: float | None  # None: all that attention leaves
     seeds: float = 0.0
 
+
+REST = None  # the diversity quota is all that the attention quota leaves
 
 # (stage layer, keep / V, attention quota / keep, pool / quota, diversity quota / keep, spatial set / V)
 _LLAVA = (
@@ -44,9 +48,9 @@ _LLAVA = (
     _Released(14, 1 / 12, 1.0, 1.2, 0.0),
 )
 _QWEN2_5_VL = (
-    _Released(3, 1 / 2, 0.1, 1.2, 0.9),
-    _Released(6, 1 / 4, 0.4, 1.2, 0.6),
-    _Released(15, 1 / 8, 1.0, 1.2, 0.0),
+    _Released(3, 1 / 2, 0.1, 1.2, REST),
+    _Released(6, 1 / 4, 0.4, 1.2, REST),
+    _Released(15, 1 / 8, 1.0, 1.2, REST),
 )
 _RELEASED: dict[str, tuple[tuple[_Released, ...], int, int]] = {"qwen2_5_vl": (_QWEN2_5_VL, 22, 28)}
 _RELEASED_DEFAULT = (_LLAVA, 22, 32)  # stages, layer that drops all, layers of the model
@@ -59,10 +63,11 @@ def preset(
     num_layers: int,
     image_tokens: int,
     grid: tuple[int, int],
+    blocks: tuple[tuple[int, int], ...] = (),
     average_tokens: float | None = None,
     compression: float | None = None,
 ) -> PruningPlan:
-    """The plan of that name for a decoder of L layers and V image tokens on `grid`.
+    """The plan of that name for a decoder of L layers and V image tokens on `grid` (or in `blocks`).
 
     Without a budget it has its method's own published setting. Raises InputError for an unknown name, for two budgets,
     and for a budget that the method cannot reach.
@@ -71,11 +76,18 @@ def preset(
         raise InputError(f"no preset is called {name!r}", wanted=", ".join(PRESETS), do="btp-export plan --list")
     if average_tokens is not None and compression is not None:
         raise InputError("both an average and a compression", wanted="one of them", do="leave one out")
-    shape = Shape(model_type, num_layers, image_tokens, grid)
+    shape = Shape(model_type, num_layers, image_tokens, grid, blocks)
     if average_tokens is not None:
-        compression = 1.0 - average_tokens / image_tokens
-    budget = None if compression is None else _budget(compression, shape)
-    return PRESETS[name].make(shape, budget)
+        return _nearest(PRESETS[name], shape, average_tokens)
+    return PRESETS[name].make(shape, None if compression is None else _budget(compression, shape))
+
+
+def _nearest(entry: Preset, shape: Shape, average_tokens: float) -> PruningPlan:
+    """The plan from below, or the one for half a token more, whichever average is nearer."""
+    budget = _budget(1.0 - average_tokens / shape.image_tokens, shape)
+    below = entry.make(shape, budget)
+    half = min(budget + -(-shape.num_layers // 2), shape.num_layers * shape.image_tokens)
+    return min((below, entry.make(shape, half)), key=lambda plan: abs(plan.average_tokens - average_tokens))
 
 
 def _budget(compression: float, shape: Shape) -> int:
@@ -126,7 +138,7 @@ def _btp_paper(shape: Shape, budget: int | None) -> PruningPlan:
 
 def _released_stage(layer: int, keep: int, settings: _Released, tokens: int, shape: Shape, *, first: bool) -> Stage:
     """Shares to integers as the released code does: quotas are cut, pool = factor x cut quota, cut."""
-    quota = math.floor(settings.attention * keep + 1e-9)
+    quota, share = math.floor(settings.attention * keep + 1e-9), settings.diversity
     seeds = min(keep, shape.grid[0] * shape.grid[1], math.floor(settings.seeds * shape.image_tokens))
     return Stage(
         layer=layer,
@@ -134,7 +146,7 @@ def _released_stage(layer: int, keep: int, settings: _Released, tokens: int, sha
         attention_quota=quota,
         pool=max(quota, min(tokens, math.floor(settings.factor * quota + 1e-9))),
         boundary=keep,
-        diversity_quota=min(keep, math.floor(settings.diversity * keep + 1e-9)),
+        diversity_quota=keep - quota if share is None else min(keep, math.floor(share * keep + 1e-9)),
         seeds=seeds if first else 0,
     )
 
@@ -209,9 +221,14 @@ def _divprune(shape: Shape, budget: int | None) -> PruningPlan:
 
 
 def _vtw(shape: Shape, budget: int | None) -> PruningPlan:
-    """Everything is dropped at one layer (published: half way)."""
-    layer = shape.num_layers // 2 if budget is None else round(budget / shape.image_tokens)
-    return shape.plan([Stage(layer=max(1, min(layer, shape.num_layers - 1)), keep=0)])
+    """Everything is dropped at one layer (published: half way); a fixed lot goes one layer early to meet a budget."""
+    if budget is None:
+        return shape.plan([Stage(layer=max(1, shape.num_layers // 2), keep=0)])
+    layer, rest = divmod(budget, shape.image_tokens)
+    stages = [_attention_stage(layer, rest)] if rest else []
+    if layer + len(stages) < shape.num_layers:
+        stages.append(Stage(layer=layer + len(stages), keep=0))
+    return shape.plan(stages, importance="random" if rest else "last-token")
 
 
 def _random(shape: Shape, budget: int | None) -> PruningPlan:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ class ReferenceInput:
     """One unpadded prompt of n tokens whose image placeholders are expanded to V tokens.
 
     `input_ids` [n] int64; `image_features` [V, C]; `new_tokens` are generated ids to check (or none);
-    `position_ids` [n + N] or, for M-RoPE, [3, n + N]; None means 0, 1, 2, ...
+    `position_ids` [n + N] or, for M-RoPE, [3, n + N]; None means the model's own rule (calibrate/positions.py).
     """
 
     input_ids: torch.Tensor
@@ -68,7 +69,7 @@ class RunRecord:
     prompt_tokens: int
     logits: np.ndarray
     stages: tuple[StageRecord, ...]
-    segments: tuple[SegmentRecord, ...]
+    segments: tuple[Any, ...]  # SegmentRecord, or calibrate.recording.KeptSegment where they are kept on disk
     embedded: EmbeddedRecord | None = None
 
     @property

@@ -16,6 +16,7 @@ the first appended id, the second row saw what the second step would have seen, 
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,11 +30,15 @@ from transformers import AttentionInterface, AutoModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from calibrate.positions import position_rule
 from calibrate.pruning import StageRecord, apply_stage
+from calibrate.recording import SPILL_BYTES, KeptSegment, OpenSegment, Recorder
 from calibrate.records import EmbeddedRecord, ReferenceInput, RunRecord, SegmentRecord
+from calibrate.resume import PassCheckpoints
 from graphs.checkpoint import Checkpoint, TensorRef
-from graphs.errors import InputError
+from graphs.errors import InputError, UnavailableError
 from graphs.plan import PruningPlan
+from graphs.work import Work, digest
 
 _ATTENTION = "btp_capture"
 _VOCABULARY_ROWS = 16384  # rows of the output matrix in memory at a time
@@ -45,7 +50,8 @@ Progress = Callable[[int, int], None]
 class LayerView:
     """One layer of one run as observers see it: [1, S_i, C] before and after, query and key after RoPE.
 
-    `query` [1, H, S_i, D], `key` [1, K, S_i, D], `cos` and `sin` [1, S_i, D].
+    `query` [1, H, S_i, D], `key` [1, K, S_i, D], `cos` and `sin` [1, S_i, D]; `kept` [V_i] are the image tokens there
+    are, in the picture's numbering.
     """
 
     run: int
@@ -60,6 +66,9 @@ class LayerView:
     last: int
     image_start: int
     image_tokens: int
+    sample: int
+    plan: PruningPlan
+    kept: torch.Tensor
 
 
 class Observer(Protocol):
@@ -89,9 +98,9 @@ class _Run:
     query: torch.Tensor | None = None
     key: torch.Tensor | None = None
     stages: list[StageRecord] = field(default_factory=list)
-    segments: list[SegmentRecord] = field(default_factory=list)
+    segments: list[SegmentRecord | KeptSegment] = field(default_factory=list)
     embedded: EmbeddedRecord | None = None
-    open_segment: dict[str, Any] = field(default_factory=dict)
+    open_segment: OpenSegment | None = None
 
     @property
     def last(self) -> int:
@@ -110,16 +119,24 @@ class StreamedReference:
     """transformers' decoder over a checkpoint, one layer at a time.
 
     `config` is the whole model's config.json; tensors are read by canonical name. `dtype` is the type of the maths.
+    With `work`, a pass that takes long leaves checkpoints there, and one that was interrupted goes on from its last.
     Raises InputError for a checkpoint that lacks a tensor or whose tensor has another shape than the configuration.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+        self,
+        checkpoint: Checkpoint,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+        work: Work | None = None,
     ) -> None:
+        self._work = work
         AttentionInterface.register(_ATTENTION, _capturing_attention)
         self._checkpoint, self._dtype, self._device = checkpoint, dtype, torch.device(device)
         config = _whole_config(checkpoint.config)
         self._image_token = int(config.image_token_id)
+        self._positions = position_rule(config, self._image_token)
         text = config.get_text_config()
         text._attn_implementation = _ATTENTION
         with torch.device("meta"):
@@ -136,39 +153,85 @@ class StreamedReference:
         forced_kept: Sequence[Sequence[Sequence[int]]] | None = None,
         record_segments: bool = False,
         observers: Sequence[Observer] = (),
+        probes: Sequence[Observer] = (),
         progress: Progress | None = None,
     ) -> list[RunRecord]:
         """Every prompt under every plan, in one pass over the weights; plan by plan, then prompt by prompt.
 
         `forced_kept[run][stage]` replaces the selection (indices among the tokens the stage chooses from): teacher
-        forcing. `progress(done, all)` is called after each layer. Raises InputError if a plan does not fit the model
-        or a prompt does not hold exactly V image tokens in one run.
+        forcing. `observers` see every run; `probes` see runs that were pruned alike so far only once, as the first of
+        them. `progress(done, all)` is called after each run of each layer. Raises InputError if a plan does not fit the
+        model, a prompt does not hold exactly V image tokens in one run, or a layer gives numbers that are not finite.
         """
         plans = [plans] if isinstance(plans, PruningPlan) else list(plans)
         with torch.inference_mode():
             runs = self._start_all(inputs, plans)
+            seen = (*observers, *probes)
+            recorder = self._recorder(runs) if record_segments else None
             for number, run in enumerate(runs):
                 run.forced = forced_kept[number] if forced_kept is not None else None
-                run.embedded = _embedded(run) if record_segments else None
-            for layer in range(self.num_layers):
+                run.embedded = recorder.embedded(run.hidden, run.cos, run.sin, run.last) if recorder else None
+            checkpoints = self._checkpoints(inputs, plans, forced_kept, record_segments, seen)
+            begin = checkpoints.restore(runs) if checkpoints else 0
+            for layer in range(begin, self.num_layers):
                 asked = any(stage.layer == layer + 1 and stage.keep for plan in plans for stage in plan.stages)
                 # Plans that have pruned alike so far have the same rows: those are computed once.
                 leaders: dict[Any, _Run] = {}
                 with self._loaded(layer) as module:
                     for number, run in enumerate(runs):
-                        past = number if record_segments or observers else _past(run, layer)
+                        past = number if recorder or observers else _past(run, layer)
                         if past in leaders:
                             run.follow(leaders[past], layer)
-                            continue
-                        leaders[past] = run
-                        self._step(number, run, layer, module, observers, record_segments)
-                        if not asked:
-                            run.query = run.key = None
-                if progress is not None:
-                    progress(layer + 1, self.num_layers)
-            for observer in observers:
+                        else:
+                            leaders[past] = run
+                            self._step(number, run, layer, module, seen, recorder)
+                            if not asked:
+                                run.query = run.key = None
+                        if progress is not None:
+                            done = (layer - begin) * len(runs) + number + 1
+                            progress(done, (self.num_layers - begin) * len(runs))
+                if checkpoints is not None:
+                    checkpoints.save(layer + 1, runs, last=layer + 1 == self.num_layers)
+            for observer in seen:
                 observer.finish(self._head)
-            return self._finish(runs)
+            return self._finish(runs, recorder)
+
+    def _recorder(self, runs: Sequence[_Run]) -> Recorder:
+        """Records on disk if there is a work folder and they are large: keys and values of every layer."""
+        config = self._model.config
+        heads = (
+            2
+            * config.num_key_value_heads
+            * getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)
+        )
+        rows = sum(
+            len(run.plan.tokens_per_layer()) * (run.hidden.shape[1] - run.plan.image_tokens)
+            + sum(run.plan.tokens_per_layer())
+            for run in runs
+        )
+        return Recorder(self._work if 4 * heads * rows > SPILL_BYTES else None)
+
+    def _checkpoints(
+        self,
+        inputs: Sequence[ReferenceInput],
+        plans: Sequence[PruningPlan],
+        forced: Sequence[Sequence[Sequence[int]]] | None,
+        record: bool,
+        observers: Sequence[Observer],
+    ) -> PassCheckpoints | None:
+        """Where this pass leaves checkpoints, by what decides its numbers (the model decides the work folder)."""
+        if self._work is None:
+            return None
+        settings = [str(self._dtype), self._device.type, record, [type(observer).__name__ for observer in observers]]
+        kept = None if forced is None else [[[int(token) for token in stage] for stage in run] for run in forced]
+        arrays = [
+            array
+            for one in inputs
+            for array in (one.input_ids, one.image_features.float(), one.position_ids, torch.tensor(one.new_tokens))
+            if array is not None
+        ]
+        name = digest(settings, [plan.digest() for plan in plans], kept, *(array.cpu().numpy() for array in arrays))
+        return PassCheckpoints(self._work, f"pass-{name[:16]}", observers, self._device)
 
     def rotary_tables(self, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin [1, n, D] of `position_ids` [1, n] (or [3, 1, n]) from transformers' own rotary module."""
@@ -181,7 +244,7 @@ class StreamedReference:
         first = [self._start(plans[0], number, sample) for number, sample in enumerate(inputs)] if plans else []
         if any(plan.image_tokens != plans[0].image_tokens or plan.num_layers != self.num_layers for plan in plans):
             return [self._start(plan, number, sample) for plan in plans for number, sample in enumerate(inputs)]
-        return [replace(run, plan=plan, stages=[], segments=[], open_segment={}) for plan in plans for run in first]
+        return [replace(run, plan=plan, stages=[], segments=[], open_segment=None) for plan in plans for run in first]
 
     def _start(self, plan: PruningPlan, number: int, sample: ReferenceInput) -> _Run:
         if plan.num_layers != self.num_layers:
@@ -203,30 +266,43 @@ class StreamedReference:
                 do="use the vision part of the same model",
             )
         hidden[start : start + plan.image_tokens] = sample.image_features.to(hidden)
-        positions = torch.arange(len(ids)) if sample.position_ids is None else sample.position_ids
+        positions = sample.position_ids
+        if positions is None:
+            positions = self._positions(sample.input_ids, len(sample.new_tokens), plan.grid)
         cos, sin = self.rotary_tables(positions.unsqueeze(-2))
         kept = torch.arange(plan.image_tokens, device=self._device)
         prompt = len(sample.input_ids)
         return _Run(plan, number, start, prompt, len(sample.new_tokens), hidden[None], cos, sin, kept, None)
 
     def _step(
-        self, number: int, run: _Run, layer: int, module: nn.Module, observers: Sequence[Observer], record: bool
+        self,
+        number: int,
+        run: _Run,
+        layer: int,
+        module: nn.Module,
+        observers: Sequence[Observer],
+        recorder: Recorder | None,
     ) -> None:
         stage = next((n for n, stage in enumerate(run.plan.stages) if stage.layer == layer), None)
         if stage is not None:
-            if record and layer > 0:
-                _close_segment(run)
+            if recorder is not None and layer > 0:
+                _close_segment(run, number, recorder)
             self._prune(run, stage)
         before = run.hidden
         run.hidden, query, key, value = _forward(module, before, run.cos, run.sin)
-        if record:
-            _extend_segment(run, layer, before, query, key, value)
+        if not bool(torch.isfinite(run.hidden).all()):
+            raise _not_finite(layer, self._dtype)
+        if recorder is not None:
+            run.open_segment = recorder.extend(
+                run.open_segment, number, layer,
+                before=before, cos=run.cos, sin=run.sin, query=query, key=key, value=value,
+            )  # fmt: skip
         run.query, run.key = query, key
         for observer in observers:
             observer.see(
                 LayerView(
                     number, layer, module, before, run.hidden, query, key, run.cos, run.sin, run.last,
-                    run.image_start, len(run.kept),
+                    run.image_start, len(run.kept), run.sample, run.plan, run.kept,
                 )
             )  # fmt: skip
 
@@ -246,13 +322,13 @@ class StreamedReference:
         run.kept = run.kept[torch.from_numpy(record.indices).to(run.kept.device)]
         run.stages.append(record)
 
-    def _finish(self, runs: Sequence[_Run]) -> list[RunRecord]:
+    def _finish(self, runs: Sequence[_Run], recorder: Recorder | None) -> list[RunRecord]:
         """The records; the head runs once, on the last rows of all runs."""
         if not runs:
             return []
-        for run in runs:
-            if run.open_segment:
-                _close_segment(run)
+        for number, run in enumerate(runs):
+            if recorder is not None:
+                _close_segment(run, number, recorder)
         logits = self._head(torch.cat([run.hidden[0, run.last :] for run in runs])).float().cpu()
         records = []
         ends = itertools.accumulate(run.new_tokens + 1 for run in runs)
@@ -313,6 +389,17 @@ class StreamedReference:
         return torch.cat(blocks, dim=-1)
 
 
+def torch_device(name: str) -> str:
+    """cpu, cuda or cuda:<n> as asked for; `auto` is a GPU if there is one. Raises UnavailableError if there is none."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name.partition(":")[0] == "cuda" and not torch.cuda.is_available():
+        raise UnavailableError(
+            f"torch {torch.__version__} sees no GPU", wanted="a GPU and a torch built for it", do="--device cpu"
+        )
+    return name
+
+
 def _past(run: _Run, layer: int) -> tuple[Any, ...]:
     """What decides a run's rows after `layer`: the prompt, and what was pruned until there."""
     stages = tuple(stage for stage in run.plan.stages if stage.layer <= layer)
@@ -343,7 +430,7 @@ def _whole_config(config: Mapping[str, Any]) -> Any:
         raise InputError(
             f"config.json has model_type {model_type!r}", wanted="a model type of transformers", do="check config.json"
         )
-    return CONFIG_MAPPING[model_type].from_dict(dict(config))
+    return CONFIG_MAPPING[model_type].from_dict(copy.deepcopy(dict(config)))  # transformers writes into it
 
 
 def _to_torch(array: np.ndarray, ref: TensorRef) -> torch.Tensor:
@@ -384,30 +471,17 @@ def forward(module: nn.Module, hidden: torch.Tensor, cos: torch.Tensor, sin: tor
     return _forward(module, hidden, cos, sin)[0]
 
 
-def _embedded(run: _Run) -> EmbeddedRecord:
-    half = run.cos.shape[-1] // 2
-    return EmbeddedRecord(_numpy(run.hidden), _numpy(run.cos)[:, :half], _numpy(run.sin)[:, :half], run.last)
+def _close_segment(run: _Run, number: int, recorder: Recorder) -> None:
+    if run.open_segment is not None:
+        run.segments.append(recorder.close(run.open_segment, number, hidden=run.hidden, last=run.last))
+        run.open_segment = None
 
 
-def _extend_segment(
-    run: _Run, layer: int, before: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
-) -> None:
-    part = run.open_segment
-    if not part:
-        half = run.cos.shape[-1] // 2
-        part.update(start=layer, hidden_in=_numpy(before), keys={}, values={})
-        part.update(cos=_numpy(run.cos)[:, :half], sin=_numpy(run.sin)[:, :half])
-    part["keys"][layer], part["values"][layer] = _numpy(key), _numpy(value)
-    part.update(query=query, stop=layer + 1)
-
-
-def _close_segment(run: _Run) -> None:
-    part = dict(run.open_segment)
-    run.open_segment.clear()
-    part["query"] = _numpy(part["query"])
-    run.segments.append(SegmentRecord(last=run.last, hidden_out=_numpy(run.hidden), **part))
-
-
-def _numpy(tensor: torch.Tensor) -> np.ndarray:
-    """float32 on the CPU without the batch dimension."""
-    return np.asarray(tensor[0].float().cpu().numpy())
+def _not_finite(layer: int, dtype: torch.dtype) -> InputError:
+    name = str(dtype).removeprefix("torch.")
+    return InputError(
+        f"decoder layer {layer} gives numbers that are not finite in {name}",
+        wanted="weights of a whole checkpoint"
+        + ("" if dtype == torch.float32 else f", and values that {name} can hold"),
+        do="get the shard again that holds this layer" + ("" if dtype == torch.float32 else ", or use --maths float32"),
+    )

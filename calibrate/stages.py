@@ -26,7 +26,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from calibrate.budget import EXPONENTS, Shape, counts_for, token_budget
+from calibrate.budget import EXPONENTS, Shape, counts_for, exponents_for, token_budget
 from graphs.errors import InputError
 
 CHANGE_FLOOR = 0.05  # of the highest count: below it a layer no longer counts as moving image information
@@ -82,18 +82,21 @@ def placements(
     *,
     limit: int = 1,
     exponents: Sequence[float] = EXPONENTS,
+    exactly: bool = False,
 ) -> list[Placement]:
     """Up to `limit` placements that reach `compression` with everything dropped at `final`, the default first.
 
     The default is the cheapest one with counts that fall by half (or faster where the budget does not allow it); with
     a larger `limit` come the next cheapest ones and those whose counts fall faster, all at least two steps of layers
-    apart. Three stages keep tokens where there is room for them, fewer otherwise; `exponents` say how their counts
-    fall (calibrate/budget.py). Raises InputError for a compression that cannot be reached.
+    apart. As many stages keep tokens as there are `exponents`, which say how their counts fall (calibrate/budget.py);
+    fewer where there is no room for them, unless it must be `exactly` so many. Raises InputError for a compression that
+    cannot be reached.
     """
     budget = token_budget(compression, shape.num_layers, shape.image_tokens)
     if budget >= final * shape.image_tokens:
         return [_late(budget, shape)]
-    for stages in range(min(len(exponents), final - 1), 0, -1):
+    least = len(exponents) if exactly else 1
+    for stages in range(min(len(exponents), final - 1), least - 1, -1):
         found: list[Placement] = []
         for ratio in _RATIOS:
             room = min(-(-limit // _RATIOS_TRIED), limit - len(found))
@@ -103,6 +106,46 @@ def placements(
         if found:
             return found
     return [Placement((1,), (0,), float("inf"))]
+
+
+def counts_at(
+    layers: Sequence[int], shape: Shape, compression: float, *, exponents: Sequence[float] = EXPONENTS
+) -> Placement:
+    """Counts for given stage layers, the last of which drops everything, that meet `compression`.
+
+    Raises InputError for layers that do not rise within the decoder, and for a compression they cannot meet.
+    """
+    check_layers(layers, shape)
+    budget = token_budget(compression, shape.num_layers, shape.image_tokens)
+    *keeping, final = layers
+    if not keeping and final * shape.image_tokens <= budget:
+        return Placement((final,), (0,), 0.0)
+    keeps = keeping and counts_for(
+        keeping,
+        exponents_for(len(keeping), exponents),
+        budget=budget,
+        num_layers=shape.num_layers,
+        image_tokens=shape.image_tokens,
+        final=final,
+    )
+    if not keeps:
+        raise InputError(
+            f"stages at layers {', '.join(map(str, layers))} cannot save {compression:.3g} of the image tokens",
+            wanted=f"earlier layers: up to layer {layers[0]} every token is seen",
+            do="--stages with earlier layers, or less --compression",
+        )
+    return Placement((*keeping, final), (*keeps, 0), 0.0)
+
+
+def check_layers(layers: Sequence[int], shape: Shape) -> None:
+    """Raise InputError unless the layers rise from 1 or more to below the number of layers."""
+    rising = all(a < b for a, b in itertools.pairwise((0, *layers, shape.num_layers)))
+    if not layers or not rising:
+        raise InputError(
+            f"--stages {','.join(map(str, layers))}",
+            wanted=f"rising layers from 1 to {shape.num_layers - 1}",
+            do="for example --stages 3,6,14,22; the last one drops all image tokens",
+        )
 
 
 def layers_for(

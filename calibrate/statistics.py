@@ -6,21 +6,86 @@ Two observers of the streamed reference, both finished in the one pass over the 
   attention that the prompt's last token pays to the image.
 - `DropObserver`: for each layer the model's answer if every image token were dropped right before that layer. Only the
   text rows are needed for that, so all layers together cost about as much as a few more tokens.
+
+`Statistics` is what they found, as plain arrays: all that the rest of the calibration looks at, and what is cached.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 
-from calibrate.reference import LayerView, forward
+from calibrate.records import ReferenceInput
+from calibrate.reference import LayerView, StreamedReference, forward
 from graphs.importance import attention_weights
+from graphs.plan import PruningPlan
 
-_TOP_SHARES = (0.05, 0.1, 0.25, 0.5)
+TOP_SHARES = (0.05, 0.1, 0.25, 0.5)
+BOOTSTRAP_SIZES = (16, 64, 256)
+BOOTSTRAP_ROUNDS = 200
 _RUNS_A_HEAD = 8  # runs whose branches go through the output matrix together; all at once would be hundreds of MB
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What one unpruned pass over n samples of a decoder of L layers found.
+
+    `counts` [n, L, taus] changed image tokens at each of `taus`; `attention` [n, L] attention mass of the prompt's last
+    token on the image; `top_shares` [n, L, 4] the share of it that the best tokens hold (TOP_SHARES of them).
+    `logits` [n, vocabulary] are the unpruned model's next token, float32. Of the first m samples: `divergence` [m, L]
+    and `agreement` [m, L] as DropObserver measures them.
+    """
+
+    taus: tuple[float, ...]
+    counts: np.ndarray
+    attention: np.ndarray
+    top_shares: np.ndarray
+    divergence: np.ndarray
+    agreement: np.ndarray
+    logits: np.ndarray
+
+    @property
+    def samples(self) -> int:
+        """n, the samples that were looked at."""
+        return len(self.counts)
+
+    def counts_at(self, tau: float) -> np.ndarray:
+        """Changed tokens [n, L] at one of `taus`."""
+        chosen: np.ndarray = self.counts[:, :, self.taus.index(tau)]
+        return chosen
+
+    def mean_top_shares(self) -> dict[str, list[float]]:
+        """Share of the attention held by the best 5, 10, 25 and 50 % of the tokens, by layer, mean over samples."""
+        mean = self.top_shares.mean(axis=0)  # [L, shares]
+        return {f"{share:g}": rounded(mean[:, n]) for n, share in enumerate(TOP_SHARES)}
+
+
+def measure(
+    reference: StreamedReference,
+    inputs: Sequence[ReferenceInput],
+    unpruned: PruningPlan,
+    *,
+    taus: tuple[float, ...],
+    dropped: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> Statistics:
+    """One unpruned pass over all inputs; dropping is measured on the first `dropped` of them."""
+    change, drop = ChangeObserver(taus), DropObserver(min(dropped, len(inputs)))
+    runs = reference.run(inputs, unpruned, observers=(change, drop), progress=progress)
+    order = range(len(inputs))
+    return Statistics(
+        taus=taus,
+        counts=np.array([change.counts[run] for run in order], dtype=np.int64),
+        attention=np.array([change.attention[run] for run in order], dtype=np.float64),
+        top_shares=np.array([change.top_shares[run] for run in order], dtype=np.float64),
+        divergence=drop.divergence.astype(np.float64),
+        agreement=drop.agreement.astype(bool),
+        logits=np.stack([run.logits[0] for run in runs]).astype(np.float32),
+    )
 
 
 @dataclass
@@ -30,7 +95,7 @@ class ChangeObserver:
     taus: tuple[float, ...]
     counts: dict[int, list[list[int]]] = field(default_factory=dict)  # by run, then layer, then tau
     attention: dict[int, list[float]] = field(default_factory=dict)  # attention mass on the image, last prompt token
-    top_shares: dict[int, list[list[float]]] = field(default_factory=dict)  # by layer: _TOP_SHARES of that mass
+    top_shares: dict[int, list[list[float]]] = field(default_factory=dict)  # by layer: TOP_SHARES of that mass
 
     def see(self, view: LayerView) -> None:
         """Record one layer of one unpruned run."""
@@ -43,26 +108,19 @@ class ChangeObserver:
         mass = float(scores.sum())
         self.attention.setdefault(view.run, []).append(mass)
         ordered = scores.sort(descending=True).values.cumsum(0) / max(mass, 1e-30)
-        tops = [float(ordered[max(1, round(share * len(ordered))) - 1]) for share in _TOP_SHARES]
+        tops = [float(ordered[max(1, round(share * len(ordered))) - 1]) for share in TOP_SHARES]
         self.top_shares.setdefault(view.run, []).append(tops)
 
     def finish(self, head: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Nothing is left to do after the last layer."""
 
-    def count_matrix(self, tau: float) -> np.ndarray:
-        """Changed tokens at one of `taus`, [samples, L]."""
-        counts = np.array([self.counts[run] for run in sorted(self.counts)], dtype=np.int64)
-        chosen: np.ndarray = counts[:, :, self.taus.index(tau)]
-        return chosen
+    def state(self) -> tuple[dict[str, torch.Tensor], Any]:
+        """What was counted so far, see calibrate/resume.py."""
+        return {}, [[list(part.items()) for part in (self.counts, self.attention, self.top_shares)], list(self.taus)]
 
-    def attention_mass(self) -> np.ndarray:
-        """Attention of the prompt's last token on the image, [samples, L], each between 0 and 1."""
-        return np.array([self.attention[run] for run in sorted(self.attention)], dtype=np.float64)
-
-    def mean_top_shares(self) -> dict[str, list[float]]:
-        """Share of that attention held by the best 5, 10, 25 and 50 % of the tokens, by layer, mean over samples."""
-        mean = np.array([self.top_shares[run] for run in sorted(self.top_shares)]).mean(axis=0)  # [L, shares]
-        return {f"{share:g}": _rounded(mean[:, n]) for n, share in enumerate(_TOP_SHARES)}
+    def restore(self, tensors: Mapping[str, torch.Tensor], rest: Any) -> None:
+        """Take up such a state."""
+        self.counts, self.attention, self.top_shares = (dict(items) for items in rest[0])
 
 
 @dataclass
@@ -92,6 +150,18 @@ class DropObserver:
         self.full[view.run] = view.hidden_out[0, view.last]
         self.lasts[view.run] = len(text) - 1
 
+    def state(self) -> tuple[dict[str, torch.Tensor], Any]:
+        """The branches so far, see calibrate/resume.py."""
+        tensors = {f"branches.{run}": tensor for run, tensor in self.branches.items()}
+        return tensors | {f"full.{run}": tensor for run, tensor in self.full.items()}, list(self.lasts.items())
+
+    def restore(self, tensors: Mapping[str, torch.Tensor], rest: Any) -> None:
+        """Take up such a state."""
+        parts = [(name.partition("."), tensor) for name, tensor in tensors.items()]
+        self.branches = {int(run): tensor for (kind, _, run), tensor in parts if kind == "branches"}
+        self.full = {int(run): tensor for (kind, _, run), tensor in parts if kind == "full"}
+        self.lasts = dict(rest)
+
     def finish(self, head: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Compare the next-token distributions of the branches with the full model's."""
         rows = [
@@ -116,17 +186,17 @@ def changed_tokens(before: torch.Tensor, after: torch.Tensor, taus: Sequence[flo
 
 
 def bootstrap_spread(
-    counts: np.ndarray, *, seed: int, sizes: Sequence[int] = (16, 64, 256), rounds: int = 200
+    values: np.ndarray, *, seed: int, sizes: Sequence[int] = BOOTSTRAP_SIZES, rounds: int = BOOTSTRAP_ROUNDS
 ) -> dict[str, list[float]]:
-    """Standard deviation over bootstrap samples of the mean changed-token counts, by sample size: {"16": [L], ...}.
+    """Standard deviation over bootstrap samples of the mean of `values` [samples, L], by sample size: {"16": [L], ...}.
 
-    `counts` is [samples, L]. It says how far a calibration on so many pictures would be from another one.
+    It says how far a calibration on so many pictures would be from another one.
     """
     rng = np.random.default_rng(seed)
     spread = {}
     for size in sizes:
-        means = np.stack([counts[rng.integers(len(counts), size=size)].mean(axis=0) for _ in range(rounds)])
-        spread[str(size)] = _rounded(means.std(axis=0))
+        means = np.stack([values[draw].mean(axis=0) for draw in rng.integers(len(values), size=(rounds, size))])
+        spread[str(size)] = rounded(means.std(axis=0))
     return spread
 
 
@@ -136,5 +206,6 @@ def _text_rows(last: int, image_start: int, image_tokens: int, device: torch.dev
     return torch.cat([torch.arange(image_start), after]).to(device)
 
 
-def _rounded(values: np.ndarray) -> list[float]:
+def rounded(values: np.ndarray) -> list[float]:
+    """As a record holds them: six digits."""
     return [round(float(value), 6) for value in values]

@@ -1,12 +1,18 @@
 """`btp-export plan`: show, check or make a pruning plan."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from btp_export.commands import _options as options
 from btp_export.console import JsonOption, emit, note
 from graphs.errors import InputError
+
+if TYPE_CHECKING:
+    from graphs.plan import PruningPlan
+
+SWITCHES = "Ablations"
 
 
 def command(
@@ -18,12 +24,41 @@ def command(
     compression: Annotated[
         float | None, typer.Option("--compression", metavar="X", help="Budget for a preset, e.g. 0.78.")
     ] = None,
+    image_size: Annotated[
+        str | None,
+        typer.Option("--image-size", metavar="HxW", help="Picture size it is scaled to.  [default: the model's]"),
+    ] = None,
+    importance: Annotated[
+        Literal["last-token", "mean-text", "similar-text"] | None,
+        typer.Option("--importance", rich_help_panel=SWITCHES, help="Another rule of importance."),
+    ] = None,
+    spatial_metric: Annotated[
+        Literal["euclidean", "manhattan"] | None,
+        typer.Option("--spatial-metric", rich_help_panel=SWITCHES, help="Distance of the fixed spatial set."),
+    ] = None,
+    rebalance: Annotated[
+        bool, typer.Option("--rebalance/--no-rebalance", rich_help_panel=SWITCHES, help="As it is, or without.")
+    ] = True,
+    spatial: Annotated[
+        bool, typer.Option("--spatial/--no-spatial", rich_help_panel=SWITCHES, help="As it is, or without.")
+    ] = True,
+    stages: Annotated[
+        str | None,
+        typer.Option("--stages", metavar="L,L,...", rich_help_panel=SWITCHES, help="Other layers, same mean tokens."),
+    ] = None,
+    balance: Annotated[
+        str | None,
+        typer.Option(
+            "--balance", metavar="X,X,...", rich_help_panel=SWITCHES, help="Attention's share in each keeping stage."
+        ),
+    ] = None,
     list_presets: Annotated[bool, typer.Option("--list", help="List the presets.")] = False,
     out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="Where to write the plan.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the plan file at --out.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Show a plan: its stages, the tokens each layer sees and what it saves. Presets are scaled to --model."""
+    from btp_export.calibration import parse_shares, parse_stages
     from btp_export.plans import show, summary, write_plan_file
 
     if list_presets:
@@ -31,15 +66,23 @@ def command(
         return
     if name is None:
         raise InputError("no plan named", wanted="a preset, a plan file or a bundle", do="btp-export plan --list")
-    plan = _plan(name, model, compression)
+    plan = _plan(name, model, compression, None if image_size is None else options.parse_image_size(image_size))
+    plan = _switched(
+        plan,
+        importance=importance,
+        metric=spatial_metric,
+        rebalance=rebalance,
+        spatial=spatial,
+        layers=None if stages is None else parse_stages(stages),
+        balance=None if balance is None else parse_shares(balance),
+    )
     if out is not None:
         write_plan_file(plan, out, force=force)
         note(f"plan written to {out}")
     emit({**summary(plan), "out": out}, as_json=as_json, render=show)
 
 
-def _plan(name: str, model: str | None, compression: float | None) -> Any:
-    from btp_export.plans import plan_for
+def _plan(name: str, model: str | None, compression: float | None, image_size: tuple[int, int] | None) -> "PruningPlan":
     from calibrate.presets import PRESETS
     from graphs.plan import PruningPlan
 
@@ -47,9 +90,9 @@ def _plan(name: str, model: str | None, compression: float | None) -> Any:
     if path.is_dir() and name not in PRESETS:
         path = path / "plan.json"
     if model is not None:
-        from btp_export.models import open_model
-
-        return plan_for(name if name in PRESETS else str(path), open_model(model).spec, compression=compression)
+        return _plan_for_model(name if name in PRESETS else str(path), model, compression, image_size)
+    if image_size is not None:
+        raise InputError("--image-size without a model", wanted="the model it is for", do="add --model NAME")
     if name in PRESETS:
         raise InputError(
             f"the preset {name} without a model",
@@ -59,6 +102,32 @@ def _plan(name: str, model: str | None, compression: float | None) -> Any:
     if compression is not None:
         raise InputError("--compression with a plan file", wanted="a preset", do="leave --compression out")
     return PruningPlan.load(path)
+
+
+def _plan_for_model(
+    choice: str, model: str, compression: float | None, image_size: tuple[int, int] | None
+) -> "PruningPlan":
+    from btp_export.calibration import default_profile
+    from btp_export.models import open_model
+    from btp_export.plans import plan_for
+    from graphs.fit import plan_for_profile, spec_at
+
+    opened = open_model(model)
+    profile = default_profile(opened, image_size)
+    plan = plan_for(choice, spec_at(opened.spec, profile), compression=compression)
+    return plan if image_size is None else plan_for_profile(plan, profile)
+
+
+def _switched(plan: "PruningPlan", **switches: Any) -> "PruningPlan":
+    """The plan with switches turned, which its record then names."""
+    turned = {name: value for name, value in switches.items() if value is not None and value is not True}
+    if not turned:
+        return plan
+    from calibrate.ablations import switched
+
+    named = {name: list(value) if isinstance(value, tuple) else value for name, value in turned.items()}
+    record = {**plan.calibration, "switched": named}
+    return switched(plan, **switches).model_copy(update={"calibration": record})
 
 
 def _presets() -> list[dict[str, str]]:

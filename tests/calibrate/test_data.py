@@ -57,6 +57,37 @@ def test_too_few_pictures_are_an_error(tmp_path: Path, folder: Path) -> None:
         data.folder_samples(folder, count=64, seed=0)
 
 
+def test_image_and_prompt_by_line(folder: Path) -> None:
+    path = folder / "samples.jsonl"
+    names = ["picture0.png", "more/picture1.png", "broken.png", "picture2.png", "missing.png", "picture4.png"]
+    (folder / "broken.png").write_bytes(b"no picture")
+    path.write_text("\n".join(json.dumps({"image": name, "prompt": f"about {name}?"}) for name in names))
+    notes: list[str] = []
+    found = data.calibration_samples(str(path), count=64, seed=0, note=notes.append)
+    assert sorted(found.skipped) == ["broken.png", "missing.png"] and len(notes) == 2
+    assert {(one.name, one.prompt) for one in found.samples} == {
+        (name, f"about {name}?") for name in names if name not in found.skipped
+    }
+    assert found.source == "lines of samples.jsonl"
+    assert data.calibration_samples(str(path), count=64, seed=0).digest() == found.digest()
+    (folder / "prompts.txt").write_text("what else?\n")
+    asked = data.calibration_samples(str(path), prompts=folder / "prompts.txt", count=64, seed=0)
+    assert {one.prompt for one in asked.samples} == {"what else?"}
+    path.write_text("\n".join(json.dumps({"image": name, "prompt": "?"}) for name in names[:3]))
+    with pytest.raises(InputError, match=r"2 readable .* \(1 unreadable, 3 found\)"):
+        data.calibration_samples(str(path), count=64, seed=0)
+    path.write_text('{"image": "picture0.png"}')
+    with pytest.raises(InputError, match="line 1: no key 'prompt'"):
+        data.calibration_samples(str(path), count=64, seed=0)
+
+
+def test_where_samples_come_from(folder: Path) -> None:
+    assert data.calibration_samples(None, count=4, seed=0).source.startswith("generated scenes, split calibration")
+    assert data.calibration_samples(str(folder), count=4, seed=0).source == "pictures of a folder"
+    with pytest.raises(InputError, match="is not there"):
+        data.calibration_samples(str(folder / "nowhere"), count=4, seed=0)
+
+
 def test_prompts_file(tmp_path: Path) -> None:
     path = tmp_path / "prompts.txt"
     path.write_text("What is it?\n\n  How many? \n", encoding="utf-8")

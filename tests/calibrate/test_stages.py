@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from calibrate.budget import Shape, balanced_stages
+from calibrate.budget import Shape
+from calibrate.recipe import Recipe
 from calibrate.stages import final_layer, layers_for, placements, remaining_change
 from graphs.errors import InputError
 
@@ -63,7 +64,7 @@ def test_any_reachable_compression_is_reached_and_nearly_met(shape: Shape, data:
     counts = np.array(data.draw(st.lists(st.floats(0, 500), min_size=shape.num_layers, max_size=shape.num_layers)))
     final = data.draw(st.integers(1, shape.num_layers - 1))
     for placed in placements(counts, final, shape, compression, limit=3):
-        plan = shape.plan(balanced_stages(placed.layers, placed.keeps, shape))
+        plan = Recipe().plan(shape, placed.layers, placed.keeps)
         assert plan.compression >= compression - 1e-9
         roomy = len(placed.layers) > 1 and shape.image_tokens >= 100
         if roomy and plan.compression < 0.95:
@@ -83,7 +84,7 @@ def test_given_counts_find_layers(shape: Shape, data: st.DataObject) -> None:
     counts = st.integers(0, shape.image_tokens - 1)
     keeps = sorted(data.draw(st.lists(counts, min_size=1, max_size=most, unique=True)), reverse=True)
     layers = layers_for(np.ones(shape.num_layers), keeps, max(1, shape.num_layers // 2), shape, 0.78)
-    plan = shape.plan(balanced_stages(layers, keeps, shape))
+    plan = Recipe().plan(shape, layers, keeps)
     assert [stage.keep for stage in plan.stages] == keeps
 
 

@@ -9,7 +9,7 @@ import torch
 
 from calibrate.budget import Shape
 from calibrate.reference import StreamedReference
-from calibrate.statistics import ChangeObserver, DropObserver, bootstrap_spread, changed_tokens
+from calibrate.statistics import bootstrap_spread, changed_tokens, measure
 from graphs.plan import Stage
 from tests.calibrate.models import IMAGE_TOKEN, PREFIX, checkpoint, make_input, make_llava
 
@@ -31,9 +31,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     made = [make_input(model, text=3 + seed, seed=seed) for seed in range(3)]
     inputs = [one for one, _ in made]
     reference = StreamedReference(checkpoint(folder))
-    change, drop = ChangeObserver((0.93, 0.5)), DropObserver(2)
-    reference.run(inputs, SHAPE.plan(()), observers=[change, drop])
-    return {"model": model, "made": made, "inputs": inputs, "reference": reference, "change": change, "drop": drop}
+    found = measure(reference, inputs, SHAPE.plan(()), taus=(0.93, 0.5), dropped=2)
+    return {"model": model, "made": made, "inputs": inputs, "reference": reference, "found": found}
 
 
 def test_counts_and_attention_are_the_whole_models(run: dict[str, Any]) -> None:
@@ -47,15 +46,16 @@ def test_counts_and_attention_are_the_whole_models(run: dict[str, Any]) -> None:
         for layer in range(LAYERS - 1):  # transformers norms the last hidden state
             before, after = whole.hidden_states[layer][0, image], whole.hidden_states[layer + 1][0, image]
             cosine = (before * after).sum(-1) / (before.norm(dim=-1) * after.norm(dim=-1))
-            assert run["change"].count_matrix(0.93)[number, layer] == int((cosine < 0.93).sum())
+            assert run["found"].counts_at(0.93)[number, layer] == int((cosine < 0.93).sum())
+        np.testing.assert_allclose(run["found"].logits[number], whole.logits[0, -1].numpy(), atol=1e-4)
         for layer in range(LAYERS):
             attention = whole.attentions[layer][0, :, -1, image].mean(0)
-            assert run["change"].attention_mass()[number, layer] == pytest.approx(float(attention.sum()), abs=1e-5)
-    assert len(set(run["change"].count_matrix(0.93).ravel().tolist())) > 2, "all counts alike: no test"
+            assert run["found"].attention[number, layer] == pytest.approx(float(attention.sum()), abs=1e-5)
+    assert len(set(run["found"].counts_at(0.93).ravel().tolist())) > 2, "all counts alike: no test"
 
 
 def test_top_shares_rise_to_one(run: dict[str, Any]) -> None:
-    shares = np.array(list(run["change"].mean_top_shares().values()))
+    shares = np.array(list(run["found"].mean_top_shares().values()))
     assert (np.diff(shares, axis=0) >= 0).all() and shares.min() > 0 and shares.max() <= 1
     assert (shares[-1] >= 0.5).all(), "the better half holds at least half"
 
@@ -68,11 +68,11 @@ def test_dropping_is_what_a_plan_that_drops_does(run: dict[str, Any]) -> None:
         for number in range(2):
             p, q = (torch.log_softmax(torch.tensor(r[number].logits[0]).double(), 0) for r in (full, dropped))
             wanted = float((p.exp() * (p - q)).sum())
-            assert run["drop"].divergence[number, layer] == pytest.approx(wanted, abs=1e-6)
+            assert run["found"].divergence[number, layer] == pytest.approx(wanted, abs=1e-6)
             same = full[number].next_tokens == dropped[number].next_tokens
-            assert bool(run["drop"].agreement[number, layer]) == same
-    assert run["drop"].divergence.shape == (2, LAYERS)
-    assert run["drop"].divergence.max() > 1e-3, "the picture does not matter: no test"
+            assert bool(run["found"].agreement[number, layer]) == same
+    assert run["found"].divergence.shape == (2, LAYERS)
+    assert run["found"].divergence.max() > 1e-3, "the picture does not matter: no test"
 
 
 def test_dropping_before_layer_0_is_no_picture_at_all(run: dict[str, Any]) -> None:
@@ -85,7 +85,7 @@ def test_dropping_before_layer_0_is_no_picture_at_all(run: dict[str, Any]) -> No
         q = torch.log_softmax(run["model"].lm_head(states[0, -1]).double(), 0)
     full = run["reference"].run([given], SHAPE.plan(()))[0]
     p = torch.log_softmax(torch.tensor(full.logits[0]).double(), 0)
-    assert run["drop"].divergence[0, 0] == pytest.approx(float((p.exp() * (p - q)).sum()), abs=1e-6)
+    assert run["found"].divergence[0, 0] == pytest.approx(float((p.exp() * (p - q)).sum()), abs=1e-6)
 
 
 def test_bootstrap_spread_shrinks_with_the_sample() -> None:

@@ -1,0 +1,87 @@
+"""A folder of plans of several budgets: one file a plan, and front.json that says what each is predicted to do."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from graphs.errors import InputError
+
+if TYPE_CHECKING:
+    from calibrate.pareto import Point
+
+FORMAT: Final = "btp-front/1"
+INDEX = "front.json"
+
+
+def file_names(points: Sequence[Point]) -> list[str]:
+    """btp-0.780.json and so on, by the requested compression."""
+    return [f"btp-{point.requested:.3f}.json" for point in points]
+
+
+def front_document(points: Sequence[Point]) -> dict[str, Any]:
+    """What front.json holds and `--json` prints."""
+    names = file_names(points)
+    rows = [{**point.summary(), "file": name} for point, name in zip(points, names, strict=True)]
+    return {"format": FORMAT, "rows": rows}
+
+
+def check_folder(out: Path, *, force: bool) -> None:
+    """Raise InputError unless plans may be put into `out`: a new or empty folder, or an earlier front and `force`."""
+    if not out.exists():
+        if not out.parent.is_dir():
+            raise InputError(f"{out.parent} is not there", wanted="a folder that exists", do="make it first")
+        return
+    if not out.is_dir():
+        raise InputError(f"{out} is a file", wanted="a folder for the plans", do="give another --out")
+    if not any(out.iterdir()):
+        return
+    if not _is_front(out):
+        raise InputError(
+            f"{out} is not empty and holds no {INDEX}", wanted="a new or empty folder", do="give another --out"
+        )
+    if not force:
+        raise InputError(f"{out} already holds plans", wanted="a new or empty folder", do="--force, or another --out")
+
+
+def write_front(points: Sequence[Point], out: Path, *, force: bool = False) -> None:
+    """Write the plans and the index, whole or not at all; an earlier front's own files are replaced with `force`.
+
+    Raises InputError as `check_folder`.
+    """
+    check_folder(out, force=force)
+    out = out.resolve()
+    document = front_document(points)
+    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
+    try:
+        for point, row in zip(points, document["rows"], strict=True):
+            (folder / row["file"]).write_text(point.plan.to_json(), encoding="utf-8")
+        (folder / INDEX).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        out.mkdir(exist_ok=True)
+        stale = _files_of(out) if _is_front(out) else []
+        for path in sorted(folder.iterdir(), key=lambda path: path.name == INDEX):  # the index last
+            os.replace(path, out / path.name)
+        for name in set(stale) - {row["file"] for row in document["rows"]}:
+            (out / name).unlink(missing_ok=True)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_front(folder: Path) -> bool:
+    try:
+        document = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(document, dict) and str(document.get("format", "")).startswith("btp-front/")
+
+
+def _files_of(folder: Path) -> list[str]:
+    """The plan files that an earlier front names, and that lie in its folder."""
+    rows = json.loads((folder / INDEX).read_text(encoding="utf-8")).get("rows", [])
+    names = [str(row.get("file", "")) for row in rows if isinstance(row, dict)]
+    return [name for name in names if name and Path(name).name == name and name.startswith("btp-")]
