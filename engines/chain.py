@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from engines.caches import allocate_layers
 from engines.runners import Array, Bound, Buffer, Dtype, Loader, Runner, TensorSpec
 from graphs.errors import CheckError, InputError
 from graphs.plan import PruningPlan, Segment
@@ -49,7 +50,7 @@ class Chain:
     Args:
         graphs: file of each graph of the profile by name, see graphs/interfaces.md.
         plan, profile: what the graphs were built for.
-        rope: cos and sin, float32 [positions, D/2] each.
+        rope: cos and sin, float32 [S + new tokens, D/2] each, a row for every token (graphs.rope.token_tables).
         loader: backend and device.
 
     Raises InputError if a graph is missing or its inputs are not those of the plan and the profile.
@@ -69,9 +70,10 @@ class Chain:
         self._runners: dict[str, Runner] = {}
         self._steps: list[_Step] = []
         self._kept: dict[int, Buffer] = {}
+        self._scores: dict[int, Buffer] = {}
         self._last: list[Buffer] = []
         self._lengths = [np.zeros(profile.batch, np.int32) for _ in self.segments]
-        self._positions = np.zeros(profile.batch, np.int64)
+        self._places = np.zeros(profile.batch, np.int64)  # of the next token, in the unpruned sequence
         decode = self._open("decode")
         self.dtype: Dtype = decode.inputs["hidden"].dtype
         if len(rope[0]) < profile.max_positions:
@@ -118,7 +120,7 @@ class Chain:
         kept = {stage: buffer.read() for stage, buffer in self._kept.items()}
         self._check_pruning(np.asarray(last), lasts, kept)
         self._lengths = [values.astype(np.int32) + 1 for values in lasts]
-        self._positions = np.asarray(last, np.int64) + 1
+        self._places = np.asarray(last, np.int64) + 1
         return PrefillRun(logits, kept, tuple(values.copy() for values in self._lengths), times)
 
     # Decode
@@ -133,17 +135,14 @@ class Chain:
             )
         self._token.write(hidden.reshape(self._token.shape))
         for buffer, table in zip(self._token_rope, self._rope, strict=True):
-            buffer.write(table[self._positions][:, None])
+            buffer.write(table[self._places][:, None])
         for buffer, lengths in zip(self._length_buffers, self._lengths, strict=True):
             buffer.write(lengths)
         self._decode()
         for segment, lengths in zip(self.segments, self._lengths, strict=True):
-            starts = lengths.tolist()
-            for layer in range(segment.start, segment.stop):
-                for cache, row in zip(self.caches[layer], self._rows[layer], strict=True):
-                    cache.write_rows(row, starts)
+            self._layers.append(segment.index, lengths.tolist())
             lengths += 1
-        self._positions += 1
+        self._places += 1
         return self._decode_logits.read()
 
     @property
@@ -152,9 +151,19 @@ class Chain:
         return tuple(lengths.copy() for lengths in self._lengths)
 
     @property
+    def is_whole(self) -> bool:
+        """Whether the prefill is one graph, so that vision and selection cannot be told apart."""
+        return self._vision is None
+
+    @property
     def image_features(self) -> Array:
         """Features of the latest pictures [B,V,C], after a prefill of segments."""
         return self._features.read()
+
+    @property
+    def stage_scores(self) -> dict[int, Array]:
+        """Importance scores [B,n] of the latest prefill's stages with keep > 0; empty for a whole graph."""
+        return {stage: buffer.read() for stage, buffer in self._scores.items()}
 
     def cache_bytes(self) -> int:
         """Bytes of all key and value caches."""
@@ -187,18 +196,27 @@ class Chain:
         return self.profile.capacity_with(segment.image_tokens)
 
     def _bind_decode(self, decode: Runner) -> None:
-        inputs, outputs = self._inputs("decode"), self._outputs("decode")
+        self._check_layers(decode)
+        self._layers = allocate_layers(self._loader, self.segments, decode.inputs, decode.outputs)
+        inputs = self._buffers("decode", decode.inputs, self._layers.caches)
+        outputs = self._outputs("decode", **self._layers.rows)
         layers = range(self.plan.num_layers)
         self.caches = {n: (inputs[f"past_key_{n}"], inputs[f"past_value_{n}"]) for n in layers}
-        self._rows = {n: (outputs[f"key_{n}"], outputs[f"value_{n}"]) for n in layers}
         self._token, self._token_rope = inputs["hidden"], (inputs["cos"], inputs["sin"])
         self._length_buffers = [inputs[f"length_{segment.index}"] for segment in self.segments]
         self._decode_logits = outputs["logits"]
+        self._decode = decode.bind(inputs, outputs)
+
+    def _check_layers(self, decode: Runner) -> None:
+        """Raise InputError unless the decode graph has the plan's layers with caches of the plan's sizes."""
         for segment in self.segments:
             for layer in range(segment.start, segment.stop):
-                if self.caches[layer][0].shape[2] != self._capacity(segment):
-                    raise _not_the_plan("decode", f"past_key_{layer}")
-        self._decode = decode.bind(inputs, outputs)
+                for part in ("key", "value"):
+                    cache = decode.inputs.get(f"past_{part}_{layer}")
+                    if cache is None or cache.shape[2] != self._capacity(segment):
+                        raise _not_the_plan("decode", f"past_{part}_{layer}")
+                    if f"{part}_{layer}" not in decode.outputs:
+                        raise _not_the_plan("decode", f"{part}_{layer}")
 
     def _allocate_staging(self, *, whole: bool) -> dict[int, tuple[Buffer, Buffer]]:
         """Where a prefill graph writes each layer's keys and values, before they go into the cache's rows.
@@ -266,7 +284,7 @@ class Chain:
         outputs = self._outputs(name)
         self._steps.append(_Step(name, runner.bind(_pick(name, runner, flow), outputs)))
         if "indices" in outputs:
-            self._kept[stage] = outputs["indices"]
+            self._kept[stage], self._scores[stage] = outputs["indices"], outputs["scores"]
         return {part: outputs[f"{part}_out"] for part in ("hidden", "cos", "sin", "last")}
 
     def _wire_prefill(self, segment: Segment, flow: dict[str, Buffer]) -> dict[str, Buffer]:

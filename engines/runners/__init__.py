@@ -48,8 +48,8 @@ class Buffer(Protocol):
     def read(self) -> Array:
         """A copy in host memory."""
 
-    def view(self, shape: Sequence[int]) -> "Buffer":
-        """The beginning of the same memory as a tensor of another shape that needs no more bytes."""
+    def view(self, shape: Sequence[int], *, offset: int = 0) -> "Buffer":
+        """A part of the same memory as a tensor of another shape, from element `offset` on."""
 
     def write_rows(self, rows: "Array | Buffer", starts: Sequence[int]) -> None:
         """Replace rows of the second last axis.

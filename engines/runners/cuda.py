@@ -1,64 +1,228 @@
-"""Buffers in the memory of an NVIDIA GPU.
+"""Memory of an NVIDIA GPU: buffers at fixed addresses, and copies into them, out of them and between them.
 
-ONNX Runtime allocates the memory; copies go through the CUDA runtime library that onnxruntime-gpu has loaded already,
-because its Python interface cannot write part of a tensor. A row of a key/value cache lies once per head at a constant
-distance, so one strided copy (cudaMemcpy2D) writes it, and the cache itself is never moved.
+The CUDA runtime library is called directly, because no Python interface of ONNX Runtime or TensorRT writes part of a
+tensor. A row of a key/value cache lies once per head at a constant distance, so one strided copy writes it, and the
+cache itself is never moved. Copies are made at once (`Immediate`, beside ONNX Runtime, which computes on a stream of
+its own) or in the order of a stream (`Stream`, beside TensorRT, which computes on the stream it is given).
 
 Not yet run on a GPU: written after the CUDA runtime's documentation and tested against a library in host memory.
 """
 
 import ctypes
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
+from importlib.util import find_spec
 from math import prod
+from pathlib import Path
+from typing import Any, Final, Protocol
 
 import numpy as np
-import onnxruntime as ort
 
 from engines.runners import Array, Buffer, Dtype
 from engines.runners.host import check_rows
 from graphs.errors import CheckError, UnavailableError
 
-LIBRARIES = ("libcudart.so.13", "libcudart.so.12", "libcudart.so.11.0", "cudart64_13.dll", "cudart64_12.dll")
-DETECT_DIRECTION = 4  # cudaMemcpyDefault: the addresses tell which side is the device
+LIBRARIES: Final = ("libcudart.so.13", "libcudart.so.12", "libcudart.so.11.0", "cudart64_13.dll", "cudart64_12.dll")
+ALIGNMENT: Final = 256  # bytes: what cudaMalloc gives and TensorRT wants of every address
+DETECT_DIRECTION: Final = 4  # cudaMemcpyDefault: the addresses tell which side is the device
+CAPTURE_THIS_THREAD: Final = 1  # cudaStreamCaptureModeThreadLocal
+NON_BLOCKING: Final = 1  # cudaStreamNonBlocking: no order with the default stream, where others compute
+MAJOR_ATTRIBUTE, MINOR_ATTRIBUTE = 75, 76  # cudaDevAttrComputeCapabilityMajor and ...Minor
+INTEGRATED_ATTRIBUTE = 18  # cudaDevAttrIntegrated
+OUT_OF_MEMORY = 2  # cudaErrorMemoryAllocation
+
+
+class Owner(Protocol):
+    """What holds device memory: it is freed when the owner is gone."""
+
+    def data_ptr(self) -> int:
+        """The address."""
+
+
+class Transfers(Protocol):
+    """How bytes are copied. Host memory given as `keep` stays alive until the copy has read it."""
+
+    def copy(self, target: int, source: int, count: int, *, keep: object = None) -> None:
+        """`count` bytes."""
+
+    def copy_rows(
+        self, target: int, pitch: int, source: int, source_pitch: int, width: int, height: int, *, keep: object = None
+    ) -> None:
+        """`height` rows of `width` bytes; the pitches are the bytes from one row to the next."""
+
+    def finish(self) -> None:
+        """Return when all copies are done."""
+
+
+class CudaError(CheckError):
+    """A function of the CUDA runtime failed. `code` is its cudaError_t."""
+
+    def __init__(self, function: str, code: int, text: str) -> None:
+        super().__init__(
+            f"{function} failed with CUDA error {code}: {text}",
+            wanted="a working GPU",
+            do="nvidia-smi; or --device cpu",
+        )
+        self.code = code
+
+
+class Immediate:
+    """Copies that other work on the device cannot overtake."""
+
+    def copy(self, target: int, source: int, count: int, *, keep: object = None) -> None:
+        call("cudaMemcpy", target, source, count, DETECT_DIRECTION)
+
+    def copy_rows(
+        self, target: int, pitch: int, source: int, source_pitch: int, width: int, height: int, *, keep: object = None
+    ) -> None:
+        call("cudaMemcpy2D", target, pitch, source, source_pitch, width, height, DETECT_DIRECTION)
+
+    def finish(self) -> None:
+        # Copies inside the device return at once; ONNX Runtime computes on a stream that does not wait for them.
+        call("cudaDeviceSynchronize")
+
+
+class Stream:
+    """A stream of one device: what is put on it runs in order, while the host goes on."""
+
+    def __init__(self, device: int) -> None:
+        use_device(device)
+        handle = ctypes.c_size_t()
+        call("cudaStreamCreateWithFlags", ctypes.byref(handle), NON_BLOCKING)
+        self.handle = handle.value
+        self._kept: list[object] = []
+        _free_with(self, "cudaStreamDestroy", self.handle)
+
+    def copy(self, target: int, source: int, count: int, *, keep: object = None) -> None:
+        self._keep(keep)
+        call("cudaMemcpyAsync", target, source, count, DETECT_DIRECTION, self.handle)
+
+    def copy_rows(
+        self, target: int, pitch: int, source: int, source_pitch: int, width: int, height: int, *, keep: object = None
+    ) -> None:
+        self._keep(keep)
+        call("cudaMemcpy2DAsync", target, pitch, source, source_pitch, width, height, DETECT_DIRECTION, self.handle)
+
+    def finish(self) -> None:
+        call("cudaStreamSynchronize", self.handle)
+        self._kept.clear()
+
+    def capture(self, enqueue: Callable[[], None]) -> "Graph | None":
+        """What `enqueue` puts on the stream as a graph, without running it; None if it cannot be captured."""
+        graph = ctypes.c_size_t()
+        self.finish()
+        call("cudaStreamBeginCapture", self.handle, CAPTURE_THIS_THREAD)
+        failed = False
+        try:
+            enqueue()
+        except CheckError:  # work that may not be captured fails when it is enqueued; it is run plainly instead
+            failed = True
+        finally:
+            code = try_call("cudaStreamEndCapture", self.handle, ctypes.byref(graph))
+        if failed or code or not graph.value:
+            try_call("cudaGetLastError")  # an invalid capture leaves its error for the next call to find
+            return None
+        return Graph(graph.value)
+
+    def launch(self, graph: "Graph") -> None:
+        """Put a captured graph on the stream."""
+        call("cudaGraphLaunch", graph.handle, self.handle)
+
+    def _keep(self, memory: object) -> None:
+        if memory is not None:
+            self._kept.append(memory)
+
+
+class Graph:
+    """A captured graph, ready to be launched again and again. It takes the handle over and frees it."""
+
+    def __init__(self, captured: int) -> None:
+        executable = ctypes.c_size_t()
+        try:
+            call("cudaGraphInstantiateWithFlags", ctypes.byref(executable), captured, 0)
+        finally:
+            try_call("cudaGraphDestroy", captured)
+        self.handle = executable.value
+        _free_with(self, "cudaGraphExecDestroy", self.handle)
+
+
+class DeviceMemory:
+    """Zeroed bytes on a device, freed with this object. Raises UnavailableError if there is not that much."""
+
+    def __init__(self, size: int, *, device: int) -> None:
+        use_device(device)
+        pointer = ctypes.c_size_t()
+        code = try_call("cudaMalloc", ctypes.byref(pointer), size)
+        if code == OUT_OF_MEMORY:
+            try_call("cudaGetLastError")
+            free, total = memory(device)
+            raise UnavailableError(
+                f"the GPU has no {size / 2**20:.0f} MiB more: {free / 2**20:.0f} of {total / 2**20:.0f} MiB are free",
+                wanted="more free GPU memory",
+                do="close other programs, take a smaller profile, or build with --engine-weights shared",
+            )
+        _check("cudaMalloc", code)
+        self._pointer, self.size = pointer.value, size
+        _free_with(self, "cudaFree", self._pointer)
+        call("cudaMemset", self._pointer, 0, size)
+        call("cudaDeviceSynchronize")  # setting memory does not wait, and other streams do not wait for it
+
+    def data_ptr(self) -> int:
+        return self._pointer
 
 
 class CudaBuffer:
-    """A tensor in device memory at a fixed address."""
+    """A tensor in device memory at a fixed address, `offset` elements behind the beginning of its owner's memory."""
 
-    def __init__(self, owner: ort.OrtValue, dtype: Dtype, shape: Sequence[int]) -> None:
+    def __init__(
+        self,
+        owner: Owner,
+        dtype: Dtype,
+        shape: Sequence[int],
+        transfers: Transfers | None = None,
+        offset: int = 0,
+    ) -> None:
         self._owner = owner  # holds the memory
+        self._offset = offset
+        self._transfers: Transfers = Immediate() if transfers is None else transfers
         self.dtype: Dtype = dtype
         self.shape: tuple[int, ...] = tuple(shape)
-        self.pointer: int = owner.data_ptr()
+        self.pointer: int = owner.data_ptr() + offset * dtype.itemsize
 
     @staticmethod
-    def allocate(dtype: Dtype, shape: Sequence[int], *, device: int) -> "CudaBuffer":
-        """Zeroed memory for one tensor. Raises UnavailableError without the CUDA runtime library."""
+    def allocate(
+        dtype: Dtype, shape: Sequence[int], *, device: int, transfers: Transfers | None = None
+    ) -> "CudaBuffer":
+        """Zeroed memory for one tensor. Raises UnavailableError without a GPU or without that much memory."""
         size = max(prod(shape) * dtype.itemsize, 1)
-        owner = ort.OrtValue.ortvalue_from_shape_and_type([size], np.uint8, "cuda", device)
-        _call("cudaMemset", owner.data_ptr(), 0, size)
-        return CudaBuffer(owner, dtype, shape)
+        return CudaBuffer(DeviceMemory(size, device=device), dtype, shape, transfers)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor."""
+        return prod(self.shape) * self.dtype.itemsize
 
     def write(self, values: Array) -> None:
         if values.shape != self.shape:
             raise ValueError(f"cannot write {values.shape} into a buffer of shape {self.shape}")
-        host = np.ascontiguousarray(values, dtype=self.dtype)
-        _call("cudaMemcpy", self.pointer, host.ctypes.data, host.nbytes, DETECT_DIRECTION)
+        host = np.array(values, dtype=self.dtype, order="C")  # a copy: the caller may change his array at once
+        self._transfers.copy(self.pointer, host.ctypes.data, host.nbytes, keep=host)
 
     def read(self) -> Array:
         host = np.empty(self.shape, self.dtype)
-        _call("cudaMemcpy", host.ctypes.data, self.pointer, host.nbytes, DETECT_DIRECTION)
+        self._transfers.copy(host.ctypes.data, self.pointer, host.nbytes)
+        self._transfers.finish()
         return host
 
-    def view(self, shape: Sequence[int]) -> "CudaBuffer":
-        if prod(shape) > prod(self.shape):
-            raise ValueError(f"{tuple(shape)} needs more memory than {self.shape}")
-        return CudaBuffer(self._owner, self.dtype, shape)
+    def view(self, shape: Sequence[int], *, offset: int = 0) -> "CudaBuffer":
+        if offset < 0 or offset + prod(shape) > prod(self.shape):
+            raise ValueError(f"{tuple(shape)} at element {offset} needs more memory than {self.shape}")
+        return CudaBuffer(self._owner, self.dtype, shape, self._transfers, self._offset + offset)
 
     def write_rows(self, rows: Array | Buffer, starts: Sequence[int]) -> None:
         check_rows(self.shape, rows.shape, starts)
-        host = np.ascontiguousarray(rows, dtype=self.dtype) if isinstance(rows, np.ndarray) else None
+        host = np.array(rows, dtype=self.dtype, order="C") if isinstance(rows, np.ndarray) else None
         source = rows.pointer if host is None else host.ctypes.data  # type: ignore[union-attr]
         row = self.shape[-1] * self.dtype.itemsize
         width, pitch = rows.shape[-2] * row, self.shape[-2] * row  # bytes copied, bytes from one head to the next
@@ -66,40 +230,146 @@ class CudaBuffer:
         for sample, start in enumerate(starts):
             target = self.pointer + sample * heads * pitch + start * row
             origin = source + sample * heads * width
-            _call("cudaMemcpy2D", target, pitch, origin, width, width, heads, DETECT_DIRECTION)
-        # Copies inside the device return at once; ONNX Runtime computes on a stream that does not wait for them.
-        _call("cudaDeviceSynchronize")
+            self._transfers.copy_rows(target, pitch, origin, width, width, heads, keep=host)
+        if isinstance(self._transfers, Immediate):
+            self._transfers.finish()
 
 
-# Argument types of the CUDA runtime functions used here; addresses and sizes are as wide as a pointer.
-_WIDE, _INT = ctypes.c_size_t, ctypes.c_int
-_SIGNATURES: dict[str, tuple[type[ctypes.c_size_t] | type[ctypes.c_int], ...]] = {
-    "cudaMemset": (_WIDE, _INT, _WIDE),  # target, byte, count
-    "cudaMemcpy": (_WIDE, _WIDE, _WIDE, _INT),  # target, source, count, direction
-    "cudaMemcpy2D": (_WIDE, _WIDE, _WIDE, _WIDE, _WIDE, _WIDE, _INT),  # target, pitch, source, pitch, width, height
-    "cudaDeviceSynchronize": (),
-}
-
-
-def _call(name: str, *arguments: int) -> None:
-    """Call one function of the CUDA runtime. Raises CheckError if it reports an error."""
-    converted = [kind(argument) for kind, argument in zip(_SIGNATURES[name], arguments, strict=True)]
-    code = getattr(_library(), name)(*converted)
+def use_device(device: int) -> None:
+    """Make `device` the one that this thread's next calls mean. Raises UnavailableError if it is not there."""
+    code = try_call("cudaSetDevice", device)
     if code:
-        raise CheckError(
-            f"{name} failed with CUDA error {code}", wanted="a working GPU", do="nvidia-smi; or --device cpu"
+        try_call("cudaGetLastError")
+        raise UnavailableError(
+            f"no GPU {device}: CUDA error {code}, {error_text(code)}",
+            wanted="an NVIDIA GPU and its driver",
+            do="nvidia-smi shows the GPUs there are; without one, leave --engine and --device out",
         )
 
 
+def memory(device: int) -> tuple[int, int]:
+    """Free and all bytes of the device."""
+    use_device(device)
+    free, total = ctypes.c_size_t(), ctypes.c_size_t()
+    call("cudaMemGetInfo", ctypes.byref(free), ctypes.byref(total))
+    return free.value, total.value
+
+
+def compute_capability(device: int) -> str:
+    """Such as "8.7". Raises UnavailableError without a GPU."""
+    return f"{_attribute(MAJOR_ATTRIBUTE, device)}.{_attribute(MINOR_ATTRIBUTE, device)}"
+
+
+def shares_memory(device: int) -> bool:
+    """Whether the GPU has no memory of its own and uses the system's, as on a Jetson."""
+    return bool(_attribute(INTEGRATED_ATTRIBUTE, device))
+
+
+def _attribute(number: int, device: int) -> int:
+    use_device(device)
+    value = ctypes.c_int()
+    call("cudaDeviceGetAttribute", ctypes.byref(value), number, device)
+    return value.value
+
+
+# Argument types of the CUDA runtime functions used here; addresses, sizes and handles are as wide as a pointer.
+_WIDE, _INT, _OUT = ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p
+_SIGNATURES: Final[dict[str, tuple[Any, ...]]] = {
+    "cudaSetDevice": (_INT,),
+    "cudaMemGetInfo": (_OUT, _OUT),  # free, total
+    "cudaDeviceGetAttribute": (_OUT, _INT, _INT),  # value, attribute, device
+    "cudaMalloc": (_OUT, _WIDE),  # address, bytes
+    "cudaFree": (_WIDE,),
+    "cudaMemset": (_WIDE, _INT, _WIDE),  # target, byte, count
+    "cudaMemcpy": (_WIDE, _WIDE, _WIDE, _INT),  # target, source, count, direction
+    "cudaMemcpyAsync": (_WIDE, _WIDE, _WIDE, _INT, _WIDE),  # ..., stream
+    "cudaMemcpy2D": (_WIDE, _WIDE, _WIDE, _WIDE, _WIDE, _WIDE, _INT),  # target, pitch, source, pitch, width, height
+    "cudaMemcpy2DAsync": (_WIDE, _WIDE, _WIDE, _WIDE, _WIDE, _WIDE, _INT, _WIDE),
+    "cudaDeviceSynchronize": (),
+    "cudaGetLastError": (),
+    "cudaStreamCreateWithFlags": (_OUT, _INT),
+    "cudaStreamDestroy": (_WIDE,),
+    "cudaStreamSynchronize": (_WIDE,),
+    "cudaStreamBeginCapture": (_WIDE, _INT),  # stream, mode
+    "cudaStreamEndCapture": (_WIDE, _OUT),  # stream, graph
+    "cudaGraphInstantiateWithFlags": (_OUT, _WIDE, ctypes.c_ulonglong),  # executable graph, graph, flags
+    "cudaGraphLaunch": (_WIDE, _WIDE),  # executable graph, stream
+    "cudaGraphDestroy": (_WIDE,),
+    "cudaGraphExecDestroy": (_WIDE,),
+}
+
+
+def call(name: str, *arguments: Any) -> None:
+    """Call one function of the CUDA runtime. Raises CudaError if it reports an error."""
+    _check(name, try_call(name, *arguments))
+
+
+def try_call(name: str, *arguments: Any) -> int:
+    """Call one function of the CUDA runtime; its error code, 0 for success."""
+    converted = [
+        argument if kind is _OUT else kind(argument)
+        for kind, argument in zip(_SIGNATURES[name], arguments, strict=True)
+    ]
+    return int(getattr(library(), name)(*converted))
+
+
+def error_text(code: int) -> str:
+    """The runtime's own words for an error code."""
+    describe = library().cudaGetErrorString
+    describe.restype = ctypes.c_char_p
+    text = describe(ctypes.c_int(code))
+    return text.decode() if isinstance(text, bytes) else str(code)
+
+
+def _check(name: str, code: int) -> None:
+    if code:
+        raise CudaError(name, code, error_text(code))
+
+
+def _free_with(owner: object, function: str, handle: int) -> None:
+    """Have a function of the runtime called on `handle` when `owner` is gone; its error would help nobody then."""
+    weakref.finalize(owner, getattr(library(), function), _WIDE(handle))
+
+
 @cache
-def _library() -> ctypes.CDLL:
-    for name in LIBRARIES:
+def library() -> Any:
+    """The CUDA runtime library. Raises UnavailableError without one, without a driver, or with one that is too old."""
+    problem = ""
+    for name in _places():
         try:
-            return ctypes.CDLL(name)
+            loaded = ctypes.CDLL(name)
         except OSError:
             continue
+        runtime, driver = ctypes.c_int(), ctypes.c_int()
+        loaded.cudaRuntimeGetVersion(ctypes.byref(runtime))
+        loaded.cudaDriverGetVersion(ctypes.byref(driver))
+        if driver.value // 1000 >= runtime.value // 1000:  # a driver serves every runtime of its major version
+            return loaded
+        problem = problem or _version_problem(runtime.value, driver.value)
+    if problem:
+        raise UnavailableError(
+            problem,
+            wanted="an NVIDIA GPU with a driver for this CUDA version",
+            do="install one, or a newer one; nvidia-smi shows what there is",
+        )
     raise UnavailableError(
         f"none of {', '.join(LIBRARIES[:3])} can be loaded",
-        wanted="the CUDA runtime library of onnxruntime-gpu",
-        do='pip install "onnxruntime-gpu[cuda,cudnn]", or --device cpu',
+        wanted="the CUDA runtime library",
+        do='pip install "onnxruntime-gpu[cuda,cudnn]", or the CUDA toolkit; or --device cpu',
     )
+
+
+def _version_problem(runtime: int, driver: int) -> str:
+    if driver == 0:
+        return "there is no NVIDIA driver on this machine"
+    wanted, got = (f"{version // 1000}.{version % 1000 // 10}" for version in (runtime, driver))
+    return f"the NVIDIA driver is for CUDA {got}, the CUDA runtime library is {wanted}"
+
+
+def _places() -> Iterator[str]:
+    """Names that the loader looks for, then files in packages that carry the library."""
+    yield from LIBRARIES
+    for package, pattern in (("nvidia", "*/lib/libcudart.so.*"), ("onnxruntime_ep_nv_tensorrt_rtx", "libcudart.so.*")):
+        spec = find_spec(package)
+        for folder in (spec.submodule_search_locations or ()) if spec is not None else ():
+            yield from map(str, sorted(Path(folder).glob(pattern)))

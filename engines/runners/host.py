@@ -45,8 +45,10 @@ class HostBuffer:
         copy: Array = self.array.copy()
         return copy
 
-    def view(self, shape: Sequence[int]) -> "HostBuffer":
-        return HostBuffer(self.array.reshape(-1)[: prod(shape)].reshape(shape))
+    def view(self, shape: Sequence[int], *, offset: int = 0) -> "HostBuffer":
+        if offset < 0 or offset + prod(shape) > self.array.size:
+            raise ValueError(f"{tuple(shape)} at element {offset} needs more memory than {self.shape}")
+        return HostBuffer(self.array.reshape(-1)[offset : offset + prod(shape)].reshape(shape))
 
     def write_rows(self, rows: Array | Buffer, starts: Sequence[int]) -> None:
         source = rows if isinstance(rows, np.ndarray) else _array_of(rows)

@@ -15,6 +15,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
 from engines import native_library
 from engines.runners import Array, Bound, Buffer, Dtype, TensorSpec
+from engines.runners.binding import check_arrays, check_names, check_tensor
 from engines.runners.host import HostBuffer
 from graphs.errors import BtpError, CheckError, InputError, UnavailableError
 
@@ -80,8 +81,17 @@ class OrtLoader:
     def __call__(self, path: Path) -> "OrtRunner":
         if not path.is_file():
             raise InputError(f"no graph {path}", wanted="a complete bundle", do="export it again")
+        return self._open(str(path), path, self._options())
+
+    def open_model(self, content: bytes, path: Path) -> "OrtRunner":
+        """Open a graph from memory; its weights lie where those of the graph at `path` do. Raises as for a file."""
+        options = self._options()
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
+        return self._open(content, path, options)
+
+    def _open(self, source: str | bytes, path: Path, options: ort.SessionOptions) -> "OrtRunner":
         try:
-            session = ort.InferenceSession(str(path), self._options(), providers=self._providers())
+            session = ort.InferenceSession(source, options, providers=self._providers())
         except ORT_ERRORS as error:
             raise explain(error, path, "open") from error
         if self._kind == "cuda" and session.get_providers()[0] != "CUDAExecutionProvider":
@@ -138,20 +148,19 @@ class OrtRunner:
         self.outputs = {node.name: _spec(node, path) for node in session.get_outputs()}
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        check_arrays(self.path.name, inputs, self.inputs)
         buffers = {name: self._allocate(spec) for name, spec in (self.inputs | self.outputs).items()}
-        _check_names(self.path, inputs, self.inputs)
         for name, value in inputs.items():
-            _check_tensor(self.path, self.inputs[name], value.dtype, value.shape)
             buffers[name].write(value)
         self.bind({name: buffers[name] for name in self.inputs}, {name: buffers[name] for name in self.outputs})()
         return {name: buffers[name].read() for name in self.outputs}
 
     def bind(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> Bound:
-        _check_names(self.path, inputs, self.inputs)
-        _check_names(self.path, outputs, self.outputs)
+        check_names(self.path.name, inputs, self.inputs)
+        check_names(self.path.name, outputs, self.outputs)
         for name, spec in (self.inputs | self.outputs).items():
             buffer = inputs[name] if name in self.inputs else outputs[name]
-            _check_tensor(self.path, spec, buffer.dtype, buffer.shape)
+            check_tensor(self.path.name, spec, buffer.dtype, buffer.shape)
         return _OrtBound(self, inputs, outputs)
 
     def _allocate(self, spec: TensorSpec) -> Buffer:
@@ -213,6 +222,14 @@ def explain(error: Exception, path: Path, doing: str) -> BtpError:
     return CheckError(got, wanted="a graph that runs", do="btp-export verify shows which part is wrong")
 
 
+def onnxruntime_device(name: str) -> str:
+    """The device as asked for; `auto` is CUDA where this onnxruntime has it and a driver is there, else the CPU."""
+    if name != "auto":
+        return name
+    there = "CUDAExecutionProvider" in ort.get_available_providers() and Path("/dev/nvidiactl").exists()
+    return "cuda" if there else "cpu"
+
+
 def _parse_device(device: str) -> tuple[str, int]:
     kind, colon, number = device.partition(":")
     if device == "cpu":
@@ -241,22 +258,3 @@ def _spec(node: Any, path: Path) -> TensorSpec:
             do="export the bundle again",
         )
     return TensorSpec(node.name, ELEMENTS[node.type][0], tuple(node.shape))
-
-
-def _check_names(path: Path, given: Mapping[str, object], wanted: Mapping[str, TensorSpec]) -> None:
-    differences = [("missing", wanted.keys() - given.keys()), ("unknown", given.keys() - wanted.keys())]
-    if any(names for _, names in differences):
-        raise InputError(
-            f"{path.name}: " + "; ".join(f"{word} {', '.join(sorted(names))}" for word, names in differences if names),
-            wanted=f"exactly {', '.join(wanted)}",
-            do="give each tensor under the graph's own name",
-        )
-
-
-def _check_tensor(path: Path, spec: TensorSpec, dtype: Dtype, shape: Sequence[int]) -> None:
-    if dtype != spec.dtype or tuple(shape) != spec.shape:
-        raise InputError(
-            f"{path.name}: {spec.name} is {dtype} {list(shape)}",
-            wanted=f"{spec.dtype} {list(spec.shape)}",
-            do="convert it",
-        )

@@ -79,3 +79,23 @@ def test_incomplete_parts_are_refused(bundle: Bundle, tmp_path: Path) -> None:
     swapped = given["graphs"] | {"head": given["graphs"]["prefill_0"]}
     with pytest.raises(InputError):
         Chain(**given | {"graphs": swapped})
+
+
+@pytest.mark.parametrize("alignment", [64, 1 << 30])
+def test_caches_in_one_piece_or_apart(bundle: Bundle, alignment: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the layers of a segment lie is not to be seen in any result."""
+    found = []
+    for chosen in (1 << 30, alignment):
+        monkeypatch.setattr("engines.caches.ALIGNMENT", chosen)
+        chain = Chain(**parts(bundle))
+        pixels, prefix, text, last = inputs(bundle)
+        logits = [chain.prefill(pixels, prefix, text, last - 5).logits]
+        for step in range(3):
+            logits.append(chain.decode(np.full((1, bundle.spec.decoder.hidden_size), 0.1 * step, np.float32)))
+        caches = [cache for pair in chain.caches.values() for cache in pair]
+        found.append([*logits, *(cache.read() for cache in caches)])
+        ends = [cache.pointer + cache.read().nbytes for cache in caches]
+        joined = [cache.pointer == end for cache, end in zip(caches[1:], ends, strict=False)]
+        assert all(joined) == (chosen == 64)
+    for got, wanted in zip(*found, strict=True):
+        np.testing.assert_array_equal(got, wanted)

@@ -193,36 +193,36 @@ def test_host_buffer_rows() -> None:
 
 def test_cuda_rows_are_strided_copies(monkeypatch: pytest.MonkeyPatch) -> None:
     """The address arithmetic of CudaBuffer, with memory and copies of the host in place of the device's."""
-    import ctypes
-
     from engines.runners import cuda
+    from tests.engines.runners.host_cuda import HostCuda
 
-    def call(name: str, *arguments: int) -> None:
-        if name == "cudaMemcpy2D":
-            target, pitch, source, source_pitch, width, height, _ = arguments
-            for row in range(height):
-                ctypes.memmove(target + row * pitch, source + row * source_pitch, width)
-        elif name == "cudaMemcpy":
-            ctypes.memmove(*arguments[:3])
+    machine = HostCuda()
+    monkeypatch.setattr(cuda, "library", lambda: machine)
+    stream = cuda.Stream(0)
+    for transfers in (None, stream):
+        _check_rows(cuda.CudaBuffer, transfers)
+    assert {"cudaMemcpy2D", "cudaMemcpy2DAsync"} <= set(machine.calls)
 
-    class Owner:
-        def __init__(self, array: Any) -> None:
-            self.array = array
 
-        def data_ptr(self) -> int:
-            return int(self.array.ctypes.data)
-
-    monkeypatch.setattr(cuda, "_call", call)
+def _check_rows(kind: Any, transfers: Any) -> None:
     rng = np.random.default_rng(1)
-    cache: Any = cuda.CudaBuffer(Owner(np.zeros((2, 3, 8, 4), np.float16)), np.dtype(np.float16), (2, 3, 8, 4))  # type: ignore[arg-type]
+    cache = kind.allocate(np.dtype(np.float16), (2, 3, 8, 4), device=0, transfers=transfers)
     host = HostBuffer.allocate(np.dtype(np.float16), (2, 3, 8, 4))
     rows = rng.standard_normal((2, 3, 2, 4)).astype(np.float16)
-    device_rows: Any = cuda.CudaBuffer(Owner(rows), rows.dtype, rows.shape)  # type: ignore[arg-type]
+    device_rows = kind.allocate(rows.dtype, rows.shape, device=0, transfers=transfers)
+    device_rows.write(rows)
     for given, starts in ((rows, [1, 6]), (device_rows, [4, 0]), (rows[:, :, :1], [3, 3])):
         cache.write_rows(given, starts)
         host.write_rows(given.read() if given is device_rows else given, starts)
         np.testing.assert_array_equal(cache.read(), host.read())
-    hidden: Any = cuda.CudaBuffer(Owner(np.zeros((2, 5, 4), np.float32)), FLOAT, (2, 5, 4))  # type: ignore[arg-type]
+    passing = rows.copy()
+    cache.view((2, 3, 2, 4), offset=48).write(passing)
+    passing[:] = 0  # the caller's own array may change at once
+    np.testing.assert_array_equal(cache.read().reshape(-1)[48:96], rows.reshape(-1))
+    hidden = kind.allocate(FLOAT, (2, 5, 4), device=0, transfers=transfers)
     hidden.write_rows(np.ones((2, 2, 4), np.float32), [3, 3])
     np.testing.assert_array_equal(hidden.read()[:, 3:], 1.0)
     np.testing.assert_array_equal(hidden.read()[:, :3], 0.0)
+    for shape, offset in (((2, 5, 4), 1), ((1,), -1)):
+        with pytest.raises(ValueError, match="needs more memory"):
+            hidden.view(shape, offset=offset)

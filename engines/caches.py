@@ -1,0 +1,61 @@
+"""Memory of the decode graph's keys and values: a cache and a new row for each layer.
+
+With one sample, all keys and values of a segment lie in one piece, [1, all heads, rows, D], so that one copy appends
+the new rows of all its layers: on a GPU every copy is a launch of its own, however few its bytes.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from engines.runners import Buffer, Loader, TensorSpec
+from graphs.plan import Segment
+
+ALIGNMENT = 256  # bytes: what TensorRT wants of every address
+
+
+@dataclass
+class LayerMemory:
+    """Buffers by their names in the decode graph; `appended`: for each segment, which rows go into which cache."""
+
+    caches: dict[str, Buffer] = field(default_factory=dict)
+    rows: dict[str, Buffer] = field(default_factory=dict)
+    appended: list[list[tuple[Buffer, Buffer]]] = field(default_factory=list)
+
+    def append(self, segment: int, starts: Sequence[int]) -> None:
+        """Write the new rows of a segment's layers into their caches, sample b's at row starts[b]."""
+        for cache, row in self.appended[segment]:
+            cache.write_rows(row, starts)
+
+
+def allocate_layers(
+    loader: Loader, segments: Sequence[Segment], inputs: Mapping[str, TensorSpec], outputs: Mapping[str, TensorSpec]
+) -> LayerMemory:
+    """Memory for the layers' `past_*` inputs and the `key_*` and `value_*` outputs of a decode graph."""
+    memory = LayerMemory()
+    for segment in segments:
+        layers = range(segment.start, segment.stop)
+        names = [f"{part}_{layer}" for layer in layers for part in ("key", "value")]
+        caches, joined_caches = _allocate(loader, [inputs[f"past_{name}"] for name in names])
+        rows, joined_rows = _allocate(loader, [outputs[name] for name in names])
+        memory.caches |= {f"past_{name}": cache for name, cache in zip(names, caches, strict=True)}
+        memory.rows |= dict(zip(names, rows, strict=True))
+        if joined_caches is not None and joined_rows is not None:
+            memory.appended.append([(joined_caches, joined_rows)])
+        else:
+            memory.appended.append(list(zip(caches, rows, strict=True)))
+    return memory
+
+
+def _allocate(loader: Loader, specs: Sequence[TensorSpec]) -> tuple[list[Buffer], Buffer | None]:
+    """Buffers for tensors [B,K,N,D], and the one piece [1, all K, N, D] they are parts of if they can be.
+
+    They can where there is one sample, their shapes are the same, and each stays aligned.
+    """
+    first = specs[0]
+    batch, heads, count, size = first.shape
+    alike = all((spec.shape, spec.dtype) == (first.shape, first.dtype) for spec in specs)
+    if batch != 1 or not alike or first.nbytes % ALIGNMENT:
+        return [loader.allocate(spec.dtype, spec.shape) for spec in specs], None
+    whole = loader.allocate(first.dtype, (1, len(specs) * heads, count, size))
+    step = heads * count * size
+    return [whole.view(first.shape, offset=place * step) for place in range(len(specs))], whole

@@ -1,0 +1,282 @@
+"""TensorRT engines: opened by their record, over device buffers that are bound once.
+
+All engines of a process and a GPU share one `Session`: runtime, stream, the memory they compute in (they run one after
+another, so the largest need is enough), plugins, and, where weights are network inputs, one device copy of each matrix.
+Buffers are bound by address and never reallocated, so the caches are never copied, and a decode step is replayed as a
+CUDA graph from its second run on.
+
+TensorRT for RTX has the same classes and is served by the same code.
+
+Not yet run on a GPU: written after the Python API of TensorRT 10.3 to 11.1 and of TensorRT for RTX 1.7, and tested
+against a stand-in that computes with ONNX Runtime in the order of a stream.
+"""
+
+import mmap
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Final
+
+import ml_dtypes
+import numpy as np
+
+from engines.runners import Array, Buffer, Dtype, TensorSpec, cuda
+from engines.runners.binding import check_arrays, check_names, check_tensor
+from engines.tensorrt.records import BuiltEngine, EngineGraph, EnginesRecord, bundle_digest
+from engines.tensorrt.session import Session, build_again, explain
+from engines.tensorrt.weights import np_dtype
+from graphs.bundle import Bundle, Check
+from graphs.errors import BtpError, InputError
+from graphs.staging import SMALL_FILE, sha256
+
+CAPTURED: Final = frozenset({"decode"})  # graphs replayed as CUDA graphs: many short kernels, run again and again
+# Names of TensorRT's element types -> numpy's.
+DTYPES: Final[dict[str, Dtype]] = {
+    "FLOAT": np.dtype(np.float32),
+    "HALF": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "INT32": np.dtype(np.int32),
+    "INT64": np.dtype(np.int64),
+    "INT8": np.dtype(np.int8),
+    "UINT8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+}
+
+
+def open_engines(
+    bundle: Bundle, folder: Path, *, profile: str, device: str = "cuda", check: Check = "quick"
+) -> tuple["TrtLoader", dict[str, Path]]:
+    """A loader for the engines in `folder`, and the engine file of each graph of a profile, in running order.
+
+    What the records can tell is checked first, then the GPU, then TensorRT; nothing is deserialised here. Raises
+    InputError for engines that are missing, damaged or of another bundle, UnavailableError for a GPU, TensorRT or
+    plugin library that is not there or not the one they were built for.
+    """
+    record = EnginesRecord.load(folder)
+    if record.bundle_sha256 != bundle_digest(bundle):
+        raise InputError(
+            f"the engines in {folder} were made from another export of this bundle",
+            wanted="engines of the bundle as it is now",
+            do=build_again(record),
+        )
+    graphs = {graph.name: graph for graph in record.graphs if graph.profile == profile}
+    if not graphs:
+        names = ", ".join(dict.fromkeys(graph.profile for graph in record.graphs))
+        raise InputError(
+            f"there are no engines for profile {profile} in {folder}", wanted=names, do=build_again(record)
+        )
+    files = {name: folder / _check_engine(folder, record, graph, check).file for name, graph in graphs.items()}
+    loader = TrtLoader(folder, record, device=device)
+    loader.session.require_room(folder, list(graphs.values()))
+    return loader, files
+
+
+def _check_engine(folder: Path, record: EnginesRecord, graph: EngineGraph, check: Check) -> BuiltEngine:
+    """The engine's own record, if its file is the one that was built from the prepared graph."""
+    engine = graph.engine
+    if engine is None:
+        raise InputError(
+            f"graph {graph.name} in {folder} is prepared but no engine was built of it",
+            wanted="engines built on the device that runs them",
+            do=build_again(record),
+        )
+    path = folder / engine.file
+    size = path.stat().st_size if path.is_file() else -1
+    if size != engine.size:
+        got = "is missing" if size < 0 else f"has {size} bytes"
+        raise InputError(
+            f"{path} {got}", wanted=f"the engine as it was built, {engine.size} bytes", do=build_again(record)
+        )
+    if engine.graph_sha256 != graph.onnx.sha256:
+        raise InputError(f"{path} was built from another graph", wanted=f"{graph.onnx.file}", do=build_again(record))
+    if (check == "full" or size <= SMALL_FILE) and sha256(path) != engine.sha256:
+        raise InputError(f"{path} was changed or is damaged", wanted=f"sha256 {engine.sha256}", do=build_again(record))
+    return engine
+
+
+class TrtLoader:
+    """Opens the engines of one folder engines/<target>/. `path`s are those that `open_engines` gives."""
+
+    def __init__(self, folder: Path, record: EnginesRecord, *, device: str = "cuda") -> None:
+        self.folder, self.record = folder, record
+        number = _device_number(device)
+        self.device = f"cuda:{number}"
+        self.session = Session.of(record.flavour, number)
+        self.session.require(record)
+        self._graphs = {graph.engine.file: graph for graph in record.graphs if graph.engine is not None}
+
+    def __call__(self, path: Path) -> "TrtRunner":
+        graph = self._graphs.get(path.name)
+        if graph is None or not path.is_file():
+            raise InputError(f"no engine {path}", wanted="engines as they were built", do=build_again(self.record))
+        session = self.session
+        cuda.use_device(session.device)
+        weights = session.weights.bind(self.folder, graph)
+        session.log.clear()
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            engine = session.runtime.deserialize_cuda_engine(data)
+        if engine is None:
+            raise explain(session.log.errors, path, "open", self.record)
+        return TrtRunner(engine, path, graph, weights, self)
+
+    def allocate(self, dtype: Dtype, shape: Sequence[int]) -> Buffer:
+        return self.session.allocate(dtype, shape)
+
+    def memory(self) -> dict[str, int]:
+        """Bytes on the device by use, without inputs, outputs and caches. Engine files hold the baked weights."""
+        baked = sum(graph.engine.size for graph in self._graphs.values() if graph.engine is not None)
+        return {
+            "shared_weight_bytes": self.session.weights.nbytes,
+            "engine_file_bytes": baked,
+            "scratch_bytes": self.session.scratch.size,
+        }
+
+
+class TrtRunner:
+    """One deserialised engine. Weight inputs are bound already and not shown."""
+
+    def __init__(
+        self, engine: Any, path: Path, graph: EngineGraph, weights: Mapping[str, Buffer], loader: TrtLoader
+    ) -> None:
+        self.path, self.graph = path, graph
+        self.inputs = {spec.name: TensorSpec(spec.name, np_dtype(spec.dtype), spec.shape) for spec in graph.inputs}
+        self.outputs = {spec.name: TensorSpec(spec.name, np_dtype(spec.dtype), spec.shape) for spec in graph.outputs}
+        self._weights = dict(weights)
+        self._session = loader.session
+        matrices = {name: TensorSpec(name, buffer.dtype, buffer.shape) for name, buffer in weights.items()}
+        problem = _difference(loader.session.trt, engine, self.inputs | matrices, self.outputs)
+        if problem:
+            wanted = "the inputs and outputs in engines.json"
+            raise InputError(f"{path}: {problem}", wanted=wanted, do=build_again(loader.record))
+        self._context = _Context(engine, path, loader)
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        check_arrays(self.path.name, inputs, self.inputs)
+        buffers, bound = self._own
+        for name, value in inputs.items():
+            buffers[name].write(value)
+        bound()
+        return {name: buffers[name].read() for name in self.outputs}
+
+    def bind(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> "TrtBound":
+        check_names(self.path.name, inputs, self.inputs)
+        check_names(self.path.name, outputs, self.outputs)
+        for name, spec in (self.inputs | self.outputs).items():
+            buffer = inputs[name] if name in self.inputs else outputs[name]
+            check_tensor(self.path.name, spec, buffer.dtype, buffer.shape)
+            if buffer.pointer % cuda.ALIGNMENT:
+                raise ValueError(f"{self.path.name}: {name} is not aligned to {cuda.ALIGNMENT} bytes")
+        buffers = {**inputs, **outputs, **self._weights}
+        return TrtBound(self._context, buffers, replay=self.graph.name in CAPTURED)
+
+    @cached_property
+    def _own(self) -> "tuple[dict[str, Buffer], TrtBound]":
+        """Buffers of `run`, kept from call to call."""
+        specs = self.inputs | self.outputs
+        buffers = {name: self._session.allocate(spec.dtype, spec.shape) for name, spec in specs.items()}
+        inputs, outputs = ({name: buffers[name] for name in part} for part in (self.inputs, self.outputs))
+        return buffers, self.bind(inputs, outputs)
+
+
+def _difference(
+    trt: Any, engine: Any, inputs: Mapping[str, TensorSpec], outputs: Mapping[str, TensorSpec]
+) -> str | None:
+    """How the engine's tensors differ from those wanted, on the device and of static shape; None if they do not."""
+    found: dict[Any, dict[str, TensorSpec]] = {trt.TensorIOMode.INPUT: {}, trt.TensorIOMode.OUTPUT: {}}
+    for index in range(engine.num_io_tensors):
+        name = engine.get_tensor_name(index)
+        kind = engine.get_tensor_dtype(name).name
+        if engine.get_tensor_location(name) != trt.TensorLocation.DEVICE:
+            return f"{name} is in host memory"
+        if kind not in DTYPES:
+            return f"{name} is {kind}"
+        spec = TensorSpec(name, DTYPES[kind], tuple(engine.get_tensor_shape(name)))
+        found[engine.get_tensor_mode(name)][name] = spec
+    for word, there, wanted in zip(("input", "output"), found.values(), (inputs, outputs), strict=True):
+        for name in sorted(there.keys() ^ wanted.keys()):
+            return f"it has {'an' if name in there else 'no'} {word} {name}"
+        for name, spec in wanted.items():
+            if there[name] != spec:
+                return f"{word} {name} is {there[name].dtype} {list(there[name].shape)}"
+    return None
+
+
+class _Context:
+    """An engine's execution context, and whose addresses it has."""
+
+    def __init__(self, engine: Any, path: Path, loader: TrtLoader) -> None:
+        self.path, self.record, self.session = path, loader.record, loader.session
+        self._scratch_bytes = int(engine.device_memory_size_v2)
+        self.session.scratch.reserve(self._scratch_bytes)
+        self._context = engine.create_execution_context(
+            self.session.trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        )
+        if self._context is None:
+            raise self.explain("open")
+        self._state: tuple[object, int] | None = None
+
+    def use(self, owner: object, buffers: Mapping[str, Buffer]) -> bool:
+        """Set the addresses of `owner`'s buffers and of the scratch memory; False if they were set already."""
+        scratch = self.session.scratch
+        state = (owner, scratch.pointer)
+        if self._state == state:
+            return False
+        for name, buffer in buffers.items():
+            if not self._context.set_tensor_address(name, buffer.pointer):
+                raise self.explain("bind")
+        if self._scratch_bytes:
+            self._context.set_device_memory(scratch.pointer, scratch.size)
+        self._state = state
+        return True
+
+    def enqueue(self) -> None:
+        """Put the engine on the stream."""
+        self.session.log.clear()
+        if not self._context.execute_async_v3(self.session.stream.handle):
+            raise self.explain("run")
+
+    def explain(self, doing: str) -> BtpError:
+        """The error that TensorRT's log tells of."""
+        return explain(self.session.log.errors, self.path, doing, self.record)
+
+
+class TrtBound:
+    """An engine over fixed addresses.
+
+    With `replay`, runs from the second on are replays of a CUDA graph if the engine can be captured. The first one is
+    plain: TensorRT finishes its setup in it.
+    """
+
+    def __init__(self, context: _Context, buffers: Mapping[str, Buffer], *, replay: bool) -> None:
+        self._context, self._stream = context, context.session.stream
+        self._buffers = dict(buffers)  # kept so that the memory lives as long as its addresses are bound
+        self._owner = object()  # stands for this binding in the context, which must not keep it alive
+        self._replay = self._try = replay
+        self._ran = False
+        self._graph: cuda.Graph | None = None
+
+    def __call__(self) -> None:
+        cuda.use_device(self._context.session.device)
+        if self._context.use(self._owner, self._buffers):  # what was captured may have other addresses in it
+            self._graph, self._try, self._ran = None, self._replay, False
+        if self._try and self._ran and self._graph is None:
+            self._graph = self._stream.capture(self._context.enqueue)
+            self._try = self._graph is not None
+        if self._graph is not None:
+            self._stream.launch(self._graph)
+        else:
+            self._context.enqueue()
+        self._stream.finish()
+        self._ran = True
+
+    @property
+    def replayed(self) -> bool:
+        """Whether runs are replays of a CUDA graph by now."""
+        return self._graph is not None
+
+
+def _device_number(device: str) -> int:
+    kind, colon, number = device.partition(":")
+    if kind != "cuda" or (colon and not number.isdigit()):
+        raise InputError(f"device {device!r} for engines", wanted="cuda or cuda:<number>", do="leave --device out")
+    return int(number or 0)

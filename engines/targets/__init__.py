@@ -1,0 +1,91 @@
+"""Targets: the devices engines are made for, one small file each. Adding a device is adding a file with `TARGET`."""
+
+import difflib
+import importlib
+import pkgutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Final, Literal
+
+from graphs.errors import InputError
+from graphs.spec import Precision
+
+GB: Final = 10**9  # bandwidths and peaks are stated in powers of ten, memory sizes in powers of two
+GIB: Final = 2**30
+TFLOPS: Final = 10**12
+
+
+@dataclass(frozen=True)
+class Target:
+    """A device. `peak` holds dense FLOP/s by the precision of the operands; float32 without TF32.
+
+    `memory_bytes` is what the device has; on a board with `unified_memory` the system and every other process take
+    theirs from it. `sources` names where the numbers come from. `measured` is False as long as the choices (assembly,
+    engine weights, packing) are reasoned and no run on the device has confirmed them.
+    """
+
+    name: str
+    title: str
+    compute_capability: str  # "8.7"
+    flavour: Literal["tensorrt", "rtx"]
+    tensorrt_versions: tuple[str, ...]  # the first is the default
+    machine: Literal["aarch64", "x86_64"]
+    unified_memory: bool
+    memory_bytes: int
+    bandwidth: int  # bytes/s
+    peak: Mapping[Precision, float]
+    sources: tuple[str, ...]
+    precision: Precision = "float16"
+    assemble: Literal["segments", "whole"] = "segments"
+    engine_weights: Literal["baked", "shared"] = "baked"
+    pack_weights: bool = True  # with shared weights: q/k/v and gate/up as one product each
+    unsupported: Mapping[str, str] = field(default_factory=dict)  # TensorRT version -> why it is refused
+    measured: bool = False
+
+    def version(self, asked: str | None = None) -> str:
+        """The TensorRT version to prepare for: the default, or the one asked for. Raises InputError if it does not fit.
+
+        "10.x" among the target's versions stands for every version of that major one.
+        """
+        if asked is None:
+            return self.tensorrt_versions[0]
+        major, _, rest = asked.partition(".")
+        minor = f"{major}.{rest.split('.')[0]}"
+        wanted = f"TensorRT {', '.join(self.tensorrt_versions)}"
+        if asked in self.unsupported or minor in self.unsupported:
+            reason = self.unsupported.get(asked) or self.unsupported[minor]
+            raise InputError(
+                f"{self.title}: TensorRT {asked} is not supported: {reason}", wanted=wanted, do="update the system"
+            )
+        if not all(part.isdigit() for part in asked.split(".")) or not rest:
+            raise InputError(f"TensorRT version {asked!r}", wanted=wanted, do=f"--tensorrt {self.tensorrt_versions[0]}")
+        known = any(asked == one or asked.startswith(f"{one}.") for one in self.tensorrt_versions)
+        if not known and f"{major}.x" not in self.tensorrt_versions:
+            raise InputError(
+                f"TensorRT {asked} does not come with {self.title}",
+                wanted=wanted,
+                do=f"--tensorrt {self.tensorrt_versions[0]}, or another target",
+            )
+        return asked
+
+    @property
+    def sm(self) -> str:
+        """Compute capability as nvcc writes it: "87"."""
+        return self.compute_capability.replace(".", "")
+
+
+def known_targets() -> list[str]:
+    """Names of all targets, sorted."""
+    return sorted(module.name.replace("_", "-") for module in pkgutil.iter_modules(__path__))
+
+
+def find_target(name: str) -> Target:
+    """The target of that name. Raises InputError that names the close ones."""
+    names = known_targets()
+    if name not in names:
+        close = difflib.get_close_matches(name.lower().replace("_", "-"), names, n=3, cutoff=0.4)
+        raise InputError(
+            f"unknown target {name!r}", wanted=f"one of {', '.join(names)}", do=f"--target {(close or names)[0]}"
+        )
+    target: Target = importlib.import_module(f"{__name__}.{name.replace('-', '_')}").TARGET
+    return target

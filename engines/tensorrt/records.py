@@ -1,0 +1,177 @@
+"""engines.json of engines/<target>/ ("btp-engines/1"): what was prepared and built, from which bundle, for what.
+
+    engines.json   graphs/*.onnx   graphs/weights/*   <graph>[.<profile>].engine   inputs/<graph>/<input>.bin
+    build.sh   profile.sh   README.md   plugins/
+
+Paths are relative to that folder. Everything but the engines is there before TensorRT is touched.
+"""
+
+import json
+from pathlib import Path
+from typing import Final, Literal
+
+from pydantic import Field, model_validator
+
+from graphs.bundle import Bundle
+from graphs.errors import InputError
+from graphs.manifest import FileRecord, RelativePath, Sha256, TensorRecord
+from graphs.spec import Precision
+from graphs.staging import sha256
+from graphs.strict import Strict, parse_record
+
+FORMAT: Final = "btp-engines/1"
+FILE: Final = "engines.json"
+UNPRUNED: Final = "unpruned"  # folder inside engines/<target>/ with engines of the model without pruning
+
+Assemble = Literal["segments", "whole"]
+EngineWeights = Literal["baked", "shared"]
+Flavour = Literal["tensorrt", "rtx"]
+# How the custom operators get into an engine: the C++ library, the Python plugins, or the graphs' portable bodies.
+PluginForm = Literal["library", "python", "none"]
+# How a weight input's bytes are made of its sources: one source as it is, or several one after another along axis 0.
+Packing = Literal["none", "rows"]
+
+
+class WeightSource(Strict):
+    """Where a matrix lies: `nbytes` bytes at `offset` from the start of a safetensors file."""
+
+    tensor: str  # its name in the graph, the checkpoint's canonical name
+    file: RelativePath
+    offset: int
+    nbytes: int
+    dtype: str  # as stored ("float16"); the loader converts where the input has another
+    shape: tuple[int, ...]
+
+
+class WeightInput(TensorRecord):
+    """A matrix that is a network input: bound once, by every engine that has an input of this name."""
+
+    sources: tuple[WeightSource, ...]
+    packing: Packing = "none"
+
+    @model_validator(mode="after")
+    def _check(self) -> "WeightInput":
+        if (len(self.sources) > 1) != (self.packing == "rows"):
+            raise ValueError(f"{self.name}: {len(self.sources)} sources with packing {self.packing}")
+        return self
+
+
+class Estimate(Strict):
+    """Bytes expected before the build; how they are counted is in engines/tensorrt/estimate.py."""
+
+    weight_bytes: int  # matrices and constants that the graph reads, wherever they lie
+    engine_bytes: int  # the engine file
+    activation_bytes: int  # scratch memory of one run
+    io_bytes: int  # inputs and outputs without weights
+    build_peak_bytes: int  # memory of the building process
+
+
+class EngineLayer(Strict):
+    """One layer of a built engine; `plugin` is the custom operator's name where it is one."""
+
+    name: str
+    type: str
+    plugin: str | None = None
+
+
+class BuiltEngine(FileRecord):
+    """An engine file and how it was built. `file` is relative to the folder of engines.json."""
+
+    tensorrt_version: str
+    compute_capability: str
+    graph_sha256: Sha256  # of the prepared graph it was built from
+    plugin_sha256: Sha256 | None
+    seconds: float
+    peak_memory_bytes: int | None  # of the building process; None where the system does not say
+    layers: tuple[EngineLayer, ...]
+
+
+class EngineGraph(Strict):
+    """One prepared graph; `engine` is None until it is built."""
+
+    name: str
+    profile: str
+    onnx: FileRecord
+    inputs: tuple[TensorRecord, ...]  # without the weights
+    outputs: tuple[TensorRecord, ...]
+    layers: tuple[int, int] | None = None
+    weight_inputs: tuple[WeightInput, ...] = ()
+    custom_nodes: int = Field(ge=0)  # plugin layers that the engine must have
+    samples: dict[str, FileRecord] = Field(default_factory=dict)  # input name -> raw little-endian tensor
+    estimate: Estimate
+    engine: BuiltEngine | None = None
+
+
+class PluginRecord(Strict):
+    """The form of the custom operators, and the library's hash where a library was used."""
+
+    form: PluginForm
+    sha256: Sha256 | None = None
+
+
+class EnginesRecord(Strict):
+    """The whole engines.json; graphs are listed in the order in which they run, profile by profile."""
+
+    format: Literal["btp-engines/1"] = FORMAT
+    target: str
+    flavour: Flavour
+    tensorrt: str  # "10.3": the version the graphs were prepared for
+    compute_capability: str  # "8.7"
+    opset: int
+    precision: Precision
+    weights: EngineWeights
+    assemble: Assemble
+    plugins: PluginRecord
+    bundle_sha256: Sha256  # of the bundle's manifest.json
+    graphs: tuple[EngineGraph, ...]
+    notes: tuple[str, ...] = ()  # what was chosen and why, in plain words
+
+    def graph(self, name: str, profile: str) -> EngineGraph:
+        """The graph of that name and profile. Raises InputError if it is not there."""
+        for graph in self.graphs:
+            if (graph.name, graph.profile) == (name, profile):
+                return graph
+        raise InputError(
+            f"the engines for {self.target} have no graph {name} of profile {profile}",
+            wanted="engines of this bundle",
+            do=f"btp-export build BUNDLE --target {self.target} --force",
+        )
+
+    def to_json(self) -> str:
+        """The contents of engines.json; the same record gives the same bytes."""
+        return json.dumps(self.model_dump(mode="json"), indent=1, ensure_ascii=False) + "\n"
+
+    def save(self, folder: Path) -> None:
+        """Write engines.json in one step: a reader sees the old or the new one."""
+        partial = folder / f".{FILE}.partial"
+        partial.write_text(self.to_json(), encoding="utf-8")
+        partial.replace(folder / FILE)
+
+    @staticmethod
+    def load(folder: Path) -> "EnginesRecord":
+        """Read engines.json. Raises InputError if it is missing or not valid."""
+        path = folder / FILE
+        try:
+            text = path.read_bytes()
+        except OSError as error:
+            raise InputError(
+                f"no engines at {folder}: {FILE}: {error.strerror}",
+                wanted="engines/<target> of a bundle, as `btp-export build` writes it",
+                do=f"btp-export build BUNDLE --target {folder.name}",
+            ) from error
+        return parse_record(EnginesRecord, text, source=path, noun="engine record")
+
+
+def engines_folder(bundle: Bundle, target: str) -> Path:
+    """Where the engines of a target lie in a bundle."""
+    return bundle.root / "engines" / target
+
+
+def bundle_digest(bundle: Bundle) -> str:
+    """sha256 of manifest.json, which vouches for every other file."""
+    return sha256(bundle.root / "manifest.json")
+
+
+def engine_file(name: str, profile: str, *, several: bool) -> str:
+    """File name of a graph's engine; the profile is in it where a bundle has several."""
+    return f"{name}.{profile}.engine" if several else f"{name}.engine"

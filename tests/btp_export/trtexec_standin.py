@@ -1,0 +1,48 @@
+"""A program in trtexec's place, for profile.sh: takes the options of its version, writes results as trtexec does.
+
+PLAN names a file: {"version": [10, 3], "options": [...], "times": {engine: milliseconds}, "fail": engine or "", "root":
+folder}. An engine is named by its path in the folder of engines.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from tests.engines.tensorrt import trtexec_files as files
+
+
+def main() -> int:
+    plan = json.loads(Path(os.environ["PLAN"]).read_text())
+    version = tuple(plan["version"])
+    print(f"&&&& RUNNING TensorRT.trtexec [TensorRT v{version[0] * 10000 + version[1] * 100}] # {' '.join(sys.argv)}")
+    options = dict(argument.partition("=")[::2] for argument in sys.argv[1:])
+    if unknown := sorted(options.keys() - set(plan["options"])):
+        print(f"[E] Unknown option: {unknown[0]}")
+        return 1
+    if "--help" in options:
+        return 0
+    engine = Path(options["--loadEngine"])
+    name = str(engine.resolve().relative_to(Path(plan["root"]).resolve()))
+    if name == plan["fail"]:
+        print("\n".join(f"[I] line {number}" for number in range(30)))
+        print("[E] Error[1]: IRuntime::deserializeCudaEngine: Error Code 1: Serialization (magicTag)")
+        print("&&&& FAILED TensorRT.trtexec")
+        return 1
+    for pair in filter(None, options.get("--loadInputs", "").split(",")):
+        tensor, _, file = pair.rpartition(":")
+        assert Path(file).is_file(), f"no input of {tensor}: {file}"
+    prefix = options["--exportTimes"].removesuffix(".times.json")
+    assert (options["--exportProfile"], options["--exportLayerInfo"]) == (
+        f"{prefix}.profile.json",
+        f"{prefix}.layers.json",
+    )
+    files.write_results(prefix, plan["times"][name])
+    print("&&&& PASSED TensorRT.trtexec")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

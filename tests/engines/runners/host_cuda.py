@@ -1,0 +1,183 @@
+"""A CUDA runtime library in host memory, with the order of streams: what is put on a stream runs when it is waited for.
+
+So work that is not waited for has not happened, host memory that is given up too early is read as it is then, and a
+captured graph holds the work and not its results. Same functions and error codes as the real library, as far as
+engines/runners/cuda.py uses them.
+"""
+
+import ctypes
+from collections.abc import Callable
+from typing import Any
+
+Work = Callable[[], None]
+INVALID_VALUE, NO_DEVICE, INVALID_CAPTURE = 1, 100, 901
+INVALID_DEVICE, OUT_OF_MEMORY = 101, 2
+
+
+class Function:
+    """Like a function of a ctypes library: arguments as ctypes objects, and `restype` may be set."""
+
+    restype: Any = ctypes.c_int
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self._function(*(getattr(a, "_obj", a.value if hasattr(a, "value") else a) for a in arguments))
+
+
+class HostCuda:
+    """`memory` bytes on one GPU of the given compute capability."""
+
+    def __init__(self, *, capability: tuple[int, int] = (8, 7), memory: int = 1 << 30, devices: int = 1) -> None:
+        self.capability, self.total, self.devices = capability, memory, devices
+        self.blocks: dict[int, Any] = {}
+        self.streams: dict[int, list[Work]] = {}
+        self.graphs: dict[int, list[Work]] = {}
+        self.capturing: int | None = None
+        self.broken = False  # the capture that is going on met work that cannot be captured
+        self.integrated = False
+        self.calls: list[str] = []
+        self._handles = iter(range(1000, 1 << 30))
+
+    def __getattr__(self, name: str) -> Any:
+        if not name.startswith("cuda"):
+            raise AttributeError(name)
+        function = getattr(type(self), name[4:])
+
+        def call(*arguments: Any) -> Any:
+            self.calls.append(name)
+            return function(self, *arguments)
+
+        made = Function(call)
+        setattr(self, name, made)
+        return made
+
+    @property
+    def used(self) -> int:
+        return sum(size for _, size in self.blocks.values())
+
+    def enqueue(self, stream: int, work: Work, *, capturable: bool = True) -> bool:
+        """Put work on a stream; False if the stream is being captured and the work cannot be."""
+        if self.capturing == stream and not capturable:
+            self.broken = True
+            return False
+        self.streams[stream].append(work)
+        return True
+
+    # The functions, with plain integers and ctypes objects to write to.
+
+    def GetErrorString(self, code: int) -> bytes:
+        return {2: b"out of memory", 100: b"no CUDA-capable device is detected"}.get(code, b"an error")
+
+    def GetLastError(self) -> int:
+        return 0
+
+    def SetDevice(self, device: int) -> int:
+        if not self.devices:
+            return NO_DEVICE
+        return 0 if device < self.devices else INVALID_DEVICE
+
+    def MemGetInfo(self, free: Any, total: Any) -> int:
+        free.value, total.value = self.total - self.used, self.total
+        return 0
+
+    def DeviceGetAttribute(self, value: Any, attribute: int, device: int) -> int:
+        value.value = {75: self.capability[0], 76: self.capability[1], 18: int(self.integrated)}[attribute]
+        return 0
+
+    def Malloc(self, pointer: Any, size: int) -> int:
+        if self.used + size > self.total:
+            return OUT_OF_MEMORY
+        raw = (ctypes.c_uint8 * (size + 256))()
+        ctypes.memset(raw, 0xFF, size + 256)  # NaN in every float type: what is not zeroed shows
+        pointer.value = ctypes.addressof(raw) + -ctypes.addressof(raw) % 256
+        self.blocks[pointer.value] = (raw, size)
+        return 0
+
+    def Free(self, pointer: int) -> int:
+        self.blocks.pop(pointer)
+        return 0
+
+    def Memset(self, target: int, byte: int, count: int) -> int:
+        ctypes.memset(target, byte, count)
+        return 0
+
+    def Memcpy(self, target: int, source: int, count: int, direction: int) -> int:
+        self.DeviceSynchronize()
+        ctypes.memmove(target, source, count)
+        return 0
+
+    def MemcpyAsync(self, target: int, source: int, count: int, direction: int, stream: int) -> int:
+        self.enqueue(stream, lambda: ctypes.memmove(target, source, count) and None)
+        return 0
+
+    def Memcpy2D(
+        self, target: int, pitch: int, source: int, source_pitch: int, width: int, height: int, direction: int
+    ) -> int:
+        self.DeviceSynchronize()
+        _copy_rows(target, pitch, source, source_pitch, width, height)
+        return 0
+
+    def Memcpy2DAsync(self, *arguments: int) -> int:
+        self.enqueue(arguments[-1], lambda: _copy_rows(*arguments[:6]))
+        return 0
+
+    def DeviceSynchronize(self) -> int:
+        for stream in self.streams:
+            self.StreamSynchronize(stream)
+        return 0
+
+    def StreamCreateWithFlags(self, stream: Any, flags: int) -> int:
+        assert flags == 1, "a blocking stream waits for others' work on the default stream"
+        stream.value = next(self._handles)
+        self.streams[stream.value] = []
+        return 0
+
+    def StreamDestroy(self, stream: int) -> int:
+        del self.streams[stream]
+        return 0
+
+    def StreamSynchronize(self, stream: int) -> int:
+        if self.capturing == stream:
+            self.broken = True
+            return INVALID_CAPTURE
+        works, self.streams[stream] = self.streams[stream], []
+        for work in works:
+            work()
+        return 0
+
+    def StreamBeginCapture(self, stream: int, mode: int) -> int:
+        assert not self.streams[stream], "work from before the capture is not part of it"
+        self.capturing, self.broken = stream, False
+        return 0
+
+    def StreamEndCapture(self, stream: int, graph: Any) -> int:
+        assert self.capturing == stream
+        works, self.streams[stream], self.capturing = self.streams[stream], [], None
+        if self.broken:
+            return INVALID_CAPTURE
+        graph.value = next(self._handles)
+        self.graphs[graph.value] = works
+        return 0
+
+    def GraphInstantiateWithFlags(self, executable: Any, graph: int, flags: int) -> int:
+        executable.value = next(self._handles)
+        self.graphs[executable.value] = list(self.graphs[graph])
+        return 0
+
+    def GraphLaunch(self, executable: int, stream: int) -> int:
+        self.streams[stream] += self.graphs[executable]
+        return 0
+
+    def GraphDestroy(self, graph: int) -> int:
+        del self.graphs[graph]
+        return 0
+
+    GraphExecDestroy = GraphDestroy
+
+
+def _copy_rows(target: int, pitch: int, source: int, source_pitch: int, width: int, height: int) -> None:
+    assert width <= pitch and width <= source_pitch
+    for row in range(height):
+        ctypes.memmove(target + row * pitch, source + row * source_pitch, width)

@@ -1,0 +1,480 @@
+"""The TensorRT runner against a stand-in for TensorRT on a CUDA in host memory: binding, types, addresses, order.
+
+The stand-in computes with ONNX Runtime what is put on a stream, when the stream is waited for, so results that are
+equal to ONNX Runtime's own show that every address, type and order was right. What a GPU does with it is not shown.
+"""
+
+import gc
+import mmap
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from engines import native_library
+from engines.chain import Chain
+from engines.runners import cuda
+from engines.runners.onnxruntime import OrtLoader
+from engines.runners.tensorrt import TrtLoader, open_engines
+from engines.tensorrt import library
+from engines.tensorrt.library import Library
+from engines.tensorrt.prepare import Choices
+from engines.tensorrt.records import EnginesRecord, PluginRecord
+from engines.tensorrt.session import explain, make_log
+from graphs.bundle import ROPE_WEIGHTS, Bundle
+from graphs.checkpoint import open_tensors
+from graphs.errors import CheckError, InputError, UnavailableError
+from graphs.plan import PruningPlan, Stage
+from tests.engines.runners import host_tensorrt
+from tests.engines.runners.engine_folders import CAPABILITY, VERSION, machine_with_gpu, new_process, write_engines
+from tests.engines.runners.host_cuda import HostCuda
+
+STAGES = (
+    Stage(layer=2, keep=18, attention_quota=6, pool=24, boundary=18, diversity_quota=6, seeds=9),
+    Stage(layer=4, keep=0),
+)
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    new_process(monkeypatch)
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> HostCuda:
+    return machine_with_gpu(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def bundle(tiny_bundle: Any) -> Bundle:
+    whole: Bundle = tiny_bundle()
+    plan = PruningPlan(
+        model_type=whole.plan.model_type, num_layers=6, image_tokens=36, grid=whole.plan.grid, stages=STAGES
+    )
+    made: Bundle = tiny_bundle(plan)
+    return made
+
+
+@pytest.fixture(scope="module")
+def folders(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    made = {}
+    for name, choices in {
+        "baked": Choices(opset=18, plugins=False),
+        "shared": Choices(opset=18, plugins=False, weights="shared"),
+        "whole": Choices(opset=18, plugins=False, weights="shared", assemble="whole"),
+    }.items():
+        made[name] = tmp_path_factory.mktemp(name)
+        write_engines(bundle, made[name], choices)
+    return made
+
+
+def chain(bundle: Bundle, graphs: dict[str, Path], loader: Any) -> Chain:
+    rope = open_tensors(bundle.weights / ROPE_WEIGHTS)
+    tables = (rope["cos"].read(), rope["sin"].read())
+    return Chain(graphs, plan=bundle.plan, profile=bundle.profile(), rope=tables, loader=loader)
+
+
+def engines(bundle: Bundle, folder: Path, **options: Any) -> tuple[TrtLoader, dict[str, Path]]:
+    return open_engines(bundle, folder, profile=bundle.profile().name, **options)
+
+
+def inputs(bundle: Bundle, seed: int = 0) -> tuple[Any, ...]:
+    rng = np.random.default_rng(seed)
+    profile, hidden = bundle.profile(), bundle.spec.decoder.hidden_size
+
+    def noise(*shape: int) -> Any:
+        return rng.standard_normal(shape, dtype=np.float32)
+
+    rows = (noise(1, profile.prefix_tokens, hidden), noise(1, profile.text_tokens, hidden))
+    return noise(1, 3, *profile.image_size), *rows, np.array([profile.total_tokens - 3])
+
+
+def conversation(model: Chain, given: tuple[Any, ...], steps: int = 5) -> list[Any]:
+    """Logits of a prefill and of decode steps on rows that depend on the logits before, and all caches."""
+    run = model.prefill(*given)
+    found = [run.logits, *run.kept.values(), *run.lengths]
+    logits = run.logits
+    for _ in range(steps):
+        logits = model.decode(np.tile(logits[:, :8], (1, 8)).astype(np.float32) / 4)
+        found.append(logits)
+    return found + [cache.read() for pair in model.caches.values() for cache in pair]
+
+
+@pytest.mark.parametrize("kind", ["baked", "shared", "whole"])
+def test_the_chain_runs_as_in_onnx_runtime(
+    kind: str, bundle: Bundle, folders: dict[str, Path], machine: HostCuda
+) -> None:
+    loader, graphs = engines(bundle, folders[kind])
+    mine = chain(bundle, graphs, loader)
+    if kind == "baked":
+        record = EnginesRecord.load(folders[kind])
+        onnx = {graph.name: folders[kind] / graph.onnx.file for graph in record.graphs}
+        reference, tolerance = chain(bundle, onnx, OrtLoader(threads=1)), 0.0
+    else:  # against the bundle's own graphs: packed products and opset 18 give the same only up to rounding
+        reference, tolerance = chain(bundle, _onnx(bundle), OrtLoader(threads=1)), 1e-4
+    for seed in (0, 1):  # the second conversation meets buffers that the first has used, and a captured decode
+        given = inputs(bundle, seed)
+        for got, wanted in zip(conversation(mine, given), conversation(reference, given), strict=True):
+            np.testing.assert_allclose(got, wanted, rtol=0, atol=tolerance * max(1.0, float(np.abs(wanted).max())))
+
+
+def _onnx(bundle: Bundle) -> dict[str, Path]:
+    return {graph.name: bundle.root / graph.file for graph in bundle.graphs()}
+
+
+def test_decode_is_replayed_from_a_graph(bundle: Bundle, folders: dict[str, Path], machine: HostCuda) -> None:
+    loader, graphs = engines(bundle, folders["baked"])
+    model = chain(bundle, graphs, loader)
+    model.prefill(*inputs(bundle))
+    row = np.zeros((1, bundle.spec.decoder.hidden_size), np.float32)
+    for _ in range(4):
+        model.decode(row)
+    assert machine.calls.count("cudaStreamBeginCapture") == machine.calls.count("cudaGraphInstantiateWithFlags") == 1
+    assert machine.calls.count("cudaGraphLaunch") == 3
+    model.prefill(*inputs(bundle))
+    model.decode(row)
+    assert machine.calls.count("cudaGraphLaunch") == 4
+
+
+def test_what_cannot_be_captured_runs_plainly(bundle: Bundle, tmp_path: Path, machine: HostCuda) -> None:
+    write_engines(bundle, tmp_path, Choices(opset=18, plugins=False), capturable=False)
+    loader, graphs = engines(bundle, tmp_path)
+    model = chain(bundle, graphs, loader)
+    reference = chain(bundle, _onnx(bundle), OrtLoader(threads=1))
+    for got, wanted in zip(conversation(model, inputs(bundle)), conversation(reference, inputs(bundle)), strict=True):
+        np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-4 * max(1.0, float(np.abs(wanted).max())))
+    assert machine.calls.count("cudaStreamBeginCapture") == 1
+    assert "cudaGraphLaunch" not in machine.calls
+
+
+def test_decode_neither_allocates_nor_copies_caches(
+    bundle: Bundle, folders: dict[str, Path], machine: HostCuda
+) -> None:
+    loader, graphs = engines(bundle, folders["shared"])
+    model = chain(bundle, graphs, loader)
+    model.prefill(*inputs(bundle))
+    row = np.zeros((1, bundle.spec.decoder.hidden_size), np.float32)
+    model.decode(row)
+    blocks = dict(machine.blocks)
+    pointers = {layer: [cache.pointer for cache in pair] for layer, pair in model.caches.items()}
+    machine.calls.clear()
+    model.decode(row)
+    assert machine.blocks == blocks and "cudaMalloc" not in machine.calls
+    assert {layer: [cache.pointer for cache in pair] for layer, pair in model.caches.items()} == pointers
+    assert machine.calls.count("cudaMemcpy2DAsync") <= 2 * bundle.plan.num_layers
+
+
+def test_shared_weights_are_on_the_device_once(bundle: Bundle, folders: dict[str, Path], machine: HostCuda) -> None:
+    loader, graphs = engines(bundle, folders["shared"])
+    record = EnginesRecord.load(folders["shared"])
+    by_name = {weight.name: weight for graph in record.graphs for weight in graph.weight_inputs}
+    uses = sum(len(graph.weight_inputs) for graph in record.graphs)
+    assert uses > len(by_name) > 0  # prefill and decode have the same matrices
+    wanted = sum(int(np.prod(weight.shape)) * 4 for weight in by_name.values())
+    assert loader.session.weights.missing_bytes(loader.folder, record.graphs) == wanted
+    runners = [loader(path) for path in graphs.values()]
+    assert loader.memory()["shared_weight_bytes"] == wanted
+    assert loader.session.weights.missing_bytes(loader.folder, record.graphs) == 0
+    assert all(not set(by_name) & set(runner.inputs) for runner in runners)
+    used = machine.used
+    other, _ = engines(bundle, folders["whole"])  # another folder, the same files
+    for name in ("prefill", "decode"):
+        other(folders["whole"] / f"{name}.engine")
+    assert loader.memory()["shared_weight_bytes"] == wanted and machine.used >= used
+
+
+def test_engines_share_the_memory_they_compute_in(bundle: Bundle, folders: dict[str, Path], machine: HostCuda) -> None:
+    loader, graphs = engines(bundle, folders["baked"])
+    runners = [loader(path) for path in graphs.values()]
+    needs = [host_tensorrt.SCRATCH_PER_INPUT * len(runner.inputs) for runner in runners]
+    assert loader.memory()["scratch_bytes"] == max(needs) < sum(needs)
+
+
+def test_everything_is_freed(bundle: Bundle, folders: dict[str, Path], machine: HostCuda) -> None:
+    loader, graphs = engines(bundle, folders["shared"])
+    model = chain(bundle, graphs, loader)
+    conversation(model, inputs(bundle), 3)
+    del model
+    gc.collect()  # a chain's steps refer to it
+    gc.disable()
+    try:
+        kept = machine.used
+        runner = loader(graphs["decode"])
+        runner.run({name: np.zeros(spec.shape, spec.dtype) for name, spec in runner.inputs.items()})
+        assert machine.used > kept
+        del runner
+        assert machine.used == kept  # without waiting for the collector: verification opens one graph after another
+        del loader
+        assert machine.used == 0 and not machine.streams and not machine.graphs
+    finally:
+        gc.enable()
+
+
+def test_run_keeps_its_buffers(bundle: Bundle, folders: dict[str, Path], machine: HostCuda) -> None:
+    loader, graphs = engines(bundle, folders["baked"])
+    runner = loader(graphs["head"])
+    reference = OrtLoader(threads=1)(folders["baked"] / "graphs" / "head.onnx")
+    rng = np.random.default_rng(5)
+    for _ in range(2):
+        given = {
+            "hidden": rng.standard_normal(runner.inputs["hidden"].shape, dtype=np.float32),
+            "last": np.array([7], np.int32),
+        }
+        np.testing.assert_array_equal(runner.run(given)["logits"], reference.run(given)["logits"])
+        count = machine.calls.count("cudaMalloc")
+    runner.run(given)
+    assert machine.calls.count("cudaMalloc") == count
+    with pytest.raises(InputError, match="missing last"):
+        runner.run({"hidden": given["hidden"]})
+    with pytest.raises(InputError, match="float64"):
+        runner.run(given | {"hidden": given["hidden"].astype(np.float64)})
+
+
+def test_two_bindings_of_one_engine_do_not_mix(bundle: Bundle, folders: dict[str, Path], machine: HostCuda) -> None:
+    loader, graphs = engines(bundle, folders["baked"])
+    runner = loader(graphs["head"])
+    reference = OrtLoader(threads=1)(folders["baked"] / "graphs" / "head.onnx")
+    rng = np.random.default_rng(6)
+    made = []
+    for _ in range(2):
+        buffers = {n: loader.allocate(s.dtype, s.shape) for n, s in (runner.inputs | runner.outputs).items()}
+        given = {"hidden": rng.standard_normal(runner.inputs["hidden"].shape, dtype=np.float32)}
+        given["last"] = np.array([3], np.int32)
+        for name, value in given.items():
+            buffers[name].write(value)
+        bound = runner.bind({n: buffers[n] for n in runner.inputs}, {n: buffers[n] for n in runner.outputs})
+        made.append((bound, buffers, reference.run(given)["logits"]))
+    for bound, buffers, wanted in [*made, *made]:
+        bound()
+        np.testing.assert_array_equal(buffers["logits"].read(), wanted)
+    off = loader.allocate(np.dtype(np.int32), (65,)).view((1,), offset=1)
+    with pytest.raises(ValueError, match="aligned"):
+        runner.bind({"hidden": made[0][1]["hidden"], "last": off}, {"logits": made[0][1]["logits"]})
+
+
+# -- what is refused, and when ---------------------------------------------------------------------------------------
+
+
+def broken(bundle: Bundle, folder: Path, **changes: Any) -> EnginesRecord:
+    """Engines whose record says something else than the rest."""
+    made = write_engines(bundle, folder, Choices(opset=18, plugins=False)).model_copy(update=changes)
+    made.save(folder)
+    return made
+
+
+def with_engine(record: EnginesRecord, name: str, **changes: Any) -> EnginesRecord:
+    graphs = []
+    for graph in record.graphs:
+        if graph.name == name:
+            engine = None if changes == {"engine": None} else graph.engine.model_copy(update=changes)  # type: ignore[union-attr]
+            graph = graph.model_copy(update={"engine": engine})
+        graphs.append(graph)
+    return record.model_copy(update={"graphs": tuple(graphs)})
+
+
+def test_records_are_checked_before_the_gpu(bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_gpu() -> Any:
+        raise AssertionError("the GPU was asked for")
+
+    monkeypatch.setattr(cuda, "library", no_gpu)
+    with pytest.raises(InputError, match=r"no engines at .*engines\.json"):
+        engines(bundle, tmp_path / "nowhere")
+    folder = tmp_path / "engines"
+    record = write_engines(bundle, folder, Choices(opset=18, plugins=False))
+    cases = [
+        (record.model_copy(update={"bundle_sha256": "0" * 64}), "another export"),
+        (with_engine(record, "head", engine=None), "head .* no engine was built"),
+        (with_engine(record, "head", file="gone.engine"), r"gone\.engine is missing"),
+        (with_engine(record, "head", size=1), "has .* bytes"),
+        (with_engine(record, "decode", sha256="0" * 64), "decode.engine was changed or is damaged"),
+        (with_engine(record, "decode", graph_sha256="0" * 64), "built from another graph"),
+        (record.model_copy(update={"graphs": ()}), "no engines for profile"),
+    ]
+    for wrong, message in cases:
+        wrong.save(folder)
+        with pytest.raises(InputError, match=message) as caught:
+            engines(bundle, folder)
+        assert "btp-export build" in caught.value.do
+    (folder / "engines.json").write_text('{"format": "btp-engines/2"}')
+    with pytest.raises(InputError, match="not a valid engine record"):
+        engines(bundle, folder)
+
+
+def test_no_gpu_no_driver(bundle: Bundle, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "library", lambda: HostCuda(devices=0))
+    with pytest.raises(UnavailableError, match="no CUDA-capable device"):
+        engines(bundle, folders["baked"])
+    monkeypatch.setattr(cuda, "library", lambda: HostCuda(devices=1))
+    with pytest.raises(UnavailableError, match="no GPU 1"):
+        engines(bundle, folders["baked"], device="cuda:1")
+    for device in ("cpu", "cuda:x", "gpu"):
+        with pytest.raises(InputError, match="device"):
+            engines(bundle, folders["baked"], device=device)
+
+
+def test_another_version_or_gpu_by_the_record(
+    bundle: Bundle, folders: dict[str, Path], machine: HostCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    newer = host_tensorrt.module(machine, "10.16.1.11")
+    monkeypatch.setattr(library, "load", lambda flavour: Library(flavour, "10.16.1.11", newer))
+    with pytest.raises(UnavailableError, match=r"built by TensorRT 10\.3\.0\.26, 10\.16\.1\.11 is installed"):
+        engines(bundle, folders["baked"])
+    new_process(monkeypatch)
+    machine.capability = (8, 9)
+    with pytest.raises(UnavailableError, match=r"capability 8\.7, GPU 0 has 8\.9"):
+        monkeypatch.setattr(library, "load", lambda flavour: Library(flavour, VERSION, newer))
+        engines(bundle, folders["baked"])
+
+
+@pytest.mark.parametrize(
+    ("built", "kind", "message"),
+    [
+        ({"version": "10.3.0.30"}, UnavailableError, "not compatible with this version"),
+        ({"capability": "8.9"}, UnavailableError, "incompatible device"),
+    ],
+)
+def test_another_version_or_gpu_by_tensorrt(
+    built: dict[str, str], kind: type[Exception], message: str, bundle: Bundle, tmp_path: Path, machine: HostCuda
+) -> None:
+    """Where the record does not tell: what TensorRT answers is passed on."""
+    record = write_engines(bundle, tmp_path, Choices(opset=18, plugins=False), **built)
+    for graph in record.graphs:
+        record = with_engine(record, graph.name, tensorrt_version=VERSION, compute_capability=CAPABILITY)
+    record.save(tmp_path)
+    loader, graphs = engines(bundle, tmp_path)
+    with pytest.raises(kind, match=message):
+        loader(graphs["vision"])
+
+
+def test_a_file_that_is_no_engine(bundle: Bundle, tmp_path: Path, machine: HostCuda) -> None:
+    write_engines(bundle, tmp_path, Choices(opset=18, plugins=False))
+    loader, graphs = engines(bundle, tmp_path)
+    size = graphs["head"].stat().st_size
+    graphs["head"].write_bytes(b"x" * size)  # after the check: as a disk does
+    with pytest.raises(InputError, match="magicTag"):
+        loader(graphs["head"])
+    with pytest.raises(InputError, match="no engine"):
+        loader(tmp_path / "other.engine")
+
+
+def test_an_engine_of_other_tensors(bundle: Bundle, tmp_path: Path, machine: HostCuda) -> None:
+    record = write_engines(bundle, tmp_path, Choices(opset=18, plugins=False))
+    for wrong, message in (
+        ({"inputs": ()}, "it has an input"),
+        ({"outputs": ()}, "it has an output logits"),
+    ):
+        graphs = tuple(g.model_copy(update=wrong) if g.name == "head" else g for g in record.graphs)
+        record.model_copy(update={"graphs": graphs}).save(tmp_path)
+        loader, files = engines(bundle, tmp_path)
+        with pytest.raises(InputError, match=message):
+            loader(files["head"])
+    head = next(graph for graph in record.graphs if graph.name == "head")
+    other = (head.outputs[0].model_copy(update={"shape": (1, 3)}),)
+    graphs = tuple(g.model_copy(update={"outputs": other}) if g.name == "head" else g for g in record.graphs)
+    record.model_copy(update={"graphs": graphs}).save(tmp_path)
+    loader, files = engines(bundle, tmp_path)
+    with pytest.raises(InputError, match="output logits is float32"):
+        loader(files["head"])
+
+
+def test_too_little_gpu_memory(bundle: Bundle, folders: dict[str, Path], machine: HostCuda) -> None:
+    loader, graphs = engines(bundle, folders["shared"])
+    uploaded = machine.used
+    machine.total = 100_000
+    with pytest.raises(UnavailableError, match="the engines need about"):
+        engines(bundle, folders["shared"])
+    assert machine.used == uploaded
+    machine.integrated = True  # what is free does not tell there; what there is does
+    with pytest.raises(UnavailableError, match="engines need about"):
+        engines(bundle, folders["shared"])
+    with pytest.raises(UnavailableError, match=r"the GPU has no .* MiB more"):
+        loader(graphs["decode"])
+    assert explain(["CUDA out of memory"], Path("a.engine"), "open", loader.record).exit_code == 3
+
+
+class TestPlugins:
+    """The form the engines were built with is registered, once, and only if it is that very library."""
+
+    @pytest.fixture
+    def folder(self, bundle: Bundle, tmp_path: Path) -> Path:
+        record = write_engines(bundle, tmp_path / "engines", Choices(opset=18, plugins=False))
+        graphs = tuple(g.model_copy(update={"custom_nodes": int(g.name == "select_0")}) for g in record.graphs)
+        plugins = PluginRecord(form="library", sha256="1" * 64)
+        record.model_copy(update={"graphs": graphs, "plugins": plugins}).save(tmp_path / "engines")
+        return tmp_path / "engines"
+
+    def test_missing(
+        self, bundle: Bundle, folder: Path, machine: HostCuda, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        monkeypatch.setenv(native_library.VARIABLE, str(tmp_path))
+        with pytest.raises(UnavailableError, match=r"libbtp_trt_dynamic\.so was not found"):
+            engines(bundle, folder)
+
+    def test_another_library(
+        self, bundle: Bundle, folder: Path, machine: HostCuda, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        path = tmp_path / "libbtp_trt_dynamic.so"
+        path.write_bytes(b"a library")
+        monkeypatch.setenv(native_library.VARIABLE, str(tmp_path))
+        there = native_library.NativeLibrary("btp_trt_dynamic", path, ("89",))
+        monkeypatch.setattr(native_library, "inspect", lambda name, path: there)
+        with pytest.raises(UnavailableError, match=r"was built for 89"):
+            engines(bundle, folder)
+        there = native_library.NativeLibrary("btp_trt_dynamic", path, ("87", "89"))
+        with pytest.raises(UnavailableError, match="not the plugin library that the engines were built with"):
+            engines(bundle, folder)
+        loaded: list[str] = []
+        monkeypatch.setattr("engines.plugins.register_native", lambda trt, path: loaded.append(path))
+        from graphs.staging import sha256
+
+        record = EnginesRecord.load(folder)
+        right = record.model_copy(update={"plugins": PluginRecord(form="library", sha256=sha256(path))})
+        right.save(folder)
+        for _ in range(2):
+            engines(bundle, folder)
+        assert loaded == [path]
+        right.model_copy(update={"plugins": PluginRecord(form="library", sha256="2" * 64)}).save(folder)
+        with pytest.raises(CheckError, match="other plugins"):
+            engines(bundle, folder)
+
+
+@pytest.fixture(scope="module")
+def real() -> Any:
+    """TensorRT for RTX's module."""
+    try:
+        return library.load("rtx").module
+    except UnavailableError as error:
+        pytest.skip(error.got)
+
+
+def test_the_real_library_reads_a_mapped_file_and_says_what_is_wrong(
+    real: Any, bundle: Bundle, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """Our log class and the mapped file as the real bindings take them; no GPU is needed to refuse a file."""
+    path = tmp_path / "head.engine"
+    path.write_bytes(b"no engine " * 100)
+    log = make_log(real)
+    runtime = real.Runtime(log)
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        assert runtime.deserialize_cuda_engine(data) is None
+    error = explain(log.errors, path, "open", EnginesRecord.load(folders["baked"]))
+    assert isinstance(error, InputError) and "magicTag" in error.got
+
+
+def test_the_stand_in_has_no_names_of_its_own(real: Any) -> None:
+    """Every class, method and member that the stand-in offers, TensorRT for RTX has too."""
+    module = host_tensorrt.module(HostCuda())
+    pairs = [
+        (module.Runtime, real.Runtime),
+        (host_tensorrt.Engine, real.ICudaEngine),
+        (host_tensorrt.Context, real.IExecutionContext),
+        (host_tensorrt.ILogger, real.ILogger),
+    ]
+    for mine, theirs in pairs:
+        public = {name for name, value in vars(mine).items() if not name.startswith("_") and value is not None}
+        assert public <= set(dir(theirs)), (mine, public - set(dir(theirs)))
+    for kind in ("DataType", "TensorIOMode", "TensorLocation", "ExecutionContextAllocationStrategy"):
+        assert set(getattr(module, kind).__members__) <= set(getattr(real, kind).__members__)
+    log = real.ILogger.Severity
+    assert {"INTERNAL_ERROR", "ERROR"} <= set(log.__members__)

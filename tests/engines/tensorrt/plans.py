@@ -1,0 +1,28 @@
+"""Plans whose stages differ in what their selection reads: similarity and seeds, similarity, scores alone, nothing."""
+
+from typing import Any
+
+from graphs.plan import PruningPlan, Stage
+
+STAGES = (
+    Stage(layer=2, keep=18, attention_quota=6, pool=20, boundary=18, diversity_quota=4, seeds=4),
+    Stage(layer=3, keep=12, attention_quota=4, pool=8, diversity_quota=2),
+    Stage(layer=4, keep=6, attention_quota=6, pool=6),
+    Stage(layer=5, keep=0),
+)
+
+
+def staged_plan(spec: Any, *stages: Stage) -> PruningPlan:
+    """A plan of those stages, all four forms if none is given."""
+    return PruningPlan(
+        model_type=spec.model_type,
+        num_layers=spec.decoder.num_layers,
+        image_tokens=spec.vision.image_tokens,
+        grid=spec.vision.grid,
+        stages=stages or STAGES,
+    )
+
+
+def staged_bundle(tiny_bundle: Any, **options: Any) -> Any:
+    """The tiny model with all four forms of stages."""
+    return tiny_bundle(staged_plan(tiny_bundle().spec), **options)

@@ -1,0 +1,58 @@
+"""Files as trtexec writes them: a second writing of what samples/common/sampleReporting.cpp prints, for tests."""
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+
+
+def number(value: float) -> str:
+    """As a C++ stream prints a float: six significant digits, "nan" and "inf" as words."""
+    if math.isnan(value):
+        return "-nan"  # what 0.0F / 0.0F gives on x86
+    return f"{value:g}"
+
+
+def times(compute: Sequence[float]) -> str:
+    """--exportTimes: one run after another, each a line; no data transfers."""
+    lines, clock = ["["], 200.0
+    for place, value in enumerate(compute):
+        end = clock + value
+        parts = {
+            "startEnqMs": clock - 0.02, "endEnqMs": clock - 0.01, "startH2dMs": clock, "endH2dMs": clock,
+            "startComputeMs": clock, "endComputeMs": end, "startD2hMs": end, "endD2hMs": end,
+            "h2dMs": 0.0, "computeMs": value, "d2hMs": 0.0, "latencyMs": value,
+        }  # fmt: skip
+        body = ", ".join(f'"{name}" : {number(part)}' for name, part in parts.items())
+        lines.append(f"{', ' if place else '  '}{{ {body} }}")
+        clock = end + 0.01
+    return "\n".join([*lines, "]"]) + "\n"
+
+
+def layers(timed: Sequence[tuple[str, Sequence[float]]]) -> str:
+    """--exportProfile: the number of runs, then the layers; names are not escaped."""
+    total = sum(sum(values) for _, values in timed)
+    lines = ["[", f'  {{ "count" : {len(timed[0][1]) if timed else 0} }}']
+    for name, values in timed:
+        share = sum(values) / total * 100 if total else math.nan
+        mean = sum(values) / len(values)
+        numbers = {"timeMs": sum(values), "averageMs": mean, "medianMs": median(values), "percentage": share}
+        body = ", ".join(f'"{key}" : {number(value)}' for key, value in numbers.items())
+        lines.append(f', {{ "name" : "{name}", {body} }}')
+    return "\n".join([*lines, "]"]) + "\n"
+
+
+def info(names: Sequence[str], *, detailed: bool) -> str:
+    """--exportLayerInfo: the engine inspector's JSON, names alone or with everything."""
+    entries = [{"Name": name, "LayerType": "kgen", "Inputs": [], "Outputs": []} if detailed else name for name in names]
+    return json.dumps({"Layers": entries, "Bindings": ["hidden"]}, indent=1)
+
+
+def write_results(prefix: str, milliseconds: float) -> None:
+    """The three files of one engine whose runs take about so long, by half a percent more or less."""
+    runs = [milliseconds * (1 + 0.0025 * (number % 5 - 2)) for number in range(65)]
+    Path(f"{prefix}.times.json").write_text(times(runs))
+    parts = [("first", [milliseconds * 0.7]), ("second", [milliseconds * 0.3])]
+    Path(f"{prefix}.profile.json").write_text(layers(parts))
+    Path(f"{prefix}.layers.json").write_text(info(["first", "second"], detailed=True))
