@@ -11,7 +11,7 @@ OUT ?= demo-bundle
 
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test lint format native gpu-check clean
+.PHONY: demo test table lint format native gpu-check clean
 
 demo: $(VENV)/.ready
 	$(BIN)/btp-export --model demo --out $(OUT) --force
@@ -20,6 +20,10 @@ demo: $(VENV)/.ready
 
 test: $(VENV)/.ready-dev
 	$(BIN)/python -m pytest
+
+# The accuracy tables of the README, measured again (about ten minutes on two idle cores).
+table: $(VENV)/.ready-dev
+	$(BIN)/python -m benchmarks.table
 
 lint: $(VENV)/.ready-dev
 	$(BIN)/ruff check .

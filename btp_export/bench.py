@@ -9,6 +9,7 @@ tokens are random.
 
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -16,7 +17,8 @@ import numpy as np
 
 from btp_export.console import Report
 from btp_export.prompting import Encoded
-from btp_export.runtime import BundleModel, load
+from btp_export.runtime import BundleModel, load, open_graphs
+from btp_export.streamed import check_fits_memory
 from graphs.bundle import Bundle, derive, scratch_folder
 from graphs.errors import InputError
 from graphs.flops import cost
@@ -31,6 +33,7 @@ def measure(
     profile: str | None = None,
     threads: int | None = None,
     device: str = "cpu",
+    engine: str | None = None,
     rounds: int = 10,
     warm_up: int = 2,
     report: Report | None = None,
@@ -43,17 +46,20 @@ def measure(
     times lies apart, as a share of the median, of the model that varies more: on a busy machine it is large, and the
     other numbers mean little.
 
-    A bundle of one whole prefill graph is measured as segments, so that vision and selection can be told apart.
+    A bundle of one whole prefill graph is measured as segments, so that vision and selection can be told apart. With
+    `engine`, the engines of that target are measured, beside the unpruned ones that `build --unpruned` made.
 
-    Raises InputError for rounds below 1, CheckError if pruning did not happen.
+    Raises InputError for rounds below 1 or engines that are not there, CheckError if pruning did not happen.
     """
     if rounds < 1 or warm_up < 0:
         raise InputError(f"{rounds} rounds after {warm_up}", wanted="at least 1 round", do="--rounds 10")
+    if engine is None:
+        check_fits_memory(bundle, profile, device, models=2)
     with scratch_folder(bundle) as folder:
-        bundles = {"full": derive(bundle, unpruned(bundle.plan), folder / "full"), "pruned": bundle}
-        if bundle.manifest.build.assemble == "whole":
-            bundles["pruned"] = derive(bundle, bundle.plan, folder / "pruned")
-        models = {name: load(made, profile=profile, threads=threads, device=device) for name, made in bundles.items()}
+        if engine is None:
+            models = _open_graphs(bundle, folder, profile=profile, threads=threads, device=device)
+        else:
+            models = _open_engines(bundle, engine, profile=profile, threads=threads, device=device)
         times = {name: _Times() for name in models}
         encoded = random_samples(models["full"])
         for number in range(-warm_up, rounds):
@@ -64,13 +70,51 @@ def measure(
                     times[name].add(run)
             if report is not None:
                 report(number + warm_up + 1, rounds + warm_up)
-    return _result(bundle, models, times) | {"rounds": rounds, "threads": threads, "device": device}
+    return _result(bundle, models, times) | {
+        "rounds": rounds,
+        "threads": threads,
+        "device": device,
+        "engine": engine,
+        "dummy_weights": bundle.manifest.model.dummy_weights,
+    }
+
+
+def _open_graphs(bundle: Bundle, folder: Path, **options: Any) -> dict[str, BundleModel]:
+    """The bundle and the same model without pruning, derived into `folder`."""
+    bundles = {"full": derive(bundle, unpruned(bundle.plan), folder / "full"), "pruned": bundle}
+    if bundle.manifest.build.assemble == "whole":
+        bundles["pruned"] = derive(bundle, bundle.plan, folder / "pruned")
+    return {name: load(made, **options) for name, made in bundles.items()}
+
+
+def _open_engines(
+    bundle: Bundle, target: str, *, profile: str | None, threads: int | None, device: str
+) -> dict[str, BundleModel]:
+    """The engines of a target and the unpruned ones beside them. Both use the same memory for shared weights."""
+    from engines.tensorrt.prepare import without_pruning
+    from engines.tensorrt.records import UNPRUNED
+
+    chosen = bundle.profile(profile)
+    model = load(bundle, profile=chosen.name, threads=threads, device=device, engine=target)
+    if model.chain.is_whole:
+        raise InputError(
+            f"the engines for {target} hold the prefill as a whole",
+            wanted="segments, so that selection can be told apart",
+            do=f"btp-export build BUNDLE --target {target} --assemble segments --unpruned",
+        )
+    without = without_pruning(bundle)
+    loader, graphs = open_graphs(without, chosen.name, device=device, engine=target, part=UNPRUNED)
+    return {"full": BundleModel(without, loader, profile=chosen.name, graphs=graphs), "pruned": model}
 
 
 def unpruned(plan: PruningPlan) -> PruningPlan:
     """The plan of the same model without stages."""
     return PruningPlan(
-        model_type=plan.model_type, num_layers=plan.num_layers, image_tokens=plan.image_tokens, grid=plan.grid
+        model_type=plan.model_type,
+        num_layers=plan.num_layers,
+        image_tokens=plan.image_tokens,
+        grid=plan.grid,
+        blocks=plan.blocks,
     )
 
 
@@ -80,7 +124,7 @@ def random_samples(model: BundleModel, seed: int = 0) -> Encoded:
     rng = np.random.default_rng(seed)
     words = rng.integers(0, spec.decoder.vocab_size, (profile.batch, profile.total_tokens))
     words[:, profile.prefix_tokens : profile.prefix_tokens + profile.image_tokens] = spec.image_token_id
-    pixels = rng.standard_normal((profile.batch, spec.vision.channels, *profile.image_size), dtype=np.float32)
+    pixels = rng.standard_normal(profile.pixel_input(spec.vision.channels), dtype=np.float32)
     return Encoded(tuple(words), pixels, profile.prefix_tokens, profile.image_tokens, (0,) * profile.batch)
 
 

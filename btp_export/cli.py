@@ -23,7 +23,7 @@ import typer
 from btp_export import commands, console
 from graphs.errors import BtpError
 
-ORDER = ("calibrate", "export", "verify", "run", "eval", "bench", "plan", "report", "doctor")
+ORDER = ("calibrate", "export", "verify", "run", "eval", "bench", "build", "profile", "plan", "report", "doctor")
 OURS = ("btp_export", "calibrate", "engines", "graphs")
 INTERRUPTED = 130
 PIPE_CLOSED = 141

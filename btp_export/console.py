@@ -26,6 +26,39 @@ class Report(Protocol):
         """`done` of `total` steps are finished; `text` says what is being done now."""
 
 
+Note = Callable[[str], None]
+
+
+class Phases:
+    """Several kinds of work as one: `shares` are their parts of the whole, so the remaining time is of all of it."""
+
+    STEPS = 1000
+
+    def __init__(self, report: Report | None, shares: Mapping[str, float]) -> None:
+        self._report, self._shares, self._all = report, shares, sum(shares.values())
+
+    def named(self, phase: str) -> Callable[[int, int, str], None]:
+        """A report for one of the phases, with words of its own."""
+        before = 0.0
+        for name, share in self._shares.items():
+            if name == phase:
+                break
+            before += share
+
+        def report(done: int, total: int, text: str = "") -> None:
+            if self._report is not None:
+                part = (before + self._shares[phase] * done / max(total, 1)) / self._all
+                words = phase if text in ("", phase) else f"{phase}: {text}"
+                self._report(int(part * self.STEPS), self.STEPS, words)
+
+        return report
+
+    def part(self, phase: str) -> Callable[[int, int], None]:
+        """The same, without words."""
+        report = self.named(phase)
+        return lambda done, total: report(done, total, "")
+
+
 def emit(result: Mapping[str, Any], *, as_json: bool, render: Callable[[Any], Any] | None = None) -> None:
     """Print a command's result on standard output.
 
@@ -65,23 +98,28 @@ class Bar:
 
     def __init__(self, title: str, total: int | None) -> None:
         self.title, self.total, self.done, self.text = title, total, 0, ""
-        self._start = self._said = time.monotonic()
+        self._start = self._said = self._told = time.monotonic()
 
     def __call__(self, done: int, total: int, text: str = "") -> None:
         """`done` of `total` steps are finished."""
+        now = time.monotonic()
+        if done == 0:
+            self._start = now  # how long preparations took says nothing of the steps
+        elif done < self.done:  # another kind of work began when the last of the former was told
+            self._start = self._told
+        self._told = now
         self.done, self.total, self.text = done, total, text
-        self._show()
+        self._show(now)
 
     def step(self, count: int = 1, text: str = "") -> None:
         """`count` more steps are finished."""
         self.done, self.text = self.done + count, text
-        self._show()
+        self._show(time.monotonic())
 
     def close(self) -> None:
         """Take the bar away."""
 
-    def _show(self) -> None:
-        now = time.monotonic()
+    def _show(self, now: float) -> None:
         if now - self._said < self.INTERVAL or not self.total or not self.done:
             return
         self._said = now
@@ -113,8 +151,15 @@ class _LiveBar(Bar):
     def close(self) -> None:
         self._progress.stop()
 
-    def _show(self) -> None:
+    def _show(self, now: float) -> None:
         self._progress.update(self._task, completed=self.done, total=self.total, text=self.text)
+
+
+def dummy_lines(result: Mapping[str, Any]) -> list[str]:
+    """What must stand above the results of a bundle with made-up weights; nothing for any other."""
+    from btp_export.dummy import SENTENCE
+
+    return [SENTENCE] if result.get("dummy_weights") else []
 
 
 def table(columns: list[str], rows: list[list[str]], *, title: str = "", text: int = 1) -> Any:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from btp_export.console import Report
+from btp_export.pictures import fits, fitted
 from btp_export.plans import CALIBRATED, plan_for
 from graphs.bundle import Bundle, derive, scratch_folder
 from graphs.errors import InputError
+from graphs.fit import plan_for_profile, spec_at
 from graphs.plan import PruningPlan
 
 if TYPE_CHECKING:
@@ -25,57 +29,117 @@ DEFAULT_SAMPLES = 200
 
 
 @dataclass(frozen=True)
+class Evaluation:
+    """The contract's document, and row by row which samples were answered right."""
+
+    document: dict[str, Any]
+    hits: list[list[bool]]
+
+
+@dataclass(frozen=True)
 class Answers:
-    """What one plan answered to every sample."""
+    """What one plan answered to every sample.
+
+    attention_kept: for each stage, each sample's share of the scores that the kept tokens hold; see `_row`.
+    """
 
     plan: PruningPlan
     texts: list[str]
+    attention_kept: Mapping[int, list[float]] = field(default_factory=dict)
 
 
 def evaluate_bundle(
     bundle: Bundle,
     *,
     plans: Sequence[str] = DEFAULT_PLANS,
-    compression: float | None = None,
+    compression: float | Sequence[float] | None = None,
     samples: int = DEFAULT_SAMPLES,
     seed: int = 0,
     data: Path | None = None,
     threads: int | None = None,
     report: Report | None = None,
 ) -> dict[str, Any]:
-    """The contract's document: `samples` and `rows`, one for each of `plans`.
+    """The contract's document: `samples` and `rows`, one for each of `plans` and budgets.
 
     `btp` is the bundle's own plan, `none` the unpruned model, which is always run because accuracy is held against
-    it; the other presets get `compression`, or the same average tokens as the bundle's own plan. Questions are
-    held-out scenes, or the lines of the JSONL file `data`. Raises InputError for unknown plans or unusable data before
-    any long work.
+    it; the other presets get `compression` (several budgets: a row for each), or the same average tokens as the
+    bundle's own plan. Questions are held-out scenes, or the lines of the JSONL file `data`. Raises InputError for
+    unknown plans or unusable data before any long work.
     """
+    budgets = [compression] if compression is None or isinstance(compression, float) else list(compression)
+    planned = resolve_budgets(bundle, plans, budgets)
+    found = evaluate_plans(bundle, planned, samples=samples, seed=seed, data=data, threads=threads, report=report)
+    return found.document
+
+
+def evaluate_plans(
+    bundle: Bundle,
+    planned: Sequence[tuple[str, PruningPlan]],
+    *,
+    samples: int = DEFAULT_SAMPLES,
+    seed: int = 0,
+    data: Path | None = None,
+    threads: int | None = None,
+    report: Report | None = None,
+) -> Evaluation:
+    """The same for named plans; plans that give the same graphs are run once."""
     from btp_export.runtime import load
+    from calibrate.evaluation import hits
     from graphs.flops import cost
 
     chosen = _samples(samples, seed, data)
-    planned = resolve_plans(bundle, plans, compression)
-    everything = {FULL: _full(bundle), **planned}
+    full = _full(bundle)
+    different = {plan.digest(): (name, plan) for name, plan in reversed([(FULL, full), *planned])}
     answers: dict[str, Answers] = {}
     questions: _Questions | None = None
-    total = len(everything) * len(chosen.samples)
+    total = len(different) * len(chosen.samples)
     with scratch_folder(bundle) as folder:
-        for name, plan in everything.items():
-            made = bundle if plan == bundle.plan else derive(bundle, plan, folder / name.replace("/", "_"))
+        for digest, (name, plan) in reversed(different.items()):
+            made = bundle if digest == bundle.plan.digest() else derive(bundle, plan, folder / digest)
             start = len(answers) * len(chosen.samples)
             model = load(made, threads=threads)
             questions = questions or _ask(model, chosen)
-            answers[name] = Answers(plan, _answer(model, questions, _offset(report, start, total, name)))
+            answers[digest] = _answer(model, questions, _offset(report, start, total, name))
     profile = bundle.profile()
-    flops = {name: cost(bundle.spec.decoder, plan, profile).prefill for name, plan in everything.items()}
-    full = _score(chosen, answers[FULL])
-    rows = [_row(name, answers[name], chosen, full, flops[name] / flops[FULL]) for name in planned]
-    return {
+    flops = {digest: cost(bundle.spec.decoder, one.plan, profile).prefill for digest, one in answers.items()}
+    best, every = _score(chosen, answers[full.digest()]), flops[full.digest()]
+    rows = [_row(name, answers[plan.digest()], chosen, best, flops[plan.digest()] / every) for name, plan in planned]
+    document = {
         "samples": len(chosen.samples),
         "source": chosen.source,
-        "full_accuracy": full.accuracy,
+        **_resizing(bundle, chosen),
+        "full_accuracy": best.accuracy,
         "rows": rows,
     }
+    return Evaluation(document, [hits(chosen.samples, answers[plan.digest()].texts) for _, plan in planned])
+
+
+def resolve_budgets(
+    bundle: Bundle, names: Sequence[str], budgets: Sequence[float | None]
+) -> list[tuple[str, PruningPlan]]:
+    """Plans by name at each budget, None for the bundle's own; what no budget changes is there once."""
+    planned: list[tuple[str, PruningPlan]] = []
+    if not budgets:
+        raise InputError("no budget", wanted="at least one", do="--compression 0.78,0.89")
+    for budget in budgets:
+        made = resolve_plans(bundle, names, budget).items()
+        planned += [(name, plan) for name, plan in made if (name, plan.digest()) not in _known(planned)]
+    return planned
+
+
+def parse_budgets(text: str) -> tuple[float, ...]:
+    """ "0.78,0.89" -> (0.78, 0.89). Raises InputError if it is not a list of different numbers."""
+    try:
+        budgets = tuple(float(part) for part in text.split(","))
+    except ValueError as error:
+        raise InputError(f"--compression {text}", wanted="numbers with commas", do="--compression 0.78,0.89") from error
+    if len(set(budgets)) < len(budgets):
+        raise InputError(f"--compression {text}", wanted="different budgets", do="name each once")
+    return budgets
+
+
+def _known(planned: Sequence[tuple[str, PruningPlan]]) -> set[tuple[str, str]]:
+    return {(name, plan.digest()) for name, plan in planned}
 
 
 def resolve_plans(bundle: Bundle, names: Sequence[str], compression: float | None) -> dict[str, PruningPlan]:
@@ -84,7 +148,7 @@ def resolve_plans(bundle: Bundle, names: Sequence[str], compression: float | Non
         raise InputError(f"--plans {','.join(names)}", wanted="different plans", do="name each once")
     if compression is not None and not 0.0 <= compression < 1.0:
         raise InputError(f"compression {compression}", wanted="a number from 0 to below 1", do="--compression 0.78")
-    own = bundle.plan
+    own, spec = bundle.plan, spec_at(bundle.spec, bundle.profile())
     if compression is not None and own.stages:
         from calibrate.budget import refitted
 
@@ -95,10 +159,10 @@ def resolve_plans(bundle: Bundle, names: Sequence[str], compression: float | Non
         if name == CALIBRATED:
             resolved[name] = own
         elif name.endswith(".json"):
-            resolved[name] = plan_for(name, bundle.spec)
+            resolved[name] = plan_for_profile(plan_for(name, spec), bundle.profile())
         else:
             budget = average if average < own.image_tokens else None  # an unpruned bundle asks for nothing
-            resolved[name] = plan_for(name, bundle.spec, average_tokens=budget)
+            resolved[name] = plan_for(name, spec, average_tokens=budget)
     return resolved
 
 
@@ -114,6 +178,15 @@ def _samples(count: int, seed: int, data: Path | None) -> SampleSet:
     return scene_samples(count, seed=seed, split="eval") if data is None else jsonl_samples(data, count=count)
 
 
+def _resizing(bundle: Bundle, chosen: SampleSet) -> dict[str, Any]:
+    """What is said of a model that takes any picture size, but was exported for one."""
+    profile = bundle.profile()
+    if not bundle.spec.vision.dynamic:
+        return {}
+    resized = sum(not fits(one.image, bundle.spec, profile) for one in chosen.samples)
+    return {"image_size": list(profile.image_size), "resized": resized}
+
+
 @dataclass
 class _Questions:
     """The samples as the graphs take them. Vision is the same for all plans, so the first one leaves its features."""
@@ -124,26 +197,48 @@ class _Questions:
 
 
 def _ask(model: BundleModel, chosen: SampleSet) -> _Questions:
-    encoded = model.encode([one.image for one in chosen.samples], [one.prompt for one in chosen.samples])
+    pictures = fitted([one.image for one in chosen.samples], model.spec, model.profile)
+    encoded = model.encode(pictures, [one.prompt for one in chosen.samples])
     tokenizer = model.prompter.tokenizer
     longest = max(len(tokenizer(one.answer or "", add_special_tokens=False)["input_ids"]) for one in chosen.samples)
     return _Questions(encoded, min(model.profile.new_tokens, longest + 2), {})
 
 
-def _answer(model: BundleModel, questions: _Questions, report: Report | None) -> list[str]:
+def _answer(model: BundleModel, questions: _Questions, report: Report | None) -> Answers:
     """Greedy answers of one bundle."""
     texts: list[str] = []
+    kept: dict[int, list[float]] = {}
     total = len(questions.encoded)
     for first in range(0, total, model.profile.batch):
         part = questions.encoded.part(range(first, min(first + model.profile.batch, total)))
         prefill = model.prefill(part, features=questions.features.get(first))
         if first not in questions.features and "prefill" not in {graph.name for graph in model.bundle.graphs()}:
             questions.features[first] = model.chain.image_features
+        for stage, shares in _attention_kept(model, prefill).items():
+            kept.setdefault(stage, []).extend(shares)
         for ids in _greedy(model, prefill, questions.room):
             texts.append(model.prompter.tokenizer.decode(ids, skip_special_tokens=True))
         if report is not None:
             report(len(texts), total)
-    return texts
+    return Answers(model.plan, texts, kept)
+
+
+def _attention_kept(model: BundleModel, prefill: Prefill) -> dict[int, list[float]]:
+    """For each stage, each sample's scores of the kept tokens over the scores of all tokens it chose from.
+
+    Only where the scores are attention, so not at layer 0 and not for `random` and `dart`.
+    """
+    from graphs.importance import uses_attention
+
+    with_kept = [number for number, stage in enumerate(model.plan.stages) if stage.keep]
+    found: dict[int, list[float]] = {}
+    for number, scores in model.chain.stage_scores.items():
+        if uses_attention(model.plan, number):
+            indices = prefill.kept_relative[with_kept.index(number)]
+            scores = scores[: len(indices)].astype(np.float64)
+            held = np.take_along_axis(scores, indices, axis=1).sum(axis=1)
+            found[number] = (held / np.maximum(scores.sum(axis=1), np.finfo(np.float64).tiny)).tolist()
+    return found
 
 
 def _greedy(model: BundleModel, prefill: Prefill, room: int) -> list[list[int]]:
@@ -170,6 +265,10 @@ def _score(chosen: SampleSet, answers: Answers) -> Score:
 
 
 def _row(name: str, answers: Answers, chosen: SampleSet, full: Score, flops_ratio: float) -> dict[str, Any]:
+    """`attention_kept`: per stage, the mean share of the stage's attention on the image that the kept tokens hold.
+
+    None for a stage that drops everything or whose scores are not attention.
+    """
     from calibrate.evaluation import scores_by_kind
 
     mine, plan = _score(chosen, answers), answers.plan
@@ -182,8 +281,13 @@ def _row(name: str, answers: Answers, chosen: SampleSet, full: Score, flops_rati
         "kept_accuracy": mine.accuracy / full.accuracy if full.accuracy else None,
         "flops_ratio": flops_ratio,
         "interval": list(mine.interval()),
+        "attention_kept": [_mean(answers.attention_kept.get(stage)) for stage in range(len(plan.stages))],
         "kinds": {kind: one.accuracy for kind, one in kinds.items()},
     }
+
+
+def _mean(values: list[float] | None) -> float | None:
+    return sum(values) / len(values) if values else None
 
 
 def _offset(report: Report | None, start: int, total: int, text: str) -> Report | None:

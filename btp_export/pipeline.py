@@ -1,4 +1,8 @@
-"""The whole road: calibrate, export, verify, measure, report. The bundle appears when all of it went well."""
+"""The whole road: calibrate, export, verify, measure, report. The bundle appears when all of it went well.
+
+Engines for a target come after that, in the bundle's place: what they need is checked first, and a bundle that is
+verified stays if they fail.
+"""
 
 import contextlib
 import json
@@ -11,12 +15,15 @@ from typing import Any
 from btp_export import console
 from btp_export.calibration import CalibrationSettings
 from btp_export.export import Options, check_plan, check_target, export_into
-from btp_export.models import open_model
+from btp_export.models import DummyWeights, open_model
 from btp_export.planning import choose_plan
 from btp_export.report import write_report
 from btp_export.report.collect import Settings, collect
+from engines.targets import Target, find_target
+from engines.tensorrt.means import Builder, builder_for
+from engines.tensorrt.outline import Wishes, outline
 from graphs.bundle import Bundle
-from graphs.errors import CheckError
+from graphs.errors import BtpError, CheckError
 from graphs.staging import staged
 
 
@@ -30,6 +37,8 @@ class Job:
     calibration: CalibrationSettings
     export: Options
     force: bool = False
+    target: str | None = None  # the device for which engines are built
+    dummy: DummyWeights | None = None
 
 
 class Clock:
@@ -52,22 +61,30 @@ class Clock:
 def run_job(job: Job) -> dict[str, Any]:
     """Do it all; gives the contract's document of `btp-export --model`.
 
-    Nothing is at `job.out` unless every phase went well. Raises CheckError naming what failed if the bundle does not
-    verify, InputError and UnavailableError as the phases do.
+    Nothing is at `job.out` unless every phase up to the report went well. Raises CheckError naming what failed if the
+    bundle does not verify, InputError and UnavailableError as the phases do.
     """
     clock = Clock()
-    with clock.phase("open", say=False):  # what fails here should stand alone
-        model = open_model(job.model)
+    with clock.phase("open", say=False) as report:  # what fails here should stand alone
+        builder = None if job.target is None else Engines.check(job.target)
+        model = open_model(job.model, job.dummy, report=report)
         profiles = check_target(model, job.out, job.export, force=job.force)
+    for line in console.dummy_lines({"dummy_weights": model.source.is_dummy}):
+        console.note(line)
     with clock.phase("calibrate") as report:
-        plan = choose_plan(model, job.plan, job.calibration, report=report)
-        check_plan(model, plan, profiles)
+        plan = choose_plan(model, job.plan, job.calibration, profile=profiles[0], report=report)
+        plans = check_plan(model, plan, profiles, note=console.note)
     with staged(job.out, force=job.force) as root:
         with clock.phase("export") as report:
-            export_into(model, plan, profiles, root, job.export, report=report)
+            export_into(model, plans, profiles, root, job.export, report=report)
         found = collect(Bundle.open(root), Settings(), clock.phase, check=_require_passed)
         with clock.phase("report"):
             write_report(root / "report", found)
+    built = None
+    if builder is not None:
+        with clock.phase("engines") as report:
+            built = builder.build(job.out, report)
+    plan = plans[0]
     return {
         "bundle": job.out,
         "plan": json.loads(plan.to_json()),
@@ -77,8 +94,35 @@ def run_job(job: Job) -> dict[str, Any]:
         "eval": found.evaluation,
         "bench": found.bench,
         "report": job.out / "report" / "index.html",
+        "engines": built,
+        "dummy_weights": model.source.is_dummy,
         "seconds": clock.seconds,
     }
+
+
+@dataclass(frozen=True)
+class Engines:
+    """Engines of a bundle for a target, with the target's own choices."""
+
+    target: Target
+    builder: Builder
+
+    @staticmethod
+    def check(name: str) -> "Engines":
+        """What can be known to be wrong before there is a bundle. Raises InputError or UnavailableError."""
+        target = find_target(name)
+        return Engines(target, builder_for(target, Wishes()))
+
+    def build(self, out: Path, report: console.Report) -> dict[str, Any]:
+        """Build them in the bundle at `out`; gives the document of `btp-export build`."""
+        from btp_export.building import build_engines
+
+        try:
+            plan = outline(Bundle.open(out), self.target, self.builder.wishes)
+            return {**plan.document(), **build_engines(plan, self.builder, force=False, report=report)}
+        except BtpError:
+            console.note(f"the bundle is whole: {out}; what failed are its engines: btp-export build goes on with them")
+            raise
 
 
 def _require_passed(verified: Mapping[str, Any]) -> None:

@@ -8,6 +8,7 @@ import typer
 if TYPE_CHECKING:
     from btp_export.calibration import CalibrationSettings
     from btp_export.export import Options
+    from btp_export.models import DummyWeights, Model
 
 MODEL_HELP = "demo, llava-1.5-7b, llava-1.5-13b, llava-1.6-7b, qwen2.5-vl-7b, a checkpoint folder, or a hub id."
 
@@ -26,7 +27,12 @@ KeepOption = Annotated[
 ]
 SamplesOption = Annotated[int, typer.Option("--samples", metavar="N", help="Calibration samples.")]
 ImagesOption = Annotated[
-    Path | None, typer.Option("--images", metavar="DIR", help="Calibrate on these pictures.  [default: drawn scenes]")
+    str | None,
+    typer.Option(
+        "--images",
+        metavar="DIR|JSONL|hf:NAME",
+        help="Calibrate on these pictures: a folder, image and prompt by line, or a data set.  [default: drawn scenes]",
+    ),
 ]
 SeedOption = Annotated[int, typer.Option("--seed", metavar="N", help="Chooses the samples.")]
 BatchOption = Annotated[int, typer.Option("--batch", metavar="B", help="Samples at a time.")]
@@ -42,6 +48,14 @@ ProfileOption = Annotated[
     list[str] | None,
     typer.Option("--profile", metavar="SHAPE", help="batch=B,text=T,new=N,image=HxW; again for several."),
 ]
+ImageSizeOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--image-size",
+        metavar="HxW",
+        help="Pictures of this height and width in pixels; again for several.  [default: the model's]",
+    ),
+]
 OpsetOption = Annotated[int, typer.Option("--opset", help="23: fused operators; 18: primitives only.")]
 PrecisionOption = Annotated[
     Literal["float32", "float16", "bfloat16"] | None,
@@ -56,7 +70,24 @@ LinkOption = Annotated[
     Literal["auto", "hard", "copy"],
     typer.Option("--link", help="Weights: hard links, copies, or links for the big ones."),
 ]
+EngineOption = Annotated[
+    str | None, typer.Option("--engine", metavar="TARGET", help="Use the engines built for this target.")
+]
+TARGET_HELP = "The device, e.g. jetson-orin-jp6, h100, rtx-ada."
 ForceOption = Annotated[bool, typer.Option("--force", help="Replace a bundle at --out.")]
+
+DeviceOption = Annotated[str, typer.Option("--device", metavar="D", help="cpu, cuda, cuda:<n>, or auto: a GPU if any.")]
+MathsOption = Annotated[
+    Literal["float32", "float16", "bfloat16"],
+    typer.Option("--maths", metavar="TYPE", help="What transformers computes in: float32, float16 or bfloat16."),
+]
+DummyOption = Annotated[
+    bool, typer.Option("--dummy-weights", help="Random weights in the model's shapes: for times and sizes only.")
+]
+DummyLayersOption = Annotated[
+    int | None, typer.Option("--dummy-layers", metavar="N", help="With --dummy-weights: only so many decoder layers.")
+]
+DummySeedOption = Annotated[int, typer.Option("--dummy-seed", metavar="N", help="Chooses the dummy weights.")]
 
 
 def default_out(model: str) -> Path:
@@ -69,6 +100,7 @@ def export_options(
     batch: int,
     text_tokens: int | None,
     max_new_tokens: int | None,
+    image_size: list[str] | None,
     profile: list[str] | None,
     opset: int,
     precision: Literal["float32", "float16", "bfloat16"] | None,
@@ -87,6 +119,7 @@ def export_options(
         text_tokens=text_tokens,
         new_tokens=max_new_tokens,
         profiles=tuple(profile or ()),
+        image_sizes=tuple(parse_image_size(text) for text in image_size or ()),
         opset=opset,
         precision=precision,
         assemble=assemble,
@@ -94,8 +127,41 @@ def export_options(
     )
 
 
+def parse_image_size(text: str) -> tuple[int, int]:
+    """ "672x336" -> (672, 336), height and width. Raises InputError for anything else."""
+    from graphs.errors import InputError
+
+    parts = text.lower().split("x")
+    if len(parts) != 2 or not all(part.isascii() and part.isdigit() and int(part) > 0 for part in parts):
+        raise InputError(f"--image-size {text}", wanted="height x width in pixels", do="--image-size 672x672")
+    return int(parts[0]), int(parts[1])
+
+
+def dummy_weights(asked: bool, *, seed: int, layers: int | None) -> "DummyWeights | None":
+    """What the three options say together. Raises InputError for the others without the first."""
+    from btp_export.models import DummyWeights
+    from graphs.errors import InputError
+
+    if not asked and (layers is not None or seed):
+        flag = f"--dummy-layers {layers}" if layers is not None else f"--dummy-seed {seed}"
+        raise InputError(f"{flag} without --dummy-weights", wanted="both", do="add --dummy-weights")
+    return DummyWeights(seed, layers) if asked else None
+
+
+def open_chosen(model: str, dummy: "DummyWeights | None") -> "Model":
+    """The model, with a progress bar where dummy weights have to be made, and a word that they are dummies."""
+    from btp_export.console import dummy_lines, note, progress
+    from btp_export.models import open_model
+
+    with progress("opening") as bar:
+        opened = open_model(model, dummy, report=bar)
+    for line in dummy_lines({"dummy_weights": opened.source.is_dummy}):
+        note(line)
+    return opened
+
+
 def calibration_settings(
-    *, images: Path | None, samples: int, compression: float | None, keep: str | None, seed: int
+    *, images: str | None, samples: int, compression: float | None, keep: str | None, seed: int
 ) -> "CalibrationSettings":
     """The calibration's settings from the command line's. Raises InputError for settings out of range."""
     from btp_export.calibration import CalibrationSettings, check_settings, parse_keep

@@ -5,7 +5,8 @@ from typing import Annotated, Any
 
 import typer
 
-from btp_export.console import JsonOption, emit, progress, table
+from btp_export.commands import _options as options
+from btp_export.console import JsonOption, dummy_lines, emit, progress, table
 
 BUSY = 0.15  # variation above which a reader is warned
 
@@ -16,6 +17,7 @@ def command(
     profile: Annotated[str | None, typer.Option("--profile", help="Shape profile; the first one without.")] = None,
     threads: Annotated[int | None, typer.Option("--threads", help="Threads inside an operator.")] = None,
     device: Annotated[str, typer.Option("--device", help="cpu, cuda or cuda:<number>.")] = "cpu",
+    engine: options.EngineOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Measure prefill, selection, decoding and caches beside the same model without pruning."""
@@ -24,7 +26,9 @@ def command(
 
     opened = Bundle.open(bundle)
     with progress("measuring") as bar:
-        result = measure(opened, profile=profile, threads=threads, device=device, rounds=rounds, report=bar)
+        result = measure(
+            opened, profile=profile, threads=threads, device=device, engine=engine, rounds=rounds, report=bar
+        )
     emit(result, as_json=as_json, render=show)
 
 
@@ -41,6 +45,7 @@ def show(result: dict[str, Any]) -> Any:
     ]
     selects = ", ".join(f"{value:.2f}" for value in result["select_ms"]) or "none"
     lines = [
+        *dummy_lines(result),
         f"selection, by stage: {selects} ms",
         f"saved arithmetic allows {prefill['flops_limit']:.2f} x in prefill; "
         f"{prefill['share_of_limit']:.0%} of it reached",

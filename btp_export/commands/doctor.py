@@ -35,6 +35,7 @@ NEEDS = (
 def command(as_json: JsonOption = False) -> None:
     """Show what is installed, what is missing and how to get it, and the cores, memory and disk there are."""
     from engines.native_library import survey
+    from engines.tensorrt import library
 
     packages = [_package(need) for need in NEEDS]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -44,6 +45,8 @@ def command(as_json: JsonOption = False) -> None:
         "system": f"{platform.system()} {platform.machine()}",
         "packages": packages,
         "native": survey(),  # optional: without them the graphs' portable bodies run
+        "tensorrt": library.survey(),  # optional: without it `build` prepares what a device needs
+        "gpu_compute_capability": library.gpu_capability(),
         "onnxruntime_providers": _providers(),
         "cores": cores,
         "memory_bytes": _memory(),
@@ -106,6 +109,7 @@ def _render(result: dict[str, Any]) -> Any:
         f"Python {result['python']} on {result['system']}",
         f"{result['cores']} cores, {memory} memory available, {size_text(result['free_disk_bytes'])} free on this disk",
         f"ONNX Runtime runs on: {providers}",
+        f"GPU: {_gpu(result['gpu_compute_capability'])}",
         "demo model: there" if result["demo_model"] else "demo model: missing, install the package again",
         "everything is there" if result["ok"] else "something is missing, see above",
     ]
@@ -115,7 +119,24 @@ def _render(result: dict[str, Any]) -> Any:
         from engines.native_library import how_to_build
 
         lines.append(f"build the native libraries: {how_to_build('btp_trt_dynamic')}")
-    return Group(versions, libraries, "\n".join(lines))
+    builders = table(["engine builder (optional)", "state", "for, or what to type"], _builder_rows(result), text=3)
+    return Group(versions, libraries, builders, "\n".join(lines))
+
+
+def _gpu(capability: str | None) -> str:
+    return "none that the CUDA driver knows" if capability is None else f"compute capability {capability}"
+
+
+def _builder_rows(result: dict[str, Any]) -> list[list[str]]:
+    purposes = {
+        "TensorRT": "engines on servers and Jetsons",
+        "TensorRT for RTX": "engines for RTX cards, on any machine",
+    }
+    rows = []
+    for entry in result["tensorrt"]:
+        state = entry["problem"] or entry["version"] or "missing"
+        rows.append([entry["library"], state, entry["do"] or purposes[entry["library"]]])
+    return rows
 
 
 def _native_row(entry: dict[str, Any]) -> list[str]:

@@ -16,8 +16,8 @@ def command(
         typer.Option("--plans", metavar="P,P,...", help="Presets, files, btp = the bundle's own.  [default: all]"),
     ] = None,
     compression: Annotated[
-        float | None,
-        typer.Option("--compression", metavar="X", help="One budget for all plans.  [default: the bundle's own]"),
+        str | None,
+        typer.Option("--compression", metavar="X,X,...", help="Budgets for all plans.  [default: the bundle's own]"),
     ] = None,
     samples: Annotated[int, typer.Option("--samples", metavar="N", help="How many held-out questions.")] = 200,
     seed: options.SeedOption = 0,
@@ -31,7 +31,7 @@ def command(
     as_json: JsonOption = False,
 ) -> None:
     """Measure how many answers stay right under each plan, at equal average tokens."""
-    from btp_export.evaluate import DEFAULT_PLANS, evaluate_bundle
+    from btp_export.evaluate import DEFAULT_PLANS, evaluate_bundle, parse_budgets
     from graphs.bundle import Bundle
 
     names = DEFAULT_PLANS if plans is None else [name.strip() for name in plans.split(",")]
@@ -39,7 +39,7 @@ def command(
         result = evaluate_bundle(
             Bundle.open(bundle),
             plans=names,
-            compression=compression,
+            compression=None if compression is None else parse_budgets(compression),
             samples=samples,
             seed=seed,
             data=data,

@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 from btp_export.commands import _options as options
-from btp_export.console import JsonOption, emit, progress
+from btp_export.console import JsonOption, dummy_lines, emit, note, progress
 
 
 def command(
@@ -19,23 +19,27 @@ def command(
     batch: options.BatchOption = 1,
     text_tokens: options.TextOption = None,
     max_new_tokens: options.NewOption = None,
+    image_size: options.ImageSizeOption = None,
     profile: options.ProfileOption = None,
     opset: options.OpsetOption = 23,
     precision: options.PrecisionOption = None,
     assemble: options.AssembleOption = "segments",
     link: options.LinkOption = "auto",
     force: options.ForceOption = False,
+    dummy: options.DummyOption = False,
+    dummy_layers: options.DummyLayersOption = None,
+    dummy_seed: options.DummySeedOption = 0,
     as_json: JsonOption = False,
 ) -> None:
     """Export a model with a pruning plan: the bundle of ONNX graphs, without verification and report."""
     from btp_export.export import check_target, export_bundle
-    from btp_export.models import open_model
     from btp_export.planning import choose_plan
 
     chosen = options.export_options(
         batch=batch,
         text_tokens=text_tokens,
         max_new_tokens=max_new_tokens,
+        image_size=image_size,
         profile=profile,
         opset=opset,
         precision=precision,
@@ -46,22 +50,25 @@ def command(
         images=images, samples=samples, compression=compression, keep=keep, seed=seed
     )
     target = out or options.default_out(model)
-    opened = open_model(model)
-    check_target(opened, target, chosen, force=force)
+    opened = options.open_chosen(model, options.dummy_weights(dummy, seed=dummy_seed, layers=dummy_layers))
+    profiles = check_target(opened, target, chosen, force=force)
     with progress("planning") as bar:
-        made = choose_plan(opened, plan, settings, report=bar)
+        made = choose_plan(opened, plan, settings, profile=profiles[0], report=bar)
     with progress("exporting") as bar:
-        bundle = export_bundle(opened, made, target, chosen, force=force, report=bar)
+        bundle = export_bundle(opened, made, target, chosen, force=force, report=bar, note=note)
     result = {
         "bundle": target,
-        "plan": json.loads(made.to_json()),
-        "average_tokens": made.average_tokens,
-        "compression": made.compression,
+        "plan": json.loads(bundle.plan.to_json()),
+        "average_tokens": bundle.plan.average_tokens,
+        "compression": bundle.plan.compression,
+        "profiles": [profile.name for profile in profiles],
         "graphs": [record.name for record in bundle.graphs()],
+        "dummy_weights": opened.source.is_dummy,
     }
     emit(result, as_json=as_json, render=_render)
 
 
 def _render(result: dict[str, Any]) -> str:
     saved = f"{result['compression']:.1%} of the image tokens saved"
-    return f"{result['bundle']}: {len(result['graphs'])} graphs, {saved}, mean over the layers"
+    dummy = "".join(f"{line}\n" for line in dummy_lines(result))
+    return f"{dummy}{result['bundle']}: {len(result['graphs'])} graphs, {saved}, mean over the layers"

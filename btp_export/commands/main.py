@@ -7,10 +7,11 @@ import typer
 
 from btp_export import __version__
 from btp_export.commands import _options as options
-from btp_export.console import JsonOption, emit
+from btp_export.console import JsonOption, dummy_lines, emit
 
 VersionOption = Annotated[bool, typer.Option("--version", help="Show the version and exit.")]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show where an error came from; for every command.")]
+TargetOption = Annotated[str | None, typer.Option("--target", metavar="T", help=f"Engines too. {options.TARGET_HELP}")]
 ModelOption = Annotated[str | None, typer.Option("--model", metavar="NAME", help=options.MODEL_HELP)]
 
 
@@ -27,19 +28,24 @@ def command(
     batch: options.BatchOption = 1,
     text_tokens: options.TextOption = None,
     max_new_tokens: options.NewOption = None,
+    image_size: options.ImageSizeOption = None,
     profile: options.ProfileOption = None,
     opset: options.OpsetOption = 23,
     precision: options.PrecisionOption = None,
     assemble: options.AssembleOption = "segments",
     link: options.LinkOption = "auto",
+    target: TargetOption = None,
     force: options.ForceOption = False,
+    dummy: options.DummyOption = False,
+    dummy_layers: options.DummyLayersOption = None,
+    dummy_seed: options.DummySeedOption = 0,
     version: VersionOption = False,
     debug: DebugOption = False,  # taken off the command line before typer sees it, see cli.main
     as_json: JsonOption = False,
 ) -> None:
     """Prune the image tokens of a vision-language model and export it as static ONNX subgraphs.
 
-    With --model and no command: calibrate, export, verify, measure and write a report.
+    With --model and no command: calibrate, export, verify, measure, write a report, and with --target build engines.
     """
     start = time.perf_counter()
     if version:
@@ -54,6 +60,7 @@ def command(
         batch=batch,
         text_tokens=text_tokens,
         max_new_tokens=max_new_tokens,
+        image_size=image_size,
         profile=profile,
         opset=opset,
         precision=precision,
@@ -63,9 +70,10 @@ def command(
     settings = options.calibration_settings(
         images=images, samples=samples, compression=compression, keep=keep, seed=seed
     )
+    weights = options.dummy_weights(dummy, seed=dummy_seed, layers=dummy_layers)
     from btp_export.pipeline import Job, run_job
 
-    job = Job(model, out or options.default_out(model), plan, settings, chosen, force)
+    job = Job(model, out or options.default_out(model), plan, settings, chosen, force, target, weights)
     result = run_job(job)
     result["seconds"]["total"] = round(time.perf_counter() - start, 3)  # with the imports
     emit(result, as_json=as_json, render=_render)
@@ -83,7 +91,7 @@ def _refuse_stray_options(context: typer.Context) -> None:
 def _render(result: dict[str, Any]) -> Any:
     from rich.console import Group
 
-    from btp_export.commands import bench
+    from btp_export.commands import bench, build
     from btp_export.commands import eval as evaluation
     from btp_export.plans import show
 
@@ -92,7 +100,10 @@ def _render(result: dict[str, Any]) -> Any:
     parts: list[Any] = [show(result)]
     parts += [evaluation.show(result["eval"])] if result["eval"] else []
     parts += [bench.show(result["bench"])] if result["bench"] else []
+    if result["engines"]:
+        parts.append(build.show_built(result["engines"]))
     lines = [
+        *dummy_lines(result),
         f"verified: {len(verified['graphs'])} graphs, cosine to transformers at least {worst:.9f}, same tokens out",
         f"bundle: {result['bundle']}",
         f"report: {result['report']}",

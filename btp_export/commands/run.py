@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from btp_export.console import JsonOption, emit, note, stream
+from btp_export.commands import _options as options
+from btp_export.console import JsonOption, dummy_lines, emit, note, stream
 
 if TYPE_CHECKING:
     from btp_export.runtime import BundleModel, Generation
@@ -23,25 +24,35 @@ def command(
     seed: Annotated[
         int, typer.Option("--seed", metavar="N", help="Chooses the draws when the temperature is above 0.")
     ] = 0,
-    profile: Annotated[str | None, typer.Option("--profile", help="Shape profile; the first one without.")] = None,
+    profile: Annotated[
+        str | None, typer.Option("--profile", help="Shape profile.  [default: the first that fits]")
+    ] = None,
     raw_prompt: Annotated[
         bool, typer.Option("--raw-prompt", help="Take the prompt as the whole text, image placeholder included.")
+    ] = False,
+    resize: Annotated[
+        bool, typer.Option("--resize", help="Scale pictures that do not fit the profile's size to it.")
     ] = False,
     show: Annotated[
         Path | None, typer.Option("--show", metavar="PNG", help="Draw which image tokens each stage keeps.")
     ] = None,
     threads: Annotated[int | None, typer.Option("--threads", help="Threads inside an operator.")] = None,
     device: Annotated[str, typer.Option("--device", help="cpu, cuda or cuda:<number>.")] = "cpu",
+    engine: options.EngineOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Generate text about a picture; it is shown as it comes."""
-    from btp_export.pictures import open_picture
+    from btp_export.pictures import open_picture, profile_for
     from btp_export.runtime import load
+    from graphs.bundle import Bundle
 
     pictures = [open_picture(path) for path in image]
     if show is not None:
         _check_show(show, max(len(pictures), len(prompt)))
-    model = load(bundle, profile=profile, threads=threads, device=device)
+    opened = Bundle.open(bundle)
+    if profile is None:
+        profile = profile_for(pictures, opened.spec, opened.manifest.profiles, resize=resize).name
+    model = load(opened, profile=profile, threads=threads, device=device, engine=engine)
     live = not as_json and len(pictures) == len(prompt) == 1
     answers = model.generate(
         pictures,
@@ -51,6 +62,7 @@ def command(
         top_p=top_p,
         seed=seed,
         raw_prompt=raw_prompt,
+        resize=resize,
         on_text=(lambda sample, piece: stream(piece)) if live else None,
     )
     if live:
@@ -61,9 +73,13 @@ def command(
             note(f"note: the model's vocabulary lacks {answer.unknown_tokens} of the words in {question!r}")
     if show is not None:
         _draw(model, pictures[0], answers[0], show)
-    emit(_document(answers), as_json=as_json, render=None if live else lambda _: "\n".join(a.text for a in answers))
+    dummy = {"dummy_weights": model.bundle.manifest.model.dummy_weights}
+    render = None if live else lambda _: "\n".join(answer.text for answer in answers)
+    emit(_document(answers) | dummy, as_json=as_json, render=render)
     if not as_json:
         note(_summary(answers[0]))
+        for line in dummy_lines(dummy):
+            note(line)
 
 
 def _check_show(path: Path, samples: int) -> None:
@@ -88,7 +104,8 @@ def _draw(model: "BundleModel", picture: Any, answer: "Generation", path: Path) 
     kept = iter(answer.kept)
     stages = [next(kept).tolist() if stage.keep else [] for stage in model.plan.stages]
     layers = [stage.layer for stage in model.plan.stages]
-    drawn = draw_kept(picture, model.plan.grid, stages, layers=layers, total=model.plan.image_tokens)
+    plan = model.plan
+    drawn = draw_kept(picture, plan.grid, stages, layers=layers, total=plan.image_tokens, blocks=plan.blocks)
     drawn.save(path)
     note(f"kept tokens drawn in {path}")
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from btp_export.commands import _options as options
-from btp_export.console import JsonOption, emit, progress
+from btp_export.console import JsonOption, emit, note, progress
 
 
 def command(
@@ -14,20 +14,39 @@ def command(
     samples: Annotated[int, typer.Option("--samples", metavar="N", help="How many generated scenes.")] = 4,
     seed: options.SeedOption = 0,
     profile: Annotated[
-        str | None, typer.Option("--profile", metavar="NAME", help="Shape profile.  [default: the first]")
+        str | None, typer.Option("--profile", metavar="NAME", help="Shape profile.  [default: all]")
     ] = None,
     threads: Annotated[
         int | None, typer.Option("--threads", metavar="N", help="Threads.  [default: all cores]")
     ] = None,
+    engine: options.EngineOption = None,
+    tokens: Annotated[
+        int | None,
+        typer.Option("--tokens", metavar="N", help="Generated tokens compared.  [default: 8; 3 for large models]"),
+    ] = None,
+    device: options.DeviceOption = "auto",
+    maths: options.MathsOption = "float32",
     as_json: JsonOption = False,
 ) -> int:
     """Check every graph of a bundle, its kept tokens and its text against transformers' own modelling code."""
-    from btp_export.verify import verify_bundle
+    from btp_export.verify import verify_profiles
     from graphs.bundle import Bundle
 
     with progress("verifying") as bar:
         opened = Bundle.open(bundle, check="full")
-        result = verify_bundle(opened, samples=samples, seed=seed, profile=profile, threads=threads, report=bar)
+        result = verify_profiles(
+            opened,
+            samples=samples,
+            tokens=tokens,
+            seed=seed,
+            profile=profile,
+            threads=threads,
+            device=device,
+            maths=maths,
+            engine=engine,
+            report=bar,
+            note=note,
+        )
     emit(result, as_json=as_json, render=show)
     return 0 if result["passed"] else 1
 
@@ -36,16 +55,24 @@ def show(result: dict[str, Any]) -> Any:
     """The document of `verify` for the console."""
     from rich.console import Group
 
-    from btp_export.console import table
+    from btp_export.console import dummy_lines, table
 
+    several = len(result.get("profiles", ())) > 1
     rows = [
-        [graph["name"], f"{graph['cosine']:.12f}", f"{graph['norm_ratio']:.9f}", f"{graph['max_abs']:.3g}"]
+        [
+            f"{graph['name']} ({graph['profile']})" if several else graph["name"],
+            f"{graph['cosine']:.12f}",
+            f"{graph['norm_ratio']:.9f}",
+            f"{graph['max_abs']:.3g}",
+        ]
         for graph in result["graphs"]
     ]
     kept = ", ".join(f"{share:.4f}" for share in result["kept_agreement"]) or "no stages"
     lines = [
+        *dummy_lines(result),
         f"kept tokens equal, by stage: {kept}",
-        f"generated tokens equal: {'yes' if result['tokens_equal'] else 'no'} ({result['samples']} samples)",
+        f"generated tokens equal: {'yes' if result['tokens_equal'] else 'no'} "
+        f"({result['samples']} samples, {result['tokens']} tokens)",
         *(f"near-tie: {text}" for text in result["near_ties"]),
         *(f"failed: {text}" for text in result["failures"]),
         "verified" if result["passed"] else "NOT verified",

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from btp_export.console import Report
+from btp_export.console import Report, note
 from btp_export.report.data import Picture, ReportData
 from graphs.bundle import Bundle
 from graphs.errors import InputError
@@ -41,10 +41,12 @@ def collect(
     check_settings(settings)
     from btp_export.bench import measure
     from btp_export.evaluate import evaluate_bundle
-    from btp_export.verify import verify_bundle
+    from btp_export.profile import saved_profiles
+    from btp_export.streamed import too_large
+    from btp_export.verify import verify_profiles
 
     with phase("verify") as report:
-        verification = verify_bundle(bundle, threads=settings.threads, report=report)
+        verification = verify_profiles(bundle, threads=settings.threads, device="auto", report=report, note=note)
     if check is not None:
         check(verification)
     evaluation: dict[str, Any] | None = None
@@ -52,19 +54,46 @@ def collect(
         with phase("eval") as report:
             evaluation = evaluate_bundle(
                 bundle,
+                compression=budgets(bundle),
                 samples=settings.samples,
                 seed=settings.seed,
                 data=settings.questions,
                 threads=settings.threads,
                 report=report,
             )
-    with phase("bench") as report:
-        bench = measure(bundle, threads=settings.threads, report=report)
-    with phase("pictures"):
-        pictures = scene_pictures(bundle, threads=settings.threads)
+    bench: dict[str, Any] | None = None
+    pictures: list[Picture] = []
+    if (reason := too_large(bundle, models=2)) is not None:
+        note(f"not timed and not drawn: {reason}")
+    else:
+        with phase("bench") as report:
+            bench = measure(bundle, threads=settings.threads, report=report)
+        with phase("pictures"):
+            pictures = scene_pictures(bundle, threads=settings.threads)
     return ReportData(
-        bundle.plan, bundle.manifest, verification=verification, evaluation=evaluation, bench=bench, pictures=pictures
+        bundle.plan,
+        bundle.manifest,
+        verification=verification,
+        evaluation=evaluation,
+        bench=bench,
+        engines=saved_profiles(bundle),
+        pictures=pictures,
     )
+
+
+def budgets(bundle: Bundle) -> list[float] | None:
+    """The bundle's own budget and half its tokens, for the plot of accuracy against tokens.
+
+    None, which is the bundle's own budget alone, if nothing is pruned or some plan cannot meet the smaller one.
+    """
+    from btp_export.evaluate import DEFAULT_PLANS, resolve_budgets
+
+    own = bundle.plan.compression
+    wanted = [own, 1 - (1 - own) / 2]
+    try:
+        return list(wanted) if bundle.plan.stages and resolve_budgets(bundle, DEFAULT_PLANS, wanted) else None
+    except InputError:
+        return None
 
 
 def check_settings(settings: Settings) -> None:
@@ -86,10 +115,13 @@ def scene_pictures(
 
     chosen = scene_samples(count, seed=seed, split="calibration").samples
     model = load(bundle, threads=threads)
-    answers = model.generate([one.image for one in chosen], [one.prompt for one in chosen])
+    answers = model.generate([one.image for one in chosen], [one.prompt for one in chosen], resize=True)
     pictures = []
     for one, answer in zip(chosen, answers, strict=True):
         found = iter(answer.kept)  # the graphs give indices only for stages that keep tokens
         kept = [[int(index) for index in next(found)] if stage.keep else [] for stage in bundle.plan.stages]
-        pictures.append(Picture(one.image, one.prompt, answer.text, model.profile.grid, kept, one.answer))
+        profile = model.profile
+        pictures.append(
+            Picture(one.image, one.prompt, answer.text, profile.grid, kept, one.answer, blocks=profile.blocks)
+        )
     return pictures

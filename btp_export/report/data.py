@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from btp_export.console import plain
+from graphs.blocks import Blocks
 from graphs.flops import cost
 from graphs.manifest import Manifest
 from graphs.plan import PruningPlan
@@ -47,6 +48,7 @@ class Picture:
     grid: tuple[int, int]
     kept: Sequence[Sequence[int]]
     expected: str | None = None
+    blocks: Blocks = ()  # of the tokens that `kept` counts, where they are not the grid
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,7 @@ class ReportData:
     verification: Mapping[str, Any] | None = None
     evaluation: Mapping[str, Any] | None = None
     bench: Mapping[str, Any] | None = None
+    engines: Sequence[Mapping[str, Any]] = ()  # documents of `btp-export profile`, one for each device
     pictures: Sequence[Picture] = ()
     machine: Machine | None = field(default_factory=lambda: machine())
 
@@ -125,6 +128,7 @@ def document(data: ReportData) -> dict[str, Any]:
         "verification": _portable(data.verification),
         "evaluation": _portable(data.evaluation),
         "bench": _portable(data.bench),
+        "engines": [_portable(profile) for profile in data.engines],
         "pictures": [_picture_record(picture) for picture in data.pictures],
         "tools": dict(data.manifest.tools) if data.manifest else None,
         "machine": data.machine.model_dump(mode="json") if data.machine else None,
@@ -148,6 +152,7 @@ def _picture_record(picture: Picture) -> dict[str, Any]:
         "answer": picture.answer,
         "expected": picture.expected,
         "grid": list(picture.grid),
+        **({"blocks": [list(block) for block in picture.blocks]} if picture.blocks else {}),
         "kept": [[int(index) for index in stage] for stage in picture.kept],
     }
 

@@ -10,6 +10,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
+from graphs.blocks import Blocks, count_tokens
+
 MARGIN, GAP = 14, 12  # pixels around and between the panels
 WASH = (0.84, 236)  # dropped tokens: share of this grey, so that little of the picture is left
 GREY = np.array([0.299, 0.587, 0.114])  # weights of Rec. 601 luma
@@ -27,13 +29,14 @@ def draw_kept(
     *,
     layers: Sequence[int] | None = None,
     total: int | None = None,
+    blocks: Blocks = (),
     width: int = 1280,
 ) -> Image.Image:
     """The picture, and beside it a panel for each stage with its caption: "stage 1 · layer 3 · 288 of 576 tokens".
 
     `grid` is (rows, columns); `kept_per_stage[j]` are indices into that grid; `layers` the stages' layers; `total` is V
-    where the model has more image tokens than cells (newline tokens and the like, which cannot be drawn). The result
-    is `width` pixels wide; panels wrap when they would become smaller than 180 pixels.
+    where the model has more image tokens than cells; `blocks` says how they lie (graphs/blocks.py). The result is
+    `width` pixels wide; panels wrap when they would become smaller than 180 pixels.
     Raises ValueError for a grid or indices that cannot be.
     """
     tokens = total or grid[0] * grid[1]
@@ -45,7 +48,7 @@ def draw_kept(
     room = (width - 2 * MARGIN - (columns - 1) * GAP) // columns
     size = panel_size(grid, room)
     panels = [fit(image, grid).resize(size, _filter(image, size))]
-    panels += [draw_stage(image, grid, kept, width=room) for kept in kept_per_stage]
+    panels += [draw_stage(image, grid, kept, blocks=blocks, width=room) for kept in kept_per_stage]
     font = ImageFont.load_default(13)
     lines = 1 if max(font.getlength(" · ".join(caption)) for caption in captions) <= room else 2
     step = size[1] + 8 + 18 * lines + GAP
@@ -60,14 +63,16 @@ def draw_kept(
     return sheet
 
 
-def draw_stage(image: Image.Image, grid: tuple[int, int], kept: Sequence[int], *, width: int = 288) -> Image.Image:
+def draw_stage(
+    image: Image.Image, grid: tuple[int, int], kept: Sequence[int], *, blocks: Blocks = (), width: int = 288
+) -> Image.Image:
     """One panel, at most `width` pixels wide and made of equal whole-pixel cells.
 
     Inside kept cells the pixels are those of the resized picture. Dropped cells are grey and washed out under a thin
     grid, and a line runs around every group of kept cells.
     """
     rows, columns = grid
-    mask = kept_mask(grid, kept)
+    mask = kept_mask(grid, kept, blocks)
     size = panel_size(grid, width)
     cell = size[0] // columns
     clear = np.asarray(fit(image, grid).resize(size, _filter(image, size)))
@@ -82,9 +87,14 @@ def draw_stage(image: Image.Image, grid: tuple[int, int], kept: Sequence[int], *
     return Image.fromarray(panel.astype(np.uint8))
 
 
-def kept_mask(grid: tuple[int, int], kept: Sequence[int]) -> npt.NDArray[np.bool_]:
-    """[rows, columns], true where a token is kept. Indices past the grid (tokens with no place) are left out."""
+def kept_mask(grid: tuple[int, int], kept: Sequence[int], blocks: Blocks = ()) -> npt.NDArray[np.bool_]:
+    """[rows, columns], true where a token is kept. Indices past the grid (tokens with no place) are left out.
+
+    With blocks a cell counts as kept if a token of any block that looks at it is; newline tokens look at nothing.
+    """
     rows, columns = grid
+    if blocks:
+        return _mask_of_blocks(grid, kept, blocks)
     if rows < 1 or columns < 1:
         raise ValueError(f"grid {rows} x {columns}; wanted at least one row and one column.")
     if min(kept, default=0) < 0:
@@ -92,6 +102,20 @@ def kept_mask(grid: tuple[int, int], kept: Sequence[int]) -> npt.NDArray[np.bool
     mask = np.zeros(rows * columns, dtype=bool)
     mask[[index for index in kept if index < rows * columns]] = True
     return mask.reshape(rows, columns)
+
+
+def _mask_of_blocks(grid: tuple[int, int], kept: Sequence[int], blocks: Blocks) -> npt.NDArray[np.bool_]:
+    rows, columns = grid
+    tokens = np.zeros(count_tokens(blocks), dtype=bool)
+    tokens[list(kept)] = True
+    mask, start = np.zeros(grid, dtype=bool), 0
+    for down, right in blocks:
+        block = tokens[start : start + down * right].reshape(down, right)
+        wide = columns if (down, right) == (rows, columns + 1) else right
+        at = (2 * np.arange(rows) + 1) * down // (2 * rows), (2 * np.arange(columns) + 1) * wide // (2 * columns)
+        mask |= block[np.ix_(*at)]
+        start += down * right
+    return mask
 
 
 def panel_size(grid: tuple[int, int], width: int) -> tuple[int, int]:

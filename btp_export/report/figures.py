@@ -116,8 +116,12 @@ def token_steps(pruned: Sequence[int], full: int, stages: Sequence[int], *, titl
 def accuracy_plot(points: Sequence[Point], full_tokens: int, *, title: str) -> Markup:
     """Accuracy against average tokens. Plans of about equal tokens stand side by side; every plan is named once.
 
-    Plans so far down that they would flatten the others are arrows at the end of the axis, with their value.
+    The unpruned model is a line across, so that the axis ends where the pruned plans do. Plans so far down that they
+    would flatten the others are arrows at the end of the axis, with their value.
     """
+    full = next((p for p in points if p.tokens >= full_tokens), None)
+    points = [p for p in points if p.tokens < full_tokens]
+    most = max((p.tokens for p in points), default=full_tokens)
     below = outliers(points)
     shown = [p for p in points if p not in below]
 
@@ -125,12 +129,20 @@ def accuracy_plot(points: Sequence[Point], full_tokens: int, *, title: str) -> M
         canvas = Canvas(width, 340 if width == WIDE else 320)
         box = Box(52, width - 16, 30, canvas.height - 40)
         bounds = [bound for p in shown for bound in (p.interval or (p.accuracy, p.accuracy))]
+        bounds += [full.accuracy] if full else []
         low, high = min(bounds), max(bounds)
         room = max(high - low, 0.02) * (0.2 if below else 0.08)
         y = Scale(max(0.0, low - room), min(1.0, high + room * 0.5), box.bottom, box.top)
-        x = Scale(0, full_tokens, box.left + 12, box.right - 22)
+        end = min(full_tokens, most * (1.25 if width == WIDE else 1.9))  # a phone needs more room for the names
+        x = Scale(0, end, box.left + 12, box.right - 22)
         _value_axis(canvas, box, y, "accuracy", percent=True)
-        for mark in sorted({*ticks(0, full_tokens * 0.9, 4 if width == WIDE else 3), float(full_tokens)}):
+        if full:
+            said = f"{full.plan}: {full.accuracy * 100:.1f} % at {full_tokens} tokens"
+            canvas.line(box.left, y(full.accuracy), box.right, y(full.accuracy), "full-line")
+            canvas.text(box.right, FONT, said, "label muted", "end")
+            sample = box.right - text_width(said) - 8
+            canvas.line(sample - 18, FONT * 0.65, sample, FONT * 0.65, "full-line")
+        for mark in ticks(0, end, 5 if width == WIDE else 3):
             canvas.text(x(mark), box.bottom + 17, f"{mark:g}", "label muted", "middle")
             canvas.line(x(mark), box.bottom, x(mark), box.bottom + 4, "axis")
         canvas.line(box.left, box.bottom, box.right, box.bottom, "axis")

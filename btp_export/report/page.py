@@ -13,6 +13,7 @@ from PIL import Image
 from btp_export.report import figures
 from btp_export.report.data import Picture
 from btp_export.report.draw import draw_stage, fit, panel_size
+from btp_export.report.engines import engine_views
 
 TEMPLATE = "template.html.j2"
 PANEL = 288  # pixels; twice the width at which a phone shows a panel
@@ -56,6 +57,7 @@ def render(document: Mapping[str, Any], pictures: Sequence[Picture]) -> str:
         rows=(rows := evaluation_rows(document)),
         outliers=figures.outliers(_points(rows)),
         latency=latency_rows(document),
+        engines=engine_views(document),
         costs=cost_rows(document),
         busy=BUSY,
         verdict=verdict(document),
@@ -158,24 +160,35 @@ def own_row(document: Mapping[str, Any]) -> Mapping[str, Any] | None:
 
 
 def stage_rows(document: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The plan's stages with their number, what they choose from, and the attention on the image before them."""
+    """The plan's stages with their number, what they choose from, the attention on the image, and what they keep of it.
+
+    `mass` is the attention on all image tokens in the layer before the stage, of the model without pruning; `held` the
+    share of the stage's own attention that its kept tokens hold, mean over the evaluation's questions.
+    """
     rows, before = [], document["plan"]["image_tokens"]
+    held = (own_row(document) or {}).get("attention_kept") or [None] * len(document["plan"]["stages"])
     mass = (document["calibration"] or {}).get("attention_mass")
     for number, stage in enumerate(document["plan"]["stages"]):
         layer = stage["layer"]
         seen = mass[layer - 1] if mass and 0 < layer <= len(mass) else None
-        rows.append({**stage, "number": number + 1, "before": before, "mass": seen})
+        rows.append({**stage, "number": number + 1, "before": before, "mass": seen, "held": held[number]})
         before = stage["keep"]
     return rows
 
 
 def evaluation_rows(document: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The evaluation's rows, best first among the pruned plans, the unpruned model on top."""
+    """The evaluation's rows: the unpruned model on top, then the plans at the bundle's own budget (`main`), then those
+    at smaller ones, best first in each group.
+    """
     if not document["evaluation"]:
         return []
     own = own_row(document)
-    rows = [{**row, "own": dict(row) == own, "interval": interval(row)} for row in document["evaluation"]["rows"]]
-    return sorted(rows, key=lambda row: (row["compression"] > 0, -row["accuracy"], row["plan"]))
+    least = 0.75 * document["average_tokens"]  # plans at one budget are within a few tokens of each other
+    rows = [
+        {**row, "own": dict(row) == own, "interval": interval(row), "main": row["average_tokens"] >= least}
+        for row in document["evaluation"]["rows"]
+    ]
+    return sorted(rows, key=lambda row: (row["compression"] > 0, not row["main"], -row["accuracy"], row["plan"]))
 
 
 def interval(row: Mapping[str, Any]) -> tuple[float, float] | None:
@@ -316,7 +329,7 @@ def _picture_view(document: Mapping[str, Any], picture: Picture) -> dict[str, An
     for number, kept in enumerate(picture.kept):
         if not kept:
             continue  # nothing to show: the text beside says from which layer on no token is left
-        src = data_uri(draw_stage(picture.image, picture.grid, kept, width=PANEL))
+        src = data_uri(draw_stage(picture.image, picture.grid, kept, blocks=picture.blocks, width=PANEL))
         alt = f"The {len(kept)} image tokens that stage {number + 1} keeps; the others are washed out."
         name = f"stage {number + 1} · layer {stages[number]['layer']}"
         panels.append(_panel(src, alt, name, f"{len(kept)} of {total} tokens"))

@@ -74,3 +74,26 @@ def test_a_live_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytes
 def test_errors_take_three_lines_at_most(capsys: pytest.CaptureFixture[str]) -> None:
     console.show_lines(["first\nline", "second", "third", "fourth"])
     assert capsys.readouterr().err == "error: first line\n  second\n  third\n"
+
+
+def test_another_kind_of_work_has_a_clock_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = 0.0
+    monkeypatch.setattr("btp_export.console.time.monotonic", lambda: now)
+    bar = console.Bar("work", None)
+    now = 100.0
+    bar(4, 4, "pictures")
+    now = 120.0
+    bar(1, 10, "layers")
+    assert "1 of 10, about 180 s left (layers)" in capsys.readouterr().err  # nine more of 20 s each
+
+
+def test_phases_are_parts_of_one_whole() -> None:
+    told: list[tuple[int, int, str]] = []
+    phases = console.Phases(lambda done, total, text="": told.append((done, total, text)), {"a": 1, "b": 3})
+    phases.part("a")(1, 2)
+    phases.named("b")(0, 5, "begun")
+    phases.named("b")(5, 5, "")
+    assert told == [(125, 1000, "a"), (250, 1000, "b: begun"), (1000, 1000, "b")]
+    console.Phases(None, {"a": 1}).part("a")(1, 1)

@@ -9,7 +9,7 @@ from PIL import Image
 
 import btp_export
 from btp_export import cli
-from btp_export.evaluate import evaluate_bundle, resolve_plans
+from btp_export.evaluate import evaluate_bundle, evaluate_plans, resolve_budgets, resolve_plans
 from graphs.errors import InputError
 from graphs.flops import cost
 from graphs.plan import PruningPlan, Stage
@@ -92,6 +92,56 @@ def test_plans_get_the_bundles_own_budget_or_the_given_one(tiny_bundle: Any) -> 
     assert [stage.layer for stage in given["btp"].stages] == [1, 4]
 
 
+def test_several_budgets_give_a_row_each_and_fixed_plans_one(tiny_bundle: Any) -> None:
+    planned = resolve_budgets(tiny_bundle(PLAN), ["none", "btp", "divprune"], [0.5, 0.75])
+    assert [name for name, _ in planned] == ["none", "btp", "divprune", "btp", "divprune"]
+    for (_, plan), budget in zip(planned[1:], (0.5, 0.5, 0.75, 0.75), strict=True):
+        assert plan.compression == pytest.approx(budget, abs=0.04)
+
+
+def test_equal_plans_are_run_once_and_listed_twice(tiny_bundle: Any, questions: Path) -> None:
+    reports: list[int] = []
+    result = evaluate_plans(
+        tiny_bundle(PLAN),
+        [("one", PLAN), ("two", PLAN.model_copy(update={"calibration": {"note": "the same graphs"}}))],
+        data=questions,
+        threads=1,
+        report=lambda done, total, _="": reports.append(total),
+    )
+    one, two = result.document["rows"]
+    assert one | {"plan": ""} == two | {"plan": ""} and result.hits[0] == result.hits[1]
+    assert sum(result.hits[0]) == one["accuracy"] * result.document["samples"]
+    assert set(reports) == {2 * result.document["samples"]}  # the plan and the unpruned model
+
+
+def test_attention_kept_is_what_transformers_attention_says(tiny_bundle: Any, questions: Path) -> None:
+    """Share of the last token's attention on the image tokens, in the layer before the stage, by the streamed run."""
+    from btp_export.models import open_model
+    from btp_export.prompting import Prompter
+    from calibrate.data import jsonl_samples, prepare
+    from calibrate.reference import StreamedReference
+
+    bundle = tiny_bundle(PLAN)
+    row = evaluate_bundle(bundle, plans=["btp"], data=questions, threads=1)["rows"][0]
+    model = open_model(str(_checkpoint_of(bundle, questions.parent)))
+    samples = jsonl_samples(questions, count=4).samples
+    prompter = Prompter(bundle.processor, bundle.spec)
+    prepared = prepare(samples, prompter, model.family.vision_module(model.checkpoint))
+    runs = StreamedReference(model.checkpoint).run([one.input for one in prepared], PLAN)
+    shares = [run.stages[0].scores[run.stages[0].indices].sum() / run.stages[0].scores.sum() for run in runs]
+    assert row["attention_kept"] == [pytest.approx(sum(shares) / len(shares), rel=1e-5), None]
+
+
+def _checkpoint_of(bundle: Any, folder: Path) -> Path:
+    """The bundle's weights and configuration as a checkpoint folder."""
+    made = folder / "checkpoint"
+    made.mkdir(exist_ok=True)
+    for file in (bundle.weights / "model.safetensors", *bundle.processor.iterdir()):
+        if not (made / file.name).exists():
+            (made / file.name).symlink_to(file)
+    return made
+
+
 @pytest.mark.parametrize("names", [["btp", "btp"], ["fastw"], []])
 def test_unknown_and_repeated_plans_are_refused(names: list[str], tiny_bundle: Any) -> None:
     with pytest.raises(InputError):
@@ -111,7 +161,15 @@ def test_the_command_prints_the_contract(tiny_bundle: Any, capsys: pytest.Captur
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--samples", "0"], ["--plans", "x"], ["--data", "/nowhere"], ["--compression", "2"]]
+    "arguments",
+    [
+        ["--samples", "0"],
+        ["--plans", "x"],
+        ["--data", "/nowhere"],
+        ["--compression", "2"],
+        ["--compression", "0.5,x"],
+        ["--compression", "0.5,0.5"],
+    ],
 )
 def test_bad_input(arguments: list[str], tiny_bundle: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["eval", str(tiny_bundle(PLAN).root), *arguments]) == 2

@@ -69,7 +69,7 @@ def test_only_plan_files_are_replaced(capsys: pytest.CaptureFixture[str], tmp_pa
         (("calibrate", "--model", "demo", "--compression", "0.95"), "less than one of 12 layers"),
         (("calibrate", "--model", "demo", "--tau", "1.5"), "--tau 1.5"),
         (("calibrate", "--model", "demo", "--samples", "0"), "--samples 0"),
-        (("calibrate", "--model", "demo", "--images", "/nowhere"), "not a folder"),
+        (("calibrate", "--model", "demo", "--images", "/nowhere"), "/nowhere is not there"),
         (("calibrate", "--model", "demo", "--prompts", "/nowhere"), "--prompts without --images"),
         (("calibrate", "--model", "demo", "--out", "/nowhere/plan.json"), "/nowhere is not there"),
     ],

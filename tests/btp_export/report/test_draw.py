@@ -76,3 +76,13 @@ def test_panels_wrap_to_the_width(width: int, rows: int) -> None:
 def test_the_same_input_gives_the_same_pixels() -> None:
     one, two = (draw_kept(PICTURE, (6, 6), [[1, 2, 8]], layers=[1]) for _ in range(2))
     assert one.tobytes() == two.tobytes()
+
+
+def test_cells_that_tokens_of_several_blocks_look_at() -> None:
+    """A base view of 2 x 2 over 4 x 4 cells with newlines: a coarse token shows its quarter, a newline nothing."""
+    blocks = ((2, 2), (4, 5))
+    assert np.argwhere(kept_mask((4, 4), [1], blocks)).tolist() == [[0, 2], [0, 3], [1, 2], [1, 3]]
+    fine, newline = 4 + 2 * 5 + 3, 4 + 2 * 5 + 4
+    assert np.argwhere(kept_mask((4, 4), [fine, newline], blocks)).tolist() == [[2, 3]]
+    assert kept_mask((4, 4), range(24), blocks).all()
+    assert not kept_mask((4, 4), [8, 13], blocks)[:, :3].any(), "newlines of the first two rows"

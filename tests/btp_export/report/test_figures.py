@@ -57,7 +57,8 @@ def test_names_of_plans_do_not_overlap(tokens: list[float], accuracies: list[flo
     for svg, _ in _drawings(figure):
         places = re.findall(r'<circle cx="([\d.]+)" cy="([\d.]+)"', svg)
         arrows = re.findall(r'class="point (?:other|own)"/>', svg)
-        assert len(places) + len(arrows) == len(names)
+        assert len(places) + len(arrows) == len(names) - 1
+        assert svg.count('class="full-line"') == 2, "the unpruned model is a line, and a sample of it beside its name"
         named = [text for _, text in _texts(svg) if text.split(":")[0] in names]
         assert len(named) == len(names), "every plan is named once"
         for (x1, y1), (x2, y2) in itertools.combinations([(float(x), float(y)) for x, y in places], 2):

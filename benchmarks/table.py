@@ -1,0 +1,171 @@
+"""The accuracy tables of the README: every plan at two budgets, and the ablations, on the demo model's held-out scenes.
+
+    make table                                    # or: python -m benchmarks.table [--samples 1000] [--seed 1]
+
+Exports the demo with the calibrated plan, answers the same questions under every plan through the exported graphs,
+writes benchmarks/results/table.json and puts the tables it gives into README.md. `--render` only does the latter.
+"""
+
+import argparse
+import json
+import platform
+import tempfile
+from collections.abc import Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "table.json"
+README = ROOT / "README.md"
+MARKS = ("<!-- table: begin -->", "<!-- table: end -->")
+BUDGETS = (0.78, 0.89)
+OWN = "btp"
+LEVEL = 0.05  # of the paired test
+
+
+def measure(samples: int, seed: int, threads: int | None) -> dict[str, Any]:
+    """All rows, each with its comparison to btp at the same budget."""
+    from btp_export import console
+    from btp_export.calibration import CalibrationSettings, calibrate_model
+    from btp_export.evaluate import evaluate_plans
+    from btp_export.export import Options, export_bundle
+    from btp_export.models import open_model
+    from calibrate.ablations import ablations
+
+    model = open_model("demo")
+    own = {budget: calibrate_model(model, CalibrationSettings(compression=budget)) for budget in BUDGETS}
+    plan = own[BUDGETS[0]]
+    groups = [("plans", budget, _plans(model.spec, own[budget])) for budget in BUDGETS]
+    variants = ablations(plan)[1:]  # the first is the plan itself
+    groups.append(("ablations", BUDGETS[0], [(OWN, plan), *((one.name, one.plan) for one in variants)]))
+    named = [entry for _, _, entries in groups for entry in entries]
+    with tempfile.TemporaryDirectory() as folder, console.progress("table") as report:
+        bundle = export_bundle(model, plan, Path(folder) / "bundle", Options())
+        found = evaluate_plans(bundle, named, samples=samples, seed=seed, threads=threads, report=report)
+    rows = iter(zip(found.document["rows"], found.hits, strict=True))
+    tables = [_compared(kind, budget, [next(rows) for _ in entries]) for kind, budget, entries in groups]
+    return {
+        "date": date.today().isoformat(),
+        "python": platform.python_version(),
+        "samples": found.document["samples"],
+        "seed": seed,
+        "source": found.document["source"],
+        "calibration": plan.calibration.get("sha256") or plan.calibration.get("source"),
+        "changes": {one.name: one.summary for one in variants},
+        "tables": tables,
+    }
+
+
+def _plans(spec: Any, own: Any) -> list[tuple[str, Any]]:
+    """btp and every baseline at its average tokens."""
+    from btp_export.evaluate import DEFAULT_PLANS
+    from btp_export.plans import plan_for
+
+    return [
+        (name, own if name == OWN else plan_for(name, spec, average_tokens=own.average_tokens))
+        for name in DEFAULT_PLANS
+    ]
+
+
+def _compared(kind: str, budget: float, rows: list[tuple[dict[str, Any], list[bool]]]) -> dict[str, Any]:
+    from calibrate.evaluation import paired
+
+    (own,) = [hits for row, hits in rows if row["plan"] == OWN]
+    listed = []
+    for row, hits in rows:
+        against = paired(own, hits)
+        listed.append({**row, "btp_better_by": against.difference, "p_value": against.p_value})
+    return {"kind": kind, "compression": budget, "rows": listed}
+
+
+def render(result: dict[str, Any]) -> str:
+    """The README's part, Markdown."""
+    plans = [table for table in result["tables"] if table["kind"] == "plans"]
+    (switches,) = [table for table in result["tables"] if table["kind"] == "ablations"]
+    parts = [
+        f"{result['samples']:,} held-out questions (seed {result['seed']}), exact match through the exported graphs, "
+        f"{result['date']}. *btp against it*: points of accuracy that btp is ahead, and whether a paired test "
+        f"(McNemar, two-sided, {_percent(LEVEL)}) tells the two apart."
+    ]
+    parts += [
+        f"At {_percent(1 - table['compression'])} of the tokens:\n\n{_table(table['rows'], 'plan')}" for table in plans
+    ]
+    parts += [said for table in plans for said in [_verdict(table)]]
+    parts.append(
+        f"One switch of btp turned at a time, at {_percent(1 - switches['compression'])}:\n\n"
+        f"{_table(_named(switches['rows'], result['changes']), 'change')}"
+    )
+    return "\n\n".join(parts)
+
+
+def _named(rows: Sequence[dict[str, Any]], changes: dict[str, str]) -> list[dict[str, Any]]:
+    return [row | {"plan": changes.get(row["plan"], row["plan"])} for row in rows]
+
+
+def _table(rows: Sequence[dict[str, Any]], first: str) -> str:
+    lines = [
+        f"| {first} | tokens | accuracy (95 % interval) | kept | FLOPs | btp against it |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        low, high = row["interval"]
+        lines.append(
+            f"| {row['plan']} | {row['average_tokens']:.1f} | {row['accuracy']:.3f} ({low:.3f} to {high:.3f}) "
+            f"| {_percent(row['kept_accuracy'], 1)} | {row['flops_ratio']:.3f} | {_against(row)} |"
+        )
+    return "\n".join(lines)
+
+
+def _against(row: dict[str, Any]) -> str:
+    if row["plan"] == OWN:
+        return ""
+    chance = "p < 0.001" if row["p_value"] < 0.001 else f"p = {row['p_value']:.3f}"
+    return f"{row['btp_better_by'] * 100:+.1f}, {chance}"
+
+
+def _verdict(table: dict[str, Any]) -> str:
+    """Which baselines btp beats, in a sentence."""
+    others = [row for row in table["rows"] if row["plan"] not in (OWN, "none")]
+    better = [row["plan"] for row in others if row["p_value"] < LEVEL and row["btp_better_by"] > 0]
+    worse = [row["plan"] for row in others if row["p_value"] < LEVEL and row["btp_better_by"] < 0]
+    open_ = [row["plan"] for row in others if row["p_value"] >= LEVEL]
+    said = [f"At {_percent(1 - table['compression'])} btp is better than {_list(better) or 'none of them'}"]
+    said += [f"worse than {_list(worse)}"] if worse else []
+    said += [f"not told apart from {_list(open_)}"] if open_ else []
+    return ", ".join(said) + "."
+
+
+def _percent(share: float, digits: int = 0) -> str:
+    return f"{share * 100:.{digits}f} %"
+
+
+def _list(names: Sequence[str]) -> str:
+    return " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))
+
+
+def put_into_readme(text: str) -> None:
+    """Replace what stands between the marks."""
+    whole = README.read_text(encoding="utf-8")
+    before, rest = whole.split(MARKS[0])
+    _, after = rest.split(MARKS[1])
+    README.write_text(f"{before}{MARKS[0]}\n{text}\n{MARKS[1]}{after}", encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--samples", type=int, default=1000)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--render", action="store_true", help="only put the recorded results into README.md")
+    given = parser.parse_args()
+    if not given.render:
+        result = measure(given.samples, given.seed, given.threads)
+        RESULTS.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    text = render(json.loads(RESULTS.read_text(encoding="utf-8")))
+    put_into_readme(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

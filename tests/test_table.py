@@ -1,0 +1,24 @@
+"""The README's accuracy tables are the recorded results, nothing else."""
+
+import json
+
+import pytest
+
+from benchmarks import table
+
+
+def test_the_readme_shows_what_was_recorded() -> None:
+    result = json.loads(table.RESULTS.read_text(encoding="utf-8"))
+    text = table.README.read_text(encoding="utf-8")
+    assert table.render(result) in text
+    kinds = [(one["kind"], one["compression"]) for one in result["tables"]]
+    assert kinds == [("plans", 0.78), ("plans", 0.89), ("ablations", 0.78)]
+
+
+def test_baselines_cost_what_btp_costs() -> None:
+    """Equal average tokens within 1 %."""
+    for one in json.loads(table.RESULTS.read_text(encoding="utf-8"))["tables"]:
+        own = next(row["average_tokens"] for row in one["rows"] if row["plan"] == table.OWN)
+        for row in one["rows"]:
+            if row["plan"] != "none":
+                assert row["average_tokens"] == pytest.approx(own, rel=0.01), row["plan"]
