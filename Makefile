@@ -41,8 +41,14 @@ native:
 	cmake --build engines/native/build
 
 # On a GPU machine: verifies the kernels, then times them. Runs on that machine's own torch, with numpy, onnx, ml_dtypes.
+# TARGET=h200 (or another target of `btp-export build`): then ONNX Runtime on CUDA, and the engines of the demo model,
+# verified and timed too; for that the machine needs the project itself, onnxruntime-gpu and TensorRT.
 gpu-check:
 	$(PYTHON) -m benchmarks.gpu_check
+ifdef TARGET
+	$(PYTHON) -m benchmarks.gpu_ort
+	$(PYTHON) -m benchmarks.gpu_engines --target $(TARGET)
+endif
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -75,6 +75,8 @@ class OrtLoader:
             raise InputError(f"no file {custom_ops}", wanted="the library with the custom operators", do="build it")
         if self._kind == "cuda":
             _require_cuda()
+            if custom_ops is not None:
+                _require_code_for_gpu(custom_ops, self._number)
         self.custom_ops = custom_ops
         self._settings = (threads or 0, custom_ops, prepack, log_severity)
 
@@ -237,6 +239,16 @@ def _parse_device(device: str) -> tuple[str, int]:
     if kind == "cuda" and (number.isdigit() if colon else True):
         return "cuda", int(number or 0)
     raise InputError(f"unknown device {device!r}", wanted="cpu, cuda or cuda:<number>", do="--device cpu")
+
+
+def _require_code_for_gpu(library: Path, number: int) -> None:
+    """Raise UnavailableError if the operators' CUDA kernels are for other GPUs; without any, they run on the CPU."""
+    from engines.runners.cuda import compute_capability
+
+    found = native_library.inspect("btp_ort", library)
+    if found.architectures:
+        major, minor = map(int, compute_capability(number).split("."))
+        native_library.require_capability(found, (major, minor))
 
 
 def _require_cuda() -> None:
