@@ -155,10 +155,10 @@ def accuracy_plot(points: Sequence[Point], full_tokens: int, *, title: str) -> M
 
 
 def outliers(points: Sequence[Point]) -> list[Point]:
-    """The one or two plans more than `OUTLIER` below the best; if there are more, they are no outliers."""
+    """The few points more than `OUTLIER` below the best; if they are more than a quarter, they are no outliers."""
     best = max((p.accuracy for p in points), default=0.0)
     found = [p for p in points if p.accuracy < best - OUTLIER]
-    return found if len(found) <= 2 else []
+    return found if len(found) <= max(2, len(points) // 4) else []
 
 
 def stacked_bars(bars: Sequence[Bar], *, title: str) -> Markup:

@@ -56,6 +56,7 @@ def render(document: Mapping[str, Any], pictures: Sequence[Picture]) -> str:
         stages=stage_rows(document),
         rows=(rows := evaluation_rows(document)),
         outliers=figures.outliers(_points(rows)),
+        placements=placement_rows(document),
         latency=latency_rows(document),
         engines=engine_views(document),
         costs=cost_rows(document),
@@ -174,6 +175,19 @@ def stage_rows(document: Mapping[str, Any]) -> list[dict[str, Any]]:
         rows.append({**stage, "number": number + 1, "before": before, "mass": seen, "held": held[number]})
         before = stage["keep"]
     return rows
+
+
+def placement_rows(document: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The calibration's placements: first those decided on the most pictures, the nearest first; `own` is the plan's.
+
+    Divergences on different numbers of pictures do not compare: few pictures hold few of the hard ones.
+    """
+    record = document["calibration"] or {}
+    rows = [
+        {**one, "own": number == record.get("chosen"), "samples": one.get("samples")}
+        for number, one in enumerate(record.get("candidates") or ())
+    ]
+    return sorted(rows, key=lambda row: (-(row["samples"] or 0), row["divergence"] is None, row["divergence"] or 0.0))
 
 
 def evaluation_rows(document: Mapping[str, Any]) -> list[dict[str, Any]]:
