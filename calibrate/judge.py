@@ -18,7 +18,7 @@ from graphs.plan import PruningPlan
 
 JUDGED_SAMPLES = 24  # on which every candidate is run
 FINALISTS = 3  # candidates that are then run on all samples
-PASS_BYTES = 2 * 2**30  # of hidden states, queries and keys that one streamed pass may hold
+PASS_BYTES = 3 * 2**29  # of hidden states, queries and keys that one streamed pass may hold
 _STEPS = 1000  # a part of the progress, whatever its own length
 _ROWS_A_TOKEN = 3  # hidden state, query and key
 
