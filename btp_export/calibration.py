@@ -154,7 +154,7 @@ def open_study(
     from btp_export.prompting import Prompter
     from calibrate import calibrate as calibration
     from calibrate.budget import Shape
-    from calibrate.cache import StatisticsCache, default_folder
+    from calibrate.cache import StatisticsCache
     from calibrate.costs import PrefillCost, measured_cost
     from calibrate.reference import StreamedReference, torch_device
     from calibrate.tune import check_tuning
@@ -176,7 +176,7 @@ def open_study(
     if settings.tune:
         check_tuning(len(chosen.samples), counts=settings.keep is None, shares=settings.balance is None)
     prompter = Prompter(model.source.folder, spec)
-    cache = StatisticsCache(default_folder() if settings.cache else None, note)
+    cache = StatisticsCache(cache_folder("statistics") if settings.cache else None, note)
     taus = calibration.taus_for(settings.tau, spec.change_threshold)
     key = _cache_key(model, profile, chosen.digest(), taus, settings.maths, device)
     statistics = cache.get(key)

@@ -89,12 +89,16 @@ def evaluate_plans(
 
     chosen = _samples(samples, seed, data)
     full = _full(bundle)
-    different = {plan.digest(): (name, plan) for name, plan in reversed([(FULL, full), *planned])}
+    digests = [plan.digest() for _, plan in planned]
+    unpruned = full.digest()
+    different = {unpruned: (FULL, full)}
+    for digest, entry in zip(digests, planned, strict=True):
+        different.setdefault(digest, entry)
     answers: dict[str, Answers] = {}
     questions: _Questions | None = None
     total = len(different) * len(chosen.samples)
     with scratch_folder(bundle) as folder:
-        for digest, (name, plan) in reversed(different.items()):
+        for digest, (name, plan) in different.items():
             made = bundle if digest == bundle.plan.digest() else derive(bundle, plan, folder / digest)
             start = len(answers) * len(chosen.samples)
             model = load(made, threads=threads)
@@ -102,8 +106,11 @@ def evaluate_plans(
             answers[digest] = _answer(model, questions, _offset(report, start, total, name))
     profile = bundle.profile()
     flops = {digest: cost(bundle.spec.decoder, one.plan, profile).prefill for digest, one in answers.items()}
-    best, every = _score(chosen, answers[full.digest()]), flops[full.digest()]
-    rows = [_row(name, answers[plan.digest()], chosen, best, flops[plan.digest()] / every) for name, plan in planned]
+    best, every = _score(chosen, answers[unpruned]), flops[unpruned]
+    rows = [
+        _row(name, answers[digest], chosen, best, flops[digest] / every)
+        for digest, (name, _) in zip(digests, planned, strict=True)
+    ]
     document = {
         "samples": len(chosen.samples),
         "source": chosen.source,
@@ -111,20 +118,20 @@ def evaluate_plans(
         "full_accuracy": best.accuracy,
         "rows": rows,
     }
-    return Evaluation(document, [hits(chosen.samples, answers[plan.digest()].texts) for _, plan in planned])
+    return Evaluation(document, [hits(chosen.samples, answers[digest].texts) for digest in digests])
 
 
 def resolve_budgets(
     bundle: Bundle, names: Sequence[str], budgets: Sequence[float | None]
 ) -> list[tuple[str, PruningPlan]]:
     """Plans by name at each budget, None for the bundle's own; what no budget changes is there once."""
-    planned: list[tuple[str, PruningPlan]] = []
+    planned: dict[tuple[str, str], tuple[str, PruningPlan]] = {}
     if not budgets:
         raise InputError("no budget", wanted="at least one", do="--compression 0.78,0.89")
     for budget in budgets:
-        made = resolve_plans(bundle, names, budget).items()
-        planned += [(name, plan) for name, plan in made if (name, plan.digest()) not in _known(planned)]
-    return planned
+        for name, plan in resolve_plans(bundle, names, budget).items():
+            planned.setdefault((name, plan.digest()), (name, plan))
+    return list(planned.values())
 
 
 def parse_budgets(text: str) -> tuple[float, ...]:
@@ -136,10 +143,6 @@ def parse_budgets(text: str) -> tuple[float, ...]:
     if len(set(budgets)) < len(budgets):
         raise InputError(f"--compression {text}", wanted="different budgets", do="name each once")
     return budgets
-
-
-def _known(planned: Sequence[tuple[str, PruningPlan]]) -> set[tuple[str, str]]:
-    return {(name, plan.digest()) for name, plan in planned}
 
 
 def resolve_plans(bundle: Bundle, names: Sequence[str], compression: float | None) -> dict[str, PruningPlan]:
@@ -231,11 +234,11 @@ def _attention_kept(model: BundleModel, prefill: Prefill) -> dict[int, list[floa
     from graphs.importance import uses_attention
 
     with_kept = [number for number, stage in enumerate(model.plan.stages) if stage.keep]
+    scored = model.chain.stage_scores
     found: dict[int, list[float]] = {}
-    for number, scores in model.chain.stage_scores.items():
-        if uses_attention(model.plan, number):
-            indices = prefill.kept_relative[with_kept.index(number)]
-            scores = scores[: len(indices)].astype(np.float64)
+    for number, indices in zip(with_kept, prefill.kept_relative, strict=True):
+        if number in scored and uses_attention(model.plan, number):
+            scores = scored[number][: len(indices)].astype(np.float64)
             held = np.take_along_axis(scores, indices, axis=1).sum(axis=1)
             found[number] = (held / np.maximum(scores.sum(axis=1), np.finfo(np.float64).tiny)).tolist()
     return found

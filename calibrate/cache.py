@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import tempfile
 import zipfile
 import zlib
@@ -23,19 +22,12 @@ import numpy as np
 
 from calibrate.statistics import TOP_SHARES, Statistics
 from graphs.checkpoint import Checkpoint
-from graphs.staging import SMALL_FILE, sha256
+from graphs.staging import SMALL_FILE, hub_sha256, sha256
 
 FORMAT = "btp-statistics/1"  # raise it when what is measured, or how, changes
 _SAMPLED = 4096  # bytes at the start of each tensor of a big file
-_BLOB = re.compile(r"[0-9a-f]{64}")
 
 Say = Callable[[str], None]
-
-
-def default_folder() -> Path:
-    """$XDG_CACHE_HOME/btp-export/statistics, by default in ~/.cache."""
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "btp-export" / "statistics"
 
 
 def key_of(parts: Mapping[str, Any]) -> str:
@@ -101,10 +93,8 @@ def checkpoint_identity(checkpoint: Checkpoint) -> dict[str, str]:
     for name, path in zip(checkpoint.shards, checkpoint.files, strict=True):
         if path.stat().st_size <= SMALL_FILE:
             identity[name] = sha256(path)
-        elif path.parent.name == "blobs" and _BLOB.fullmatch(path.name):
-            identity[name] = path.name
         else:
-            identity[name] = _sampled_hash(checkpoint, path)
+            identity[name] = hub_sha256(path) or _sampled_hash(checkpoint, path)
     return identity
 
 

@@ -13,14 +13,9 @@ from btp_export.runtime import load
 from engines.tensorrt.prepare import Choices, without_pruning
 from engines.tensorrt.records import UNPRUNED, engines_folder
 from graphs.bundle import Bundle
-from graphs.plan import PruningPlan, Stage
-from tests.engines.runners.engine_folders import TARGET, machine_with_gpu, new_process, write_engines
+from graphs.plan import PruningPlan
+from tests.engines.runners.engine_folders import STAGES, TARGET, machine_with_gpu, new_process, write_engines
 from tests.engines.runners.host_cuda import HostCuda
-
-STAGES = (
-    Stage(layer=2, keep=18, attention_quota=6, pool=24, boundary=18, diversity_quota=6, seeds=9),
-    Stage(layer=4, keep=0),
-)
 
 
 @pytest.fixture(autouse=True)

@@ -118,15 +118,8 @@ def test_a_hub_download_is_known_by_the_hash_in_its_name(tmp_path: Path, monkeyp
     monkeypatch.setattr(cache, "SMALL_FILE", 0)
     folder = tmp_path / "snapshot"
     make_llava(folder)
-    blobs, name = tmp_path / "blobs", "ab" * 32
-    blobs.mkdir()
+    blobs, name = tmp_path / "models--owner--name" / "blobs", "ab" * 32
+    blobs.mkdir(parents=True)
     (folder / "model.safetensors").rename(blobs / name)
     (folder / "model.safetensors").symlink_to(blobs / name)
     assert checkpoint_identity(checkpoint(folder))["model.safetensors"] == name
-
-
-def test_the_folder_is_where_caches_belong(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert cache.default_folder() == tmp_path / "btp-export" / "statistics"
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    assert cache.default_folder() == Path.home() / ".cache" / "btp-export" / "statistics"

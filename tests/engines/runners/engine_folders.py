@@ -21,11 +21,16 @@ from engines.tensorrt.records import (
 )
 from engines.tensorrt.session import Session
 from graphs.bundle import Bundle
+from graphs.plan import Stage
 from graphs.staging import record
 from tests.engines.runners import host_tensorrt
 from tests.engines.runners.host_cuda import HostCuda
 
 TARGET, VERSION, CAPABILITY = "jetson-orin-jp6", "10.3.0.26", "8.7"
+STAGES = (  # of the tiny model: one stage that selects by every rule, one that drops all
+    Stage(layer=2, keep=18, attention_quota=6, pool=24, boundary=18, diversity_quota=6, seeds=9),
+    Stage(layer=4, keep=0),
+)
 
 
 def new_process(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,15 +25,17 @@ from engines.tensorrt.session import explain, make_log
 from graphs.bundle import ROPE_WEIGHTS, Bundle
 from graphs.checkpoint import open_tensors
 from graphs.errors import CheckError, InputError, UnavailableError
-from graphs.plan import PruningPlan, Stage
+from graphs.plan import PruningPlan
 from tests.engines.runners import host_tensorrt
-from tests.engines.runners.engine_folders import CAPABILITY, VERSION, machine_with_gpu, new_process, write_engines
-from tests.engines.runners.host_cuda import HostCuda
-
-STAGES = (
-    Stage(layer=2, keep=18, attention_quota=6, pool=24, boundary=18, diversity_quota=6, seeds=9),
-    Stage(layer=4, keep=0),
+from tests.engines.runners.engine_folders import (
+    CAPABILITY,
+    STAGES,
+    VERSION,
+    machine_with_gpu,
+    new_process,
+    write_engines,
 )
+from tests.engines.runners.host_cuda import HostCuda
 
 
 @pytest.fixture(autouse=True)
