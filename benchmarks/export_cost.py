@@ -54,8 +54,8 @@ def child_graphs(checkpoint: str, out: str) -> None:
     from btp_export.export import Options, default_precision, make_profiles
     from btp_export.models import open_model
     from btp_export.plans import plan_for
-    from graphs.build import build_decoder_graphs
-    from graphs.bundle import write_graphs
+    from graphs.building.decoder_graphs import build_decoder_graphs
+    from graphs.files.bundle import write_graphs
 
     model = open_model(checkpoint)  # its tokenizer and processor are opened too, which loads half of transformers
     plan = plan_for("btp-paper", model.spec)
@@ -87,7 +87,7 @@ def child_export(checkpoint: str, out: str) -> None:
 
 def child_hashing(checkpoint: str, out: str) -> None:
     """sha256 of every shard."""
-    from graphs.staging import hashing
+    from graphs.files.atomic import hashing
 
     def work() -> None:
         with hashing(sorted(Path(checkpoint).resolve().glob("*.safetensors"))) as hashes:
@@ -182,7 +182,7 @@ def sparse_checkpoint(folder: Path, model: str, layers: int | None) -> None:
     import numpy as np
 
     from btp_export.dummy import DTYPES, configured, in_shards, save_processor, tensor_bits, tensor_shapes
-    from graphs.safetensors_file import header_bytes, tensor_offsets
+    from graphs.files.safetensors_file import header_bytes, tensor_offsets
 
     config, _ = configured(model, layers=layers)
     dtype = DTYPES[config["torch_dtype"]]
@@ -212,7 +212,7 @@ def decoder_alone(folder: Path, model: str, layers: int, *, weights: bool) -> No
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     from btp_export.dummy import build_tokenizer, configured
-    from graphs.safetensors_file import header_bytes
+    from graphs.files.safetensors_file import header_bytes
 
     config, _ = configured(model, layers=layers)
     text = dict(config["text_config"])
@@ -374,7 +374,7 @@ def table(found: Mapping[str, Any]) -> str:
 
 def heading() -> str:
     """What the result file begins with."""
-    from graphs.bundle import tool_versions
+    from graphs.files.bundle import tool_versions
 
     versions = ", ".join(f"{name} {version}" for name, version in tool_versions().items())
     busy = os.getloadavg()[0]

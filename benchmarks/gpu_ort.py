@@ -11,8 +11,8 @@ import onnxruntime as ort
 import torch
 from onnx import helper
 
-from graphs.errors import CheckError, UnavailableError
 from graphs.ops import gather_tokens, select_tokens
+from graphs.records.errors import CheckError, UnavailableError
 
 Array = npt.NDArray[Any]
 CUDA = "CUDAExecutionProvider"

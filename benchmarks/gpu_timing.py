@@ -18,9 +18,9 @@ import torch
 
 from benchmarks.gpu_verify import Gather, Selection, captured
 from engines.kernels import Kernels
-from graphs.errors import CheckError
 from graphs.ops import select_tokens
 from graphs.ops.select_tokens.cases import Case, large_case
+from graphs.records.errors import CheckError
 
 STEPS = 4096
 REPLAYS = 20  # between two events, so that their own time does not count

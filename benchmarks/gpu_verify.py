@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from engines.kernels import Kernels
-from graphs.errors import CheckError
 from graphs.ops import gather_tokens, select_tokens
 from graphs.ops.common.trt_python import Tensor as Described
 from graphs.ops.gather_tokens.cases import Case as GatherCase
 from graphs.ops.select_tokens.cases import Case, large_case
+from graphs.records.errors import CheckError
 
 REPLAYS = 3  # of every call's graph: an answer that changes from run to run is a race
 

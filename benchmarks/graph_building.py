@@ -15,9 +15,9 @@ import time
 from pathlib import Path
 
 from btp_export.families import family_for
-from graphs.build import build_decoder_graphs, serialize
-from graphs.checkpoint import open_checkpoint
-from graphs.plan import PruningPlan, Stage
+from graphs.building.decoder_graphs import build_decoder_graphs, serialize
+from graphs.files.checkpoint import open_checkpoint
+from graphs.records.plan import PruningPlan, Stage
 
 HIDDEN, MLP, VOCAB = 4096, 11008, 32064
 

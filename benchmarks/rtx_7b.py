@@ -28,9 +28,9 @@ from engines.tensorrt.build import build
 from engines.tensorrt.means import builder_for
 from engines.tensorrt.outline import Outline, Wishes, outline
 from engines.tensorrt.records import EngineWeights
-from graphs.bundle import Bundle
-from graphs.memory import available_memory
-from graphs.plan import PruningPlan, Stage
+from graphs.files.bundle import Bundle
+from graphs.files.memory import available_memory
+from graphs.records.plan import PruningPlan, Stage
 
 MODEL = "llava-1.5-7b"
 RESULTS = Path(__file__).parent / "results" / "rtx_7b.md"

@@ -19,10 +19,10 @@ from btp_export.console import Report
 from btp_export.prompting import Encoded
 from btp_export.runtime import BundleModel, load, open_graphs
 from btp_export.streamed import check_fits_memory
-from graphs.bundle import Bundle, derive, scratch_folder
-from graphs.errors import InputError
-from graphs.flops import cost
-from graphs.plan import PruningPlan
+from graphs.files.bundle import Bundle, derive, scratch_folder
+from graphs.pruning.operations import cost
+from graphs.records.errors import InputError
+from graphs.records.plan import PruningPlan
 
 DECODE_STEPS = 16  # at most, in each round
 
@@ -40,7 +40,7 @@ def measure(
 ) -> dict[str, Any]:
     """Times in milliseconds and cache sizes in bytes of the bundle and of the unpruned model.
 
-    `flops_limit` is how many times fewer operations in matrix products the pruned decoder needs (graphs/flops.py,
+    `flops_limit` is how many times fewer operations in matrix products the pruned decoder needs (graphs/pruning/operations.py,
     selection not counted): the speed-up there would be if time were proportional to them and selecting were free.
     `share_of_limit` is the measured speed-up as a share of it. `variation` is how far the middle half of the prefill
     times lies apart, as a share of the median, of the model that varies more: on a busy machine it is large, and the

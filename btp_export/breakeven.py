@@ -21,8 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from graphs.plan import PruningPlan
-from graphs.profile import ShapeProfile
+from graphs.records.plan import PruningPlan
+from graphs.records.shapes import ShapeProfile
 
 Segments = Sequence[tuple[int, int, float]]  # layers, tokens, milliseconds
 

@@ -9,10 +9,10 @@ from engines.tensorrt.build import build
 from engines.tensorrt.means import Builder
 from engines.tensorrt.outline import Outline
 from engines.tensorrt.recording import RecordingLoader, constant_bytes
-from graphs.bundle import Bundle
-from graphs.errors import InputError, UnavailableError
-from graphs.memory import available_memory
-from graphs.staging import size_text
+from graphs.files.atomic import size_text
+from graphs.files.bundle import Bundle
+from graphs.files.memory import available_memory
+from graphs.records.errors import InputError, UnavailableError
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 from btp_export.cache import cache_folder
 from btp_export.console import Report
 from btp_export.pictures import fits, fitted
-from graphs.bundle import tool_versions
-from graphs.errors import InputError
-from graphs.memory import check_memory
-from graphs.plan import Importance, PruningPlan, SpatialMetric
-from graphs.profile import ShapeProfile
-from graphs.spec import ModelSpec, Precision
-from graphs.staging import size_text
-from graphs.work import Work, digest, work_folder
+from graphs.files.atomic import size_text
+from graphs.files.bundle import tool_versions
+from graphs.files.memory import check_memory
+from graphs.files.resume import Work, digest, work_folder
+from graphs.records.errors import InputError
+from graphs.records.plan import Importance, PruningPlan, SpatialMetric
+from graphs.records.shapes import ShapeProfile
+from graphs.records.spec import ModelSpec, Precision
 
 if TYPE_CHECKING:
     from btp_export.models import Model
@@ -260,7 +260,7 @@ def _cache_key(
     from btp_export import __version__
     from calibrate.cache import checkpoint_identity, key_of
     from calibrate.calibrate import DROPPED_SAMPLES
-    from graphs.staging import sha256
+    from graphs.files.atomic import sha256
 
     picture = {"image_size", "grid", "blocks", "pixel_shape", "prefix_tokens", "image_tokens"}
     return key_of(

@@ -21,7 +21,7 @@ from types import FrameType
 import typer
 
 from btp_export import commands, console
-from graphs.errors import BtpError
+from graphs.records.errors import BtpError
 
 ORDER = ("calibrate", "export", "verify", "run", "eval", "bench", "build", "profile", "plan", "report", "doctor")
 OURS = ("btp_export", "calibrate", "engines", "graphs")

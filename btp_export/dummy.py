@@ -31,10 +31,10 @@ from pydantic import Field
 
 from btp_export.cache import cache_folder
 from btp_export.console import Report
-from graphs.errors import InputError
-from graphs.safetensors_file import header_bytes, tensor_order
-from graphs.staging import check_space
-from graphs.strict import Strict, parse_record
+from graphs.files.atomic import check_space
+from graphs.files.safetensors_file import header_bytes, tensor_order
+from graphs.records.errors import InputError
+from graphs.records.record import Strict, parse_record
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -12,10 +12,10 @@ import numpy as np
 from btp_export.console import Report
 from btp_export.pictures import fits, fitted
 from btp_export.plans import CALIBRATED, plan_for
-from graphs.bundle import Bundle, derive, scratch_folder
-from graphs.errors import InputError
-from graphs.fit import plan_for_profile, spec_at
-from graphs.plan import PruningPlan
+from graphs.files.bundle import Bundle, derive, scratch_folder
+from graphs.records.errors import InputError
+from graphs.records.match_plan import plan_for_profile, spec_at
+from graphs.records.plan import PruningPlan
 
 if TYPE_CHECKING:
     from btp_export.prompting import Encoded
@@ -85,7 +85,7 @@ def evaluate_plans(
     """The same for named plans; plans that give the same graphs are run once."""
     from btp_export.runtime import load
     from calibrate.evaluation import hits
-    from graphs.flops import cost
+    from graphs.pruning.operations import cost
 
     chosen = _samples(samples, seed, data)
     full = _full(bundle)
@@ -231,7 +231,7 @@ def _attention_kept(model: BundleModel, prefill: Prefill) -> dict[int, list[floa
 
     Only where the scores are attention, so not at layer 0 and not for `random` and `dart`.
     """
-    from graphs.importance import uses_attention
+    from graphs.pruning.torch_scores import uses_attention
 
     with_kept = [number for number, stage in enumerate(model.plan.stages) if stage.keep]
     scored = model.chain.stage_scores

@@ -10,21 +10,39 @@ from pydantic import Field
 
 from btp_export.console import Report
 from btp_export.models import Model
-from graphs.assemble import assemble_whole
-from graphs.build import build_decoder_graphs
-from graphs.builder import IR_VERSIONS, BuiltGraph
-from graphs.bundle import ROPE_WEIGHTS, VISION_WEIGHTS, Bundle, place_weights, write_graphs, write_manifest, write_plans
-from graphs.errors import InputError
-from graphs.fit import check_fits, plan_for_profile
-from graphs.manifest import BuildRecord, FileRecord, GraphRecord, ModelRecord
-from graphs.plan import PruningPlan
-from graphs.profile import ShapeProfile
-from graphs.rope import rope_tables
-from graphs.safetensors_file import write_tensors
-from graphs.spec import Precision
-from graphs.staging import Link, check_destination, check_space, copied_bytes, hashing, place, record, sha256, staged
-from graphs.strict import Strict
-from graphs.vision import capture_vision, share_weights
+from graphs.building.decoder_graphs import build_decoder_graphs
+from graphs.building.graph_builder import IR_VERSIONS, BuiltGraph
+from graphs.building.rope import rope_tables
+from graphs.building.vision_capture import capture_vision, share_weights
+from graphs.building.whole_graph import assemble_whole
+from graphs.files.atomic import (
+    Link,
+    check_destination,
+    check_space,
+    copied_bytes,
+    hashing,
+    place,
+    record,
+    sha256,
+    staged,
+)
+from graphs.files.bundle import (
+    ROPE_WEIGHTS,
+    VISION_WEIGHTS,
+    Bundle,
+    place_weights,
+    write_graphs,
+    write_manifest,
+    write_plans,
+)
+from graphs.files.safetensors_file import write_tensors
+from graphs.records.errors import InputError
+from graphs.records.manifest import BuildRecord, FileRecord, GraphRecord, ModelRecord
+from graphs.records.match_plan import check_fits, plan_for_profile
+from graphs.records.plan import PruningPlan
+from graphs.records.record import Strict
+from graphs.records.shapes import ShapeProfile
+from graphs.records.spec import Precision
 
 DEMO_SHAPES = (32, 8)  # text bucket and new tokens of the demo, whose prompts and answers are short
 SHAPES = (64, 128)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from graphs.errors import InputError
+from graphs.records.errors import InputError
 
 if TYPE_CHECKING:
     from calibrate.pareto import Point

@@ -22,8 +22,8 @@ from btp_export.console import note
 from btp_export.pictures import fitted
 from btp_export.plans import CALIBRATED
 from btp_export.runtime import BundleModel, load
-from graphs.bundle import Bundle, derive, scratch_folder
-from graphs.errors import InputError
+from graphs.files.bundle import Bundle, derive, scratch_folder
+from graphs.records.errors import InputError
 
 if TYPE_CHECKING:
     from lmms_eval.api.instance import Instance

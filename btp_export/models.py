@@ -12,9 +12,9 @@ from pathlib import Path
 
 from btp_export.console import Report
 from btp_export.families import Family, family_for
-from graphs.checkpoint import Checkpoint, missing_shards, open_checkpoint, read_config
-from graphs.errors import InputError, UnavailableError
-from graphs.spec import ModelSpec
+from graphs.files.checkpoint import Checkpoint, missing_shards, open_checkpoint, read_config
+from graphs.records.errors import InputError, UnavailableError
+from graphs.records.spec import ModelSpec
 
 DEMO = "demo"
 HUB_NAMES = {

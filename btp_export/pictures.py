@@ -10,9 +10,9 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from btp_export.families import family_of
 from btp_export.families._vision import Layout
-from graphs.errors import InputError
-from graphs.profile import ShapeProfile
-from graphs.spec import ModelSpec
+from graphs.records.errors import InputError
+from graphs.records.shapes import ShapeProfile
+from graphs.records.spec import ModelSpec
 
 MAX_PIXELS = 100_000_000  # about 300 MB as RGB; a larger header is a mistake or an attack
 MAX_ASPECT = 200  # longer side / shorter side; processors scale the shorter side up

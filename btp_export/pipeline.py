@@ -22,9 +22,9 @@ from btp_export.report.collect import Settings, collect
 from engines.targets import Target, find_target
 from engines.tensorrt.means import Builder, builder_for
 from engines.tensorrt.outline import Wishes, outline
-from graphs.bundle import Bundle
-from graphs.errors import BtpError, CheckError
-from graphs.staging import staged
+from graphs.files.atomic import staged
+from graphs.files.bundle import Bundle
+from graphs.records.errors import BtpError, CheckError
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,10 @@ from btp_export.console import Report, note
 from btp_export.models import Model
 from btp_export.plans import CALIBRATED, plan_for
 from calibrate.presets import PRESETS
-from graphs.errors import InputError
-from graphs.fit import spec_at
-from graphs.plan import PruningPlan
-from graphs.profile import ShapeProfile
+from graphs.records.errors import InputError
+from graphs.records.match_plan import spec_at
+from graphs.records.plan import PruningPlan
+from graphs.records.shapes import ShapeProfile
 
 
 def choose_plan(

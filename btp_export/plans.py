@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from graphs.errors import InputError
-from graphs.plan import PruningPlan
-from graphs.spec import ModelSpec
+from graphs.records.errors import InputError
+from graphs.records.plan import PruningPlan
+from graphs.records.spec import ModelSpec
 
 CALIBRATED = "btp"
 
@@ -17,7 +17,7 @@ def plan_for(
 ) -> PruningPlan:
     """A preset by name, scaled to the model at its own image size, or a plan file, checked to be for this model.
 
-    The file of a model that takes any image size may be for another one: graphs.fit.plan_for_profile brings it to a
+    The file of a model that takes any image size may be for another one: graphs.records.match_plan.plan_for_profile brings it to a
     profile. A budget goes with presets only. Raises InputError for an unknown name, an unreadable file or another
     model's plan.
     """

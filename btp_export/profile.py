@@ -19,10 +19,10 @@ from engines.targets import Target, find_target
 from engines.tensorrt import trtexec
 from engines.tensorrt.records import EngineGraph, EnginesRecord, EngineWeights
 from engines.tensorrt.scripts import stem
-from graphs.bundle import Bundle
-from graphs.errors import InputError
-from graphs.plan import PruningPlan
-from graphs.profile import ShapeProfile
+from graphs.files.bundle import Bundle
+from graphs.records.errors import InputError
+from graphs.records.plan import PruningPlan
+from graphs.records.shapes import ShapeProfile
 
 FORMAT: Final = "btp-profile/1"
 UNSTEADY: Final = 0.1  # variation above which a time is called unsteady

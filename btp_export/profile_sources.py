@@ -13,10 +13,10 @@ from engines.tensorrt import trtexec
 from engines.tensorrt.records import UNPRUNED, EngineGraph, EnginesRecord, bundle_digest, engines_folder
 from engines.tensorrt.scripts import PLUGIN_LIBRARY, needs_plugins, stem
 from engines.tensorrt.versions import traits
-from graphs.bundle import Bundle
-from graphs.errors import InputError, UnavailableError
-from graphs.plan import PruningPlan
-from graphs.profile import ShapeProfile
+from graphs.files.bundle import Bundle
+from graphs.records.errors import InputError, UnavailableError
+from graphs.records.plan import PruningPlan
+from graphs.records.shapes import ShapeProfile
 
 RESULTS: Final = "profile"  # folder that profile.sh writes into
 SYSTEM: Final = "system.txt"  # power mode, clocks, driver and versions, one "name: value" a line

@@ -15,9 +15,9 @@ from PIL import Image
 
 from btp_export.families._processor import load_processor
 from btp_export.pictures import fits, misfit, to_rgb
-from graphs.errors import InputError
-from graphs.profile import ShapeProfile
-from graphs.spec import ModelSpec
+from graphs.records.errors import InputError
+from graphs.records.shapes import ShapeProfile
+from graphs.records.spec import ModelSpec
 
 
 @dataclass(frozen=True)

@@ -23,10 +23,10 @@ from btp_export.streamed import check_fits_memory
 from engines.chain import Chain
 from engines.runners import Loader
 from engines.runners.onnxruntime import OrtLoader
-from graphs.bundle import ROPE_WEIGHTS, Bundle, Check
-from graphs.checkpoint import open_tensors
-from graphs.errors import InputError
-from graphs.rope import token_tables
+from graphs.building.rope import token_tables
+from graphs.files.bundle import ROPE_WEIGHTS, Bundle, Check
+from graphs.files.checkpoint import open_tensors
+from graphs.records.errors import InputError
 
 if TYPE_CHECKING:
     from PIL import Image

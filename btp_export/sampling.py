@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from graphs.errors import CheckError, InputError
+from graphs.records.errors import CheckError, InputError
 
 Vector = np.ndarray[Any, np.dtype[Any]]
 

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from engines.streamed import Batch, BatchRun, FreeRunner, Progress, StreamedRunner
-from graphs.bundle import ROPE_WEIGHTS, Bundle
-from graphs.checkpoint import open_tensors
-from graphs.errors import InputError
-from graphs.memory import available_memory
-from graphs.rope import token_tables
-from graphs.split import has_bfloat16, read_graph, wide_weights
-from graphs.staging import size_text
-from graphs.work import Sequence as Steps
+from graphs.building.graph_parts import has_bfloat16, read_graph, wide_weights
+from graphs.building.rope import token_tables
+from graphs.files.atomic import size_text
+from graphs.files.bundle import ROPE_WEIGHTS, Bundle
+from graphs.files.checkpoint import open_tensors
+from graphs.files.memory import available_memory
+from graphs.files.resume import Sequence as Steps
+from graphs.records.errors import InputError
 
 if TYPE_CHECKING:
     from btp_export.prompting import Encoded

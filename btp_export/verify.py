@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from btp_export.cache import cache_folder
 from btp_export.console import Note, Phases, Report
-from graphs.bundle import Bundle, tool_versions
-from graphs.errors import InputError
-from graphs.profile import ShapeProfile
-from graphs.spec import Precision
-from graphs.work import Work, digest, work_folder
+from graphs.files.bundle import Bundle, tool_versions
+from graphs.files.resume import Work, digest, work_folder
+from graphs.records.errors import InputError
+from graphs.records.shapes import ShapeProfile
+from graphs.records.spec import Precision
 
 if TYPE_CHECKING:
     from calibrate.data import Prepared, Sample
@@ -61,7 +61,7 @@ def verify_bundle(
     from calibrate.reference import torch_device
     from engines.findings import GATES
     from engines.runners.onnxruntime import onnxruntime_device
-    from graphs.memory import check_memory
+    from graphs.files.memory import check_memory
 
     chosen = bundle.profile(profile)
     place = torch_device(device)
@@ -151,7 +151,7 @@ class _Job:
 
     @property
     def computed(self) -> Precision:
-        """What the decoder graphs compute in: streamed on a CPU, bfloat16 is widened (graphs/split.py)."""
+        """What the decoder graphs compute in: streamed on a CPU, bfloat16 is widened (graphs/building/graph_parts.py)."""
         precision = self.bundle.manifest.build.precision
         wide = self.streamed and self.loader.device == "cpu" and precision == "bfloat16"
         return "float32" if wide else precision

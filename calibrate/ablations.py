@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 
 from calibrate.budget import Shape, counts_for, exponents_of
 from calibrate.recipe import IMPORTANCES, Recipe, stage_of
-from graphs.errors import InputError
-from graphs.plan import PruningPlan, Stage, with_keep
+from graphs.records.errors import InputError
+from graphs.records.plan import PruningPlan, Stage, with_keep
 
 
 @dataclass(frozen=True)

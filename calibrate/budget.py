@@ -12,8 +12,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from graphs.errors import InputError
-from graphs.plan import PruningPlan, Stage, with_keep
+from graphs.records.errors import InputError
+from graphs.records.plan import PruningPlan, Stage, with_keep
 
 DEFAULT_COMPRESSION = 0.78  # the paper's: 129 of 576 tokens on average
 EXPONENTS = (1.0, 2.0, math.log2(12.0))
@@ -24,7 +24,7 @@ FLAT_EXPONENTS = (1.0, 1.2, 1.5)  # counts that fall little: for models whose im
 class Shape:
     """The decoder and picture a plan is made for: L layers, V image tokens on a grid of rows and columns.
 
-    `blocks` are the token blocks of a picture that is not one grid (graphs/blocks.py).
+    `blocks` are the token blocks of a picture that is not one grid (graphs/records/token_layout.py).
     """
 
     model_type: str

@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 
 from calibrate.statistics import TOP_SHARES, Statistics
-from graphs.checkpoint import Checkpoint
-from graphs.staging import SMALL_FILE, hub_sha256, sha256
+from graphs.files.atomic import SMALL_FILE, hub_sha256, sha256
+from graphs.files.checkpoint import Checkpoint
 
 FORMAT = "btp-statistics/1"  # raise it when what is measured, or how, changes
 _SAMPLED = 4096  # bytes at the start of each tensor of a big file

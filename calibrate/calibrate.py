@@ -31,8 +31,8 @@ from calibrate.spread import stage_spread
 from calibrate.stages import is_dead
 from calibrate.statistics import Statistics, bootstrap_spread, measure, rounded
 from calibrate.tune import check_tuning, tune
-from graphs.errors import InputError
-from graphs.plan import PruningPlan
+from graphs.records.errors import InputError
+from graphs.records.plan import PruningPlan
 
 DROPPED_SAMPLES = 24  # at most so many samples measure what dropping does
 TAU_LADDER = (0.95, 0.97, 0.98, 0.99)  # tried where the model's own threshold finds nothing

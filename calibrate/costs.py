@@ -4,7 +4,7 @@ The cost of a plan is
 
     fixed + decoder_rate * operations of the decoder + selection_rate * operations of the selections
 
-with the operations of graphs/flops.py. In operations alone (0, 1, 1) this counts the arithmetic. The three numbers
+with the operations of graphs/pruning/operations.py. In operations alone (0, 1, 1) this counts the arithmetic. The three numbers
 fitted to a measurement make it milliseconds: `fixed` is what a prefill takes whatever its length (launches, reading the
 weights), the rates are the machine's. Two lengths determine them; with more they are a least-squares fit.
 """
@@ -19,11 +19,11 @@ from typing import Any
 
 import numpy as np
 
-from graphs import flops
-from graphs.errors import InputError
-from graphs.plan import PruningPlan
-from graphs.profile import ShapeProfile
-from graphs.spec import DecoderSpec
+from graphs.pruning import operations
+from graphs.records.errors import InputError
+from graphs.records.plan import PruningPlan
+from graphs.records.shapes import ShapeProfile
+from graphs.records.spec import DecoderSpec
 
 _SAME = 1.5  # a measurement whose unpruned operations differ by more than this factor is of another model or shape
 
@@ -42,7 +42,7 @@ class PrefillCost:
 
     def of(self, plan: PruningPlan) -> float:
         """The cost in `unit`."""
-        found = flops.cost(self.decoder, plan, self.profile)
+        found = operations.cost(self.decoder, plan, self.profile)
         decoder, selection = found.decoder / self.profile.batch, sum(found.selection) / self.profile.batch
         return self.fixed + self.decoder_rate * decoder + self.selection_rate * selection
 
@@ -134,7 +134,7 @@ def _from_profile(document: Mapping[str, Any], path: Path, decoder: DecoderSpec,
             wanted="segments of different lengths: engines of a pruned bundle, not assembled whole",
             do="btp-export build BUNDLE --assemble segments --unpruned, then profile",
         )
-    work = [float(flops.layer(decoder, int(part["tokens"]))) for part in segments]
+    work = [float(operations.layer(decoder, int(part["tokens"]))) for part in segments]
     times = [float(part["ms"]) / count / batch for part, count in zip(segments, layers, strict=True)]
     fixed, rate = fit_line(work, times)
     if rate <= 0:
@@ -174,7 +174,7 @@ def _check_same(full: float, path: Path, decoder: DecoderSpec, profile: ShapePro
         grid=profile.grid,
         blocks=profile.blocks,
     )
-    mine = flops.cost(decoder, unpruned, profile).decoder / profile.batch
+    mine = operations.cost(decoder, unpruned, profile).decoder / profile.batch
     if not mine / _SAME <= full <= mine * _SAME:
         raise InputError(
             f"{path} measures a prefill of {full:.3g} operations",

@@ -21,7 +21,7 @@ from PIL import Image, UnidentifiedImageError
 
 from calibrate import scenes
 from calibrate.records import ReferenceInput
-from graphs.errors import InputError
+from graphs.records.errors import InputError
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 LEAST_PICTURES = 4

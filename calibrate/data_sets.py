@@ -14,7 +14,7 @@ from typing import Any
 from PIL import Image
 
 from calibrate.data import DEFAULT_PROMPTS, Found, Note, SampleSet, read_picture, take
-from graphs.errors import InputError, UnavailableError
+from graphs.records.errors import InputError, UnavailableError
 
 PREFIX = "hf:"
 PROMPT_COLUMNS = ("prompt", "question", "instruction", "query", "text", "caption")

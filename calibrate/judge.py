@@ -14,7 +14,7 @@ import numpy as np
 from calibrate.propose import Candidate
 from calibrate.records import ReferenceInput, RunRecord
 from calibrate.reference import StreamedReference
-from graphs.plan import PruningPlan
+from graphs.records.plan import PruningPlan
 
 JUDGED_SAMPLES = 24  # on which every candidate is run
 FINALISTS = 3  # candidates that are then run on all samples

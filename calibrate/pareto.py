@@ -11,8 +11,8 @@ from calibrate.calibrate import Progress, Study, planned, texted
 from calibrate.costs import PrefillCost
 from calibrate.judge import judge
 from calibrate.propose import Budget, Request, propose
-from graphs.errors import InputError
-from graphs.plan import PruningPlan
+from graphs.records.errors import InputError
+from graphs.records.plan import PruningPlan
 
 DEFAULT_BUDGETS = (0.5, 0.6, 0.7, 0.78, 0.85, 0.9)
 

@@ -14,8 +14,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from calibrate.budget import Shape, counts_for
-from graphs.errors import InputError
-from graphs.plan import PruningPlan, Stage
+from graphs.records.errors import InputError
+from graphs.records.plan import PruningPlan, Stage
 
 
 @dataclass(frozen=True)

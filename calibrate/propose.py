@@ -27,8 +27,8 @@ from calibrate.costs import PrefillCost
 from calibrate.recipe import Recipe
 from calibrate.stages import Placement, check_keeps, check_layers, counts_at, final_layer, layers_for, placements
 from calibrate.statistics import Statistics
-from graphs.errors import InputError
-from graphs.plan import PruningPlan
+from graphs.records.errors import InputError
+from graphs.records.plan import PruningPlan
 
 DROP_BOUNDS = (0.02, 0.1)  # nats; the stage that drops all comes where the mean divergence stays within one of them
 PLACEMENTS = 4  # candidates for each bound, and each way in which counts fall

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from graphs import importance
 from graphs.ops import gather_tokens, select_tokens
-from graphs.plan import PruningPlan, Stage
-from graphs.spatial import stage_seeds
+from graphs.pruning import torch_scores
+from graphs.pruning.spatial_set import stage_seeds
+from graphs.records.plan import PruningPlan, Stage
 
 
 @dataclass(frozen=True)
@@ -83,17 +83,17 @@ def _choose(
         return torch.empty(0, dtype=torch.int32), torch.empty(0)
     hidden = hidden.cpu()
     if query is not None and key is not None:
-        text = importance.query_rows(plan) == "text"
+        text = torch_scores.query_rows(plan) == "text"
         rows = slice(image_start + count, None) if text else slice(last, last + 1)
         query, key = query[:, :, rows].cpu(), key.cpu()
-    scores = importance.importance_scores(
+    scores = torch_scores.importance_scores(
         plan, number, prefix_tokens=image_start, hidden=hidden, last=torch.tensor([last]), query=query, key=key
     )
     image = hidden[:, image_start : image_start + count]
     seeds = stage_seeds(plan, number)
     indices = select_tokens.reference(
         scores,
-        importance.cosine_similarity(image) if stage.needs_similarity else None,
+        torch_scores.cosine_similarity(image) if stage.needs_similarity else None,
         None if seeds is None else torch.from_numpy(seeds),
         keep=stage.keep,
         attention_quota=stage.attention_quota,

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from calibrate.budget import Shape
-from graphs.errors import InputError
-from graphs.plan import Importance, PruningPlan, SpatialMetric, Stage
+from graphs.records.errors import InputError
+from graphs.records.plan import Importance, PruningPlan, SpatialMetric, Stage
 
 # Attention's share in the first stage: the paper's for LLaVA-1.6, between its best two for LLaVA-1.5.
 LAMBDA_START = 0.4

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from calibrate.records import EmbeddedRecord, SegmentRecord
-from graphs.work import KeptArray, Work
+from graphs.files.resume import KeptArray, Work
 
 SPILL_BYTES = 2**28  # more than this is kept on disk
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from calibrate.pruning import StageRecord
-from graphs.plan import PruningPlan
+from graphs.records.plan import PruningPlan
 
 
 @dataclass(frozen=True)

@@ -35,10 +35,10 @@ from calibrate.pruning import StageRecord, apply_stage
 from calibrate.recording import SPILL_BYTES, KeptSegment, OpenSegment, Recorder
 from calibrate.records import EmbeddedRecord, ReferenceInput, RunRecord, SegmentRecord
 from calibrate.resume import PassCheckpoints
-from graphs.checkpoint import Checkpoint, TensorRef
-from graphs.errors import InputError, UnavailableError
-from graphs.plan import PruningPlan
-from graphs.work import Work, digest
+from graphs.files.checkpoint import Checkpoint, TensorRef
+from graphs.files.resume import Work, digest
+from graphs.records.errors import InputError, UnavailableError
+from graphs.records.plan import PruningPlan
 
 _ATTENTION = "btp_capture"
 _VOCABULARY_ROWS = 16384  # rows of the output matrix in memory at a time

@@ -17,9 +17,9 @@ import torch
 from calibrate.pruning import StageRecord
 from calibrate.recording import Kept, OpenSegment, make_segment, segment_arrays
 from calibrate.records import EmbeddedRecord
-from graphs.staging import sha256
-from graphs.work import KeptArray, Work
-from graphs.work import Sequence as Steps
+from graphs.files.atomic import sha256
+from graphs.files.resume import KeptArray, Work
+from graphs.files.resume import Sequence as Steps
 
 STAGE_ARRAYS = ("indices", "absolute", "chosen", "scores")
 

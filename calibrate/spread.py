@@ -9,7 +9,7 @@ import numpy as np
 
 from calibrate.propose import Candidate, Evidence
 from calibrate.statistics import BOOTSTRAP_SIZES, Statistics
-from graphs.errors import InputError
+from graphs.records.errors import InputError
 
 ROUNDS = 200  # bootstrap samples of each size; placing the stages takes less than a millisecond
 

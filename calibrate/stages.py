@@ -27,7 +27,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from calibrate.budget import EXPONENTS, Shape, counts_for, exponents_for, token_budget
-from graphs.errors import InputError
+from graphs.records.errors import InputError
 
 CHANGE_FLOOR = 0.05  # of the highest count: below it a layer no longer counts as moving image information
 _DEAD = 0.05  # mean share of the tokens that change in the busiest layer; below it the counts say nothing

@@ -21,8 +21,8 @@ import torch
 
 from calibrate.records import ReferenceInput
 from calibrate.reference import LayerView, StreamedReference, forward
-from graphs.importance import attention_weights
-from graphs.plan import PruningPlan
+from graphs.pruning.torch_scores import attention_weights
+from graphs.records.plan import PruningPlan
 
 TOP_SHARES = (0.05, 0.1, 0.25, 0.5)
 BOOTSTRAP_SIZES = (16, 64, 256)

@@ -32,8 +32,8 @@ from calibrate.recipe import Recipe
 from calibrate.records import ReferenceInput
 from calibrate.reference import LayerView, StreamedReference
 from calibrate.stages import Placement
-from graphs.errors import InputError
-from graphs.plan import PruningPlan, Stage
+from graphs.records.errors import InputError
+from graphs.records.plan import PruningPlan, Stage
 
 LEAST_SAMPLES = 12  # two thirds of them to search on, the others to hold the result against
 SEARCHED_SAMPLES = 64  # at most

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from engines.runners import Buffer, Loader, TensorSpec
-from graphs.plan import Segment
+from graphs.records.plan import Segment
 
 ALIGNMENT = 256  # bytes: what TensorRT wants of every address
 

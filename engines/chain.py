@@ -16,9 +16,9 @@ import numpy as np
 
 from engines.caches import allocate_layers
 from engines.runners import Array, Bound, Buffer, Dtype, Loader, Runner, TensorSpec
-from graphs.errors import CheckError, InputError
-from graphs.plan import PruningPlan, Segment
-from graphs.profile import ShapeProfile
+from graphs.records.errors import CheckError, InputError
+from graphs.records.plan import PruningPlan, Segment
+from graphs.records.shapes import ShapeProfile
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Chain:
     Args:
         graphs: file of each graph of the profile by name, see graphs/interfaces.md.
         plan, profile: what the graphs were built for.
-        rope: cos and sin, float32 [S + new tokens, D/2] each, a row for every token (graphs.rope.token_tables).
+        rope: cos and sin, float32 [S + new tokens, D/2] each, a row for every token (graphs.building.rope.token_tables).
         loader: backend and device.
 
     Raises InputError if a graph is missing or its inputs are not those of the plan and the profile.

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from engines.reference_run import Array
-from graphs.spec import Precision
+from graphs.records.spec import Precision
 
 
 @dataclass(frozen=True)

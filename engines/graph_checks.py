@@ -12,8 +12,8 @@ from engines.findings import Findings, GraphCheck, agreement
 from engines.reference_run import Array, SegmentRun, StageRun, VerifySample
 from engines.runners import Runner
 from engines.streamed import run_each
-from graphs.plan import PruningPlan, Segment
-from graphs.profile import ShapeProfile
+from graphs.records.plan import PruningPlan, Segment
+from graphs.records.shapes import ShapeProfile
 
 Numbered = list[tuple[int, VerifySample]]  # a batch of samples with their numbers
 Makers = Mapping[str, Callable[[], Sequence[Array]]]

@@ -6,8 +6,8 @@ from math import prod
 from pathlib import Path
 
 from engines.native_library import find, open_library
-from graphs.errors import CheckError, InputError
 from graphs.ops.common.trt_python import Tensor
+from graphs.records.errors import CheckError, InputError
 
 COUNTS = ("keep", "attention_quota", "diversity_quota", "pool", "boundary")
 SIMILARITY = {"float32": 1, "float16": 2}  # kernel.h: BTP_FLOAT32, BTP_FLOAT16

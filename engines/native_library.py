@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from graphs.errors import BtpError, InputError, UnavailableError
+from graphs.records.errors import BtpError, InputError, UnavailableError
 
 VARIABLE: Final = "BTP_NATIVE_DIR"
 VERSION: Final = 1  # common/status.h: btp_kernels_version; ort_library.cc: btp_ort_version

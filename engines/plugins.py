@@ -6,10 +6,10 @@ from typing import Any
 
 from engines.kernels import Kernels
 from engines.native_library import find, inspect
-from graphs.errors import CheckError, UnavailableError
 from graphs.ops.common.trt_python import creators
 from graphs.ops.gather_tokens.trt_python import GatherTokens
 from graphs.ops.select_tokens.trt_python import SelectTokens
+from graphs.records.errors import CheckError, UnavailableError
 
 OPERATORS = (SelectTokens, GatherTokens)
 

@@ -1,6 +1,6 @@
 """Running graphs that are larger than memory: a part of a graph is open at a time, and all samples go through it.
 
-`StreamedRunner` is a runner for one graph, cut by graphs/split.py. `free_run` generates with the graphs of a profile as
+`StreamedRunner` is a runner for one graph, cut by graphs/building/graph_parts.py. `free_run` generates with the graphs of a profile as
 `Chain` does, from pictures to tokens, but opens every graph once for all samples, and the decode graph once for every
 new token. Shapes and names are those of graphs/interfaces.md.
 """
@@ -18,11 +18,11 @@ from onnx import TensorProto
 
 from engines.reference_run import Array
 from engines.runners import Dtype, Runner, TensorSpec
-from graphs.errors import InputError
-from graphs.plan import PruningPlan, Segment
-from graphs.profile import ShapeProfile
-from graphs.split import Part, has_bfloat16, read_graph, split, wide_weights, widen
-from graphs.work import Sequence as Steps
+from graphs.building.graph_parts import Part, has_bfloat16, read_graph, split, wide_weights, widen
+from graphs.files.resume import Sequence as Steps
+from graphs.records.errors import InputError
+from graphs.records.plan import PruningPlan, Segment
+from graphs.records.shapes import ShapeProfile
 
 PART_BYTES = 2**30  # weights in float32 that are open at a time: one layer of a 7B
 
@@ -72,7 +72,7 @@ class Shares:
 
 
 class StreamedRunner:
-    """One graph, opened part by part. bfloat16 graphs compute in float32 (see graphs/split.py)."""
+    """One graph, opened part by part. bfloat16 graphs compute in float32 (see graphs/building/graph_parts.py)."""
 
     def __init__(self, path: Path, loader: ModelOpener, *, most: int = PART_BYTES, progress: Progress | None = None):
         if not path.is_file():

@@ -22,10 +22,10 @@ from engines.findings import GATES, Findings, Gates, agreement
 from engines.graph_checks import GraphVerifier
 from engines.reference_run import Array, ReferenceRun, VerifySample
 from engines.runners import Runner
-from graphs.plan import PruningPlan
-from graphs.profile import ShapeProfile
-from graphs.spec import Precision
-from graphs.work import Sequence as Steps
+from graphs.files.resume import Sequence as Steps
+from graphs.records.plan import PruningPlan
+from graphs.records.shapes import ShapeProfile
+from graphs.records.spec import Precision
 
 __all__ = ["GATES", "Findings", "FreeRun", "VerifySample", "same_kept", "verify_free", "verify_graphs"]
 

@@ -95,7 +95,7 @@ def _bundle_maker(checkpoint: Path, folders: pytest.TempPathFactory, defaults: d
         """Export once for each set of options (the vision graph takes seconds), then derive each plan from that."""
         from btp_export.export import Options, export_bundle
         from btp_export.models import open_model
-        from graphs.bundle import derive
+        from graphs.files.bundle import derive
 
         chosen = defaults | options
         base_key = repr(sorted(chosen.items()))
@@ -116,7 +116,7 @@ def _bundle_maker(checkpoint: Path, folders: pytest.TempPathFactory, defaults: d
 
 def unpruned(spec: Any) -> Any:
     """The plan without stages for a model."""
-    from graphs.plan import PruningPlan
+    from graphs.records.plan import PruningPlan
 
     return PruningPlan(
         model_type=spec.model_type,

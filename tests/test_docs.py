@@ -56,7 +56,7 @@ def test_examples_run(page: str, workplace: Path) -> None:
 def test_the_whole_road_left_a_whole_bundle(workplace: Path) -> None:
     if not (workplace / "my-bundle").exists():
         pytest.skip("README.md makes the bundle")
-    from graphs.bundle import Bundle
+    from graphs.files.bundle import Bundle
 
     bundle = Bundle.open(workplace / "my-bundle", check="full")
     report = json.loads((bundle.root / "report" / "report.json").read_text())

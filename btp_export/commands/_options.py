@@ -109,7 +109,7 @@ def export_options(
 ) -> "Options":
     """The export's options from the command line's. Raises InputError for a count below 1."""
     from btp_export.export import Options
-    from graphs.errors import InputError
+    from graphs.records.errors import InputError
 
     for flag, count in (("--batch", batch), ("--text-tokens", text_tokens), ("--max-new-tokens", max_new_tokens)):
         if count is not None and count < 1:
@@ -129,7 +129,7 @@ def export_options(
 
 def parse_image_size(text: str) -> tuple[int, int]:
     """ "672x336" -> (672, 336), height and width. Raises InputError for anything else."""
-    from graphs.errors import InputError
+    from graphs.records.errors import InputError
 
     parts = text.lower().split("x")
     if len(parts) != 2 or not all(part.isascii() and part.isdigit() and int(part) > 0 for part in parts):
@@ -140,7 +140,7 @@ def parse_image_size(text: str) -> tuple[int, int]:
 def dummy_weights(asked: bool, *, seed: int, layers: int | None) -> "DummyWeights | None":
     """What the three options say together. Raises InputError for the others without the first."""
     from btp_export.models import DummyWeights
-    from graphs.errors import InputError
+    from graphs.records.errors import InputError
 
     if not asked and (layers is not None or seed):
         flag = f"--dummy-layers {layers}" if layers is not None else f"--dummy-seed {seed}"

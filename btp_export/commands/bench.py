@@ -22,7 +22,7 @@ def command(
 ) -> None:
     """Measure prefill, selection, decoding and caches beside the same model without pruning."""
     from btp_export.bench import measure
-    from graphs.bundle import Bundle
+    from graphs.files.bundle import Bundle
 
     opened = Bundle.open(bundle)
     with progress("measuring") as bar:

@@ -45,7 +45,7 @@ def command(
     from engines.targets import find_target
     from engines.tensorrt.means import builder_for
     from engines.tensorrt.outline import Wishes, outline
-    from graphs.bundle import Bundle
+    from graphs.files.bundle import Bundle
 
     chosen = find_target(target)
     wishes = Wishes(
@@ -136,6 +136,6 @@ def show_built(result: dict[str, Any]) -> Any:
 
 
 def _size(count: int) -> str:
-    from graphs.staging import size_text
+    from graphs.files.atomic import size_text
 
     return size_text(count)

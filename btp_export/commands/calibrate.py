@@ -7,7 +7,7 @@ import typer
 
 from btp_export.commands import _options as options
 from btp_export.console import JsonOption, emit, note, progress
-from graphs.errors import InputError
+from graphs.records.errors import InputError
 
 if TYPE_CHECKING:
     from btp_export.calibration import CalibrationSettings

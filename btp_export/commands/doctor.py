@@ -99,7 +99,7 @@ def _demo_model() -> bool:
 def _render(result: dict[str, Any]) -> Any:
     from rich.console import Group
 
-    from graphs.staging import size_text
+    from graphs.files.atomic import size_text
 
     rows = [[e["package"], e["version"] or "missing", e["install"] or e["purpose"]] for e in result["packages"]]
     versions = table(["package", "version", "for, or what to type"], rows, text=3)

@@ -32,7 +32,7 @@ def command(
 ) -> None:
     """Measure how many answers stay right under each plan, at equal average tokens."""
     from btp_export.evaluate import DEFAULT_PLANS, evaluate_bundle, parse_budgets
-    from graphs.bundle import Bundle
+    from graphs.files.bundle import Bundle
 
     names = DEFAULT_PLANS if plans is None else [name.strip() for name in plans.split(",")]
     with progress("evaluating") as bar:

@@ -7,10 +7,10 @@ import typer
 
 from btp_export.commands import _options as options
 from btp_export.console import JsonOption, emit, note
-from graphs.errors import InputError
+from graphs.records.errors import InputError
 
 if TYPE_CHECKING:
-    from graphs.plan import PruningPlan
+    from graphs.records.plan import PruningPlan
 
 SWITCHES = "Ablations"
 
@@ -84,7 +84,7 @@ def command(
 
 def _plan(name: str, model: str | None, compression: float | None, image_size: tuple[int, int] | None) -> "PruningPlan":
     from calibrate.presets import PRESETS
-    from graphs.plan import PruningPlan
+    from graphs.records.plan import PruningPlan
 
     path = Path(name)
     if path.is_dir() and name not in PRESETS:
@@ -110,7 +110,7 @@ def _plan_for_model(
     from btp_export.calibration import default_profile
     from btp_export.models import open_model
     from btp_export.plans import plan_for
-    from graphs.fit import plan_for_profile, spec_at
+    from graphs.records.match_plan import plan_for_profile, spec_at
 
     opened = open_model(model)
     profile = default_profile(opened, image_size)

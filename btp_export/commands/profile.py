@@ -26,7 +26,7 @@ def command(
     """Time vision, each prefill segment, each selection, head and decode step, beside the device's limits."""
     from btp_export.profile import profile_engines
     from engines.tensorrt.trtexec import TrtexecError
-    from graphs.bundle import Bundle
+    from graphs.files.bundle import Bundle
 
     opened = Bundle.open(bundle)
     try:

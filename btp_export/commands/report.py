@@ -20,7 +20,7 @@ def command(
     from btp_export.report import write_report
     from btp_export.report.collect import Settings, collect
     from btp_export.report.data import document
-    from graphs.bundle import Bundle
+    from graphs.files.bundle import Bundle
 
     opened = Bundle.open(bundle, check="full")
     found = collect(opened, Settings(samples, seed, data, threads), progress)

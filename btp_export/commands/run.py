@@ -44,7 +44,7 @@ def command(
     """Generate text about a picture; it is shown as it comes."""
     from btp_export.pictures import open_picture, profile_for
     from btp_export.runtime import load
-    from graphs.bundle import Bundle
+    from graphs.files.bundle import Bundle
 
     pictures = [open_picture(path) for path in image]
     if show is not None:
@@ -86,7 +86,7 @@ def _check_show(path: Path, samples: int) -> None:
     """Refuse before the long work what would fail after it."""
     from PIL import Image
 
-    from graphs.errors import InputError
+    from graphs.records.errors import InputError
 
     if samples != 1:
         raise InputError(

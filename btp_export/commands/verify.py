@@ -30,7 +30,7 @@ def command(
 ) -> int:
     """Check every graph of a bundle, its kept tokens and its text against transformers' own modelling code."""
     from btp_export.verify import verify_profiles
-    from graphs.bundle import Bundle
+    from graphs.files.bundle import Bundle
 
     with progress("verifying") as bar:
         opened = Bundle.open(bundle, check="full")

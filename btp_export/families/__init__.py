@@ -5,10 +5,10 @@ import pkgutil
 from typing import TYPE_CHECKING, Any, Protocol
 
 from btp_export.families._vision import Layout
-from graphs.checkpoint import Checkpoint
-from graphs.errors import InputError
-from graphs.profile import ShapeProfile
-from graphs.spec import ModelSpec
+from graphs.files.checkpoint import Checkpoint
+from graphs.records.errors import InputError
+from graphs.records.shapes import ShapeProfile
+from graphs.records.spec import ModelSpec
 
 if TYPE_CHECKING:
     from torch import nn

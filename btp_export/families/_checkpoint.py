@@ -9,10 +9,10 @@ from pydantic import Field
 from btp_export.families._decoder import decoder_spec
 from btp_export.families._keys import refuse_unknown_keys
 from btp_export.families._processor import load_processor
-from graphs.checkpoint import Checkpoint
-from graphs.errors import InputError
-from graphs.spec import ModelSpec, Precision, VisionSpec
-from graphs.strict import Strict, parse_record
+from graphs.files.checkpoint import Checkpoint
+from graphs.records.errors import InputError
+from graphs.records.record import Strict, parse_record
+from graphs.records.spec import ModelSpec, Precision, VisionSpec
 
 SETTINGS_FILE = "btp.json"
 PRECISION_OF: dict[str, Precision] = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}

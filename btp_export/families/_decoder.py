@@ -3,10 +3,10 @@
 import re
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
-from graphs import configuration
-from graphs.checkpoint import Checkpoint
-from graphs.errors import InputError
-from graphs.spec import DecoderSpec
+from graphs.files import configuration
+from graphs.files.checkpoint import Checkpoint
+from graphs.records.errors import InputError
+from graphs.records.spec import DecoderSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

@@ -4,8 +4,8 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from btp_export.families._decoder import NEUTRAL
-from graphs.checkpoint import Checkpoint
-from graphs.errors import InputError
+from graphs.files.checkpoint import Checkpoint
+from graphs.records.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from graphs.checkpoint import read_config
+from graphs.files.checkpoint import read_config
 
 
 def load_processor(folder: Path) -> Any:

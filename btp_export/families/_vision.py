@@ -5,12 +5,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from graphs.blocks import Blocks, Grid, count_tokens
-from graphs.checkpoint import Checkpoint
-from graphs.configuration import whole_config
-from graphs.errors import InputError
-from graphs.profile import ShapeProfile
-from graphs.spec import ModelSpec
+from graphs.files.checkpoint import Checkpoint
+from graphs.files.configuration import whole_config
+from graphs.records.errors import InputError
+from graphs.records.shapes import ShapeProfile
+from graphs.records.spec import ModelSpec
+from graphs.records.token_layout import Blocks, Grid, count_tokens
 
 if TYPE_CHECKING:
     import torch
@@ -23,7 +23,7 @@ HAS_CLASS_TOKEN = {"clip_vision_model": True, "siglip_vision_model": False}
 class Layout:
     """What a picture becomes: equal layouts go through the same graphs.
 
-    size: height and width in pixels that the picture is scaled to. grid, blocks: its tokens, see graphs/blocks.py.
+    size: height and width in pixels that the picture is scaled to. grid, blocks: its tokens, see graphs/records/token_layout.py.
     pixel_shape: `pixel_values` of one picture, None for [1, channels, *size]; a batch has B times the first dimension.
     """
 

@@ -20,11 +20,11 @@ from btp_export.families._vision import (
     vision_state,
 )
 from btp_export.families.llava import Llava
-from graphs.blocks import Grid
-from graphs.checkpoint import Checkpoint
-from graphs.errors import InputError
-from graphs.profile import ShapeProfile
-from graphs.spec import ModelSpec, VisionSpec
+from graphs.files.checkpoint import Checkpoint
+from graphs.records.errors import InputError
+from graphs.records.shapes import ShapeProfile
+from graphs.records.spec import ModelSpec, VisionSpec
+from graphs.records.token_layout import Grid
 
 if TYPE_CHECKING:
     from torch import nn

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 from btp_export.families._checkpoint import model_spec
 from btp_export.families._vision import Layout, load_vision, make_profile, vision_state
-from graphs.checkpoint import Checkpoint
-from graphs.errors import InputError
-from graphs.profile import ShapeProfile
-from graphs.spec import ModelSpec, VisionSpec
+from graphs.files.checkpoint import Checkpoint
+from graphs.records.errors import InputError
+from graphs.records.shapes import ShapeProfile
+from graphs.records.spec import ModelSpec, VisionSpec
 
 if TYPE_CHECKING:
     from torch import nn

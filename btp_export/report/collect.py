@@ -8,8 +8,8 @@ from typing import Any
 
 from btp_export.console import Report, note
 from btp_export.report.data import Picture, ReportData
-from graphs.bundle import Bundle
-from graphs.errors import InputError
+from graphs.files.bundle import Bundle
+from graphs.records.errors import InputError
 
 DEMO = "demo"  # the model whose own kind of picture the generated scenes are
 EVAL_SAMPLES = 100

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from btp_export.console import plain
-from graphs.blocks import Blocks
-from graphs.flops import cost
-from graphs.manifest import Manifest
-from graphs.plan import PruningPlan
-from graphs.strict import Strict
+from graphs.pruning.operations import cost
+from graphs.records.manifest import Manifest
+from graphs.records.plan import PruningPlan
+from graphs.records.record import Strict
+from graphs.records.token_layout import Blocks
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -136,7 +136,7 @@ def document(data: ReportData) -> dict[str, Any]:
 
 
 def costs(plan: PruningPlan, manifest: Manifest) -> dict[str, dict[str, int]]:
-    """Prefill operations and cache bytes of the first profile without and with pruning, by graphs/flops.py."""
+    """Prefill operations and cache bytes of the first profile without and with pruning, by graphs/pruning/operations.py."""
     profile, decoder, precision = manifest.profiles[0], manifest.spec.decoder, manifest.build.precision
     full = cost(decoder, plan.model_copy(update={"stages": ()}), profile, precision)
     pruned = cost(decoder, plan, profile, precision)

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
-from graphs.blocks import Blocks, count_tokens
+from graphs.records.token_layout import Blocks, count_tokens
 
 MARGIN, GAP = 14, 12  # pixels around and between the panels
 WASH = (0.84, 236)  # dropped tokens: share of this grey, so that little of the picture is left
@@ -35,7 +35,7 @@ def draw_kept(
     """The picture, and beside it a panel for each stage with its caption: "stage 1 · layer 3 · 288 of 576 tokens".
 
     `grid` is (rows, columns); `kept_per_stage[j]` are indices into that grid; `layers` the stages' layers; `total` is V
-    where the model has more image tokens than cells; `blocks` says how they lie (graphs/blocks.py). The result is
+    where the model has more image tokens than cells; `blocks` says how they lie (graphs/records/token_layout.py). The result is
     `width` pixels wide; panels wrap when they would become smaller than 180 pixels.
     Raises ValueError for a grid or indices that cannot be.
     """

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from btp_export.report.data import ReportData, document
-from graphs.staging import uninterrupted
+from graphs.files.atomic import uninterrupted
 
 
 def write_report(folder: Path, data: ReportData) -> None:

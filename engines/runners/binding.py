@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from engines.runners import Array, Dtype, TensorSpec
-from graphs.errors import InputError
+from graphs.records.errors import InputError
 
 
 def check_names(graph: str, given: Mapping[str, object], wanted: Mapping[str, TensorSpec]) -> None:

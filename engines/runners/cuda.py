@@ -21,7 +21,7 @@ import numpy as np
 
 from engines.runners import Array, Buffer, Dtype
 from engines.runners.host import check_rows
-from graphs.errors import CheckError, UnavailableError
+from graphs.records.errors import CheckError, UnavailableError
 
 LIBRARIES: Final = ("libcudart.so.13", "libcudart.so.12", "libcudart.so.11.0", "cudart64_13.dll", "cudart64_12.dll")
 ALIGNMENT: Final = 256  # bytes: what cudaMalloc gives and TensorRT wants of every address

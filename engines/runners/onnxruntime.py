@@ -17,7 +17,7 @@ from engines import native_library
 from engines.runners import Array, Bound, Buffer, Dtype, TensorSpec
 from engines.runners.binding import check_arrays, check_names, check_tensor
 from engines.runners.host import HostBuffer
-from graphs.errors import BtpError, CheckError, InputError, UnavailableError
+from graphs.records.errors import BtpError, CheckError, InputError, UnavailableError
 
 # ONNX Runtime's type names -> (numpy dtype, ONNX TensorProto element type).
 ELEMENTS: dict[str, tuple[Dtype, int]] = {

@@ -25,9 +25,9 @@ from engines.runners.binding import check_arrays, check_names, check_tensor
 from engines.tensorrt.records import BuiltEngine, EngineGraph, EnginesRecord, bundle_digest
 from engines.tensorrt.session import Session, build_again, explain
 from engines.tensorrt.weights import np_dtype
-from graphs.bundle import Bundle, Check
-from graphs.errors import BtpError, InputError
-from graphs.staging import SMALL_FILE, sha256
+from graphs.files.atomic import SMALL_FILE, sha256
+from graphs.files.bundle import Bundle, Check
+from graphs.records.errors import BtpError, InputError
 
 CAPTURED: Final = frozenset({"decode"})  # graphs replayed as CUDA graphs: many short kernels, run again and again
 # Names of TensorRT's element types -> numpy's.

@@ -15,9 +15,9 @@ from typing import Any, Final, Literal
 from engines.tensorrt.check import custom_layer, require_plugins, require_tensors
 from engines.tensorrt.library import Library, gpu_capability, load
 from engines.tensorrt.records import EngineLayer, Flavour, PluginForm
-from graphs.errors import BtpError, CheckError, InputError, UnavailableError
-from graphs.manifest import TensorRecord
-from graphs.strict import Strict
+from graphs.records.errors import BtpError, CheckError, InputError, UnavailableError
+from graphs.records.manifest import TensorRecord
+from graphs.records.record import Strict
 
 Report = Callable[[float], None]  # share of the build that is done, 0 to 1
 

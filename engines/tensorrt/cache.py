@@ -7,8 +7,8 @@ from pathlib import Path
 from engines.tensorrt.library import Library
 from engines.tensorrt.outline import Outline
 from engines.tensorrt.records import FILE, BuiltEngine, EnginesRecord, PluginRecord, bundle_digest
-from graphs.errors import InputError
-from graphs.staging import SMALL_FILE, sha256
+from graphs.files.atomic import SMALL_FILE, sha256
+from graphs.records.errors import InputError
 
 Key = tuple[str, str]  # a graph's name and profile
 

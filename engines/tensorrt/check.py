@@ -4,8 +4,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from graphs.errors import CheckError
-from graphs.manifest import TensorRecord
+from graphs.records.errors import CheckError
+from graphs.records.manifest import TensorRecord
 
 AGAIN = "btp-export build BUNDLE --target T --force"
 

@@ -17,9 +17,9 @@ import onnx_ir as ir
 from engines.targets import GIB, Target
 from engines.tensorrt.prepare import PreparedGraph
 from engines.tensorrt.records import Estimate, WeightInput
-from graphs.builder import BTP_DOMAIN, NUMPY, dims, dtype_of
-from graphs.manifest import TensorRecord
+from graphs.building.graph_builder import BTP_DOMAIN, NUMPY, dims, dtype_of
 from graphs.ops import select_tokens
+from graphs.records.manifest import TensorRecord
 
 ENGINE_BASE: Final = 500_000  # bytes of an engine beside its constants
 ENGINE_LAYER: Final = 200_000  # and for each decoder layer

@@ -35,10 +35,10 @@ from engines.tensorrt.records import (
     engines_folder,
 )
 from engines.tensorrt.weights import packed
-from graphs.bundle import Bundle
-from graphs.errors import UnavailableError
-from graphs.manifest import FileRecord
-from graphs.staging import check_destination, check_space, record, staged
+from graphs.files.atomic import check_destination, check_space, record, staged
+from graphs.files.bundle import Bundle
+from graphs.records.errors import UnavailableError
+from graphs.records.manifest import FileRecord
 
 ROOT = Path(__file__).parents[2]
 NOUN = "folder of engines"

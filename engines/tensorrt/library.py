@@ -25,7 +25,7 @@ from types import ModuleType
 from typing import Any, Final
 
 from engines.tensorrt.records import Flavour
-from graphs.errors import UnavailableError
+from graphs.records.errors import UnavailableError
 
 TITLES: Final[dict[Flavour, str]] = {"tensorrt": "TensorRT", "rtx": "TensorRT for RTX"}
 MODULES: Final[dict[Flavour, str]] = {"tensorrt": "tensorrt", "rtx": "tensorrt_rtx"}

@@ -27,9 +27,9 @@ from onnx import (
 from engines.tensorrt.prepare import PreparedGraph
 from engines.tensorrt.versions import TOPK_LIMIT, Traits
 from graphs import ops
-from graphs.builder import BTP_DOMAIN
-from graphs.errors import CheckError
-from graphs.strict import Strict
+from graphs.building.graph_builder import BTP_DOMAIN
+from graphs.records.errors import CheckError
+from graphs.records.record import Strict
 
 AT_LEAST_2D = ("ArgMax", "ArgMin", "TopK")
 REFUSED_ATTRIBUTES = (("Attention", "softmax_precision"),)  # seen on RTX 1.7.1

@@ -9,10 +9,10 @@ from collections.abc import Callable, Sequence
 import onnx
 import onnx_ir as ir
 
-from graphs.attention import minus_infinity, softmax
-from graphs.builder import IR_VERSIONS, PORTABLE_OPSET, PRECISIONS, GraphBuilder, dims, dtype_of
-from graphs.errors import InputError
-from graphs.layers import activation
+from graphs.building.attention import minus_infinity, softmax
+from graphs.building.graph_builder import IR_VERSIONS, PORTABLE_OPSET, PRECISIONS, GraphBuilder, dims, dtype_of
+from graphs.building.layers import activation
+from graphs.records.errors import InputError
 
 FLOAT = ir.DataType.FLOAT
 PRECISION_OF = {dtype: name for name, dtype in PRECISIONS.items()}

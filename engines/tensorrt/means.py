@@ -11,8 +11,8 @@ from engines.tensorrt import library as installed
 from engines.tensorrt.library import Library
 from engines.tensorrt.outline import Outline, Wishes
 from engines.tensorrt.records import PluginRecord
-from graphs.errors import UnavailableError
-from graphs.staging import sha256
+from graphs.files.atomic import sha256
+from graphs.records.errors import UnavailableError
 
 INSTEAD: Final = "Python plugins in place of the C++ library"  # a note begins with it
 

@@ -14,9 +14,9 @@ from engines.tensorrt.lint import Finding, lint
 from engines.tensorrt.prepare import Choices, PreparedGraph, prepare, suited_opset, without_pruning
 from engines.tensorrt.records import Assemble, EngineWeights, Estimate, PluginForm
 from engines.tensorrt.versions import Traits, traits
-from graphs.bundle import Bundle
-from graphs.errors import InputError
-from graphs.staging import size_text
+from graphs.files.atomic import size_text
+from graphs.files.bundle import Bundle
+from graphs.records.errors import InputError
 
 GRAPHS_FOLDER = "graphs"
 FUSION_FAULT = (

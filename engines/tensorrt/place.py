@@ -15,8 +15,8 @@ from engines.tensorrt.library import Library
 from engines.tensorrt.means import INSTEAD, Plugins
 from engines.tensorrt.outline import Outline
 from engines.tensorrt.records import UNPRUNED, BuiltEngine, EnginesRecord
-from graphs.errors import InputError
-from graphs.staging import existing_parent, staged
+from graphs.files.atomic import existing_parent, staged
+from graphs.records.errors import InputError
 
 SCRATCH: Final = ".building-"  # prefix of the folder in which an engine is made
 # What the kit writes; anything else in the folder, engines apart, is a measurement, a log or the user's own.

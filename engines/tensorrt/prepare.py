@@ -26,14 +26,14 @@ import onnx_ir as ir
 from engines.tensorrt.lower import lower_to_primitives
 from engines.tensorrt.records import Assemble, EngineWeights, WeightInput, WeightSource
 from engines.tensorrt.versions import Traits
-from graphs.assemble import assemble_whole
-from graphs.build import build_decoder_graphs
-from graphs.builder import BTP_DOMAIN, NUMPY, PORTABLE_OPSET, WEIGHTS_FOLDER, BuiltGraph, dims, dtype_of
-from graphs.bundle import Bundle
-from graphs.manifest import TensorRecord
+from graphs.building.decoder_graphs import build_decoder_graphs
+from graphs.building.graph_builder import BTP_DOMAIN, NUMPY, PORTABLE_OPSET, WEIGHTS_FOLDER, BuiltGraph, dims, dtype_of
+from graphs.building.whole_graph import assemble_whole
+from graphs.files.bundle import Bundle
 from graphs.ops import gather_tokens, select_tokens
-from graphs.plan import PruningPlan
-from graphs.profile import ShapeProfile
+from graphs.records.manifest import TensorRecord
+from graphs.records.plan import PruningPlan
+from graphs.records.shapes import ShapeProfile
 
 MATRIX_BYTES = 4096  # smaller matrices stay constants: an input costs more than it saves
 FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)

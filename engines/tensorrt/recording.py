@@ -11,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 from engines.runners import Array, Bound, Buffer, Dtype, Loader, TensorSpec
-from graphs.builder import NUMPY, dims, dtype_of
+from graphs.building.graph_builder import NUMPY, dims, dtype_of
 
 
 class RecordingLoader:

@@ -12,12 +12,12 @@ from typing import Final, Literal
 
 from pydantic import Field, model_validator
 
-from graphs.bundle import Bundle
-from graphs.errors import InputError
-from graphs.manifest import FileRecord, RelativePath, Sha256, TensorRecord
-from graphs.spec import Precision
-from graphs.staging import sha256
-from graphs.strict import Strict, parse_record
+from graphs.files.atomic import sha256
+from graphs.files.bundle import Bundle
+from graphs.records.errors import InputError
+from graphs.records.manifest import FileRecord, RelativePath, Sha256, TensorRecord
+from graphs.records.record import Strict, parse_record
+from graphs.records.spec import Precision
 
 FORMAT: Final = "btp-engines/1"
 FILE: Final = "engines.json"

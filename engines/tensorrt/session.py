@@ -14,8 +14,8 @@ from engines.runners import Buffer, Dtype, cuda
 from engines.tensorrt import library
 from engines.tensorrt.records import BuiltEngine, EngineGraph, EnginesRecord, Flavour, PluginForm
 from engines.tensorrt.weights import SharedWeights
-from graphs.errors import BtpError, CheckError, InputError, UnavailableError
-from graphs.staging import sha256, size_text
+from graphs.files.atomic import sha256, size_text
+from graphs.records.errors import BtpError, CheckError, InputError, UnavailableError
 
 
 class Session:

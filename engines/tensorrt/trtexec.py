@@ -18,7 +18,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from graphs.errors import BtpError, CheckError, InputError, UnavailableError
+from graphs.records.errors import BtpError, CheckError, InputError, UnavailableError
 
 PLACES: Final = (Path("/usr/src/tensorrt/bin"), Path("/usr/local/tensorrt/bin"), Path("/opt/tensorrt/bin"))
 TAIL: Final = 12  # last lines of a failed run that are kept

@@ -11,7 +11,7 @@ from typing import Final, Literal
 
 from engines.tensorrt import trtexec_options
 from engines.tensorrt.records import Flavour
-from graphs.errors import InputError
+from graphs.records.errors import InputError
 
 # Which wins where a node has a function body of its name in the file and a plugin in the registry. `marked`: the
 # function, unless the node carries plugin_namespace and that plugin is registered.

@@ -17,7 +17,7 @@ import numpy as np
 
 from engines.runners import Array, Buffer, Dtype
 from engines.tensorrt.records import EngineGraph, WeightInput, WeightSource
-from graphs.errors import InputError
+from graphs.records.errors import InputError
 
 # What a buffer is made of: type and shape, and for each source the file (device, inode), place and stored type.
 _Key = tuple[str, tuple[int, ...], tuple[tuple[int, int, int, int, str], ...]]

@@ -20,7 +20,7 @@ from typing import IO, Any, Final
 
 import graphs
 from engines.tensorrt.builder import Built, Job, Report, build_engine, out_of_memory
-from graphs.errors import BtpError, CheckError, InputError, UnavailableError
+from graphs.records.errors import BtpError, CheckError, InputError, UnavailableError
 
 ERRORS: Final = {kind.__name__: kind for kind in (CheckError, InputError, UnavailableError)}
 NO_SPACE: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

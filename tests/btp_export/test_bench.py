@@ -11,9 +11,9 @@ from rich.text import Text
 from btp_export import cli
 from btp_export.bench import measure
 from btp_export.commands.bench import show
-from graphs import flops
-from graphs.errors import InputError
-from graphs.plan import PruningPlan, Stage
+from graphs.pruning import operations
+from graphs.records.errors import InputError
+from graphs.records.plan import PruningPlan, Stage
 
 
 def plan() -> PruningPlan:
@@ -36,7 +36,7 @@ def test_bench_measures_both_models(bundle: Any, capsys: pytest.CaptureFixture[s
     assert prefill["speedup"] == pytest.approx(prefill["full_ms"] / prefill["pruned_ms"])
     assert prefill["share_of_limit"] == pytest.approx(prefill["speedup"] / prefill["flops_limit"])
     full, pruned = (
-        flops.cost(bundle.spec.decoder, made, bundle.profile())
+        operations.cost(bundle.spec.decoder, made, bundle.profile())
         for made in (plan().model_copy(update={"stages": ()}), plan())
     )
     assert prefill["flops_limit"] == pytest.approx(full.decoder / pruned.decoder)

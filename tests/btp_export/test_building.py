@@ -9,8 +9,8 @@ import pytest
 from btp_export import building
 from btp_export.building import record_calibration
 from engines.tensorrt.prepare import Choices, prepare
-from graphs.bundle import Bundle
-from graphs.errors import UnavailableError
+from graphs.files.bundle import Bundle
+from graphs.records.errors import UnavailableError
 
 
 def files_of(bundle: Bundle, **choices: Any) -> dict[str, Path]:

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from btp_export import cli
-from graphs.plan import PruningPlan
+from graphs.records.plan import PruningPlan
 
 Run = Any
 

@@ -13,7 +13,7 @@ import pytest
 import typer
 
 from btp_export import __version__, cli
-from graphs.errors import CheckError, InputError, UnavailableError
+from graphs.records.errors import CheckError, InputError, UnavailableError
 
 ROOT = Path(__file__).parents[2]
 

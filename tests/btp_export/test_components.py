@@ -15,9 +15,9 @@ from safetensors.numpy import save_file
 
 from btp_export import cli
 from btp_export.models import HUB_NAMES, find_model, open_model
-from graphs.checkpoint import open_checkpoint
-from graphs.errors import InputError, UnavailableError
-from graphs.staging import hub_sha256, sha256
+from graphs.files.atomic import hub_sha256, sha256
+from graphs.files.checkpoint import open_checkpoint
+from graphs.records.errors import InputError, UnavailableError
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 REPOSITORY = HUB_NAMES["llava-1.5-7b"]
@@ -77,7 +77,7 @@ def test_an_export_from_the_cache_has_the_true_hashes(
     manifest = json.loads((out / "manifest.json").read_text())
     for entry in manifest["weights"]:
         assert entry["sha256"] == sha256(out / entry["file"])
-    from graphs.bundle import Bundle
+    from graphs.files.bundle import Bundle
 
     Bundle.open(out, check="full")
 
@@ -184,7 +184,7 @@ def test_weights_that_are_not_numbers_are_named(tiny_checkpoint: Path, tmp_path:
 def test_too_little_memory_is_said_before_a_calibration_starts(
     tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("graphs.memory.available_memory", lambda: 100 * 2**20)
+    monkeypatch.setattr("graphs.files.memory.available_memory", lambda: 100 * 2**20)
     assert cli.main(["calibrate", "--model", str(tiny_checkpoint), "--no-cache"]) == 2
     error = capsys.readouterr().err
     assert "calibrating model on 64 samples needs about" in error and "100.0 MiB are available" in error

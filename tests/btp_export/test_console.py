@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from btp_export import console
-from graphs.profile import ShapeProfile
+from graphs.records.shapes import ShapeProfile
 
 
 def test_json_is_one_document_of_plain_types(capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,8 +15,8 @@ from btp_export import cli, dummy, dummy_configs
 from btp_export.dummy import DTYPES, configured, dummy_checkpoint, read_marker, tensor_bits, tensor_shapes
 from btp_export.families._processor import load_processor
 from btp_export.models import DummyWeights, open_model
-from graphs.bundle import Bundle
-from graphs.errors import InputError
+from graphs.files.bundle import Bundle
+from graphs.records.errors import InputError
 
 SMALL_TEXT = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 4}
 SMALL_VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -153,7 +153,7 @@ def test_activations_stay_finite_in_half_precision(small: Path) -> None:
     ids = torch.tensor([1, *range(100, 134), *[32000] * 36, 200, 201])
     features = torch.randn(36, 64, generator=torch.Generator().manual_seed(0))
     plan = dict(model_type="llava", num_layers=6, image_tokens=36, grid=(6, 6))
-    from graphs.plan import PruningPlan
+    from graphs.records.plan import PruningPlan
 
     run = StreamedReference(model.checkpoint, dtype=torch.float16).run(
         [ReferenceInput(ids, features)], PruningPlan(**plan), record_segments=True

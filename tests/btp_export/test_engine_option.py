@@ -12,8 +12,8 @@ from btp_export.cli import main
 from btp_export.runtime import load
 from engines.tensorrt.prepare import Choices, without_pruning
 from engines.tensorrt.records import UNPRUNED, engines_folder
-from graphs.bundle import Bundle
-from graphs.plan import PruningPlan
+from graphs.files.bundle import Bundle
+from graphs.records.plan import PruningPlan
 from tests.engines.runners.engine_folders import STAGES, TARGET, machine_with_gpu, new_process, write_engines
 from tests.engines.runners.host_cuda import HostCuda
 

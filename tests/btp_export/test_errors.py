@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from btp_export.cli import main
-from graphs.bundle import Bundle
+from graphs.files.bundle import Bundle
 
 
 @pytest.fixture
@@ -97,7 +97,7 @@ def test_target_folder_not_empty(capsys: pytest.CaptureFixture[str], tmp_path: P
 
 def test_no_space(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=2**20)
-    monkeypatch.setattr("graphs.staging.shutil.disk_usage", lambda path: usage)
+    monkeypatch.setattr("graphs.files.atomic.shutil.disk_usage", lambda path: usage)
     said = refused(capsys, ["export", "--model", "demo", "--plan", "none", "--out", str(tmp_path / "b")])
     assert "1.0 MiB free" in said and "--link hard" in said
     assert list(tmp_path.iterdir()) == []

@@ -10,9 +10,9 @@ from PIL import Image
 import btp_export
 from btp_export import cli
 from btp_export.evaluate import evaluate_bundle, evaluate_plans, resolve_budgets, resolve_plans
-from graphs.errors import InputError
-from graphs.flops import cost
-from graphs.plan import PruningPlan, Stage
+from graphs.pruning.operations import cost
+from graphs.records.errors import InputError
+from graphs.records.plan import PruningPlan, Stage
 
 PLAN = PruningPlan(
     model_type="llava",

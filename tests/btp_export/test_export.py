@@ -18,9 +18,9 @@ import pytest
 from btp_export.cli import main
 from btp_export.export import Options, check_target, export_bundle, make_profiles
 from btp_export.models import PROCESSOR_FILES, Model, open_model
-from graphs.bundle import Bundle
-from graphs.errors import InputError
-from graphs.plan import PruningPlan, Stage
+from graphs.files.bundle import Bundle
+from graphs.records.errors import InputError
+from graphs.records.plan import PruningPlan, Stage
 
 ROOT = Path(__file__).parents[2]
 SHAPES = {"text_tokens": 16, "new_tokens": 12}

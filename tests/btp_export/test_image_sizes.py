@@ -14,10 +14,10 @@ from btp_export.models import open_model
 from btp_export.plans import plan_for
 from btp_export.runtime import load
 from btp_export.verify import verify_profiles
-from graphs.bundle import Bundle, derive, write_manifest, write_plan
-from graphs.errors import InputError
-from graphs.fit import plan_for_profile, spec_at
-from graphs.plan import PruningPlan, rescale
+from graphs.files.bundle import Bundle, derive, write_manifest, write_plan
+from graphs.records.errors import InputError
+from graphs.records.match_plan import plan_for_profile, spec_at
+from graphs.records.plan import PruningPlan, rescale
 from tests.btp_export.families import parity
 from tests.btp_export.families.test_llava_next import make_next
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from btp_export.models import HUB_NAMES, find_model, open_model
-from graphs.errors import InputError, UnavailableError
+from graphs.records.errors import InputError, UnavailableError
 
 
 def test_demo_is_there_and_named() -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from btp_export.cli import main
-from graphs.bundle import Bundle
+from graphs.files.bundle import Bundle
 
 SHAPES = ["--text-tokens", "16", "--max-new-tokens", "4", "--samples", "4"]
 

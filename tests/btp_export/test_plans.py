@@ -9,8 +9,8 @@ from btp_export import cli
 from btp_export.calibration import CalibrationSettings, check_settings, parse_keep
 from btp_export.models import open_model
 from btp_export.plans import plan_for
-from graphs.errors import InputError
-from graphs.plan import PruningPlan
+from graphs.records.errors import InputError
+from graphs.records.plan import PruningPlan
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:

@@ -16,10 +16,10 @@ from engines.targets import find_target
 from engines.tensorrt import trtexec
 from engines.tensorrt.kit import write_kit
 from engines.tensorrt.outline import Wishes, outline
-from graphs.bundle import Bundle
-from graphs.errors import InputError, UnavailableError
-from graphs.flops import cost
-from graphs.plan import PruningPlan, Stage
+from graphs.files.bundle import Bundle
+from graphs.pruning.operations import cost
+from graphs.records.errors import InputError, UnavailableError
+from graphs.records.plan import PruningPlan, Stage
 from tests.engines.tensorrt import trtexec_files
 
 TARGET = "jetson-orin-jp6"

@@ -12,7 +12,7 @@ from transformers import AutoProcessor
 from btp_export.models import open_model
 from btp_export.pictures import open_picture, to_rgb
 from btp_export.prompting import Prompter
-from graphs.errors import InputError
+from graphs.records.errors import InputError
 
 
 @pytest.fixture(scope="module")

@@ -12,10 +12,10 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 import btp_export
-from graphs.errors import CheckError, InputError, UnavailableError
 from graphs.ops import select_tokens
-from graphs.plan import PruningPlan, Stage
-from graphs.spatial import spatial_seeds
+from graphs.pruning.spatial_set import spatial_seeds
+from graphs.records.errors import CheckError, InputError, UnavailableError
+from graphs.records.plan import PruningPlan, Stage
 
 PROMPTS = ["what colour is the star?", "is there a red circle?", "where is the ring?", "how many objects are there?"]
 

@@ -11,7 +11,7 @@ from hypothesis.extra.numpy import arrays
 from transformers import TopPLogitsWarper
 
 from btp_export.sampling import check_settings, choose, probabilities
-from graphs.errors import CheckError, InputError
+from graphs.records.errors import CheckError, InputError
 
 logits_of = arrays(np.float32, st.integers(1, 40), elements=st.floats(-30, 30, width=32))
 temperatures = st.floats(0.05, 5)

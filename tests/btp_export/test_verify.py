@@ -10,8 +10,8 @@ import pytest
 
 from btp_export import cli
 from btp_export.verify import verify_bundle
-from graphs.bundle import Bundle
-from graphs.plan import PruningPlan, Stage
+from graphs.files.bundle import Bundle
+from graphs.records.plan import PruningPlan, Stage
 
 PLAN = PruningPlan(
     model_type="llava",
@@ -77,8 +77,8 @@ def test_a_bundle_that_computes_something_else_fails(
     tiny_bundle: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Whole by its hashes, but with position tables of another model."""
-    from graphs.checkpoint import open_tensors
-    from graphs.staging import record
+    from graphs.files.atomic import record
+    from graphs.files.checkpoint import open_tensors
 
     root = copied(tiny_bundle(PLAN), tmp_path)
     rope = root / "graphs" / "weights" / "btp-rope.safetensors"

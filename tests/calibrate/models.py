@@ -6,7 +6,7 @@ import torch
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from calibrate.records import ReferenceInput
-from graphs.checkpoint import Checkpoint, open_checkpoint
+from graphs.files.checkpoint import Checkpoint, open_checkpoint
 
 IMAGE_TOKEN = 4
 PREFIX, VOCABULARY = 5, 64

@@ -7,7 +7,7 @@ import torch
 from transformers import LlavaForConditionalGeneration
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from graphs.plan import PruningPlan
+from graphs.records.plan import PruningPlan
 
 
 def select(

@@ -6,8 +6,8 @@ from calibrate.ablations import ablations, balance_of, switched, with_layers
 from calibrate.budget import Shape
 from calibrate.presets import PRESETS, preset
 from calibrate.recipe import Recipe
-from graphs.errors import InputError
-from graphs.plan import PruningPlan
+from graphs.records.errors import InputError
+from graphs.records.plan import PruningPlan
 
 LLAVA = Shape("llava", 32, 576, (24, 24))
 NEXT = Shape("llava_next", 32, 2928, (48, 48), ((24, 24), (48, 49)))

@@ -9,7 +9,7 @@ from calibrate.budget import EXPONENTS, Shape, counts_for, refitted
 from calibrate.presets import PRESETS, preset
 from calibrate.recipe import Recipe
 from calibrate.stages import placements
-from graphs.errors import InputError
+from graphs.records.errors import InputError
 
 LLAVA = Shape("llava", 32, 576, (24, 24))
 

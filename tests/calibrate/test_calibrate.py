@@ -13,8 +13,8 @@ from calibrate.judge import divergence
 from calibrate.propose import Budget, Request
 from calibrate.recipe import Recipe
 from calibrate.reference import StreamedReference
-from graphs.errors import InputError
-from graphs.plan import PruningPlan
+from graphs.records.errors import InputError
+from graphs.records.plan import PruningPlan
 from tests.calibrate.models import checkpoint, make_input, make_llava
 
 LAYERS, SIDE = 8, 8

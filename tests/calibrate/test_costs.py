@@ -9,10 +9,10 @@ import pytest
 
 from calibrate.budget import Shape
 from calibrate.costs import PrefillCost, fit_line, measured_cost
-from graphs.errors import InputError
-from graphs.plan import Stage
-from graphs.profile import ShapeProfile
-from graphs.spec import DecoderSpec
+from graphs.records.errors import InputError
+from graphs.records.plan import Stage
+from graphs.records.shapes import ShapeProfile
+from graphs.records.spec import DecoderSpec
 
 DECODER = DecoderSpec(
     num_layers=12, hidden_size=128, intermediate_size=256, num_heads=4, num_kv_heads=2, head_dim=32, vocab_size=200,

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from calibrate import data
-from graphs.errors import InputError
+from graphs.records.errors import InputError
 
 
 @pytest.fixture()

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from calibrate import data, data_sets
-from graphs.errors import InputError, UnavailableError
+from graphs.records.errors import InputError, UnavailableError
 
 needs_datasets = pytest.mark.skipif(
     importlib.util.find_spec("datasets") is None, reason="the library `datasets` is not installed"

@@ -8,7 +8,7 @@ from calibrate.calibrate import Study, calibrate
 from calibrate.pareto import Point, front, requests
 from calibrate.propose import Budget, Request
 from calibrate.recipe import Recipe
-from graphs.errors import InputError
+from graphs.records.errors import InputError
 from tests.calibrate.models import checkpoint, make_input, make_llava
 from tests.calibrate.test_tune import COST, LAYERS, SHAPE, SIDE
 

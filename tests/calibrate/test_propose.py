@@ -10,7 +10,7 @@ from calibrate.costs import PrefillCost
 from calibrate.propose import Budget, Evidence, Request, largest_within, propose
 from calibrate.recipe import Recipe
 from calibrate.stages import Placement
-from graphs.errors import InputError
+from graphs.records.errors import InputError
 from tests.calibrate.test_costs import DECODER, PROFILE, SHAPE
 
 COST = PrefillCost(DECODER, PROFILE)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from calibrate.pruning import apply_stage, score_margin
-from graphs.plan import PruningPlan, Stage
+from graphs.records.plan import PruningPlan, Stage
 
 SCORES = np.array([0.1, 0.4, 0.2, 0.3, 0.05], np.float32)
 

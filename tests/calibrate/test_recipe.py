@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 
 from calibrate.budget import Shape
 from calibrate.recipe import Recipe, balance, pool_factor, stage_of
-from graphs.errors import InputError
 from graphs.ops import select_tokens
-from graphs.plan import Stage
+from graphs.records.errors import InputError
+from graphs.records.plan import Stage
 
 LLAVA = Shape("llava", 32, 576, (24, 24))
 NEXT = Shape("llava_next", 32, 2928, (48, 48), ((24, 24), (48, 49)))
@@ -45,7 +45,7 @@ def test_spatial_set_and_boundary_are_like_the_released() -> None:
 def test_a_picture_of_blocks_has_its_spatial_set_on_all_of_them() -> None:
     plan = Recipe().plan(NEXT, (3, 6, 14, 22), (1464, 732, 244, 0))
     assert plan.blocks == ((24, 24), (48, 49)) and plan.stages[0].seeds == 732
-    from graphs.spatial import stage_seeds
+    from graphs.pruning.spatial_set import stage_seeds
 
     chosen = stage_seeds(plan, 0)
     assert chosen is not None and len(set(chosen.tolist())) == 732

@@ -12,8 +12,8 @@ from calibrate.budget import Shape
 from calibrate.presets import preset
 from calibrate.records import ReferenceInput
 from calibrate.reference import LayerView, StreamedReference, image_start
-from graphs.errors import InputError
-from graphs.plan import PruningPlan, Stage
+from graphs.records.errors import InputError
+from graphs.records.plan import PruningPlan, Stage
 from tests.calibrate.models import IMAGE_TOKEN, PREFIX, checkpoint, make_input, make_llava
 from tests.calibrate.naive import prefill
 

@@ -19,8 +19,8 @@ from calibrate.recording import KeptSegment
 from calibrate.records import RunRecord
 from calibrate.reference import StreamedReference
 from calibrate.statistics import measure
-from graphs.plan import Stage
-from graphs.work import Work, work_folder
+from graphs.files.resume import Work, work_folder
+from graphs.records.plan import Stage
 from tests.calibrate.models import checkpoint, make_input, make_llava
 
 LAYERS, SIDE = 6, 6
@@ -203,7 +203,7 @@ SCRIPT = """
 import os, signal, sys
 from pathlib import Path
 from calibrate.reference import StreamedReference
-from graphs.work import work_folder
+from graphs.files.resume import work_folder
 from tests.calibrate.models import checkpoint
 from tests.calibrate.test_resume import PLANS, stop_after
 import torch

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from calibrate.budget import Shape
 from calibrate.recipe import Recipe
 from calibrate.stages import final_layer, layers_for, placements, remaining_change
-from graphs.errors import InputError
+from graphs.records.errors import InputError
 
 # Published for LLaVA-1.5-7B, mean over the set, by 1-based odd layer; between two odd layers the mean is taken.
 PUBLISHED = {1: 0, 3: 0, 5: 0, 7: 151, 9: 325, 11: 359, 13: 141, 15: 136, 17: 155, 19: 38, 21: 45, 23: 11, 25: 1,

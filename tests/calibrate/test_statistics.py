@@ -10,7 +10,7 @@ import torch
 from calibrate.budget import Shape
 from calibrate.reference import StreamedReference
 from calibrate.statistics import bootstrap_spread, changed_tokens, measure
-from graphs.plan import Stage
+from graphs.records.plan import Stage
 from tests.calibrate.models import IMAGE_TOKEN, PREFIX, checkpoint, make_input, make_llava
 
 LAYERS, SIDE = 5, 4

@@ -15,10 +15,10 @@ from calibrate.costs import PrefillCost
 from calibrate.recipe import Recipe
 from calibrate.reference import StreamedReference
 from calibrate.tune import Measurement, Search, Setting, Space, measure_plans, tune
-from graphs.errors import InputError
-from graphs.plan import PruningPlan
-from graphs.profile import ShapeProfile
-from graphs.spec import DecoderSpec
+from graphs.records.errors import InputError
+from graphs.records.plan import PruningPlan
+from graphs.records.shapes import ShapeProfile
+from graphs.records.spec import DecoderSpec
 from tests.calibrate.models import PREFIX, VOCABULARY, checkpoint, make_input, make_llava
 from tests.calibrate.naive import prefill
 

@@ -8,9 +8,9 @@ import pytest
 
 from engines.chain import Chain
 from engines.runners.onnxruntime import OrtLoader
-from graphs.bundle import ROPE_WEIGHTS, Bundle
-from graphs.checkpoint import open_tensors
-from graphs.errors import InputError
+from graphs.files.bundle import ROPE_WEIGHTS, Bundle
+from graphs.files.checkpoint import open_tensors
+from graphs.records.errors import InputError
 
 
 @pytest.fixture(scope="module")

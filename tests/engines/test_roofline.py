@@ -1,4 +1,4 @@
-"""The roofline's arithmetic, and operations counted from graphs against graphs/flops.py and torch's own counter."""
+"""The roofline's arithmetic, and operations counted from graphs against graphs/pruning/operations.py and torch's own counter."""
 
 from pathlib import Path
 from typing import Any
@@ -9,9 +9,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from engines.roofline import Roofline, product_flops
 from engines.tensorrt.prepare import Choices, prepare
-from graphs.bundle import Bundle
-from graphs.flops import cost
-from graphs.plan import PruningPlan, Stage
+from graphs.files.bundle import Bundle
+from graphs.pruning.operations import cost
+from graphs.records.plan import PruningPlan, Stage
 
 STAGES = (
     Stage(layer=2, keep=18, attention_quota=6, pool=24, boundary=18, diversity_quota=6, seeds=9),

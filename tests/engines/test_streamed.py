@@ -17,8 +17,8 @@ from btp_export import cli
 from btp_export.verify import verify_bundle
 from engines.runners.onnxruntime import OrtLoader
 from engines.streamed import StreamedRunner
-from graphs.bundle import Bundle
-from graphs.split import has_bfloat16, read_graph, split, wide_weights, widen
+from graphs.building.graph_parts import has_bfloat16, read_graph, split, wide_weights, widen
+from graphs.files.bundle import Bundle
 from tests.engines.test_verification import EARLY, PLAN, TEXT
 
 
@@ -120,7 +120,7 @@ def test_a_perturbed_weight_is_found_in_its_graph(tiny_bundle: Any, tmp_path: Pa
 def test_an_interrupted_verification_goes_on(
     phase: str, tiny_bundle: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("graphs.work.work_folder.__wrapped__.__kwdefaults__", {"interval": 0.0})
+    monkeypatch.setattr("graphs.files.resume.work_folder.__wrapped__.__kwdefaults__", {"interval": 0.0})
     bundle, notes, calls = tiny_bundle(PLAN), [], []
 
     def report(done: int, total: int, text: str = "") -> None:
@@ -142,12 +142,12 @@ def test_an_interrupted_verification_goes_on(
 
 SCRIPT = """
 import os, signal, sys
-import btp_export.console, btp_export.streamed, engines.streamed, graphs.work
+import btp_export.console, btp_export.streamed, engines.streamed, graphs.files.resume
 from btp_export import cli
 
 btp_export.streamed.STREAM_ABOVE = 0
 engines.streamed.StreamedRunner.__init__.__kwdefaults__.update(most=0)
-graphs.work.work_folder.__wrapped__.__kwdefaults__.update(interval=0.0)
+graphs.files.resume.work_folder.__wrapped__.__kwdefaults__.update(interval=0.0)
 
 def kill_in_the_graphs(self, done, total, text=""):
     if "graphs: prefill_2" in text:

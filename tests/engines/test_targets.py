@@ -4,7 +4,7 @@ import pytest
 
 from engines.targets import find_target, known_targets
 from engines.tensorrt.versions import traits
-from graphs.errors import InputError
+from graphs.records.errors import InputError
 
 NAMES = ["a100", "h100", "h200", "jetson-orin-jp6", "jetson-orin-jp7", "jetson-thor", "l4", "rtx-ada", "rtx-blackwell"]
 # NVIDIA's compute capabilities, https://developer.nvidia.com/cuda-gpus

@@ -17,8 +17,8 @@ from calibrate.reference import StreamedReference
 from engines.findings import Findings, agreement, compare
 from engines.runners.onnxruntime import OrtLoader
 from engines.verification import FreeRun, VerifySample, same_kept, verify_free, verify_graphs
-from graphs.bundle import Bundle
-from graphs.plan import PruningPlan, Stage
+from graphs.files.bundle import Bundle
+from graphs.records.plan import PruningPlan, Stage
 
 PLAN = PruningPlan(
     model_type="llava",

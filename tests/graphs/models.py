@@ -14,11 +14,11 @@ from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGener
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from btp_export.families import family_for
-from graphs.build import BuiltGraph, serialize
-from graphs.checkpoint import Checkpoint, open_checkpoint
-from graphs.plan import PruningPlan, Stage
-from graphs.profile import ShapeProfile
-from graphs.spec import ModelSpec
+from graphs.building.decoder_graphs import BuiltGraph, serialize
+from graphs.files.checkpoint import Checkpoint, open_checkpoint
+from graphs.records.plan import PruningPlan, Stage
+from graphs.records.shapes import ShapeProfile
+from graphs.records.spec import ModelSpec
 
 PREFIX, GRID, TEXT, NEW = 3, (4, 4), 6, 4
 LAYERS, VOCAB = 5, 40

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
-from graphs.errors import InputError
+from graphs.records.errors import InputError
 
 Shape = Sequence[int | None]  # None: a dimension that is open
 

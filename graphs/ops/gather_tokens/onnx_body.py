@@ -4,9 +4,9 @@ from typing import Final
 
 from onnx import FunctionProto, parser
 
-from graphs.errors import InputError
 from graphs.ops import DOMAIN
 from graphs.ops.gather_tokens.schema import DOC, NAME
+from graphs.records.errors import InputError
 
 FIRST_OPSET: Final = 18
 

@@ -4,8 +4,8 @@ from typing import Any, Final
 
 from onnx import TypeProto, defs, helper
 
-from graphs.errors import InputError
 from graphs.ops import DOMAIN, PLUGIN, VERSION
+from graphs.records.errors import InputError
 
 NAME: Final = "BtpGatherTokens"
 

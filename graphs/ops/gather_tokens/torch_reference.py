@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from graphs.errors import InputError
 from graphs.ops.gather_tokens.schema import NAME, check
+from graphs.records.errors import InputError
 
 
 def reference(tokens: Tensor, indices: Tensor, *, start: int, count: int) -> Tensor:

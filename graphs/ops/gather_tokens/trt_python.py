@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from typing import ClassVar
 
-from graphs.errors import InputError
 from graphs.ops.common.trt_python import Dimension, Launcher, Shape, Tensor
+from graphs.records.errors import InputError
 
 NAME = "BtpGatherTokens"
 FLOATS = ("float32", "float16", "bfloat16")

@@ -15,9 +15,9 @@ from typing import Final
 
 from onnx import FunctionProto, parser
 
-from graphs.errors import InputError
 from graphs.ops import DOMAIN
 from graphs.ops.select_tokens.schema import COUNTS, DOC, NAME
+from graphs.records.errors import InputError
 
 FIRST_OPSET: Final = 18
 # From this opset on, Attention takes a mask of another float type: one generic body then serves both similarity types.

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from graphs.errors import InputError
 from graphs.ops.select_tokens.schema import NAME, check
+from graphs.records.errors import InputError
 
 # Distances are compared in float64, which has room for these below every float32, -inf included.
 _MINUS_INFINITY, _NAN, _TAKEN = -1e300, -1e301, float("-inf")

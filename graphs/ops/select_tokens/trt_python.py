@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from typing import ClassVar
 
-from graphs.errors import InputError
 from graphs.ops.common.trt_python import Dimension, Launcher, Shape, Tensor
 from graphs.ops.select_tokens.schema import NAME, check
+from graphs.records.errors import InputError
 
 COUNTS = ("keep", "attention_quota", "diversity_quota", "pool", "boundary")
 LARGE = 2**31 - 1  # stands for a number of tokens that is not known yet

@@ -10,7 +10,7 @@ from PIL import Image
 
 import btp_export
 from btp_export import cli, console
-from graphs.plan import PruningPlan, Stage
+from graphs.records.plan import PruningPlan, Stage
 
 PROMPT = "is there a red circle?"
 Run = Callable[..., tuple[int, str, str]]

@@ -25,9 +25,9 @@ from btp_export.models import open_model
 from btp_export.plans import plan_for
 from btp_export.runtime import BundleModel, load
 from btp_export.verify import verify_bundle
-from graphs.bundle import Bundle, derive
-from graphs.fit import spec_at
-from graphs.plan import PruningPlan, Stage
+from graphs.files.bundle import Bundle, derive
+from graphs.records.match_plan import spec_at
+from graphs.records.plan import PruningPlan, Stage
 from tests.calibrate import naive
 
 PRESETS = ("none", "btp-paper", "fastv")

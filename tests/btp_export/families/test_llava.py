@@ -8,8 +8,8 @@ from safetensors.torch import load_file, save_file
 
 from btp_export.demo import checkpoint_path
 from btp_export.families import family_for, known_families
-from graphs.checkpoint import open_checkpoint, read_config
-from graphs.errors import InputError
+from graphs.files.checkpoint import open_checkpoint, read_config
+from graphs.records.errors import InputError
 from tests.graphs.models import DECODERS, PREFIX, sample_model
 
 FAMILY = family_for({"model_type": "llava"})

@@ -23,9 +23,9 @@ from btp_export.models import open_model
 from btp_export.plans import plan_for
 from btp_export.prompting import Prompter
 from btp_export.verify import verify_bundle
-from graphs.bundle import Bundle
-from graphs.errors import InputError
-from graphs.spec import ModelSpec, VisionSpec
+from graphs.files.bundle import Bundle
+from graphs.records.errors import InputError
+from graphs.records.spec import ModelSpec, VisionSpec
 from tests.btp_export.families import parity
 from tests.btp_export.families.parity import Subject
 

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from transformers import AutoProcessor, LlavaConfig, LlavaForConditionalGeneration
 
-from graphs.bundle import Bundle
+from graphs.files.bundle import Bundle
 from tests.btp_export.families import parity
 from tests.btp_export.families.parity import Subject
 

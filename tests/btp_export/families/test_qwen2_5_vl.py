@@ -19,14 +19,14 @@ from btp_export.families._processor import load_processor
 from btp_export.models import open_model
 from btp_export.prompting import Prompter
 from calibrate.presets import preset
-from graphs.build import serialize
-from graphs.bundle import Bundle, derive
-from graphs.checkpoint import open_checkpoint, open_tensors
-from graphs.errors import InputError
-from graphs.plan import PruningPlan, Stage
-from graphs.rope import positions, rope_tables, token_tables
-from graphs.safetensors_file import write_tensors
-from graphs.vision import VISION_FILE, capture_vision
+from graphs.building.decoder_graphs import serialize
+from graphs.building.rope import positions, rope_tables, token_tables
+from graphs.building.vision_capture import VISION_FILE, capture_vision
+from graphs.files.bundle import Bundle, derive
+from graphs.files.checkpoint import open_checkpoint, open_tensors
+from graphs.files.safetensors_file import write_tensors
+from graphs.records.errors import InputError
+from graphs.records.plan import PruningPlan, Stage
 from tests.btp_export.families.parity import (
     PRESETS,
     PROMPTS,

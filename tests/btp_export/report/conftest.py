@@ -19,10 +19,10 @@ from PIL import Image
 
 from btp_export.report import Machine, Picture, ReportData
 from calibrate.scenes import samples
-from graphs.manifest import BuildRecord, FileRecord, Manifest, ModelRecord
-from graphs.plan import PruningPlan, Stage
-from graphs.profile import ShapeProfile
-from graphs.spec import DecoderSpec, ModelSpec, VisionSpec
+from graphs.records.manifest import BuildRecord, FileRecord, Manifest, ModelRecord
+from graphs.records.plan import PruningPlan, Stage
+from graphs.records.shapes import ShapeProfile
+from graphs.records.spec import DecoderSpec, ModelSpec, VisionSpec
 
 GRID = (24, 24)
 CHANGED = [0.5, 3.1, 151.0, 325.4, 359.2, 141.0, 136.3, 155.1, 38.0, 45.2, 11.4, 1.2]

@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from btp_export.cli import main
-from graphs.bundle import Bundle
-from graphs.plan import PruningPlan, Stage
+from graphs.files.bundle import Bundle
+from graphs.records.plan import PruningPlan, Stage
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from engines.kernels import Kernels
-from graphs.errors import CheckError, UnavailableError
+from graphs.records.errors import CheckError, UnavailableError
 from tests.engines.native import builds
 
 gpu_verify = pytest.importorskip("benchmarks.gpu_verify")

@@ -9,7 +9,7 @@ import pytest
 from engines import native_library
 from engines.kernels import Kernels
 from engines.native_library import NativeLibrary, custom_ops, find, inspect, open_library, require_capability
-from graphs.errors import InputError, UnavailableError
+from graphs.records.errors import InputError, UnavailableError
 from tests.engines.native import builds
 
 

@@ -20,9 +20,9 @@ from engines.tensorrt.records import (
     engine_file,
 )
 from engines.tensorrt.session import Session
-from graphs.bundle import Bundle
-from graphs.plan import Stage
-from graphs.staging import record
+from graphs.files.atomic import record
+from graphs.files.bundle import Bundle
+from graphs.records.plan import Stage
 from tests.engines.runners import host_tensorrt
 from tests.engines.runners.host_cuda import HostCuda
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from engines.runners import cuda
-from graphs.errors import CheckError, UnavailableError
+from graphs.records.errors import CheckError, UnavailableError
 from tests.engines.runners.host_cuda import HostCuda
 
 

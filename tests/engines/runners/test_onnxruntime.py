@@ -11,7 +11,7 @@ from onnx import TensorProto, helper
 
 from engines.runners.host import HostBuffer
 from engines.runners.onnxruntime import ELEMENT_TYPES, OrtLoader, explain, ort_errors
-from graphs.errors import CheckError, InputError, UnavailableError
+from graphs.records.errors import CheckError, InputError, UnavailableError
 
 FLOAT = np.dtype(np.float32)
 

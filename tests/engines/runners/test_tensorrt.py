@@ -22,10 +22,10 @@ from engines.tensorrt.library import Library
 from engines.tensorrt.prepare import Choices
 from engines.tensorrt.records import EnginesRecord, PluginRecord
 from engines.tensorrt.session import explain, make_log
-from graphs.bundle import ROPE_WEIGHTS, Bundle
-from graphs.checkpoint import open_tensors
-from graphs.errors import CheckError, InputError, UnavailableError
-from graphs.plan import PruningPlan
+from graphs.files.bundle import ROPE_WEIGHTS, Bundle
+from graphs.files.checkpoint import open_tensors
+from graphs.records.errors import CheckError, InputError, UnavailableError
+from graphs.records.plan import PruningPlan
 from tests.engines.runners import host_tensorrt
 from tests.engines.runners.engine_folders import (
     CAPABILITY,
@@ -428,7 +428,7 @@ class TestPlugins:
             engines(bundle, folder)
         loaded: list[str] = []
         monkeypatch.setattr("engines.plugins.register_native", lambda trt, path: loaded.append(path))
-        from graphs.staging import sha256
+        from graphs.files.atomic import sha256
 
         record = EnginesRecord.load(folder)
         right = record.model_copy(update={"plugins": PluginRecord(form="library", sha256=sha256(path))})

@@ -10,7 +10,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from engines.tensorrt import library
 from engines.tensorrt.builder import Job
-from graphs.manifest import TensorRecord
+from graphs.records.manifest import TensorRecord
 
 NAMES = {TensorProto.FLOAT: "float32", TensorProto.FLOAT16: "float16", TensorProto.INT32: "int32"}
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from graphs.plan import PruningPlan, Stage
+from graphs.records.plan import PruningPlan, Stage
 
 STAGES = (
     Stage(layer=2, keep=18, attention_quota=6, pool=20, boundary=18, diversity_quota=4, seeds=4),

@@ -28,9 +28,9 @@ from engines.tensorrt.library import Library
 from engines.tensorrt.means import builder_for, choose_plugins
 from engines.tensorrt.outline import Outline, Wishes, outline
 from engines.tensorrt.records import EnginesRecord
-from graphs.bundle import Bundle
-from graphs.errors import CheckError, InputError, UnavailableError
-from graphs.plan import Stage
+from graphs.files.bundle import Bundle
+from graphs.records.errors import CheckError, InputError, UnavailableError
+from graphs.records.plan import Stage
 from tests.engines.tensorrt import building
 from tests.engines.tensorrt.plans import staged_plan
 
@@ -191,7 +191,7 @@ def test_too_little_memory_is_said_with_what_would_fit(bundle: Bundle, monkeypat
 def test_too_little_disk_is_said(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(bundle.root)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=70 * 2**20))
-    monkeypatch.setattr("graphs.staging.RESERVE", 70 * 2**20)
+    monkeypatch.setattr("graphs.files.atomic.RESERVE", 70 * 2**20)
     with pytest.raises(InputError, match="the folder rtx-ada needs"):
         run(bundle)
     assert not (bundle.root / "engines").exists()

@@ -19,9 +19,9 @@ from engines.tensorrt.build import Result, build
 from engines.tensorrt.means import builder_for
 from engines.tensorrt.outline import Wishes, outline
 from engines.tensorrt.records import EngineGraph, EnginesRecord
-from graphs.bundle import Bundle
-from graphs.fit import spec_at
-from graphs.plan import PruningPlan, Stage
+from graphs.files.bundle import Bundle
+from graphs.records.match_plan import spec_at
+from graphs.records.plan import PruningPlan, Stage
 from tests.engines.tensorrt import building
 
 

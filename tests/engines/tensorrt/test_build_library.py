@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from engines.tensorrt import library
-from graphs.errors import UnavailableError
+from graphs.records.errors import UnavailableError
 from tests.engines.tensorrt import building
 
 SCRIPT = """

@@ -13,7 +13,7 @@ import pytest
 
 from engines.tensorrt.builder import Built, Job, described_layers
 from engines.tensorrt.worker import build_in_child
-from graphs.errors import BtpError, CheckError, InputError, UnavailableError
+from graphs.records.errors import BtpError, CheckError, InputError, UnavailableError
 from tests.engines.native import builds
 from tests.engines.tensorrt import building
 

@@ -22,8 +22,8 @@ from engines.tensorrt.lint import lint
 from engines.tensorrt.outline import Wishes, outline
 from engines.tensorrt.records import EnginesRecord
 from engines.tensorrt.versions import traits
-from graphs.bundle import Bundle
-from graphs.errors import CheckError, InputError, UnavailableError
+from graphs.files.bundle import Bundle
+from graphs.records.errors import CheckError, InputError, UnavailableError
 from tests.engines.native import builds
 from tests.engines.tensorrt.plans import staged_bundle
 

@@ -15,7 +15,7 @@ from engines.tensorrt.lint import Finding, lint, lint_model, require_clean
 from engines.tensorrt.prepare import Choices, PreparedGraph, prepare
 from engines.tensorrt.versions import traits
 from graphs import ops
-from graphs.errors import CheckError
+from graphs.records.errors import CheckError
 from tests.engines.tensorrt.plans import staged_bundle
 
 

@@ -11,7 +11,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from engines.tensorrt.lower import lower_to_primitives
-from graphs.errors import InputError
+from graphs.records.errors import InputError
 
 RNG = np.random.default_rng(3)
 HEADS = [1, 2, 7, 8]

@@ -11,8 +11,8 @@ from engines.targets import GIB, Target, find_target
 from engines.tensorrt.estimate import BUILD_BASE, BUILD_FACTOR, ENGINE_BASE, estimate, totals
 from engines.tensorrt.outline import Wishes, outline, require_build_memory
 from engines.tensorrt.prepare import Choices, PreparedGraph, prepare
-from graphs.builder import GraphBuilder
-from graphs.errors import InputError
+from graphs.building.graph_builder import GraphBuilder
+from graphs.records.errors import InputError
 from tests.engines.tensorrt.plans import staged_bundle
 
 

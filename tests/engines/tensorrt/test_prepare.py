@@ -17,9 +17,9 @@ from safetensors import safe_open
 
 from engines.tensorrt.prepare import Choices, PreparedGraph, prepare, suited_opset, without_pruning
 from engines.tensorrt.versions import traits
-from graphs.build import build_decoder_graphs
-from graphs.builder import BTP_DOMAIN
-from graphs.bundle import Bundle
+from graphs.building.decoder_graphs import build_decoder_graphs
+from graphs.building.graph_builder import BTP_DOMAIN
+from graphs.files.bundle import Bundle
 from tests.engines.tensorrt.plans import staged_bundle
 from tests.graphs import models
 

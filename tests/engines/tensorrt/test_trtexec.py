@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engines.tensorrt import trtexec
-from graphs.errors import InputError, UnavailableError
+from graphs.records.errors import InputError, UnavailableError
 from tests.engines.tensorrt import trtexec_files as files
 
 

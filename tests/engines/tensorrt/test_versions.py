@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from engines.tensorrt.versions import OPERATORS, parse_version, traits
-from graphs.errors import InputError
+from graphs.records.errors import InputError
 
 LISTS = Path(__file__).parent / "trtexec"
 

@@ -16,8 +16,8 @@ from engines.runners.host import HostBuffer
 from engines.tensorrt.prepare import Choices, PreparedGraph, prepare
 from engines.tensorrt.records import WeightInput, WeightSource
 from engines.tensorrt.weights import SharedWeights, packed
-from graphs.bundle import Bundle
-from graphs.errors import InputError
+from graphs.files.bundle import Bundle
+from graphs.records.errors import InputError
 
 
 class Device:

@@ -9,9 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from graphs.errors import InputError
 from graphs.ops import gather_tokens
 from graphs.ops.gather_tokens import Case
+from graphs.records.errors import InputError
 from tests.graphs.ops import models
 
 OPSETS = (18, 23)

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.gpu_ort import one_node
-from graphs.errors import InputError
 from graphs.ops import select_tokens
 from graphs.ops.select_tokens.cases import Case, cases
+from graphs.records.errors import InputError
 from tests.graphs.ops.native_backends import BACKENDS, Array, backend
 
 CASES = cases()

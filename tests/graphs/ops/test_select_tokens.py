@@ -11,9 +11,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from graphs.errors import InputError
 from graphs.ops import select_tokens
 from graphs.ops.select_tokens import Case
+from graphs.records.errors import InputError
 from tests.graphs.ops import models, oracle
 
 OPSETS = (18, 23)

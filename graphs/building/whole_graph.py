@@ -1,0 +1,74 @@
+"""`--assemble whole`: vision, segments, stages and head joined into one prefill graph."""
+
+import onnx_ir as ir
+
+from graphs.building.decoder import SegmentResult, Stream, add_cache_outputs, add_head, add_segment
+from graphs.building.graph_builder import BuiltGraph, GraphBuilder
+from graphs.building.selection import add_selection, embed_bodies, segment_query, stage_after
+from graphs.files.checkpoint import Checkpoint
+from graphs.pruning.torch_scores import uses_attention
+from graphs.records.match_plan import check_fits
+from graphs.records.plan import PruningPlan
+from graphs.records.shapes import ShapeProfile
+from graphs.records.spec import ModelSpec, Precision
+
+INT32 = ir.DataType.INT32
+
+
+def assemble_whole(
+    vision: BuiltGraph,
+    spec: ModelSpec,
+    checkpoint: Checkpoint,
+    plan: PruningPlan,
+    profile: ShapeProfile,
+    *,
+    opset: int = 23,
+    precision: Precision = "float32",
+) -> BuiltGraph:
+    """`prefill`: from pixel_values, prefix and text embeddings to logits and all caches; decode stays its own graph.
+
+    `vision` must be made with the same batch, image size, opset and precision.
+    Raises InputError as build_decoder_graphs does.
+    """
+    check_fits(spec, plan, profile)
+    b = GraphBuilder("prefill", opset=opset, precision=precision, checkpoint=checkpoint)
+    stream = _embedded(b, vision, spec, profile)
+    lengths: dict[int, ir.Value] = {}
+    chosen: dict[int, ir.Value] = {}
+    caches: dict[int, tuple[ir.Value, ir.Value]] = {}
+    query = key = None
+    for segment in plan.segments():
+        if segment.stage is not None:
+            selection = add_selection(b, plan, segment.stage, profile, stream, query=query, key=key)
+            stream = selection.stream
+            if selection.indices is not None:
+                chosen[segment.stage] = selection.indices
+        lengths[segment.index] = stream.last
+        result: SegmentResult = add_segment(b, spec.decoder, segment, stream)
+        caches |= result.caches
+        following = stage_after(plan, segment)
+        if following is not None and uses_attention(plan, following):
+            query = segment_query(b, plan, segment, profile, result, stream.last)
+            key = result.caches[segment.stop - 1][0]
+        stream = Stream(result.hidden, stream.cos, stream.sin, stream.last)
+    embed_bodies(b, plan.stages)
+    b.output(add_head(b, spec.decoder, stream.hidden, stream.last), "logits")
+    add_cache_outputs(b, caches)
+    for stage, indices in chosen.items():
+        b.output(indices, f"indices_{stage}")
+    for index, last in lengths.items():
+        b.output(last, f"last_{index}")
+    return b.build((0, plan.num_layers))
+
+
+def _embedded(b: GraphBuilder, vision: BuiltGraph, spec: ModelSpec, profile: ShapeProfile) -> Stream:
+    """The inputs, and hidden [B,S,C] of prefix, image features and text one after another."""
+    batch, width, half = profile.batch, spec.decoder.hidden_size, spec.decoder.head_dim // 2
+    pixels = b.input("pixel_values", profile.pixel_input(spec.vision.channels), ir.DataType.FLOAT)
+    prefix = [b.input("prefix", (batch, profile.prefix_tokens, width))] if profile.prefix_tokens else []
+    text = b.input("text", (batch, profile.text_tokens, width))
+    cos = b.input("cos", (batch, profile.total_tokens, half))
+    sin = b.input("sin", (batch, profile.total_tokens, half))
+    last = b.input("last", (batch,), INT32)
+    (features,) = b.splice(vision.model, [pixels], "vision")
+    return Stream(b.concat([*prefix, features, text], 1, "embedded"), cos, sin, last)

@@ -1,0 +1,305 @@
+"""Putting a bundle in its place as a whole: assembled beside the destination, renamed when complete, else removed.
+
+Also the means for its files: space checked beforehand, links or copies, sizes and hashes.
+"""
+
+import concurrent.futures
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Literal
+
+from graphs.records.errors import InputError
+from graphs.records.manifest import FORMAT, FileRecord
+
+Link = Literal["auto", "hard", "copy"]
+
+# Up to this size `auto` copies, so that small bundles open in every ONNX tool (onnx.checker refuses hard links), and
+# the quick check of a bundle hashes.
+SMALL_FILE = 64 * 2**20
+RESERVE = 64 * 2**20  # bytes left free besides the bundle itself
+CHUNK = 8 * 2**20
+HASH_THREADS = 2
+
+
+@contextlib.contextmanager
+def staged(
+    destination: Path, *, force: bool = False, is_ours: Callable[[Path], bool] | None = None, noun: str = "bundle"
+) -> Iterator[Path]:
+    """Yield an empty folder beside `destination`; when the block ends well it becomes `destination`.
+
+    On any error, Ctrl-C included, the folder and the parents made for it are removed and `destination` is as before.
+    A bundle at `destination` is replaced only with `force`; anything else there is never touched. `is_ours` and `noun`:
+    what else than a bundle is made and may be replaced.
+    Raises InputError if the destination is taken or cannot be written.
+    """
+    destination = destination.resolve()
+    check_destination(destination, force=force, is_ours=is_ours, noun=noun)
+    with uninterrupted():
+        made = _make_parents(destination.parent)
+        folder = _temporary_sibling(destination, made)
+    try:
+        yield folder
+        _sync_tree(folder)
+        check_destination(destination, force=force, is_ours=is_ours, noun=noun)  # it may have appeared while we worked
+        with uninterrupted():
+            _put_in_place(folder, destination)
+    except BaseException:
+        with uninterrupted():
+            shutil.rmtree(folder, ignore_errors=True)
+            _remove_empty(made)
+        raise
+
+
+def check_destination(
+    destination: Path, *, force: bool, is_ours: Callable[[Path], bool] | None = None, noun: str = "bundle"
+) -> None:
+    """Raise InputError unless a bundle may be put at `destination`: free, an empty folder, or a bundle and `force`."""
+    another = "give another --out" if is_ours is None else "move it away"
+    if not destination.exists():
+        return
+    if not destination.is_dir():
+        raise InputError(f"{destination} is a file", wanted=f"a folder for the {noun}", do=another)
+    if not any(destination.iterdir()):
+        return
+    if not (is_ours or is_bundle)(destination):
+        raise InputError(
+            f"{destination} is not empty and is no {noun}",
+            wanted=f"a new or empty folder; --force replaces {noun}s only",
+            do=another,
+        )
+    if not force:
+        raise InputError(
+            f"{destination} already holds a {noun}",
+            wanted="a new or empty folder",
+            do="--force" + (", or another --out" if is_ours is None else f", which replaces this {noun}"),
+        )
+
+
+def is_bundle(folder: Path) -> bool:
+    """Whether the folder has a manifest of ours, of whatever version."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    family = FORMAT.split("/")[0] + "/"
+    return isinstance(manifest, dict) and str(manifest.get("format", "")).startswith(family)
+
+
+def check_space(
+    destination: Path,
+    needed: int,
+    *,
+    what: str = "the bundle",
+    do: str = "free some space, give --out on another disk, or --link hard",
+) -> None:
+    """Raise InputError unless the disk of `destination` has `needed` bytes and a reserve."""
+    folder = existing_parent(destination)
+    free = shutil.disk_usage(folder).free
+    if free < needed + RESERVE:
+        raise InputError(
+            f"{what} needs {size_text(needed + RESERVE)}, {folder} has {size_text(free)} free",
+            wanted="enough space for all of it",
+            do=do,
+        )
+
+
+def place(source: Path, target: Path, link: Link) -> FileRecord:
+    """Put `source` (symbolic links resolved) at `target` as a hard link or a copy, and hash it.
+
+    The record's path is the file name. Raises InputError if `link` is hard and the file system refuses.
+    """
+    known = put(source, target, link)
+    return FileRecord(file=target.name, size=target.stat().st_size, sha256=known or sha256(target))
+
+
+def put(source: Path, target: Path, link: Link) -> str | None:
+    """Put `source` at `target` as `place` does; gives its hash if that is known without reading it once more."""
+    source = source.resolve()
+    if will_link(source, target.parent, link):
+        try:
+            os.link(source, target)
+        except OSError as error:
+            if link == "hard":
+                raise InputError(
+                    f"cannot hard-link {source}: {error.strerror}",
+                    wanted="a bundle on the same file system as the checkpoint, with hard links allowed",
+                    do="--link copy",
+                ) from error
+        else:
+            return hub_sha256(source)
+    return _copy(source, target)
+
+
+def hub_sha256(path: Path) -> str | None:
+    """The hash that the hub's cache keeps a file under, if it is one of large files (symbolic links resolved).
+
+    The cache stores a repository's files as models--<owner>--<name>/blobs/<etag>; the etag of a file in large file
+    storage is its sha256, of other files a shorter git hash.
+    """
+    in_cache = path.parent.name == "blobs" and path.parent.parent.name.startswith("models--")
+    return path.name if in_cache and re.fullmatch(r"[0-9a-f]{64}", path.name) else None
+
+
+def will_link(source: Path, folder: Path, link: Link) -> bool:
+    """Whether `place` will try a hard link from a file in (or below) `folder` to `source`."""
+    if link == "copy" or (link == "auto" and source.stat().st_size <= SMALL_FILE):
+        return False
+    return link == "hard" or source.stat().st_dev == existing_parent(folder).stat().st_dev
+
+
+def copied_bytes(sources: Sequence[Path], folder: Path, link: Link) -> int:
+    """Bytes that `place` will write for these files."""
+    return sum(path.stat().st_size for path in sources if not will_link(path.resolve(), folder, link))
+
+
+def sha256(path: Path, stop: threading.Event | None = None) -> str:
+    """Hash of a file's bytes; given up, with a wrong result, once `stop` is set."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while (chunk := stream.read(CHUNK)) and not (stop and stop.is_set()):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def hashing(paths: Sequence[Path]) -> Iterator[Callable[[], dict[Path, str]]]:
+    """Hash files in threads while the block does something else; what is yielded waits and gives the hashes.
+
+    Reading and hashing leave the interpreter to others, and 14 GB of weights take as long as capturing a vision tower.
+    If the block ends early the threads stop too.
+    """
+    stop = threading.Event()
+    with concurrent.futures.ThreadPoolExecutor(HASH_THREADS) as pool:
+        futures = {path: pool.submit(sha256, path, stop) for path in paths}
+        try:
+            yield lambda: {path: future.result() for path, future in futures.items()}
+        finally:
+            stop.set()
+
+
+def record(root: Path, file: str) -> FileRecord:
+    """Size and hash of `root`/`file`."""
+    return FileRecord(file=file, size=(root / file).stat().st_size, sha256=sha256(root / file))
+
+
+def existing_parent(path: Path) -> Path:
+    """The nearest folder at or above `path` that is there."""
+    path = path.resolve()
+    return next(folder for folder in (path, *path.parents) if folder.is_dir())
+
+
+def size_text(count: int) -> str:
+    """Bytes for people: 3.2 GiB, 70.0 MiB."""
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
+
+
+def _copy(source: Path, target: Path) -> str:
+    digest = hashlib.sha256()
+    with source.open("rb") as reader, target.open("xb") as writer:
+        while chunk := reader.read(CHUNK):
+            digest.update(chunk)
+            writer.write(chunk)
+    return digest.hexdigest()
+
+
+def _make_parents(folder: Path) -> list[Path]:
+    """Make `folder`; gives the folders that were new, deepest first."""
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _cannot_write(folder, error) from error
+    return new
+
+
+def _remove_empty(folders: Sequence[Path]) -> None:
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+
+
+def _temporary_sibling(destination: Path, made: Sequence[Path]) -> Path:
+    try:
+        folder = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", suffix=".partial", dir=destination.parent))
+    except OSError as error:
+        _remove_empty(made)
+        raise _cannot_write(destination.parent, error) from error
+    mask = os.umask(0)
+    os.umask(mask)
+    folder.chmod(0o777 & ~mask)  # mkdtemp makes it private, a bundle is an ordinary folder
+    return folder
+
+
+def _cannot_write(folder: Path, error: OSError) -> InputError:
+    return InputError(
+        f"cannot write in {folder}: {error.strerror}", wanted="a writable folder", do="give another --out"
+    )
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Hold back Ctrl-C, SIGTERM and SIGHUP for the few renames and removals inside; they take effect at the end.
+
+    The handlers are Python's and run in the main thread, so elsewhere there is nothing to hold back.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    held: list[int] = []
+    before = {}
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if callable(handler := signal.getsignal(number)):
+            before[number] = handler
+            signal.signal(number, lambda got, frame: held.append(got))
+    try:
+        yield
+    finally:
+        for number, saved in before.items():
+            signal.signal(number, saved)
+        if held:
+            signal.raise_signal(held[0])
+
+
+def _put_in_place(folder: Path, destination: Path) -> None:
+    """Rename; an old bundle steps aside first and comes back if the rename fails."""
+    if not destination.exists() or not any(destination.iterdir()):
+        folder.rename(destination)  # an empty folder is replaced in one step
+        _sync_folder(destination.parent)
+        return
+    aside = folder.with_suffix(".old")
+    destination.rename(aside)
+    try:
+        folder.rename(destination)
+    except OSError:
+        aside.rename(destination)
+        raise
+    _sync_folder(destination.parent)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _sync_tree(folder: Path) -> None:
+    """Everything is on disk before the rename makes it visible."""
+    for path in sorted(folder.rglob("*")):
+        if path.is_dir():
+            _sync_folder(path)
+        else:
+            with path.open("rb") as stream:
+                os.fsync(stream.fileno())
+    _sync_folder(folder)
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,382 @@
+"""A bundle on disk (contract, "btp-bundle/1"): opening with checks, writing, deriving one with another plan.
+
+    manifest.json   plan.json   graphs/*.onnx   graphs/weights/*.safetensors   processor/*   engines/   report/
+    plans/<profile>.json for profiles with other image tokens than the first one's
+
+Everything the manifest lists is hashed. engines/ and report/ are made from the bundle and not listed.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from graphs.files.atomic import SMALL_FILE, Link, hashing, put, record, sha256, staged
+from graphs.files.checkpoint import Checkpoint, open_checkpoint
+from graphs.records.errors import InputError
+from graphs.records.manifest import (
+    BuildRecord,
+    FileRecord,
+    GraphRecord,
+    Manifest,
+    ModelRecord,
+    TensorRecord,
+)
+from graphs.records.match_plan import plan_for_profile
+from graphs.records.plan import PruningPlan
+from graphs.records.record import parse_record
+from graphs.records.shapes import ShapeProfile
+from graphs.records.spec import ModelSpec
+
+if TYPE_CHECKING:
+    from graphs.building.graph_builder import BuiltGraph
+
+Check = Literal["quick", "full"]
+
+TOOLS = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript")  # versions that decide the graphs
+SHARD_INDEX = "model.safetensors.index.json"
+VISION_WEIGHTS = "btp-vision.safetensors"
+ROPE_WEIGHTS = "btp-rope.safetensors"
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An opened bundle. `root` is its folder; nothing of the weights is loaded.
+
+    `plan` is the first profile's, `profile_plans` those of profiles with other image tokens: ask `plan_for`.
+    """
+
+    root: Path
+    manifest: Manifest
+    plan: PruningPlan
+    profile_plans: Mapping[str, PruningPlan] = field(default_factory=dict)
+
+    @staticmethod
+    def open(path: Path, *, check: Check = "quick") -> "Bundle":
+        """Open a bundle and check it.
+
+        `quick` checks that every listed file is there with its size, and the hash of every file but weights above
+        64 MiB; `full` hashes those too. Raises InputError naming the file that is missing or differs.
+        """
+        path = Path(path)
+        manifest = _read_manifest(path)
+        files = list(listed_files(manifest))
+        for entry in files:
+            _check_size(path, entry)
+        hashed = [entry for entry in files if check == "full" or entry.size <= SMALL_FILE]
+        with hashing([path / entry.file for entry in hashed]) as hashes:
+            for entry in hashed:
+                _check_hash(path, entry, hashes()[path / entry.file])
+        plans = {name: PruningPlan.load(path / entry.file) for name, entry in manifest.profile_plans.items()}
+        bundle = Bundle(path, manifest, PruningPlan.load(path / manifest.plan.file), plans)
+        _check_plans(bundle)
+        return bundle
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The model."""
+        return self.manifest.spec
+
+    @property
+    def processor(self) -> Path:
+        """The folder with config.json, tokenizer and processor files."""
+        return self.root / "processor"
+
+    @property
+    def weights(self) -> Path:
+        """The folder with the safetensors files."""
+        return self.root / "graphs" / "weights"
+
+    def profile(self, name: str | None = None) -> ShapeProfile:
+        """The shape profile of that name, or the first. Raises InputError for an unknown name."""
+        profiles = {profile.name: profile for profile in self.manifest.profiles}
+        if name is None:
+            return self.manifest.profiles[0]
+        if name not in profiles:
+            raise InputError(
+                f"{self.root} has no profile {name}", wanted=" or ".join(profiles), do="choose one of them"
+            )
+        return profiles[name]
+
+    def plan_for(self, profile: str | None = None) -> PruningPlan:
+        """The plan of the profile of that name, or of the first. Raises InputError for an unknown name."""
+        return self.profile_plans.get(self.profile(profile).name, self.plan)
+
+    def graphs(self, profile: str | None = None) -> list[GraphRecord]:
+        """The graphs of one profile, in the order in which they run."""
+        wanted = self.profile(profile).name
+        return [graph for graph in self.manifest.graphs if graph.profile == wanted]
+
+    def graph(self, name: str, profile: str | None = None) -> GraphRecord:
+        """The record of a graph by its name in graphs/interfaces.md. Raises InputError if it is not there."""
+        for graph in self.graphs(profile):
+            if graph.name == name:
+                return graph
+        names = ", ".join(graph.name for graph in self.graphs(profile))
+        raise InputError(f"{self.root} has no graph {name}", wanted=f"one of {names}", do="export the bundle again")
+
+    def graph_path(self, name: str, profile: str | None = None) -> Path:
+        """The .onnx file of a graph."""
+        return self.root / self.graph(name, profile).file
+
+    def checkpoint(self, renames: Sequence[tuple[str, str]] | None = None) -> Checkpoint:
+        """The model's own weights, by canonical name (with the manifest's renames unless others are given)."""
+        pairs = self.manifest.model.renames if renames is None else renames
+        return open_checkpoint(self.processor, pairs, weights=self.weights)
+
+
+def listed_files(manifest: Manifest) -> Iterator[FileRecord]:
+    """Every file that the manifest vouches for."""
+    yield manifest.plan
+    yield from manifest.profile_plans.values()
+    yield from manifest.processor
+    yield from manifest.graphs
+    yield from manifest.weights
+
+
+def _read_manifest(root: Path) -> Manifest:
+    try:
+        text = (root / "manifest.json").read_bytes()
+    except OSError as error:
+        raise InputError(
+            f"no bundle at {root}: manifest.json: {error.strerror}",
+            wanted="a folder written by btp-export",
+            do=f"btp-export --model demo --out {root}" if not root.exists() else "give the bundle's folder",
+        ) from error
+    return parse_record(Manifest, text, source=root / "manifest.json", noun="bundle manifest")
+
+
+REMEDY = "export it again, or restore the file"
+
+
+def _check_size(root: Path, entry: FileRecord) -> None:
+    path = root / entry.file
+    if not path.is_file():
+        raise InputError(f"{path} is missing", wanted="the bundle as it was exported", do=REMEDY)
+    size = path.stat().st_size
+    if size != entry.size:
+        raise InputError(f"{path} has {size} bytes", wanted=f"{entry.size} bytes as exported", do=REMEDY)
+
+
+def _check_hash(root: Path, entry: FileRecord, got: str) -> None:
+    if got != entry.sha256:
+        raise InputError(f"{root / entry.file} was changed: sha256 {got}", wanted=f"sha256 {entry.sha256}", do=REMEDY)
+
+
+def _check_plans(bundle: Bundle) -> None:
+    """A manifest edited by hand could pair a plan with another model or profile."""
+    manifest = bundle.manifest
+    if not manifest.profiles:
+        raise InputError(f"{bundle.root / 'manifest.json'} has no profile", wanted="at least one", do="export it again")
+    spec, files = manifest.spec, manifest.profile_plans
+    for profile in manifest.profiles:
+        plan, file = bundle.plan_for(profile.name), files.get(profile.name, manifest.plan).file
+        if (plan.model_type, plan.num_layers) != (spec.model_type, spec.decoder.num_layers):
+            raise InputError(
+                f"{bundle.root / file} is for {plan.model_type} with {plan.num_layers} layers",
+                wanted=f"{spec.model_type} with {spec.decoder.num_layers} layers as in the manifest",
+                do="export the bundle again",
+            )
+        if (plan.image_tokens, plan.grid, plan.blocks) != (profile.image_tokens, profile.grid, profile.blocks):
+            raise InputError(
+                f"{bundle.root / file} is for {plan.image_tokens} image tokens on {plan.grid[0]} x {plan.grid[1]}",
+                wanted=f"{profile.image_tokens} on {profile.grid[0]} x {profile.grid[1]} of profile {profile.name}",
+                do="export the bundle again",
+            )
+
+
+# -- writing ---------------------------------------------------------------------------------------------------------
+
+
+def write_graphs(root: Path, built: Sequence["BuiltGraph"], profile: str, *, suffix: str = "") -> list[GraphRecord]:
+    """Write graphs as `graphs/<name><suffix>.onnx` under `root`; the same graphs give the same bytes."""
+    from graphs.building.graph_builder import serialize
+
+    records = []
+    for graph in built:
+        file = f"graphs/{graph.name}{suffix}.onnx"
+        (root / file).parent.mkdir(parents=True, exist_ok=True)
+        (root / file).write_bytes(serialize(graph))
+        records.append(_graph_record(root, file, graph, profile))
+    return records
+
+
+def _graph_record(root: Path, file: str, graph: "BuiltGraph", profile: str) -> GraphRecord:
+    return GraphRecord(
+        **record(root, file).model_dump(),
+        name=graph.name,
+        profile=profile,
+        inputs=_tensors(graph.model.graph.inputs),
+        outputs=_tensors(graph.model.graph.outputs),
+        layers=graph.layers,
+    )
+
+
+def _tensors(values: Sequence[object]) -> tuple[TensorRecord, ...]:
+    from graphs.building.graph_builder import NUMPY, dims, dtype_of
+
+    return tuple(
+        TensorRecord(name=str(value.name), dtype=str(NUMPY[dtype_of(value)]), shape=dims(value))  # type: ignore[attr-defined, arg-type]
+        for value in values
+    )
+
+
+def write_plan(root: Path, plan: PruningPlan, file: str = "plan.json") -> FileRecord:
+    """Write a plan under `root`."""
+    (root / file).parent.mkdir(exist_ok=True)
+    (root / file).write_text(plan.to_json(), encoding="utf-8")
+    return record(root, file)
+
+
+def write_plans(root: Path, plans: Mapping[str, PruningPlan]) -> tuple[FileRecord, dict[str, FileRecord]]:
+    """plan.json for the first profile, and plans/<profile>.json where another's plan differs."""
+    first = next(iter(plans.values()))
+    others = {name: write_plan(root, plan, f"plans/{name}.json") for name, plan in plans.items() if plan != first}
+    return write_plan(root, first), others
+
+
+def place_weights(root: Path, checkpoint: Checkpoint, link: Link) -> dict[str, str | None]:
+    """Put the checkpoint's shards (and their index, if there are several) in graphs/weights, by their own names.
+
+    Gives the files by their paths in the bundle, with their hashes as far as those are known by now.
+    """
+    folder = root / "graphs" / "weights"
+    folder.mkdir(parents=True, exist_ok=True)
+    names: dict[str, str | None] = {}
+    for name, file in sorted(zip(checkpoint.shards, checkpoint.files, strict=True)):
+        names[name] = put(file, folder / name, link)
+    if checkpoint.shards != ("model.safetensors",):
+        weight_map = {ref.stored_name: ref.shard for ref in checkpoint.tensors.values()}
+        text = json.dumps({"metadata": {}, "weight_map": weight_map}, indent=1, sort_keys=True) + "\n"
+        (folder / SHARD_INDEX).write_text(text, encoding="utf-8")
+        names[SHARD_INDEX] = sha256(folder / SHARD_INDEX)
+    return {f"graphs/weights/{name}": known for name, known in names.items()}
+
+
+def write_manifest(
+    root: Path,
+    *,
+    model: ModelRecord,
+    spec: ModelSpec,
+    plan: FileRecord,
+    build: BuildRecord,
+    profiles: Sequence[ShapeProfile],
+    graphs: Sequence[GraphRecord],
+    weights: Sequence[FileRecord],
+    processor: Sequence[FileRecord],
+    profile_plans: dict[str, FileRecord] | None = None,
+    tools: dict[str, str] | None = None,
+) -> Manifest:
+    """Write manifest.json, the last file of a bundle."""
+    manifest = Manifest(
+        model=model,
+        spec=spec,
+        plan=plan,
+        profile_plans=profile_plans or {},
+        build=build,
+        profiles=tuple(profiles),
+        graphs=tuple(graphs),
+        weights=tuple(sorted(weights, key=lambda entry: entry.file)),
+        processor=tuple(sorted(processor, key=lambda entry: entry.file)),
+        tools=tool_versions() if tools is None else tools,
+    )
+    text = json.dumps(manifest.model_dump(mode="json"), indent=1, ensure_ascii=False) + "\n"
+    (root / "manifest.json").write_text(text, encoding="utf-8")
+    return manifest
+
+
+def tool_versions() -> dict[str, str]:
+    """Versions of the packages that decide a bundle's bytes."""
+    found = {"btp-export": _version("btp-export")} | {name: _version(name) for name in TOOLS}
+    return {name: version for name, version in found.items() if version}
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+# -- another plan ----------------------------------------------------------------------------------------------------
+
+
+def derive(bundle: Bundle, plan: PruningPlan, out: Path, *, force: bool = False) -> Bundle:
+    """The same model, shapes and vision graph with another plan, as a bundle of segments at `out`.
+
+    The plan is brought to each profile's image tokens; the bundle's own is what it is for each. Only the decoder graphs
+    are built anew, from the bundle's own weights; no torch is needed. Weights are hard-linked where possible whatever
+    their size, as a derived bundle is for measuring. Raises InputError if the plan does not fit the model.
+    """
+    with staged(out, force=force) as root:
+        derive_into(bundle, plan, root)
+    return Bundle.open(out)
+
+
+def derive_into(bundle: Bundle, plan: PruningPlan, root: Path) -> None:
+    """Fill the empty folder `root` with the bundle that `derive` makes."""
+    manifest = bundle.manifest
+    graphs: list[GraphRecord] = []
+    plans = {
+        profile.name: bundle.plan_for(profile.name) if plan == bundle.plan else plan_for_profile(plan, profile)
+        for profile in manifest.profiles
+    }
+    for profile in manifest.profiles:
+        suffix = f".{profile.name}" if len(manifest.profiles) > 1 else ""
+        graphs += _derived_graphs(bundle, plans[profile.name], profile, root, suffix)
+    for entry in (*manifest.weights, *manifest.processor):
+        _link_or_copy(bundle.root / entry.file, root / entry.file)
+    first_plan, profile_plans = write_plans(root, plans)
+    write_manifest(
+        root,
+        model=manifest.model,
+        spec=manifest.spec,
+        plan=first_plan,
+        profile_plans=profile_plans,
+        build=manifest.build.model_copy(update={"assemble": "segments"}),
+        profiles=manifest.profiles,
+        graphs=graphs,
+        weights=manifest.weights,
+        processor=manifest.processor,
+        tools=manifest.tools,
+    )
+
+
+def _derived_graphs(
+    bundle: Bundle, plan: PruningPlan, profile: ShapeProfile, root: Path, suffix: str
+) -> list[GraphRecord]:
+    from graphs.building.decoder_graphs import build_decoder_graphs
+
+    build = bundle.manifest.build
+    vision = bundle.graph("vision", profile.name)
+    _link_or_copy(bundle.root / vision.file, root / vision.file)
+    built = build_decoder_graphs(
+        bundle.spec, bundle.checkpoint(), plan, profile, opset=build.opset, precision=build.precision
+    )
+    return [vision, *write_graphs(root, built, profile.name, suffix=suffix)]
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        target.hardlink_to(source)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+@contextlib.contextmanager
+def scratch_folder(bundle: Bundle) -> Iterator[Path]:
+    """A folder for derived bundles, removed at the end: beside the bundle, so that weights can be hard-linked.
+
+    In the system's temporary folder if the bundle's own place cannot be written.
+    """
+    beside = bundle.root.resolve().parent
+    place = beside if os.access(beside, os.W_OK) else None
+    with tempfile.TemporaryDirectory(prefix=".btp-", dir=place) as folder:
+        yield Path(folder)

@@ -1,0 +1,237 @@
+"""A checkpoint folder in the Hugging Face layout, read by its safetensors headers only.
+
+No weight is loaded here: a tensor is a file, a byte offset, a dtype and a shape, which is what an ONNX external
+tensor needs too. Layout of a safetensors file: 8 bytes little-endian header length, a JSON header with
+`data_offsets` relative to the end of the header, then the data (https://github.com/huggingface/safetensors).
+"""
+
+import json
+import math
+import operator
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from graphs.records.errors import InputError
+
+NUMPY_DTYPES: dict[str, np.dtype[Any]] = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I8": np.dtype(np.int8),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+}
+
+
+HEADER_BYTES = 100_000_000  # the format's own limit
+
+
+@dataclass(frozen=True)
+class TensorRef:
+    """Where one tensor's bytes lie. `offset` counts from the start of the file."""
+
+    name: str  # canonical name, see Checkpoint
+    stored_name: str  # name in the file
+    file: Path
+    dtype: str  # safetensors' code, a key of NUMPY_DTYPES
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+    shard: str  # the file's name in the checkpoint folder (`file` may be a link's target with another name)
+
+    def read(self) -> np.ndarray:
+        """The tensor, memory-mapped read-only; nothing is loaded until it is touched."""
+        if math.prod(self.shape) == 0:
+            return np.empty(self.shape, NUMPY_DTYPES[self.dtype])
+        return np.memmap(self.file, NUMPY_DTYPES[self.dtype], "r", offset=self.offset, shape=self.shape)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """config.json and the tensors of all shards, by canonical name.
+
+    Canonical names are transformers 5 module names without the leading "model.":
+    `language_model.layers.0.self_attn.q_proj.weight`, `language_model.embed_tokens.weight`,
+    `language_model.norm.weight`, `lm_head.weight`, and the family's vision names
+    (`vision_tower.*`, `multi_modal_projector.*`, ...).
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    tensors: Mapping[str, TensorRef]
+    files: tuple[Path, ...]  # safetensors files, real paths, symbolic links resolved
+    shards: tuple[str, ...]  # their names in the folder, in the order of `files`
+
+    def __getitem__(self, name: str) -> TensorRef:
+        try:
+            return self.tensors[name]
+        except KeyError:
+            raise InputError(
+                f"{self.folder} has no tensor {name}",
+                wanted="a complete checkpoint of the model that config.json describes",
+                do="download the checkpoint again",
+            ) from None
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a checkpoint folder. Raises InputError if it is missing or not JSON."""
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(
+            f"cannot read {path}: {error.strerror}",
+            wanted="a checkpoint folder with config.json, *.safetensors and the processor files",
+            do="give the folder that holds config.json",
+        ) from error
+    except ValueError as error:
+        raise InputError(f"{path} is not JSON: {error}", wanted="the model's config.json", do="restore it") from error
+    if not isinstance(config, dict):
+        raise InputError(f"{path} holds a {type(config).__name__}", wanted="a JSON object", do="restore it")
+    return config
+
+
+def open_checkpoint(
+    folder: Path, renames: Sequence[tuple[str, str]] = (), *, weights: Path | None = None
+) -> Checkpoint:
+    """Read config.json and every shard's header; the shards lie in `weights` if that is another folder.
+
+    `renames` are (stored prefix, canonical prefix) pairs; the first prefix that fits a stored name is replaced.
+    Raises InputError for a missing, truncated or corrupt file, a missing shard, or one tensor stored twice.
+    """
+    config = read_config(folder)
+    paths = _shards(weights or folder)
+    tensors: dict[str, TensorRef] = {}
+    for path in paths:
+        for ref in _read_header(path, renames):
+            if ref.name in tensors:
+                raise InputError(
+                    f"{ref.name} is stored twice, in {tensors[ref.name].shard} and {ref.shard}",
+                    wanted="each tensor once",
+                    do="remove the shard that does not belong to the checkpoint",
+                )
+            tensors[ref.name] = ref
+    files = tuple(path.resolve() for path in paths)
+    return Checkpoint(folder, config, tensors, files, tuple(path.name for path in paths))
+
+
+def missing_shards(folder: Path) -> list[str]:
+    """Names of the weight files that are not there (a link to nothing counts as missing); empty if all are.
+
+    Raises InputError for an index that cannot be read.
+    """
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if index.is_file():
+        return [name for name in _indexed_files(index) if not (folder / name).is_file()]
+    stray = sorted(path.name for path in folder.glob("*.safetensors") if path != single)
+    if single.is_file() or any(folder.glob("*.bin")):  # pickles have an error of their own
+        return []
+    return ["model.safetensors.index.json" if stray else "model.safetensors"]
+
+
+def open_tensors(path: Path) -> dict[str, TensorRef]:
+    """The tensors of one safetensors file by their stored names. Raises InputError if it is missing or damaged."""
+    if not path.is_file():
+        raise InputError(f"no file {path}", wanted="a whole safetensors file", do="get it again")
+    return {ref.name: ref for ref in _read_header(path, ())}
+
+
+def _shards(folder: Path) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    single = folder / "model.safetensors"
+    if index.is_file():
+        names = _indexed_files(index)
+        missing = missing_shards(folder)
+        if missing:
+            raise InputError(
+                f"{len(missing)} of {len(names)} shards are missing in {folder}: {', '.join(missing[:3])}",
+                wanted="every shard named in model.safetensors.index.json",
+                do="download the missing files",
+            )
+        return [folder / name for name in names]
+    if single.is_file():
+        return [single]
+    pickles = sorted(p.name for p in folder.glob("*.bin"))
+    raise InputError(
+        f"{folder} has no safetensors weights" + (f", only pickles ({pickles[0]})" if pickles else ""),
+        wanted="model.safetensors, or shards with model.safetensors.index.json (pickles are never read)",
+        do="download the safetensors version of the checkpoint",
+    )
+
+
+def _indexed_files(index: Path) -> list[str]:
+    try:
+        names = sorted({str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _damaged(index, "it has no readable weight_map") from error
+    outside = [name for name in names if Path(name).name != name]
+    if outside:
+        raise InputError(f"{index} names {outside[0]}", wanted="files beside the index", do="restore the index")
+    return names
+
+
+def _read_header(path: Path, renames: Sequence[tuple[str, str]]) -> list[TensorRef]:
+    file = path.resolve()
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        start = stream.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
+        if 8 + length > size:
+            raise _damaged(file, f"the header needs {8 + length} bytes, the file has {size}")
+        if length > HEADER_BYTES:
+            raise _damaged(file, f"a header of {length} bytes")
+        try:
+            header = json.loads(stream.read(length))
+        except (ValueError, RecursionError) as error:
+            raise _damaged(file, "the header is not JSON") from error
+    if not isinstance(header, dict):
+        raise _damaged(file, "the header is not a JSON object")
+    header.pop("__metadata__", None)
+    refs = [_tensor_ref(file, size, 8 + length, name, entry, renames) for name, entry in header.items()]
+    _check_covered(file, 8 + length, size, refs)
+    return [replace(ref, shard=path.name) for ref in refs]
+
+
+def _check_covered(file: Path, start: int, size: int, refs: Sequence[TensorRef]) -> None:
+    """The tensors must fill the file from the header to its end, one after another, as the format says."""
+    position = start
+    for ref in sorted(refs, key=lambda ref: (ref.offset, ref.nbytes)):
+        if ref.offset != position:
+            raise _damaged(file, f"{ref.stored_name} begins at byte {ref.offset}, what is before it ends at {position}")
+        position += ref.nbytes
+    if position != size:
+        raise _damaged(file, f"the tensors end at byte {position}, the file has {size}")
+
+
+def _tensor_ref(
+    file: Path, size: int, data_start: int, name: str, entry: dict[str, Any], renames: Sequence[tuple[str, str]]
+) -> TensorRef:
+    try:
+        begin, end = (operator.index(offset) for offset in entry["data_offsets"])
+        shape = tuple(operator.index(size) for size in entry["shape"])
+        dtype = str(entry["dtype"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise _damaged(file, f"the entry of {name} is not valid") from error
+    if begin < 0 or min(shape, default=0) < 0:
+        raise _damaged(file, f"the entry of {name} has a negative size")
+    if dtype not in NUMPY_DTYPES:
+        raise InputError(f"{file.name}: {name} has dtype {dtype}", wanted=", ".join(NUMPY_DTYPES), do="convert it")
+    if end - begin != math.prod(shape) * NUMPY_DTYPES[dtype].itemsize:
+        raise _damaged(file, f"{name} {list(shape)} {dtype} does not take {end - begin} bytes")
+    if data_start + end > size:
+        raise _damaged(file, f"{name} ends at byte {data_start + end}, the file has {size}")
+    canonical = next((new + name[len(old) :] for old, new in renames if name.startswith(old)), name)
+    return TensorRef(canonical, name, file, dtype, shape, data_start + begin, end - begin, file.name)
+
+
+def _damaged(file: Path, reason: str) -> InputError:
+    return InputError(f"{file} is truncated or damaged: {reason}", wanted="a whole file", do="get it again")

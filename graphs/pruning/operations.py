@@ -1,0 +1,95 @@
+"""What a plan costs: operations in matrix products, and bytes of the caches.
+
+One product of [m,k] and [k,n] is 2 m k n operations. With the letters of graphs/interfaces.md, I the width of the MLP
+and S tokens in a layer, one layer of one sample takes
+
+    projections   2 S C (H D + 2 K D) + 2 S H D C       query, key, value and output
+    attention     2 S S H D + 2 S S H D                 scores and weighted values, the full square
+    MLP           3 * 2 S C I                           gate, up and down
+
+The square is counted whole: the graphs compute it under a mask. A runtime that skips the upper half does a little less.
+Selection is the similarity product 2 V_i V_i C where a stage needs it, the importance scores 2 H D S_i for each query
+row that a stage looks from, and 2 n V_i C for n pivots. The output projection is 2 C vocab for the one row it is
+computed on. Norms, rotary rows, softmax and the greedy selection itself are left out: they are no matrix products and
+are small beside them. Vision is no part of it, as pruning does not change it.
+"""
+
+from dataclasses import dataclass
+
+from graphs.pruning.spatial_set import stage_pivots
+from graphs.pruning.torch_scores import query_rows, uses_attention
+from graphs.records.plan import PruningPlan, Segment
+from graphs.records.shapes import ShapeProfile
+from graphs.records.spec import DecoderSpec, Precision
+
+BYTES: dict[Precision, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Operations of one batch.
+
+    segments: of each segment's prefill. selection: of each stage. head: the output projection after the prefill.
+    decode: one token through all layers, over caches of their whole static capacity.
+    cache_bytes: of all key and value caches.
+    """
+
+    segments: tuple[int, ...]
+    selection: tuple[int, ...]
+    head: int
+    decode: int
+    cache_bytes: int
+
+    @property
+    def decoder(self) -> int:
+        """Prefill without selection: what time would be proportional to, if selecting were free."""
+        return sum(self.segments) + self.head
+
+    @property
+    def prefill(self) -> int:
+        """Everything from the embedded sequence to the first logits."""
+        return self.decoder + sum(self.selection)
+
+
+def cost(decoder: DecoderSpec, plan: PruningPlan, profile: ShapeProfile, precision: Precision = "float32") -> Cost:
+    """The cost of a plan on one profile, for its whole batch."""
+    segments, batch = plan.segments(), profile.batch
+    row = 2 * decoder.num_kv_heads * decoder.head_dim * BYTES[precision]  # a token's key and value in one layer
+    rows = sum(_layers(segment) * profile.capacity_with(segment.image_tokens) for segment in segments)
+    head = 2 * decoder.hidden_size * decoder.vocab_size
+    return Cost(
+        segments=tuple(batch * _layers(s) * layer(decoder, profile.tokens_with(s.image_tokens)) for s in segments),
+        selection=tuple(batch * selection(decoder, plan, n, profile) for n in range(len(plan.stages))),
+        head=batch * head,
+        decode=batch
+        * (head + sum(_layers(s) * layer(decoder, 1, profile.capacity_with(s.image_tokens) + 1) for s in segments)),
+        cache_bytes=batch * row * rows,
+    )
+
+
+def layer(decoder: DecoderSpec, tokens: int, context: int | None = None) -> int:
+    """One layer on `tokens` tokens that look at `context` tokens (the same ones if None), for one sample."""
+    hidden, width = decoder.hidden_size, decoder.num_heads * decoder.head_dim
+    keys = decoder.num_kv_heads * decoder.head_dim
+    projections = 2 * tokens * hidden * (width + 2 * keys) + 2 * tokens * width * hidden
+    attention = 2 * (2 * tokens * (tokens if context is None else context) * width)
+    return projections + attention + 3 * 2 * tokens * hidden * decoder.intermediate_size
+
+
+def selection(decoder: DecoderSpec, plan: PruningPlan, stage: int, profile: ShapeProfile) -> int:
+    """One stage for one sample."""
+    kept, tokens = plan.stages[stage], plan.tokens_before(stage)
+    if kept.keep == 0:
+        return 0
+    partners = tokens if kept.needs_similarity else 0
+    if plan.importance == "pivot-distance":
+        partners += len(stage_pivots(plan, stage))
+    rows = 0
+    if uses_attention(plan, stage):
+        rows = 1 if query_rows(plan) == "last" else profile.text_tokens
+    scores = 2 * rows * profile.tokens_with(tokens) * decoder.num_heads * decoder.head_dim
+    return 2 * partners * tokens * decoder.hidden_size + scores
+
+
+def _layers(segment: Segment) -> int:
+    return segment.stop - segment.start

@@ -1,0 +1,223 @@
+"""The pruning plan: at which decoder layers how many image tokens are kept, and how they are chosen (plan.json).
+
+The format is a contract: "btp-plan/1". Layers are 0-based; a stage at layer L means that layer L is the first
+to run on the reduced set. All counts are integers, resolved for one number of image tokens V.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Literal
+
+from pydantic import Field, model_validator
+
+from graphs.records.errors import InputError
+from graphs.records.record import Strict, parse_record
+from graphs.records.token_layout import Blocks, Grid, blocks_field, check_blocks
+
+FORMAT: Final = "btp-plan/1"
+
+Importance = Literal["last-token", "mean-text", "similar-text", "random", "pivot-distance"]
+SpatialMetric = Literal["euclidean", "manhattan"]
+
+
+class Stage(Strict):
+    """One pruning stage; the counts are BtpSelectTokens' attributes of those names. keep 0 drops all image tokens."""
+
+    layer: int = Field(ge=0)
+    keep: int = Field(ge=0)
+    attention_quota: int = Field(default=0, ge=0)
+    pool: int = Field(default=0, ge=0)
+    boundary: int = Field(default=0, ge=0)
+    diversity_quota: int = Field(default=0, ge=0)
+    seeds: int = Field(default=0, ge=0)
+
+    @property
+    def needs_similarity(self) -> bool:
+        """Whether the selection reads the token similarity: diversity picks, seeds, or a fill beyond the quota."""
+        return self.keep > 0 and (self.diversity_quota > 0 or self.seeds > 0 or self.attention_quota < self.keep)
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Decoder layers [start, stop) that all see `image_tokens` image tokens.
+
+    `stage` is the index of the stage right before the segment, None for the unpruned beginning.
+    """
+
+    index: int
+    start: int
+    stop: int
+    image_tokens: int
+    stage: int | None
+
+
+class PruningPlan(Strict):
+    """Stages by rising layer and falling keep, for a decoder of L layers and V image tokens."""
+
+    format: Literal["btp-plan/1"] = FORMAT
+    model_type: str
+    num_layers: int = Field(ge=1)
+    image_tokens: int = Field(ge=1)
+    importance: Importance = "last-token"
+    grid: Grid  # rows, columns; of the finest block without its newline column where there are blocks
+    blocks: Blocks = blocks_field()  # see graphs/records/token_layout.py; none: the tokens are the grid
+    spatial_metric: SpatialMetric = "euclidean"
+    stages: tuple[Stage, ...] = ()
+    calibration: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _check(self) -> "PruningPlan":
+        check_blocks(self.blocks, self.grid, self.image_tokens)
+        tokens, layer = self.image_tokens, -1
+        for number, stage in enumerate(self.stages):
+            _check_stage(number, stage, tokens=tokens, after_layer=layer, num_layers=self.num_layers)
+            from_attention = self.importance in ("last-token", "mean-text", "similar-text")
+            if stage.layer == 0 and stage.attention_quota and from_attention:
+                raise ValueError(f"stage {number} at layer 0 has no layer before it to take attention from")
+            tokens, layer = stage.keep, stage.layer
+        return self
+
+    @property
+    def average_tokens(self) -> float:
+        """Mean over layers of the image tokens each layer sees."""
+        return sum(self.tokens_per_layer()) / self.num_layers
+
+    @property
+    def compression(self) -> float:
+        """1 - average_tokens / V."""
+        return 1.0 - self.average_tokens / self.image_tokens
+
+    def tokens_per_layer(self) -> list[int]:
+        """Image tokens seen by each of the L layers."""
+        return [segment.image_tokens for segment in self.segments() for _ in range(segment.start, segment.stop)]
+
+    def segments(self) -> list[Segment]:
+        """The runs of layers between stages, in order; together they cover [0, L)."""
+        bounds = [(0, self.image_tokens, None)] + [(s.layer, s.keep, i) for i, s in enumerate(self.stages)]
+        stops = [bound[0] for bound in bounds[1:]] + [self.num_layers]
+        runs = [(start, stop, count, i) for (start, count, i), stop in zip(bounds, stops, strict=True) if stop > start]
+        return [Segment(n, start, stop, count, stage) for n, (start, stop, count, stage) in enumerate(runs)]
+
+    def tokens_before(self, stage: int) -> int:
+        """Image tokens that stage number `stage` chooses from."""
+        return self.stages[stage - 1].keep if stage else self.image_tokens
+
+    def to_json(self) -> str:
+        """The contents of plan.json; the same plan gives the same bytes."""
+        document = self.model_dump(mode="json")
+        document["stages"] = [
+            {"layer": stage.layer, "keep": 0} if stage.keep == 0 else stage.model_dump(mode="json")
+            for stage in self.stages
+        ]
+        return json.dumps(document, indent=1, ensure_ascii=False) + "\n"
+
+    def digest(self) -> str:
+        """sha256 of what decides the graphs: everything but the calibration record."""
+        body = self.model_copy(update={"calibration": {}}).to_json()
+        return hashlib.sha256(body.encode()).hexdigest()
+
+    @staticmethod
+    def from_json(text: str | bytes, *, source: Path | str = "plan.json") -> "PruningPlan":
+        """Parse and validate. Raises InputError naming the key that is wrong."""
+        return parse_record(PruningPlan, text, source=source, noun="pruning plan")
+
+    @staticmethod
+    def load(path: Path) -> "PruningPlan":
+        """Read plan.json. Raises InputError if it cannot be read or is not valid."""
+        try:
+            text = path.read_bytes()
+        except OSError as error:
+            raise InputError(
+                f"cannot read the plan {path}: {error.strerror}",
+                wanted="a plan.json or the name of a preset",
+                do="btp-export plan --list",
+            ) from error
+        return PruningPlan.from_json(text, source=path)
+
+
+def rescale(plan: PruningPlan, *, image_tokens: int, grid: Grid, blocks: Blocks = ()) -> PruningPlan:
+    """The same layers and shares for another number of image tokens V; the plan itself if it is for these already.
+
+    A stage's count is its share of V, rounded; quotas, pool, boundary and seeds keep their shares of that count, so
+    that a stage that divided its places among them exactly still does. What it was rescaled from goes into the
+    calibration record. Raises InputError if there are too few tokens for counts that fall from stage to stage.
+    """
+    if (plan.image_tokens, plan.grid, plan.blocks) == (image_tokens, grid, blocks):
+        return plan
+    keeping = [stage for stage in plan.stages if stage.keep]
+    if image_tokens <= len(keeping):
+        raise InputError(
+            f"a plan of {len(keeping)} stages that keep tokens, for {image_tokens} image tokens",
+            wanted=f"at least {len(keeping) + 1} tokens",
+            do="take a larger image size or a plan of fewer stages",
+        )
+    stages: list[Stage] = []
+    tokens = image_tokens
+    for number, stage in enumerate(plan.stages):
+        least = len(keeping) - number  # one for this stage and each that keeps tokens after it
+        keep = min(tokens - 1, max(least, _share(stage.keep, image_tokens, plan.image_tokens))) if stage.keep else 0
+        stages.append(with_keep(stage, keep, tokens))
+        tokens = keep
+    origin = {"image_tokens": plan.image_tokens, "grid": list(plan.grid), "blocks": [list(one) for one in plan.blocks]}
+    return PruningPlan.model_validate(
+        plan.model_dump()
+        | {
+            "image_tokens": image_tokens,
+            "grid": grid,
+            "blocks": blocks,
+            "stages": stages,
+            "calibration": {**plan.calibration, "rescaled_from": plan.calibration.get("rescaled_from", origin)},
+        }
+    )
+
+
+def with_keep(stage: Stage, keep: int, tokens: int) -> Stage:
+    """`stage` with another count, choosing from `tokens`."""
+    if keep == 0:
+        return Stage(layer=stage.layer, keep=0)
+
+    def part(count: int) -> int:
+        return _share(count, keep, stage.keep)
+
+    # Parts are cut out of one line, so that parts that filled `keep` exactly fill the new one exactly.
+    attention, diversity = part(stage.attention_quota), part(stage.attention_quota + stage.diversity_quota)
+    seeds = part(stage.attention_quota + stage.diversity_quota + stage.seeds) - diversity
+    return Stage(
+        layer=stage.layer,
+        keep=keep,
+        attention_quota=attention,
+        pool=max(attention, min(tokens, part(stage.pool))),
+        boundary=min(tokens, part(stage.boundary)),
+        diversity_quota=diversity - attention,
+        seeds=seeds,
+    )
+
+
+def _share(count: int, new: int, old: int) -> int:
+    """count * new / old, rounded half up in whole numbers."""
+    return (2 * count * new + old) // (2 * old)
+
+
+def _check_stage(number: int, stage: Stage, *, tokens: int, after_layer: int, num_layers: int) -> None:
+    """Raise ValueError (pydantic turns it into a validation error) for a stage that cannot run on `tokens` tokens."""
+
+    def require(condition: bool, message: str) -> None:
+        if not condition:
+            raise ValueError(f"stage {number}: {message}")
+
+    require(after_layer < stage.layer, f"layer {stage.layer} does not come after layer {after_layer}")
+    require(stage.layer < num_layers, f"layer {stage.layer} of a decoder with {num_layers} layers")
+    require(stage.keep < tokens, f"keep {stage.keep} is not below the {tokens} tokens it chooses from")
+    if stage.keep == 0:
+        used = stage.attention_quota or stage.pool or stage.boundary or stage.diversity_quota or stage.seeds
+        require(not used, "keep 0 drops every token and takes no quotas")
+        return
+    require(stage.attention_quota <= stage.keep, f"attention_quota {stage.attention_quota} > keep {stage.keep}")
+    require(stage.diversity_quota <= stage.keep, f"diversity_quota {stage.diversity_quota} > keep {stage.keep}")
+    require(stage.attention_quota <= stage.pool, f"attention_quota {stage.attention_quota} > pool {stage.pool}")
+    require(stage.pool <= tokens, f"pool {stage.pool} > {tokens} tokens")
+    require(stage.boundary <= tokens, f"boundary {stage.boundary} > {tokens} tokens")
+    require(stage.seeds <= stage.keep, f"seeds {stage.seeds} > keep {stage.keep}")
+    require(stage.seeds == 0 or number == 0, "the spatial set is fixed on the full grid, so only stage 0 can use it")

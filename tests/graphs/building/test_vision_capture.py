@@ -1,0 +1,91 @@
+import copy
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+
+from btp_export.families import family_for
+from graphs.building.decoder_graphs import serialize
+from graphs.building.vision_capture import VISION_FILE, capture_vision
+from graphs.files.safetensors_file import write_tensors
+from graphs.records.errors import InputError
+from tests.graphs.models import sample_model
+
+
+@pytest.fixture(scope="module")
+def sample(tmp_path_factory):
+    return sample_model("llama", tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="module")
+def module(sample):
+    return family_for(sample.checkpoint.config).vision_module(sample.checkpoint)
+
+
+def on_disk(graph, weights, folder):
+    (folder / "weights").mkdir()
+    write_tensors(folder / "weights" / VISION_FILE, weights)
+    path = folder / "vision.onnx"
+    path.write_bytes(serialize(graph))
+    return path
+
+
+def transformers_features(sample, pixels):
+    return torch.stack(list(sample.module.model.get_image_features(pixel_values=pixels).pooler_output)).numpy()
+
+
+@pytest.mark.parametrize(("opset", "batch"), [(18, 1), (18, 2), (23, 2)])
+def test_vision_graph_matches_transformers(opset, batch, sample, module, tmp_path):
+    graph, weights = capture_vision(module, batch=batch, image_size=(16, 16), opset=opset)
+    path = on_disk(graph, weights, tmp_path)
+    onnx.checker.check_model(str(path), full_check=True)
+    session = onnxruntime.InferenceSession(path)
+    pixels = torch.randn(batch, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    (got,) = session.run(["image_features"], {"pixel_values": pixels.numpy()})
+    assert got.shape == (batch, 16, sample.spec.decoder.hidden_size)
+    np.testing.assert_allclose(got, transformers_features(sample, pixels), atol=2e-5)
+
+
+def test_half_precision_is_typed_throughout_and_leaves_the_module_alone(sample, module, tmp_path):
+    before = copy.deepcopy(module.state_dict())
+    graph, weights = capture_vision(module, batch=1, image_size=(16, 16), opset=18, precision="float16")
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+    assert {array.dtype for array in weights.values()} == {np.dtype(np.float16)}
+    path = on_disk(graph, weights, tmp_path)
+    onnx.checker.check_model(str(path), full_check=True)
+    pixels = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    (got,) = onnxruntime.InferenceSession(path).run(None, {"pixel_values": pixels.numpy()})
+    assert got.dtype == np.float16
+    wanted = transformers_features(sample, pixels)
+    assert np.abs(got - wanted).max() < 0.02 * np.abs(wanted).max()
+
+
+def test_same_bytes_twice_and_nothing_of_the_machine_in_them(module, capfd):
+    first, weights = capture_vision(module, batch=1, image_size=(16, 16), opset=23)
+    second, again = capture_vision(module, batch=1, image_size=(16, 16), opset=23)
+    data = serialize(first)
+    assert data == serialize(second)
+    assert list(weights) == list(again)
+    assert all(np.array_equal(weights[name], again[name]) for name in weights)
+    assert b".py" not in data
+    assert b"btp_export." not in data
+    captured = capfd.readouterr()
+    assert captured.out == captured.err == ""
+
+
+def test_in_place_gives_the_same_graph_and_weights(module):
+    shape = {"batch": 1, "image_size": (16, 16), "opset": 23, "precision": "float16"}
+    graph, weights = capture_vision(module, **shape)
+    own = copy.deepcopy(module)
+    other, same = capture_vision(own, **shape, in_place=True)
+    assert {value.dtype for value in own.state_dict().values() if value.is_floating_point()} == {torch.float16}
+    assert serialize(graph) == serialize(other)
+    assert list(weights) == list(same)
+    assert all(np.array_equal(weights[name], same[name]) for name in weights)
+
+
+def test_refuses_other_opsets(module):
+    with pytest.raises(InputError, match="opset 17"):
+        capture_vision(module, batch=1, image_size=(16, 16), opset=17)
