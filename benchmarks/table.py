@@ -31,7 +31,7 @@ def measure(samples: int, seed: int, threads: int | None) -> dict[str, Any]:
     from btp_export.evaluate import evaluate_plans
     from btp_export.export import Options, export_bundle
     from btp_export.models import open_model
-    from calibrate.ablations import ablations
+    from calibrate.place.ablations import ablations
 
     model = open_model("demo")
     own = {budget: calibrate_model(model, CalibrationSettings(compression=budget)) for budget in BUDGETS}
@@ -69,7 +69,7 @@ def _plans(spec: Any, own: Any) -> list[tuple[str, Any]]:
 
 
 def _compared(kind: str, budget: float, rows: list[tuple[dict[str, Any], list[bool]]]) -> dict[str, Any]:
-    from calibrate.evaluation import paired
+    from calibrate.measure.accuracy import paired
 
     (own,) = [hits for row, hits in rows if row["plan"] == OWN]
     listed = []

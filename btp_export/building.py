@@ -49,7 +49,7 @@ def record_calibration(bundle: Bundle, profile: str, graphs: Mapping[str, Path],
     """
     from btp_export.pictures import fitted
     from btp_export.runtime import BundleModel
-    from calibrate.data import scene_samples
+    from calibrate.data.samples import scene_samples
     from engines.runners.onnxruntime import OrtLoader
 
     _require_kernels_and_memory(bundle, graphs)

@@ -24,12 +24,12 @@ from graphs.records.spec import ModelSpec, Precision
 if TYPE_CHECKING:
     from btp_export.models import Model
     from btp_export.prompting import Prompter
-    from calibrate.budget import Shape
     from calibrate.calibrate import Study
-    from calibrate.costs import PrefillCost
-    from calibrate.data import Sample, SampleSet
-    from calibrate.propose import Request
-    from calibrate.records import ReferenceInput
+    from calibrate.data.samples import Sample, SampleSet
+    from calibrate.place.candidates import Request
+    from calibrate.place.cost import PrefillCost
+    from calibrate.place.counts import Shape
+    from calibrate.reference.records import ReferenceInput
 
 MOST_SAMPLES = 4096
 DEFAULT_SAMPLES = 64
@@ -126,7 +126,7 @@ def calibration_work(
     if sum(ref.nbytes for ref in model.checkpoint.tensors.values()) < LARGE:
         yield None
         return
-    from calibrate.cache import checkpoint_identity
+    from calibrate.measure.statistics_cache import checkpoint_identity
 
     key = digest(checkpoint_identity(model.checkpoint), repr(settings), tool_versions())
     with work_folder(cache_folder("work"), key, note or (lambda text: None)) as work:
@@ -153,11 +153,11 @@ def open_study(
 
     from btp_export.prompting import Prompter
     from calibrate import calibrate as calibration
-    from calibrate.budget import Shape
-    from calibrate.cache import StatisticsCache
-    from calibrate.costs import PrefillCost, measured_cost
-    from calibrate.reference import StreamedReference, torch_device
-    from calibrate.tune import check_tuning
+    from calibrate.measure.statistics_cache import StatisticsCache
+    from calibrate.place.cost import PrefillCost, measured_cost
+    from calibrate.place.counts import Shape
+    from calibrate.place.search import check_tuning
+    from calibrate.reference.streamed_model import StreamedReference, torch_device
 
     spec = model.spec
     device = torch_device(settings.device)
@@ -218,8 +218,8 @@ def needed_bytes(model: Model, profile: ShapeProfile, samples: int, maths: Preci
 
 def request_of(settings: CalibrationSettings) -> Request:
     """The plan that the settings ask for."""
-    from calibrate.propose import DROP_BOUNDS, Budget, Request
-    from calibrate.recipe import Recipe
+    from calibrate.place.balance import Recipe
+    from calibrate.place.candidates import DROP_BOUNDS, Budget, Request
 
     return Request(
         budget=Budget(compression=settings.compression, keep=settings.keep, share=settings.latency_share),
@@ -239,7 +239,7 @@ def _inputs(
     model: Model, prompter: Prompter, profile: ShapeProfile, samples: Sequence[Sample], report: Report | None
 ) -> list[ReferenceInput]:
     """What the reference takes of each sample."""
-    from calibrate.data import prepare
+    from calibrate.data.samples import prepare
 
     def encoding(done: int, total: int) -> None:
         if report is not None:
@@ -254,12 +254,12 @@ def _inputs(
 def _cache_key(
     model: Model, profile: ShapeProfile, pictures: str, taus: Sequence[float], maths: str, device: str
 ) -> str:
-    """Everything that decides the statistics; see calibrate/cache.py."""
+    """Everything that decides the statistics; see calibrate/measure/statistics_cache.py."""
     import importlib.metadata
 
     from btp_export import __version__
-    from calibrate.cache import checkpoint_identity, key_of
     from calibrate.calibrate import DROPPED_SAMPLES
+    from calibrate.measure.statistics_cache import checkpoint_identity, key_of
     from graphs.files.atomic import sha256
 
     picture = {"image_size", "grid", "blocks", "pixel_shape", "prefix_tokens", "image_tokens"}
@@ -339,8 +339,8 @@ def _check_budget(settings: CalibrationSettings) -> None:
 
 def calibration_samples(settings: CalibrationSettings, note: Callable[[str], None] | None = None) -> SampleSet:
     """Generated scenes of the calibration split, or what `images` names."""
-    from calibrate import data
+    from calibrate.data import samples
 
-    return data.calibration_samples(
+    return samples.calibration_samples(
         settings.images, prompts=settings.prompts, count=settings.samples, seed=settings.seed, note=note
     )

@@ -20,8 +20,8 @@ from graphs.records.plan import PruningPlan
 if TYPE_CHECKING:
     from btp_export.prompting import Encoded
     from btp_export.runtime import BundleModel, Prefill
-    from calibrate.data import SampleSet
-    from calibrate.evaluation import Score
+    from calibrate.data.samples import SampleSet
+    from calibrate.measure.accuracy import Score
 
 FULL = "none"
 DEFAULT_PLANS = (FULL, CALIBRATED, "btp-paper", "fastv", "pyramiddrop", "divprune", "vtw", "random", "dart")
@@ -84,7 +84,7 @@ def evaluate_plans(
 ) -> Evaluation:
     """The same for named plans; plans that give the same graphs are run once."""
     from btp_export.runtime import load
-    from calibrate.evaluation import hits
+    from calibrate.measure.accuracy import hits
     from graphs.pruning.operations import cost
 
     chosen = _samples(samples, seed, data)
@@ -153,7 +153,7 @@ def resolve_plans(bundle: Bundle, names: Sequence[str], compression: float | Non
         raise InputError(f"compression {compression}", wanted="a number from 0 to below 1", do="--compression 0.78")
     own, spec = bundle.plan, spec_at(bundle.spec, bundle.profile())
     if compression is not None and own.stages:
-        from calibrate.budget import refitted
+        from calibrate.place.counts import refitted
 
         own = refitted(own, compression)
     average = own.average_tokens if compression is None else (1.0 - compression) * own.image_tokens
@@ -174,7 +174,7 @@ def _full(bundle: Bundle) -> PruningPlan:
 
 
 def _samples(count: int, seed: int, data: Path | None) -> SampleSet:
-    from calibrate.data import jsonl_samples, scene_samples
+    from calibrate.data.samples import jsonl_samples, scene_samples
 
     if count < 1:
         raise InputError(f"--samples {count}", wanted="1 or more", do=f"--samples {DEFAULT_SAMPLES}")
@@ -262,7 +262,7 @@ def _greedy(model: BundleModel, prefill: Prefill, room: int) -> list[list[int]]:
 
 
 def _score(chosen: SampleSet, answers: Answers) -> Score:
-    from calibrate.evaluation import score
+    from calibrate.measure.accuracy import score
 
     return score(chosen.samples, answers.texts)
 
@@ -272,7 +272,7 @@ def _row(name: str, answers: Answers, chosen: SampleSet, full: Score, flops_rati
 
     None for a stage that drops everything or whose scores are not attention.
     """
-    from calibrate.evaluation import scores_by_kind
+    from calibrate.measure.accuracy import scores_by_kind
 
     mine, plan = _score(chosen, answers), answers.plan
     kinds = scores_by_kind(chosen.samples, answers.texts)

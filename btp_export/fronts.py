@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 from graphs.records.errors import InputError
 
 if TYPE_CHECKING:
-    from calibrate.pareto import Point
+    from calibrate.place.pareto import Point
 
 FORMAT: Final = "btp-front/1"
 INDEX = "front.json"

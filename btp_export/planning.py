@@ -6,7 +6,7 @@ from btp_export.calibration import CalibrationSettings, calibrate_model, check_s
 from btp_export.console import Report, note
 from btp_export.models import Model
 from btp_export.plans import CALIBRATED, plan_for
-from calibrate.presets import PRESETS
+from calibrate.place.presets import PRESETS
 from graphs.records.errors import InputError
 from graphs.records.match_plan import spec_at
 from graphs.records.plan import PruningPlan

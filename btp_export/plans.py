@@ -21,7 +21,7 @@ def plan_for(
     profile. A budget goes with presets only. Raises InputError for an unknown name, an unreadable file or another
     model's plan.
     """
-    from calibrate.presets import PRESETS, preset
+    from calibrate.place.presets import PRESETS, preset
 
     if name in PRESETS:
         return preset(

@@ -19,9 +19,9 @@ from graphs.records.shapes import ShapeProfile
 from graphs.records.spec import Precision
 
 if TYPE_CHECKING:
-    from calibrate.data import Prepared, Sample
-    from calibrate.records import RunRecord
-    from calibrate.reference import StreamedReference
+    from calibrate.data.samples import Prepared, Sample
+    from calibrate.reference.records import RunRecord
+    from calibrate.reference.streamed_model import StreamedReference
     from engines.findings import Findings
     from engines.verification import FreeRun
 
@@ -58,7 +58,7 @@ def verify_bundle(
     _check_counts(samples, tokens)
     from btp_export.runtime import open_graphs
     from btp_export.streamed import must_stream, streaming_bytes
-    from calibrate.reference import torch_device
+    from calibrate.reference.streamed_model import torch_device
     from engines.findings import GATES
     from engines.runners.onnxruntime import onnxruntime_device
     from graphs.files.memory import check_memory
@@ -173,7 +173,7 @@ def _work(job: _Job, note: Note) -> Iterator[Work | None]:
 def _verify(job: _Job, work: Work | None) -> tuple[Findings, bool]:
     import torch
 
-    from calibrate.reference import StreamedReference
+    from calibrate.reference.streamed_model import StreamedReference
     from engines.streamed import Shares, StreamedRunner
     from engines.verification import verify_free, verify_graphs
 
@@ -212,7 +212,7 @@ def _prepared(job: _Job) -> tuple[list[Sample], list[Prepared]]:
     from btp_export.calibration import fitted_samples
     from btp_export.families import family_of
     from btp_export.prompting import Prompter
-    from calibrate.data import prepare, scene_samples
+    from calibrate.data.samples import prepare, scene_samples
 
     bundle, spec = job.bundle, job.bundle.spec
     scenes = scene_samples(job.samples, seed=job.seed, split="calibration").samples

@@ -1,12 +1,12 @@
 """Calibration: measure the unpruned model on a small set, and make the balanced plan for a budget.
 
 1. One pass of the streamed reference counts changed image tokens per layer and measures what dropping every image
-   token before each layer does to the next token (calibrate/statistics.py). Its result can be kept and used again.
-2. The counts propose a few placements of the stages for the budget (calibrate/propose.py), for two bounds on the drop,
+   token before each layer does to the next token (calibrate/measure/statistics.py). Its result can be kept and used again.
+2. The counts propose a few placements of the stages for the budget (calibrate/place/candidates.py), for two bounds on the drop,
    with token counts that fall like the released ones and with flat ones.
 3. A second pass runs them all on part of the set, and a third the best few on all of it. The one whose next-token
    distribution stays nearest to the full model's (mean KL divergence) becomes the plan.
-4. If it is asked for, counts and balance are then searched by the real objective (calibrate/tune.py).
+4. If it is asked for, counts and balance are then searched by the real objective (calibrate/place/search.py).
 
 The plan's `calibration` record holds what all this was computed from. Same inputs, same settings, same plan.
 """
@@ -21,16 +21,16 @@ from typing import Any
 
 import numpy as np
 
-from calibrate.budget import Shape
-from calibrate.costs import PrefillCost
-from calibrate.judge import judge
-from calibrate.propose import Budget, Candidate, Evidence, Request, propose
-from calibrate.records import ReferenceInput
-from calibrate.reference import StreamedReference
-from calibrate.spread import stage_spread
-from calibrate.stages import is_dead
-from calibrate.statistics import Statistics, bootstrap_spread, measure, rounded
-from calibrate.tune import check_tuning, tune
+from calibrate.measure.statistics import Statistics, bootstrap_spread, measure, rounded
+from calibrate.place.bootstrap import stage_spread
+from calibrate.place.candidates import Budget, Candidate, Evidence, Request, propose
+from calibrate.place.cost import PrefillCost
+from calibrate.place.counts import Shape
+from calibrate.place.rank_by_divergence import judge
+from calibrate.place.search import check_tuning, tune
+from calibrate.place.stages import is_dead
+from calibrate.reference.records import ReferenceInput
+from calibrate.reference.streamed_model import StreamedReference
 from graphs.records.errors import InputError
 from graphs.records.plan import PruningPlan
 

@@ -3,7 +3,7 @@
 Teacher-forced: each graph gets the reference's own inputs, so an error shows in the graph that makes it and nowhere
 else. Only real tokens are compared; padding is computed and never looked at. Cosine and norm ratio are taken per
 output tensor and sample in float64, and a graph is as good as its worst. The reference comes as an argument
-(calibrate/reference.py makes it): the two packages do not know each other.
+(calibrate/reference/streamed_model.py makes it): the two packages do not know each other.
 
 Free: the bundle generates on its own; its kept sets and tokens are held against the reference's.
 

@@ -22,7 +22,7 @@ BLOCK = re.compile(r"^```(console|python)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An empty folder with a picture, where the examples run one after the other."""
-    from calibrate.scenes import samples
+    from calibrate.data.scenes import samples
 
     folder = tmp_path_factory.mktemp("docs")
     next(iter(samples(1, seed=0, split="eval"))).image.save(folder / "scene.png")

@@ -218,7 +218,7 @@ def _front(
     from btp_export.calibration import calibration_work, default_profile, open_study
     from btp_export.calibration_tables import show_front
     from btp_export.fronts import check_folder, front_document, write_front
-    from calibrate.pareto import front, requests
+    from calibrate.place.pareto import front, requests
 
     opened = options.open_chosen(model, weights)
     if out is not None:

@@ -83,7 +83,7 @@ def command(
 
 
 def _plan(name: str, model: str | None, compression: float | None, image_size: tuple[int, int] | None) -> "PruningPlan":
-    from calibrate.presets import PRESETS
+    from calibrate.place.presets import PRESETS
     from graphs.records.plan import PruningPlan
 
     path = Path(name)
@@ -123,7 +123,7 @@ def _switched(plan: "PruningPlan", **switches: Any) -> "PruningPlan":
     turned = {name: value for name, value in switches.items() if value is not None and value is not True}
     if not turned:
         return plan
-    from calibrate.ablations import switched
+    from calibrate.place.ablations import switched
 
     named = {name: list(value) if isinstance(value, tuple) else value for name, value in turned.items()}
     record = {**plan.calibration, "switched": named}
@@ -131,7 +131,7 @@ def _switched(plan: "PruningPlan", **switches: Any) -> "PruningPlan":
 
 
 def _presets() -> list[dict[str, str]]:
-    from calibrate.presets import PRESETS
+    from calibrate.place.presets import PRESETS
 
     listed = [{"name": entry.name, "summary": entry.summary} for entry in PRESETS.values()]
     return [*listed, {"name": "btp", "summary": "made by `btp-export calibrate` from pictures"}]

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from transformers import PreTrainedTokenizerFast
 
 from btp_export.demo import model_files
-from calibrate import scenes
+from calibrate.data import scenes
 
 BLOCK_TOKENS = 9  # the longest question (8 with "ASSISTANT:") and two answer words, less the last
 IGNORE = -100

@@ -16,7 +16,7 @@ import torch
 from transformers import AutoProcessor, LlavaForConditionalGeneration, LlavaProcessor
 
 from btp_export.demo import checkpoint_path
-from calibrate import scenes
+from calibrate.data import scenes
 
 
 def evaluate(folder: Path, samples: Sequence[scenes.SceneSample], *, batch: int = 20) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from transformers import (
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from calibrate import scenes
+from calibrate.data import scenes
 
 PREFIX = "look at the picture below. USER:"
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>")

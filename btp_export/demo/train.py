@@ -32,7 +32,7 @@ from btp_export.demo.batches import IGNORE, PATCH_TASKS, Batch, Batches
 from btp_export.demo.evaluate import evaluate
 from btp_export.demo.forward import BlockForward
 from btp_export.demo.optimiser import Optimiser
-from calibrate import scenes
+from calibrate.data import scenes
 
 HELD_OUT = 1000  # scenes of the final table
 _END_WEIGHT = 0.4  # end-of-text is nearly always right, and at full weight it drowns the answers

@@ -101,7 +101,7 @@ def check_settings(settings: Settings) -> None:
     if settings.samples < 1:
         raise InputError(f"--samples {settings.samples}", wanted="1 or more", do=f"--samples {EVAL_SAMPLES}")
     if settings.questions is not None:
-        from calibrate.data import jsonl_samples
+        from calibrate.data.samples import jsonl_samples
 
         jsonl_samples(settings.questions, count=settings.samples)
 
@@ -111,7 +111,7 @@ def scene_pictures(
 ) -> list[Picture]:
     """Scenes of the calibration split with the bundle's answers and the tokens that each stage kept."""
     from btp_export.runtime import load
-    from calibrate.data import scene_samples
+    from calibrate.data.samples import scene_samples
 
     chosen = scene_samples(count, seed=seed, split="calibration").samples
     model = load(bundle, threads=threads)

@@ -165,8 +165,8 @@ def test_weights_that_are_not_numbers_are_named(tiny_checkpoint: Path, tmp_path:
     """Damage in the data that leaves the header whole: the layer is named."""
     import torch
 
-    from calibrate.records import ReferenceInput
-    from calibrate.reference import StreamedReference
+    from calibrate.reference.records import ReferenceInput
+    from calibrate.reference.streamed_model import StreamedReference
     from tests.conftest import unpruned
 
     folder = tmp_path / "model"

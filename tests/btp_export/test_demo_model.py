@@ -18,7 +18,7 @@ from btp_export.demo.evaluate import evaluate, prompt, score
 from btp_export.demo.forward import BlockForward
 from btp_export.demo.optimiser import orthogonal
 from btp_export.demo.train import Phase, Recipe, Trainer, patch_weight_at, rate_at
-from calibrate import scenes
+from calibrate.data import scenes
 
 TINY = Recipe(
     phases=(Phase(steps=4, cells=1, pictures=4, blocks=0), Phase(steps=6, cells=1, pictures=4, blocks=4)),

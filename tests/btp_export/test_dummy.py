@@ -146,8 +146,8 @@ def test_an_interrupted_one_goes_on(small: Path) -> None:
 
 def test_activations_stay_finite_in_half_precision(small: Path) -> None:
     """With the real widths of a layer, and as many layers as the 13B has."""
-    from calibrate.records import ReferenceInput
-    from calibrate.reference import StreamedReference
+    from calibrate.reference.records import ReferenceInput
+    from calibrate.reference.streamed_model import StreamedReference
 
     model = open_model("llava-1.5-7b", DummyWeights())
     ids = torch.tensor([1, *range(100, 134), *[32000] * 36, 200, 201])

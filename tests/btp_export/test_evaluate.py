@@ -118,8 +118,8 @@ def test_attention_kept_is_what_transformers_attention_says(tiny_bundle: Any, qu
     """Share of the last token's attention on the image tokens, in the layer before the stage, by the streamed run."""
     from btp_export.models import open_model
     from btp_export.prompting import Prompter
-    from calibrate.data import jsonl_samples, prepare
-    from calibrate.reference import StreamedReference
+    from calibrate.data.samples import jsonl_samples, prepare
+    from calibrate.reference.streamed_model import StreamedReference
 
     bundle = tiny_bundle(PLAN)
     row = evaluate_bundle(bundle, plans=["btp"], data=questions, threads=1)["rows"][0]

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from calibrate.records import ReferenceInput
+from calibrate.reference.records import ReferenceInput
 from graphs.files.checkpoint import Checkpoint, open_checkpoint
 
 IMAGE_TOKEN = 4

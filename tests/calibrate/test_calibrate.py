@@ -5,14 +5,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from calibrate.budget import Shape
 from calibrate.calibrate import Study, calibrate, measure_statistics, threshold_of
-from calibrate.data import Sample
-from calibrate.evaluation import Score, exact, score, scores_by_kind
-from calibrate.judge import divergence
-from calibrate.propose import Budget, Request
-from calibrate.recipe import Recipe
-from calibrate.reference import StreamedReference
+from calibrate.data.samples import Sample
+from calibrate.measure.accuracy import Score, exact, score, scores_by_kind
+from calibrate.place.balance import Recipe
+from calibrate.place.candidates import Budget, Request
+from calibrate.place.counts import Shape
+from calibrate.place.rank_by_divergence import divergence
+from calibrate.reference.streamed_model import StreamedReference
 from graphs.records.errors import InputError
 from graphs.records.plan import PruningPlan
 from tests.calibrate.models import checkpoint, make_input, make_llava

@@ -12,8 +12,8 @@ import pytest
 
 from btp_export.families import family_for
 from btp_export.prompting import Prompter
-from calibrate.data import prepare, scene_samples
-from calibrate.reference import StreamedReference
+from calibrate.data.samples import prepare, scene_samples
+from calibrate.reference.streamed_model import StreamedReference
 from engines.findings import Findings, agreement, compare
 from engines.runners.onnxruntime import OrtLoader
 from engines.verification import FreeRun, VerifySample, same_kept, verify_free, verify_graphs

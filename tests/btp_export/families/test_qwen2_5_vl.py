@@ -18,7 +18,7 @@ from btp_export.families import family_for
 from btp_export.families._processor import load_processor
 from btp_export.models import open_model
 from btp_export.prompting import Prompter
-from calibrate.presets import preset
+from calibrate.place.presets import preset
 from graphs.building.decoder_graphs import serialize
 from graphs.building.rope import positions, rope_tables, token_tables
 from graphs.building.vision_capture import VISION_FILE, capture_vision

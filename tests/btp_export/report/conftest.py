@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 from btp_export.report import Machine, Picture, ReportData
-from calibrate.scenes import samples
+from calibrate.data.scenes import samples
 from graphs.records.manifest import BuildRecord, FileRecord, Manifest, ModelRecord
 from graphs.records.plan import PruningPlan, Stage
 from graphs.records.shapes import ShapeProfile

@@ -1,0 +1,139 @@
+"""Statistics that were measured before: one file each, named by what they were measured on.
+
+The key is a hash of everything that decides the numbers: the model's weights and configuration, the processor's files,
+pictures and prompts, the settings, and the versions of the code. An entry that cannot be read is said, measured again
+and replaced; a folder that cannot be written is said and done without. What is in the cache never changes a plan.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from calibrate.measure.statistics import TOP_SHARES, Statistics
+from graphs.files.atomic import SMALL_FILE, hub_sha256, sha256
+from graphs.files.checkpoint import Checkpoint
+
+FORMAT = "btp-statistics/1"  # raise it when what is measured, or how, changes
+_SAMPLED = 4096  # bytes at the start of each tensor of a big file
+
+Say = Callable[[str], None]
+
+
+def key_of(parts: Mapping[str, Any]) -> str:
+    """The name of an entry: sha256 of `parts` (JSON types) and the format."""
+    text = json.dumps({"format": FORMAT, **parts}, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class StatisticsCache:
+    """Entries in `folder` (None: nothing is kept), telling `say` what becomes of them."""
+
+    folder: Path | None
+    say: Say | None = None
+
+    def get(self, key: str) -> Statistics | None:
+        """The statistics of that key, or None if there are none that can be read."""
+        path = self._path(key)
+        if path is None or not path.exists():
+            return None
+        try:
+            found = _read(path, key)
+        except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            self._tell(f"cached statistics {path.name} are damaged ({reason}): measured again")
+            return None
+        self._tell(f"statistics of {found.samples} samples reused from the cache (--no-cache measures again)")
+        return found
+
+    def put(self, key: str, statistics: Statistics) -> None:
+        """Keep statistics; written beside their place and renamed, so that an entry is whole or not there."""
+        path = self._path(key)
+        if path is None:
+            return
+        part = None
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle, part = tempfile.mkstemp(prefix=".", suffix=".part", dir=path.parent)
+            with os.fdopen(handle, "wb") as stream:
+                _write(stream, key, statistics)
+            os.replace(part, path)
+        except OSError as error:
+            self._tell(f"statistics are not cached: {path.parent}: {error.strerror or error}")
+        finally:
+            if part is not None and os.path.exists(part):
+                os.unlink(part)
+
+    def _path(self, key: str) -> Path | None:
+        return None if self.folder is None else self.folder / f"{key}.npz"
+
+    def _tell(self, text: str) -> None:
+        if self.say is not None:
+            self.say(text)
+
+
+def checkpoint_identity(checkpoint: Checkpoint) -> dict[str, str]:
+    """What tells one set of weights from another, by file, without reading all of a big one.
+
+    See docs/decisions/statistics-cache.md: a small file is hashed whole; a hub download carries its sha256 in its name;
+    of any other big file size, time of change, header and the start of every tensor are hashed.
+    """
+    identity = {"config.json": sha256(checkpoint.folder / "config.json")}
+    for name, path in zip(checkpoint.shards, checkpoint.files, strict=True):
+        if path.stat().st_size <= SMALL_FILE:
+            identity[name] = sha256(path)
+        else:
+            identity[name] = hub_sha256(path) or _sampled_hash(checkpoint, path)
+    return identity
+
+
+def _sampled_hash(checkpoint: Checkpoint, path: Path) -> str:
+    stat = path.stat()
+    state = hashlib.sha256(f"{stat.st_size} {stat.st_mtime_ns}".encode())
+    mine = sorted((ref for ref in checkpoint.tensors.values() if ref.file == path), key=lambda ref: ref.offset)
+    with path.open("rb") as stream:
+        for ref in mine:
+            state.update(f"{ref.stored_name} {ref.dtype} {ref.shape} {ref.offset}".encode())
+            stream.seek(ref.offset)
+            state.update(stream.read(min(_SAMPLED, ref.nbytes)))
+    return state.hexdigest()
+
+
+def _write(stream: Any, key: str, statistics: Statistics) -> None:
+    head = {"format": FORMAT, "key": key, "taus": list(statistics.taus)}
+    arrays = {field.name: getattr(statistics, field.name) for field in fields(statistics) if field.name != "taus"}
+    np.savez_compressed(stream, head=np.frombuffer(json.dumps(head).encode(), np.uint8), **arrays)
+
+
+def _read(path: Path, key: str) -> Statistics:
+    with path.open("rb") as stream, np.load(stream, allow_pickle=False) as stored:
+        head = json.loads(stored["head"].tobytes())
+        if head["format"] != FORMAT or head["key"] != key:
+            raise ValueError("it is another entry")
+        arrays = {field.name: stored[field.name] for field in fields(Statistics) if field.name != "taus"}
+    found = Statistics(taus=tuple(float(tau) for tau in head["taus"]), **arrays)
+    samples, layers, taus = found.counts.shape
+    measured = len(found.divergence)
+    wanted = {
+        "counts": (samples, layers, len(found.taus)),
+        "attention": (samples, layers),
+        "top_shares": (samples, layers, len(TOP_SHARES)),
+        "divergence": (measured, layers),
+        "agreement": (measured, layers),
+        "logits": (samples, *found.logits.shape[1:2]),
+    }
+    wrong = [name for name, shape in wanted.items() if getattr(found, name).shape != shape]
+    if wrong or taus != len(found.taus) or not 0 < measured <= samples:
+        raise ValueError(f"{wrong[0] if wrong else 'its head'} has the wrong shape")
+    return found

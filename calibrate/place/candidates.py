@@ -1,0 +1,265 @@
+"""Candidate plans for a budget, from what the first pass found.
+
+The budget is a compression, given counts, or a share of the unpruned prefill's cost (calibrate/place/cost.py). For a share
+the stages are placed as for the compression that comes nearest to it, and each candidate's counts are then solved so
+that its own cost meets the share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from calibrate.measure.statistics import Statistics
+from calibrate.place.balance import Recipe
+from calibrate.place.cost import PrefillCost
+from calibrate.place.counts import (
+    DEFAULT_COMPRESSION,
+    EXPONENTS,
+    FLAT_EXPONENTS,
+    Shape,
+    counts_for,
+    exponents_for,
+    exponents_of,
+    token_budget,
+)
+from calibrate.place.stages import Placement, check_keeps, check_layers, counts_at, final_layer, layers_for, placements
+from graphs.records.errors import InputError
+from graphs.records.plan import PruningPlan
+
+DROP_BOUNDS = (0.02, 0.1)  # nats; the stage that drops all comes where the mean divergence stays within one of them
+PLACEMENTS = 4  # candidates for each bound, and each way in which counts fall
+_STEPS = 24  # of a bisection
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much a plan may keep: one of the three, or none of them for the default compression.
+
+    `share` is of the unpruned prefill's cost; `keep` are the counts themselves.
+    """
+
+    compression: float | None = None
+    keep: tuple[int, ...] | None = None
+    share: float | None = None
+
+    @property
+    def requested(self) -> float:
+        """The compression that is asked for, or the default where something else is."""
+        return DEFAULT_COMPRESSION if self.compression is None else self.compression
+
+
+@dataclass(frozen=True)
+class Request:
+    """What plan is asked for: a budget, stage `layers` if they are given, the recipe, the bounds on dropping all."""
+
+    budget: Budget = field(default_factory=Budget)
+    layers: tuple[int, ...] | None = None
+    recipe: Recipe = field(default_factory=Recipe)
+    drop_bounds: tuple[float, ...] = DROP_BOUNDS
+
+    def check(self, shape: Shape, cost: PrefillCost | None = None) -> None:
+        """Raise InputError for what no plan of this shape can have."""
+        budget = self.budget
+        if sum(value is not None for value in (budget.compression, budget.keep, budget.share)) > 1:
+            raise InputError("more than one budget", wanted="a compression, counts, or a share", do="leave others out")
+        if budget.keep is None and budget.share is None:
+            token_budget(budget.requested, shape.num_layers, shape.image_tokens)
+        if budget.keep is not None:
+            check_keeps(budget.keep, shape)
+            self.recipe.shares(sum(keep > 0 for keep in budget.keep))
+        if self.layers is not None:
+            self._check_layers(shape)
+        if budget.share is not None:
+            if not 0.0 < budget.share < 1.0:
+                raise InputError(
+                    f"--latency-share {budget.share}", wanted="above 0 and below 1", do="--latency-share 0.3"
+                )
+            if cost is None:
+                raise InputError("a latency share without a cost", wanted="the cost of the model's layers")
+
+    def _check_layers(self, shape: Shape) -> None:
+        layers, keep = self.layers or (), self.budget.keep
+        check_layers(layers, shape)
+        if keep is None:
+            self.recipe.shares(len(layers) - 1)
+            counts_at(layers, shape, self.budget.requested if self.budget.share is None else 0.0)
+        elif len(layers) != len(keep):
+            raise InputError(
+                f"--stages with {len(layers)} layers and --keep with {len(keep)} counts",
+                wanted="a count for each layer",
+                do="give as many of both",
+            )
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What the proposals go by: mean changed tokens [L], and mean KL [L] if all image tokens go before a layer."""
+
+    counts: np.ndarray
+    divergence: np.ndarray
+
+    @staticmethod
+    def of(statistics: Statistics, tau: float, *, flat: bool = False) -> Evidence:
+        """The means; with `flat` the counts are taken to say nothing."""
+        counts = statistics.counts_at(tau).mean(axis=0)
+        return Evidence(np.zeros_like(counts) if flat else counts, statistics.divergence.mean(axis=0))
+
+    def final(self, bound: float) -> int:
+        """The layer of the stage that drops everything."""
+        layer = final_layer(self.counts, self.divergence, bound)
+        if layer > 1:
+            return layer
+        # The picture does not matter to the answers: only the counts can say where it stops to.
+        return final_layer(self.counts, None, bound)
+
+
+@dataclass(frozen=True, eq=False)
+class Candidate:
+    """A plan under consideration, with `divergence` (KL in nats) and `agreement` of each sample it was judged on."""
+
+    plan: PruningPlan
+    bound: float
+    divergence: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    agreement: np.ndarray = field(default_factory=lambda: np.zeros(0))
+
+    @property
+    def mean(self) -> float:
+        """Mean divergence."""
+        return float(self.divergence.mean())
+
+    def summary(self) -> dict[str, Any]:
+        """As the plan's record holds it."""
+        return {
+            "layers": [stage.layer for stage in self.plan.stages],
+            "keep": [stage.keep for stage in self.plan.stages],
+            "drop_bound": self.bound,
+            "samples": len(self.divergence),
+            "divergence": round(self.mean, 6),
+            "agreement": round(float(self.agreement.mean()), 6),
+        }
+
+
+def propose(
+    evidence: Evidence, shape: Shape, request: Request, cost: PrefillCost | None = None, *, limit: int = PLACEMENTS
+) -> list[Candidate]:
+    """Candidate plans within the budget, cheapest by the counts first; `limit` for each bound and way of falling.
+
+    Raises InputError for a share that no candidate meets, and as `Request.check`.
+    """
+    candidates: dict[tuple[Any, ...], Candidate] = {}
+    least = 1.0
+    for bound in request.drop_bounds:
+        for placement in _placements(evidence, evidence.final(bound), shape, request, cost, limit):
+            plan = request.recipe.plan(shape, placement.layers, placement.keeps)
+            if request.budget.share is not None and cost is not None:
+                share = cost.share(plan)
+                least = min(least, share)
+                if share > request.budget.share + 1e-9:
+                    continue
+            candidates.setdefault(plan.stages, Candidate(plan, bound))
+    if not candidates:
+        raise InputError(
+            f"--latency-share {request.budget.share}: the least found is {least:.3f}",
+            wanted="a share that a plan can reach, whose first layers see the whole picture",
+            do=f"--latency-share {least + 0.01:.2f}",
+        )
+    return list(candidates.values())
+
+
+def _placements(
+    evidence: Evidence, final: int, shape: Shape, request: Request, cost: PrefillCost | None, limit: int
+) -> list[Placement]:
+    """Placements for one final layer; for a share their counts are solved for it."""
+    keep, share = request.budget.keep, request.budget.share
+    if keep is not None:
+        layers = request.layers or layers_for(evidence.counts, keep, final, shape, DEFAULT_COMPRESSION)
+        return [Placement(layers, keep, 0.0)]
+    if share is None or cost is None:
+        return _placed(evidence, final, shape, request, request.budget.requested, limit)
+
+    def met(compression: float) -> bool:
+        (first, *_) = _placed(evidence, final, shape, request, compression, 1)
+        return cost.share(request.recipe.plan(shape, first.layers, first.keeps)) <= share
+
+    low, high = 0.0, 1.0 - 1.0 / shape.num_layers - 1e-9
+    if request.layers is not None:
+        high = min(high, _most(request.layers, shape))
+    for _ in range(_STEPS):
+        middle = (low + high) / 2
+        low, high = (low, middle) if met(middle) else (middle, high)
+    found = _placed(evidence, final, shape, request, high, limit)
+    ceiling = share * cost.of(shape.plan(()))
+    solved = [largest_within(placement, shape, request.recipe, cost, ceiling) for placement in found]
+    return [fitted or placement for fitted, placement in zip(solved, found, strict=True)]
+
+
+def _placed(
+    evidence: Evidence, final: int, shape: Shape, request: Request, compression: float, limit: int
+) -> list[Placement]:
+    """Placements for a compression, with counts that fall as the released ones and with flat ones."""
+    families = (EXPONENTS, FLAT_EXPONENTS)[:limit]
+    if request.layers is not None:
+        return [counts_at(request.layers, shape, compression, exponents=family) for family in families]
+    balance = request.recipe.balance
+    stages = len(EXPONENTS) if balance is None else len(balance)
+    return [
+        placement
+        for family in families
+        for placement in placements(
+            evidence.counts,
+            final,
+            shape,
+            compression,
+            limit=limit,
+            exponents=exponents_for(stages, family),
+            exactly=balance is not None,
+        )
+    ]
+
+
+def _most(layers: Sequence[int], shape: Shape) -> float:
+    """The compression of the least counts that given stage layers can have."""
+    *keeping, final = layers
+    tokens = (keeping or [final])[0] * shape.image_tokens + (final - (keeping or [final])[0]) * len(keeping)
+    return max(0.0, 1.0 - tokens / (shape.num_layers * shape.image_tokens))
+
+
+def largest_within(
+    placement: Placement, shape: Shape, recipe: Recipe, cost: PrefillCost, ceiling: float, tokens: int | None = None
+) -> Placement | None:
+    """The same layers with the largest counts, falling alike, that cost at most `ceiling`; None if none do.
+
+    `tokens`, summed over the layers, are not exceeded either where they are given.
+    """
+
+    def affordable(tried: Placement) -> bool:
+        return cost.of(recipe.plan(shape, tried.layers, tried.keeps)) <= ceiling
+
+    drops = bool(placement.keeps) and placement.keeps[-1] == 0
+    keeping = placement.keeps[:-1] if drops else placement.keeps
+    if not keeping:
+        return placement if affordable(placement) else None
+    exponents = exponents_of(keeping, shape.image_tokens)
+    best, low, high = None, 0, shape.num_layers * shape.image_tokens if tokens is None else tokens
+    while low < high:
+        middle = (low + high + 1) // 2
+        keeps = counts_for(
+            placement.layers[: len(keeping)],
+            exponents,
+            budget=middle,
+            num_layers=shape.num_layers,
+            image_tokens=shape.image_tokens,
+            final=placement.layers[-1] if drops else None,
+        )
+        tried = None if keeps is None else replace(placement, keeps=(*keeps, 0) if drops else keeps)
+        if tried is None:  # too little for even one token a stage
+            low = middle
+        elif affordable(tried):
+            best, low = tried, middle
+        else:
+            high = middle - 1
+    return best

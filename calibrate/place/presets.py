@@ -1,0 +1,263 @@
+"""Plans by name: the released settings of BTP, and the methods it is compared with as special cases of one plan.
+
+Every preset is scaled to the model: published layers by L / L_published, counts by V. Asked for a compression, counts
+are solved so that the plan comes as near to it from below as integer counts allow. Asked for average tokens, to be
+compared with another plan, it comes as near as they allow from either side: within half a token, and within 1 % where
+that is more. `vtw` moves by whole layers; with a budget between two layers it withdraws part of the tokens one layer
+early (docs/decisions/vtw-between-layers.md).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from calibrate.place.counts import Shape, counts_for
+from graphs.records.errors import InputError
+from graphs.records.plan import PruningPlan, Stage
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A named recipe: `make(shape, budget)`; `budget` is in tokens summed over the layers, None for its own setting."""
+
+    name: str
+    summary: str
+    make: Callable[[Shape, int | None], PruningPlan]
+
+
+@dataclass(frozen=True)
+class _Released:
+    """One stage of released settings, counts as shares of `keep` and V (`seeds`)."""
+
+    layer: int
+    keep: float
+    attention: float
+    factor: float
+    diversity: float | None  # None: all that attention leaves
+    seeds: float = 0.0
+
+
+REST = None  # the diversity quota is all that the attention quota leaves
+
+# (stage layer, keep / V, attention quota / keep, pool / quota, diversity quota / keep, spatial set / V)
+_LLAVA = (
+    _Released(3, 1 / 2, 0.3, 3.7, 0.3, 1 / 4),
+    _Released(6, 1 / 4, 0.9, 1.5, 0.1),
+    _Released(14, 1 / 12, 1.0, 1.2, 0.0),
+)
+_QWEN2_5_VL = (
+    _Released(3, 1 / 2, 0.1, 1.2, REST),
+    _Released(6, 1 / 4, 0.4, 1.2, REST),
+    _Released(15, 1 / 8, 1.0, 1.2, REST),
+)
+_RELEASED: dict[str, tuple[tuple[_Released, ...], int, int]] = {"qwen2_5_vl": (_QWEN2_5_VL, 22, 28)}
+_RELEASED_DEFAULT = (_LLAVA, 22, 32)  # stages, layer that drops all, layers of the model
+
+
+def preset(
+    name: str,
+    *,
+    model_type: str,
+    num_layers: int,
+    image_tokens: int,
+    grid: tuple[int, int],
+    blocks: tuple[tuple[int, int], ...] = (),
+    average_tokens: float | None = None,
+    compression: float | None = None,
+) -> PruningPlan:
+    """The plan of that name for a decoder of L layers and V image tokens on `grid` (or in `blocks`).
+
+    Without a budget it has its method's own published setting. Raises InputError for an unknown name, for two budgets,
+    and for a budget that the method cannot reach.
+    """
+    if name not in PRESETS:
+        raise InputError(f"no preset is called {name!r}", wanted=", ".join(PRESETS), do="btp-export plan --list")
+    if average_tokens is not None and compression is not None:
+        raise InputError("both an average and a compression", wanted="one of them", do="leave one out")
+    shape = Shape(model_type, num_layers, image_tokens, grid, blocks)
+    if average_tokens is not None:
+        return _nearest(PRESETS[name], shape, average_tokens)
+    return PRESETS[name].make(shape, None if compression is None else _budget(compression, shape))
+
+
+def _nearest(entry: Preset, shape: Shape, average_tokens: float) -> PruningPlan:
+    """The plan from below, or the one for half a token more, whichever average is nearer."""
+    budget = _budget(1.0 - average_tokens / shape.image_tokens, shape)
+    below = entry.make(shape, budget)
+    half = min(budget + -(-shape.num_layers // 2), shape.num_layers * shape.image_tokens)
+    return min((below, entry.make(shape, half)), key=lambda plan: abs(plan.average_tokens - average_tokens))
+
+
+def _budget(compression: float, shape: Shape) -> int:
+    if not 0.0 <= compression < 1.0:
+        raise InputError(f"compression {compression}", wanted="a number from 0 to below 1", do="--compression 0.78")
+    return math.floor((1.0 - compression) * shape.num_layers * shape.image_tokens + 1e-6)
+
+
+def scaled_layers(layers: Sequence[int], published: int, num_layers: int) -> tuple[int, ...]:
+    """Published layers brought to a decoder of `num_layers`, rounded, rising, at least 1, below `num_layers`.
+
+    Fewer come back where the decoder has no room for all; the last ones are kept.
+    """
+    scaled: list[int] = []
+    for layer in layers:
+        least = scaled[-1] + 1 if scaled else 1
+        scaled.append(max(least, math.floor(layer * num_layers / published + 0.5)))
+    excess = scaled[-1] - (num_layers - 1)
+    if excess > 0:
+        top = num_layers - len(scaled)
+        scaled = [min(layer, top + n) for n, layer in enumerate(scaled)]
+    return tuple(layer for layer in scaled if layer >= 1)
+
+
+def _none(shape: Shape, budget: int | None) -> PruningPlan:
+    """Nothing is pruned, whatever the budget: the plan the others are measured against."""
+    return shape.plan(())
+
+
+def _btp_paper(shape: Shape, budget: int | None) -> PruningPlan:
+    released, drop, published = _RELEASED.get(shape.model_type, _RELEASED_DEFAULT)
+    layers = scaled_layers([*(stage.layer for stage in released), drop], published, shape.num_layers)
+    released = released[len(released) + 1 - len(layers) :] if len(layers) > 1 else ()
+    # A count of 1 is the least a stage can keep, and counts must fall.
+    keeps = [
+        max(len(released) - n, math.floor(shape.image_tokens * stage.keep + 1e-9)) for n, stage in enumerate(released)
+    ]
+    if budget is not None and layers:
+        exponents = [-math.log2(stage.keep) for stage in released]
+        layers, keeps = _fit(layers, exponents, shape, budget, drops=True, name="btp-paper")
+        released = released[len(released) - len(keeps) :]
+    stages, tokens = [], shape.image_tokens
+    for n, (layer, keep, stage) in enumerate(zip(layers, keeps, released, strict=False)):
+        stages.append(_released_stage(layer, keep, stage, tokens, shape, first=n == 0))
+        tokens = keep
+    return shape.plan([*stages, *(Stage(layer=layer, keep=0) for layer in layers[len(keeps) :])])
+
+
+def _released_stage(layer: int, keep: int, settings: _Released, tokens: int, shape: Shape, *, first: bool) -> Stage:
+    """Shares to integers as the released code does: quotas are cut, pool = factor x cut quota, cut."""
+    quota, share = math.floor(settings.attention * keep + 1e-9), settings.diversity
+    seeds = min(keep, shape.grid[0] * shape.grid[1], math.floor(settings.seeds * shape.image_tokens))
+    return Stage(
+        layer=layer,
+        keep=keep,
+        attention_quota=quota,
+        pool=max(quota, min(tokens, math.floor(settings.factor * quota + 1e-9))),
+        boundary=keep,
+        diversity_quota=keep - quota if share is None else min(keep, math.floor(share * keep + 1e-9)),
+        seeds=seeds if first else 0,
+    )
+
+
+def _fit(
+    layers: Sequence[int], exponents: Sequence[float], shape: Shape, budget: int, *, drops: bool, name: str
+) -> tuple[tuple[int, ...], list[int]]:
+    """Layers and counts V rho^exponent within `budget`; layers move down evenly where the budget is too small.
+
+    With `drops` the last of `layers` is where everything goes. The first factor is taken for which rho is between a
+    quarter and three quarters, so that neither layers nor counts bear the whole budget; else any that works.
+    """
+    spare: tuple[tuple[int, ...], list[int]] | None = None
+    for step in range(40):
+        factor = 1.0 - step / 40
+        moved = scaled_layers(layers, shape.num_layers, shape.num_layers) if step == 0 else _moved(layers, factor)
+        stages, final = (moved[:-1], moved[-1]) if drops else (moved, None)
+        keeps = stages and counts_for(
+            stages, exponents, budget=budget, num_layers=shape.num_layers, image_tokens=shape.image_tokens, final=final
+        )
+        if not keeps:
+            continue
+        rho = (keeps[0] / shape.image_tokens) ** (1 / exponents[0])
+        if 0.25 <= rho <= 0.75:
+            return moved, list(keeps)
+        spare = spare or (moved, list(keeps))
+    if spare is None:
+        raise InputError(
+            f"{name} cannot come down to {budget / shape.num_layers:.1f} average tokens with {shape.num_layers} layers",
+            wanted="a larger budget",
+            do="ask for less compression",
+        )
+    return spare
+
+
+def _moved(layers: Sequence[int], factor: float) -> tuple[int, ...]:
+    moved: list[int] = []
+    for layer in layers:
+        moved.append(max(moved[-1] + 1 if moved else 1, math.floor(layer * factor + 0.5)))
+    return tuple(moved)
+
+
+def _attention_stage(layer: int, keep: int) -> Stage:
+    """The best `keep` tokens by attention, no rebalance: the pool is the quota."""
+    return Stage(layer=layer, keep=keep, attention_quota=keep, pool=keep, boundary=keep)
+
+
+def _fastv(shape: Shape, budget: int | None) -> PruningPlan:
+    """One early stage by attention (published: layer 2 of 32, half kept)."""
+    layers = scaled_layers((2,), 32, shape.num_layers)
+    keeps = [shape.image_tokens // 2]
+    if budget is not None:
+        layers, keeps = _fit(layers, (1.0,), shape, budget, drops=False, name="fastv")
+    return shape.plan([_attention_stage(layer, keep) for layer, keep in zip(layers, keeps, strict=True)])
+
+
+def _pyramiddrop(shape: Shape, budget: int | None) -> PruningPlan:
+    """Half of the tokens again and again, by attention (published: at layers 8, 16 and 24 of 32)."""
+    layers = scaled_layers((8, 16, 24), 32, shape.num_layers)
+    exponents = (1.0, 2.0, 3.0)[: len(layers)]
+    if budget is None:
+        keeps = [max(len(layers) - n, shape.image_tokens >> (n + 1)) for n in range(len(layers))]
+    else:
+        layers, keeps = _fit(layers, exponents, shape, budget, drops=False, name="pyramiddrop")
+    return shape.plan([_attention_stage(layer, keep) for layer, keep in zip(layers, keeps, strict=True)])
+
+
+def _divprune(shape: Shape, budget: int | None) -> PruningPlan:
+    """Farthest-point selection before layer 0 (published: 9.8 % kept)."""
+    keep = _keep_from_start(shape, budget, 0.098)
+    return shape.plan([Stage(layer=0, keep=keep, boundary=keep, diversity_quota=keep)])
+
+
+def _vtw(shape: Shape, budget: int | None) -> PruningPlan:
+    """Everything is dropped at one layer (published: half way); a fixed lot goes one layer early to meet a budget."""
+    if budget is None:
+        return shape.plan([Stage(layer=max(1, shape.num_layers // 2), keep=0)])
+    layer, rest = divmod(budget, shape.image_tokens)
+    stages = [_attention_stage(layer, rest)] if rest else []
+    if layer + len(stages) < shape.num_layers:
+        stages.append(Stage(layer=layer + len(stages), keep=0))
+    return shape.plan(stages, importance="random" if rest else "last-token")
+
+
+def _random(shape: Shape, budget: int | None) -> PruningPlan:
+    """Tokens drawn by lot before layer 0 (a fixed lot: static graphs)."""
+    keep = _keep_from_start(shape, budget, 0.22)
+    return shape.plan([_attention_stage(0, keep)], importance="random")
+
+
+def _dart(shape: Shape, budget: int | None) -> PruningPlan:
+    """A few pivots and the tokens least similar to them, before layer 0."""
+    keep = _keep_from_start(shape, budget, 0.22)
+    return shape.plan([_attention_stage(0, keep)], importance="pivot-distance")
+
+
+def _keep_from_start(shape: Shape, budget: int | None, share: float) -> int:
+    keep = math.floor(share * shape.image_tokens) if budget is None else budget // shape.num_layers
+    return max(1, min(keep, shape.image_tokens - 1))
+
+
+PRESETS: dict[str, Preset] = {
+    entry.name: entry
+    for entry in (
+        Preset("none", "nothing is pruned", _none),
+        Preset("btp-paper", "the released settings of Balanced Token Pruning, scaled to the model", _btp_paper),
+        Preset("fastv", "one early stage by attention", _fastv),
+        Preset("pyramiddrop", "several stages by attention", _pyramiddrop),
+        Preset("divprune", "the most spread-out tokens, before layer 0", _divprune),
+        Preset("vtw", "all tokens until one layer, none after it", _vtw),
+        Preset("random", "tokens by lot, before layer 0", _random),
+        Preset("dart", "pivots and the tokens least like them, before layer 0", _dart),
+    )
+}

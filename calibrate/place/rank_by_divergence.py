@@ -1,0 +1,105 @@
+"""How far plans move a model's answers: KL divergence of the next token from the unpruned model's.
+
+The divergence has a long tail: most pictures lose nothing, and the few whose answer turns decide the mean. So all
+candidates run on some of the samples, and the best few then on all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from calibrate.place.candidates import Candidate
+from calibrate.reference.records import ReferenceInput, RunRecord
+from calibrate.reference.streamed_model import StreamedReference
+from graphs.records.plan import PruningPlan
+
+JUDGED_SAMPLES = 24  # on which every candidate is run
+FINALISTS = 3  # candidates that are then run on all samples
+PASS_BYTES = 3 * 2**29  # of hidden states, queries and keys that one streamed pass may hold
+_STEPS = 1000  # a part of the progress, whatever its own length
+_ROWS_A_TOKEN = 3  # hidden state, query and key
+
+
+def judge(
+    reference: StreamedReference,
+    inputs: Sequence[ReferenceInput],
+    groups: Sequence[Sequence[Candidate]],
+    logits: np.ndarray,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[list[Candidate]]:
+    """The candidates with their divergence and agreement, in groups of which one will be chosen each.
+
+    `logits` [n, vocabulary] are the unpruned model's on `inputs`. Every candidate runs on the first JUDGED_SAMPLES, the
+    best FINALISTS of each group then on all. Groups share the streamed passes.
+    """
+    few = min(JUDGED_SAMPLES, len(inputs))
+    rounds = 2 if few < len(inputs) else 1
+    judged = _run(reference, inputs[:few], groups, logits[:few], part_of(progress, 0, rounds))
+    if rounds == 1:
+        return judged
+    finalists = [sorted(group, key=lambda candidate: candidate.mean)[:FINALISTS] for group in judged]
+    rest = _run(reference, inputs[few:], finalists, logits[few:], part_of(progress, 1, rounds))
+    for group, best, more in zip(judged, finalists, rest, strict=True):
+        for candidate, seen in zip(best, more, strict=True):
+            group[group.index(candidate)] = replace(
+                candidate,
+                divergence=np.concatenate([candidate.divergence, seen.divergence]),
+                agreement=np.concatenate([candidate.agreement, seen.agreement]),
+            )
+    return judged
+
+
+def _run(
+    reference: StreamedReference,
+    inputs: Sequence[ReferenceInput],
+    groups: Sequence[Sequence[Candidate]],
+    logits: np.ndarray,
+    progress: Callable[[int, int], None] | None,
+) -> list[list[Candidate]]:
+    """Every candidate on every input, in as few streamed passes as memory allows."""
+    parts = passes([candidate.plan for group in groups for candidate in group], inputs)
+    runs: list[RunRecord] = []
+    for number, plans in enumerate(parts):
+        runs += reference.run(inputs, plans, progress=part_of(progress, number, len(parts)))
+    each = iter([runs[first : first + len(inputs)] for first in range(0, len(runs), len(inputs))])
+    return [[_judged(candidate, next(each), logits) for candidate in group] for group in groups]
+
+
+def _judged(candidate: Candidate, runs: Sequence[RunRecord], logits: np.ndarray) -> Candidate:
+    kl = [divergence(full, run.logits[0]) for full, run in zip(logits, runs, strict=True)]
+    same = [int(full.argmax()) == run.next_tokens[0] for full, run in zip(logits, runs, strict=True)]
+    return replace(candidate, divergence=np.array(kl), agreement=np.array(same, dtype=np.float64))
+
+
+def passes(plans: Sequence[PruningPlan], inputs: Sequence[ReferenceInput]) -> list[Sequence[PruningPlan]]:
+    """The plans in groups whose runs fit into PASS_BYTES each, as far as one plan's do."""
+    if not inputs or not plans:
+        return [plans]
+    hidden = inputs[0].image_features.shape[1]
+    text = max(len(one.input_ids) for one in inputs) - plans[0].image_tokens
+    kept = max((plan.stages[0].keep for plan in plans if plan.stages), default=0)
+    each = len(inputs) * (text + kept) * hidden * 4 * _ROWS_A_TOKEN
+    room = max(1, PASS_BYTES // max(1, each))
+    return [plans[first : first + room] for first in range(0, len(plans), room)]
+
+
+def part_of(progress: Callable[[int, int], None] | None, number: int, parts: int) -> Callable[[int, int], None] | None:
+    """Progress of one of `parts` equal parts as progress of the whole."""
+    if progress is None:
+        return None
+    return lambda done, total: progress(round(_STEPS * (number + done / total)), _STEPS * parts)
+
+
+def divergence(full: np.ndarray, pruned: np.ndarray) -> float:
+    """KL(full || pruned) in nats between the softmax distributions of two rows of logits [vocabulary]."""
+    log_p, log_q = _log_softmax(full), _log_softmax(pruned)
+    return max(0.0, float(np.sum(np.exp(log_p) * (log_p - log_q))))
+
+
+def _log_softmax(logits: np.ndarray) -> np.ndarray:
+    shifted = logits.astype(np.float64) - logits.max()
+    return np.asarray(shifted - np.log(np.exp(shifted).sum()))

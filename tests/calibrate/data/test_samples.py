@@ -1,0 +1,152 @@
+"""Samples from scenes, folders and JSONL files."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from calibrate.data import samples
+from graphs.records.errors import InputError
+
+
+@pytest.fixture()
+def folder(tmp_path: Path) -> Path:
+    rng = np.random.default_rng(0)
+    (tmp_path / "more").mkdir()
+    for number in range(6):
+        place = tmp_path / ("more" if number % 2 else ".") / f"picture{number}.png"
+        Image.fromarray(rng.integers(0, 256, (20, 30, 3), dtype=np.uint8)).save(place)
+    (tmp_path / "notes.txt").write_text("not a picture")
+    return tmp_path
+
+
+def test_a_folder_is_read_in_a_seeded_order(folder: Path) -> None:
+    first = samples.folder_samples(folder, count=5, seed=1)
+    again, other = samples.folder_samples(folder, count=5, seed=1), samples.folder_samples(folder, count=5, seed=2)
+    assert [one.name for one in first.samples] == [one.name for one in again.samples]
+    assert [one.name for one in first.samples] != [one.name for one in other.samples]
+    assert first.digest() == again.digest() != other.digest()
+    assert [one.prompt for one in first.samples[:2]] == list(samples.DEFAULT_PROMPTS[:2])
+
+
+def test_unreadable_pictures_are_named_and_skipped(folder: Path) -> None:
+    (folder / "broken.jpg").write_bytes(b"no picture")
+    whole = (folder / "picture0.png").read_bytes()
+    (folder / "cut.png").write_bytes(whole[: len(whole) // 2])
+    notes: list[str] = []
+    found = samples.folder_samples(folder, count=8, seed=0, note=notes.append)
+    assert len(found.samples) == 6
+    assert sorted(found.skipped) == ["broken.jpg", "cut.png"]
+    assert len(notes) == 2 and all("cannot read the picture" in text for text in notes)
+
+
+def test_too_few_pictures_are_an_error(tmp_path: Path, folder: Path) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(InputError, match="0 readable pictures"):
+        samples.folder_samples(empty, count=64, seed=0)
+    with pytest.raises(InputError, match="not a folder"):
+        samples.folder_samples(folder / "picture0.png", count=4, seed=0)
+    for path in folder.rglob("*.png"):
+        if not path.name.startswith("picture0"):
+            path.write_bytes(b"")
+    with pytest.raises(InputError, match=r"1 readable .* \(5 unreadable, 6 found\)"):
+        samples.folder_samples(folder, count=64, seed=0)
+
+
+def test_image_and_prompt_by_line(folder: Path) -> None:
+    path = folder / "samples.jsonl"
+    names = ["picture0.png", "more/picture1.png", "broken.png", "picture2.png", "missing.png", "picture4.png"]
+    (folder / "broken.png").write_bytes(b"no picture")
+    path.write_text("\n".join(json.dumps({"image": name, "prompt": f"about {name}?"}) for name in names))
+    notes: list[str] = []
+    found = samples.calibration_samples(str(path), count=64, seed=0, note=notes.append)
+    assert sorted(found.skipped) == ["broken.png", "missing.png"] and len(notes) == 2
+    assert {(one.name, one.prompt) for one in found.samples} == {
+        (name, f"about {name}?") for name in names if name not in found.skipped
+    }
+    assert found.source == "lines of samples.jsonl"
+    assert samples.calibration_samples(str(path), count=64, seed=0).digest() == found.digest()
+    (folder / "prompts.txt").write_text("what else?\n")
+    asked = samples.calibration_samples(str(path), prompts=folder / "prompts.txt", count=64, seed=0)
+    assert {one.prompt for one in asked.samples} == {"what else?"}
+    path.write_text("\n".join(json.dumps({"image": name, "prompt": "?"}) for name in names[:3]))
+    with pytest.raises(InputError, match=r"2 readable .* \(1 unreadable, 3 found\)"):
+        samples.calibration_samples(str(path), count=64, seed=0)
+    path.write_text('{"image": "picture0.png"}')
+    with pytest.raises(InputError, match="line 1: no key 'prompt'"):
+        samples.calibration_samples(str(path), count=64, seed=0)
+
+
+def test_where_samples_come_from(folder: Path) -> None:
+    assert samples.calibration_samples(None, count=4, seed=0).source.startswith("generated scenes, split calibration")
+    assert samples.calibration_samples(str(folder), count=4, seed=0).source == "pictures of a folder"
+    with pytest.raises(InputError, match="is not there"):
+        samples.calibration_samples(str(folder / "nowhere"), count=4, seed=0)
+
+
+def test_prompts_file(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_text("What is it?\n\n  How many? \n", encoding="utf-8")
+    assert samples.read_prompts(path) == ("What is it?", "How many?")
+    path.write_text("\n")
+    with pytest.raises(InputError, match="no prompt"):
+        samples.read_prompts(path)
+    with pytest.raises(InputError, match="cannot read"):
+        samples.read_prompts(tmp_path / "other.txt")
+
+
+def test_jsonl(folder: Path) -> None:
+    path = folder / "questions.jsonl"
+    record = {"image": "picture0.png", "prompt": "What?", "answer": "noise", "kind": "what"}
+    path.write_text("\n".join([json.dumps(record), "", json.dumps(record | {"answer": "snow"})]))
+    found = samples.jsonl_samples(path)
+    assert [(one.prompt, one.answer, one.kind) for one in found.samples] == [
+        ("What?", "noise", "what"),
+        ("What?", "snow", "what"),
+    ]
+    assert len(samples.jsonl_samples(path, count=1).samples) == 1
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "no json",
+        "[1, 2]",
+        '{"image": "picture0.png", "prompt": "?"}',
+        '{"image": "none.png", "prompt": "?", "answer": ""}',
+        '{"image": 3, "prompt": "?", "answer": ""}',
+    ],
+)
+def test_a_bad_line_is_an_error_not_a_gap(line: str, folder: Path) -> None:
+    path = folder / "questions.jsonl"
+    path.write_text(line + "\n")
+    with pytest.raises(InputError) as caught:
+        samples.jsonl_samples(path)
+    assert "line 1" in str(caught.value) or "none.png" in str(caught.value)
+
+
+def test_one_picture_goes_through_the_tower_once() -> None:
+    import torch
+
+    calls: list[int] = []
+
+    class Tower(torch.nn.Module):
+        def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+            calls.append(len(pixels))
+            return pixels.flatten(2).transpose(1, 2)
+
+    class Encoder:
+        def encode(self, images: list[Image.Image], prompts: list[str], *, raw: bool = False) -> Any:
+            pixels = np.stack([np.asarray(image, np.float32).transpose(2, 0, 1) for image in images])
+            return type("Encoded", (), {"input_ids": [np.arange(len(prompts[0]))], "pixel_values": pixels})
+
+    picture = samples.scene_samples(1, seed=0, split="calibration").samples[0].image
+    samples = [samples.Sample(picture, "a", "x"), samples.Sample(picture, "abc", "y")]
+    prepared = samples.prepare(samples, Encoder(), Tower())
+    assert calls == [1]
+    assert [len(one.input.input_ids) for one in prepared] == [1, 3]
+    assert prepared[0].pixel_values.shape == (3, 96, 96)

@@ -1,0 +1,125 @@
+"""The cache of statistics: what comes back, what does not, and what tells one model from another."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from calibrate.measure import statistics_cache
+from calibrate.measure.statistics import Statistics
+from calibrate.measure.statistics_cache import StatisticsCache, checkpoint_identity, key_of
+from tests.calibrate.models import checkpoint, make_llava
+
+
+@pytest.fixture()
+def statistics() -> Statistics:
+    rng = np.random.default_rng(0)
+    return Statistics(
+        taus=(0.93, 0.95), counts=rng.integers(0, 36, (6, 4, 2)), attention=rng.random((6, 4)),
+        top_shares=rng.random((6, 4, 4)), divergence=rng.random((3, 4)), agreement=rng.random((3, 4)) < 0.5,
+        logits=rng.random((6, 64)).astype(np.float32),
+    )  # fmt: skip
+
+
+def equal(one: Statistics, other: Statistics) -> bool:
+    return one.taus == other.taus and all(
+        np.array_equal(getattr(one, name), getattr(other, name))
+        for name in ("counts", "attention", "top_shares", "divergence", "agreement", "logits")
+    )
+
+
+def test_what_is_kept_comes_back_bit_for_bit_and_is_said(tmp_path: Path, statistics: Statistics) -> None:
+    said: list[str] = []
+    store = StatisticsCache(tmp_path / "new" / "folder", said.append)
+    key, other = key_of({"model": "a"}), key_of({"model": "b"})
+    assert store.get(key) is None and said == []
+    store.put(key, statistics)
+    found = store.get(key)
+    assert found is not None and equal(found, statistics)
+    assert said == ["statistics of 6 samples reused from the cache (--no-cache measures again)"]
+    assert store.get(other) is None
+    assert [path.name for path in (tmp_path / "new" / "folder").iterdir()] == [f"{key}.npz"]
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "other", "text"])
+def test_a_damaged_entry_is_ignored_said_and_replaced(damage: str, tmp_path: Path, statistics: Statistics) -> None:
+    said: list[str] = []
+    store, key = StatisticsCache(tmp_path, said.append), key_of({})
+    store.put(key, statistics)
+    path = tmp_path / f"{key}.npz"
+    whole = path.read_bytes()
+    middle = len(whole) // 2
+    path.write_bytes(
+        {
+            "cut": whole[:middle],
+            "flipped": whole[:middle]
+            + bytes(byte ^ 255 for byte in whole[middle : middle + 50])
+            + whole[middle + 50 :],
+            "empty": b"",
+            "text": b"not an archive",
+            "other": whole,
+        }[damage]
+    )
+    if damage == "other":  # an entry under another entry's name
+        key = key_of({"model": "b"})
+        path.rename(tmp_path / f"{key}.npz")
+    assert store.get(key) is None
+    assert len(said) == 1 and "are damaged" in said[0] and "measured again" in said[0]
+    store.put(key, statistics)
+    found = store.get(key)
+    assert found is not None and equal(found, statistics)
+
+
+def test_an_entry_whose_arrays_do_not_fit_together_is_damaged(tmp_path: Path, statistics: Statistics) -> None:
+    from dataclasses import replace
+
+    store, key = StatisticsCache(tmp_path), key_of({})
+    store.put(key, replace(statistics, attention=statistics.attention[:, :3]))
+    assert store.get(key) is None
+
+
+def test_a_folder_that_cannot_be_written_is_said(tmp_path: Path, statistics: Statistics) -> None:
+    (tmp_path / "file").write_text("in the way")
+    said: list[str] = []
+    store = StatisticsCache(tmp_path / "file" / "folder", said.append)
+    store.put(key_of({}), statistics)
+    assert len(said) == 1 and "not cached" in said[0]
+    off = StatisticsCache(None, said.append)
+    off.put(key_of({}), statistics)
+    assert off.get(key_of({})) is None and len(said) == 1
+
+
+def test_the_key_follows_every_part() -> None:
+    keys = {key_of({"model": {"a": 1}, "seed": 0}), key_of({"model": {"a": 2}, "seed": 0}), key_of({"model": {"a": 1}})}
+    assert len(keys) == 3
+    assert key_of({"a": 1, "b": 2}) == key_of({"b": 2, "a": 1})
+
+
+@pytest.mark.parametrize("small", [True, False], ids=["hashed-whole", "sampled"])
+def test_other_weights_are_another_model(small: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not small:
+        monkeypatch.setattr(statistics_cache, "SMALL_FILE", 0)
+    make_llava(tmp_path)
+    before = checkpoint_identity(checkpoint(tmp_path))
+    assert checkpoint_identity(checkpoint(tmp_path)) == before
+    file = tmp_path / "model.safetensors"
+    stat = file.stat()
+    tensor = checkpoint(tmp_path)["language_model.layers.3.mlp.up_proj.weight"]
+    with file.open("r+b") as stream:
+        stream.seek(tensor.offset)
+        stream.write(b"\x01\x02")
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert file.stat().st_size == stat.st_size and file.stat().st_mtime_ns == stat.st_mtime_ns
+    assert checkpoint_identity(checkpoint(tmp_path)) != before
+
+
+def test_a_hub_download_is_known_by_the_hash_in_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(statistics_cache, "SMALL_FILE", 0)
+    folder = tmp_path / "snapshot"
+    make_llava(folder)
+    blobs, name = tmp_path / "models--owner--name" / "blobs", "ab" * 32
+    blobs.mkdir(parents=True)
+    (folder / "model.safetensors").rename(blobs / name)
+    (folder / "model.safetensors").symlink_to(blobs / name)
+    assert checkpoint_identity(checkpoint(folder))["model.safetensors"] == name

@@ -1,0 +1,71 @@
+"""The paper's ablations: what each one turns, and that nothing else moves."""
+
+import pytest
+
+from calibrate.place.ablations import ablations, balance_of, switched, with_layers
+from calibrate.place.balance import Recipe
+from calibrate.place.counts import Shape
+from calibrate.place.presets import PRESETS, preset
+from graphs.records.errors import InputError
+from graphs.records.plan import PruningPlan
+
+LLAVA = Shape("llava", 32, 576, (24, 24))
+NEXT = Shape("llava_next", 32, 2928, (48, 48), ((24, 24), (48, 49)))
+PLAN = Recipe().plan(LLAVA, (3, 6, 14, 22), (288, 144, 48, 0))
+
+
+def variants(plan: PruningPlan) -> dict[str, PruningPlan]:
+    return {one.name: one.plan for one in ablations(plan)}
+
+
+def test_each_switch_of_the_paper_is_turned() -> None:
+    found = variants(PLAN)
+    assert list(found) == [
+        "full", "no-rebalance", "no-spatial", "manhattan", "equal-stages", "constant-balance", "falling-balance",
+        "attention-only", "diversity-only", "mean-text", "similar-text",
+    ]  # fmt: skip
+    assert found["full"] == PLAN
+    assert all(stage.pool == stage.attention_quota for stage in found["no-rebalance"].stages)
+    assert found["no-spatial"].stages[0].seeds == 0 < PLAN.stages[0].seeds
+    assert found["manhattan"].spatial_metric == "manhattan" and found["mean-text"].importance == "mean-text"
+    layers = [stage.layer for stage in found["equal-stages"].stages]
+    assert {b - a for a, b in zip([0, *layers], layers, strict=False)} == {layers[0]}
+    assert balance_of(found["constant-balance"]) == pytest.approx([0.7] * 3, abs=0.01)
+    assert balance_of(found["falling-balance"]) == pytest.approx([1.0, 0.7, 0.4], abs=0.01)
+    assert balance_of(found["attention-only"]) == (1, 1, 1) and balance_of(found["diversity-only"]) == (0, 0, 0)
+
+
+@pytest.mark.parametrize(
+    "shape", [LLAVA, NEXT, Shape("qwen2_5_vl", 28, 1296, (36, 36))], ids=lambda one: one.model_type
+)
+def test_all_keep_the_average_tokens(shape: Shape) -> None:
+    plan = Recipe().plan(shape, (3, 6, 14, 22), (*(shape.image_tokens // part for part in (2, 4, 12)), 0))
+    for name, variant in variants(plan).items():
+        assert variant.average_tokens == pytest.approx(plan.average_tokens, rel=0.01), name
+        assert variant.blocks == plan.blocks
+        if name != "equal-stages":
+            assert [(s.layer, s.keep) for s in variant.stages] == [(s.layer, s.keep) for s in plan.stages]
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_other_plans_have_those_ablations_that_change_them(name: str) -> None:
+    plan = preset(name, model_type="llava", num_layers=32, image_tokens=576, grid=(24, 24))
+    found = variants(plan)
+    digests = {variant.model_copy(update={"calibration": {}}).digest() for variant in found.values()}
+    assert len(digests) == len(found)
+    for variant in found.values():
+        assert PruningPlan.from_json(variant.to_json()) == variant
+
+
+def test_switches_of_one_plan() -> None:
+    plan = switched(PLAN, rebalance=False, spatial=False, metric="manhattan", balance=(0.1, 0.2, 0.3))
+    assert balance_of(plan) == pytest.approx([0.1, 0.2, 0.3], abs=0.02)
+    assert plan.spatial_metric == "manhattan" and plan.stages[0].seeds == 0
+    assert switched(PLAN) == PLAN
+    moved = switched(PLAN, layers=(2, 8, 16, 24), importance="mean-text")
+    assert moved.average_tokens == pytest.approx(PLAN.average_tokens, rel=0.01) and moved.importance == "mean-text"
+    assert with_layers(PLAN, (3, 6)) is None
+    with pytest.raises(InputError, match="at which 129"):
+        switched(PLAN, layers=(10, 12, 14, 22))
+    with pytest.raises(InputError, match="for 3 stages that keep tokens"):
+        switched(PLAN, balance=(0.5, 1.0))

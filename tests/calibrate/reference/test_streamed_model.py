@@ -1,0 +1,178 @@
+"""The streamed reference against transformers' whole model, and against a second implementation of pruning."""
+
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from calibrate.place.counts import Shape
+from calibrate.place.presets import preset
+from calibrate.reference.records import ReferenceInput
+from calibrate.reference.streamed_model import LayerView, StreamedReference, image_start
+from graphs.records.errors import InputError
+from graphs.records.plan import PruningPlan, Stage
+from tests.calibrate.models import IMAGE_TOKEN, PREFIX, checkpoint, make_input, make_llava
+from tests.calibrate.naive import prefill
+
+LAYERS, SIDE = 6, 6
+SHAPE = Shape("llava", LAYERS, SIDE * SIDE, (SIDE, SIDE))
+BALANCED = SHAPE.plan(
+    (
+        Stage(layer=1, keep=20, attention_quota=6, pool=18, boundary=20, diversity_quota=6, seeds=9),
+        Stage(layer=3, keep=9, attention_quota=6, pool=10, boundary=9, diversity_quota=3),
+        Stage(layer=4, keep=4, attention_quota=4, pool=5, boundary=4),
+        Stage(layer=5, keep=0),
+    )
+)
+
+
+@pytest.fixture(scope="module", params=["own output matrix", "tied"])
+def model(request: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
+    folder = tmp_path_factory.mktemp("llava")
+    return make_llava(folder, layers=LAYERS, side=SIDE, tied=request.param == "tied"), folder
+
+
+@pytest.fixture(scope="module")
+def reference(model: tuple[Any, Path]) -> StreamedReference:
+    return StreamedReference(checkpoint(model[1]))
+
+
+def test_unpruned_logits_are_the_whole_models(model: tuple[Any, Path], reference: StreamedReference) -> None:
+    for seed, text in ((0, 3), (1, 9)):
+        given, pixels = make_input(model[0], text=text, seed=seed)
+        with torch.no_grad():
+            whole = model[0](input_ids=given.input_ids[None], pixel_values=pixels).logits[0, -1]
+        run = reference.run([given], SHAPE.plan(()))[0]
+        assert run.image_start == PREFIX
+        np.testing.assert_allclose(run.logits[0], whole.numpy(), atol=2e-5)
+
+
+def test_appended_tokens_check_generate_in_one_pass(model: tuple[Any, Path], reference: StreamedReference) -> None:
+    given, pixels = make_input(model[0], text=5, seed=3)
+    with torch.no_grad():
+        ids = model[0].generate(
+            input_ids=given.input_ids[None], pixel_values=pixels, max_new_tokens=6, do_sample=False, eos_token_id=None
+        )
+    answer = ids[0, len(given.input_ids) :].tolist()
+    appended = ReferenceInput(given.input_ids, given.image_features, tuple(answer[:-1]))
+    assert reference.run([appended], SHAPE.plan(()))[0].next_tokens == answer
+    wrong = ReferenceInput(given.input_ids, given.image_features, ((answer[0] + 1) % 60, *answer[1:-1]))
+    assert reference.run([wrong], SHAPE.plan(()))[0].next_tokens[0] == answer[0], "the first row sees the prompt only"
+
+
+@pytest.mark.parametrize("name", ["balanced", "btp-paper", "fastv", "pyramiddrop", "divprune", "vtw"])
+def test_pruned_runs_equal_a_second_implementation(
+    name: str, model: tuple[Any, Path], reference: StreamedReference
+) -> None:
+    plan = BALANCED if name == "balanced" else preset(
+        name, model_type="llava", num_layers=LAYERS, image_tokens=SIDE * SIDE, grid=(SIDE, SIDE)
+    )  # fmt: skip
+    inputs = [make_input(model[0], text=4 + seed, seed=seed)[0] for seed in range(3)]
+    for given, run in zip(inputs, reference.run(inputs, plan, record_segments=True), strict=True):
+        with torch.no_grad():
+            logits, kept, states = prefill(model[0], given.input_ids, given.image_features, plan, PREFIX)
+        assert [list(stage.absolute) for stage in run.stages] == kept
+        np.testing.assert_allclose(run.logits[0], logits.numpy(), atol=2e-5)
+        for segment in run.segments:
+            np.testing.assert_allclose(segment.hidden_out, states[segment.stop - 1][0].numpy(), atol=1e-4)
+
+
+def test_appended_tokens_change_nothing_before_them(model: tuple[Any, Path], reference: StreamedReference) -> None:
+    given = make_input(model[0], text=6, seed=5)[0]
+    more = ReferenceInput(given.input_ids, given.image_features, (7, 8, 9))
+    plain, appended = (reference.run([one], BALANCED, record_segments=True)[0] for one in (given, more))
+    for a, b in zip(plain.stages, appended.stages, strict=True):
+        assert list(a.absolute) == list(b.absolute) and a.last == b.last
+    for a, b in zip(plain.segments, appended.segments, strict=True):
+        np.testing.assert_allclose(a.hidden_out, b.hidden_out[: a.last + 1], atol=1e-5)
+    np.testing.assert_allclose(plain.logits[0], appended.logits[0], atol=1e-5)
+
+
+def test_a_generated_placeholder_is_a_word_like_any(model: tuple[Any, Path], reference: StreamedReference) -> None:
+    given = make_input(model[0])[0]
+    appended = ReferenceInput(given.input_ids, given.image_features, (IMAGE_TOKEN,))
+    run = reference.run([appended], SHAPE.plan(()), record_segments=True)[0]
+    assert run.embedded is not None
+    wanted = model[0].model.language_model.embed_tokens.weight[IMAGE_TOKEN].detach().numpy()
+    np.testing.assert_array_equal(run.embedded.hidden[-1], wanted)
+
+
+def test_kept_tokens_keep_their_positions(model: tuple[Any, Path], reference: StreamedReference) -> None:
+    run = reference.run([make_input(model[0])[0]], BALANCED, record_segments=True)[0]
+    assert run.embedded is not None
+    for stage, segment in zip(run.stages, run.segments[1:], strict=True):
+        rows = [*range(PREFIX), *(PREFIX + stage.absolute), *range(PREFIX + SIDE * SIDE, len(run.embedded.cos))]
+        np.testing.assert_array_equal(segment.cos, run.embedded.cos[rows])
+        np.testing.assert_array_equal(segment.sin, run.embedded.sin[rows])
+        assert segment.last == stage.last
+
+
+def test_forced_kept_sets_are_used(model: tuple[Any, Path], reference: StreamedReference) -> None:
+    given = make_input(model[0])[0]
+    free = reference.run([given], BALANCED)[0]
+    forced = [list(range(20)), list(range(9)), list(range(4)), []]
+    run = reference.run([given], BALANCED, forced_kept=[forced])[0]
+    assert [list(stage.indices) for stage in run.stages] == forced
+    assert list(run.stages[0].chosen) == list(free.stages[0].chosen), "what it would have chosen is still told"
+    assert list(run.stages[0].chosen) != forced[0]
+
+
+def test_several_plans_in_one_pass_equal_single_runs(model: tuple[Any, Path], reference: StreamedReference) -> None:
+    """Also where plans share their first stage, whose rows are then computed once."""
+    inputs = [make_input(model[0], seed=seed)[0] for seed in range(2)]
+    later = BALANCED.model_copy(update={"stages": (BALANCED.stages[0], Stage(layer=4, keep=3, boundary=3))})
+    plans = [SHAPE.plan(()), BALANCED, later]
+    together = reference.run(inputs, plans)
+    single = [run for plan in plans for run in reference.run(inputs, plan)]
+    assert [(run.plan, run.sample) for run in together] == [(run.plan, run.sample) for run in single]
+    for a, b in zip(together, single, strict=True):
+        np.testing.assert_allclose(a.logits, b.logits, atol=1e-5)
+        assert [list(stage.absolute) for stage in a.stages] == [list(stage.absolute) for stage in b.stages]
+
+
+def test_only_one_layer_is_in_memory(tmp_path: Path) -> None:
+    model = make_llava(tmp_path, layers=8, hidden=256, heads=4, kv_heads=4)
+    layer = sum(parameter.nbytes for parameter in model.model.language_model.layers[0].parameters())
+    given = make_input(model)[0]
+    del model
+
+    class Loaded:
+        most = 0
+
+        def see(self, view: LayerView) -> None:
+            modules = [view.module, *others]
+            self.most = max(self.most, sum(p.nbytes for m in modules for p in m.parameters() if not p.is_meta))
+
+        def finish(self, head: Any) -> None:
+            head(torch.zeros(1, 256))
+
+    reference = StreamedReference(checkpoint(tmp_path))
+    others = [module for module in reference._model.layers]
+    loaded = Loaded()
+    plan = Shape("llava", 8, SIDE * SIDE, (SIDE, SIDE)).plan(())
+    reference.run([given], plan)  # what is allocated once, and the first import of things
+    tracemalloc.start()
+    reference.run([given], plan, observers=[loaded])
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert loaded.most == 2 * layer  # `view.module` is one of `others`, so the one loaded layer is counted twice
+    assert peak < 3 * layer  # NumPy's copies; a model that is loaded whole takes eight
+    assert all(parameter.is_meta for parameter in reference._model.parameters())
+
+
+@pytest.mark.parametrize("ids", ["none", "short", "apart", "nothing after"])
+def test_prompts_without_one_whole_image_are_refused(ids: str) -> None:
+    image = [IMAGE_TOKEN] * 4
+    prompt = {"none": [5, 6], "short": [5, *image[1:], 6], "apart": [*image[:2], 5, *image[2:], 6],
+              "nothing after": [5, *image]}[ids]  # fmt: skip
+    with pytest.raises(InputError):
+        image_start(torch.tensor(prompt), IMAGE_TOKEN, 4)
+
+
+def test_a_plan_for_another_depth_is_refused(model: tuple[Any, Path], reference: StreamedReference) -> None:
+    other = PruningPlan(model_type="llava", num_layers=5, image_tokens=36, grid=(6, 6))
+    with pytest.raises(InputError, match="5 layers"):
+        reference.run([make_input(model[0])[0]], other)
