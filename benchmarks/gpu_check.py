@@ -36,7 +36,7 @@ def main() -> int:
     try:
         torch, nvcc = requirements()
         from benchmarks import gpu_timing, gpu_verify
-        from engines.kernels import Kernels
+        from engines.native.kernels import Kernels
 
         with tempfile.TemporaryDirectory(prefix="btp-gpu-check-") as name:
             folder, capability = Path(name), torch.cuda.get_device_capability()

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from benchmarks.gpu_verify import Gather, Selection, captured
-from engines.kernels import Kernels
+from engines.native.kernels import Kernels
 from graphs.ops import select_tokens
 from graphs.ops.select_tokens.cases import Case, large_case
 from graphs.records.errors import CheckError

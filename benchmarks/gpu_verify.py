@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engines.kernels import Kernels
+from engines.native.kernels import Kernels
 from graphs.ops import gather_tokens, select_tokens
 from graphs.ops.common.trt_python import Tensor as Described
 from graphs.ops.gather_tokens.cases import Case as GatherCase

@@ -24,9 +24,9 @@ from btp_export.dummy import dummy_checkpoint
 from btp_export.export import Options, export_bundle
 from btp_export.models import open_model
 from engines.targets import GIB, find_target
-from engines.tensorrt.build import build
-from engines.tensorrt.means import builder_for
-from engines.tensorrt.outline import Outline, Wishes, outline
+from engines.tensorrt.build.build import build
+from engines.tensorrt.build.machine import builder_for
+from engines.tensorrt.prepare.build_plan import Outline, Wishes, outline
 from engines.tensorrt.records import EngineWeights
 from graphs.files.bundle import Bundle
 from graphs.files.memory import available_memory

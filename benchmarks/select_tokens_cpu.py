@@ -15,7 +15,7 @@ import onnxruntime
 import torch
 from onnx import FunctionProto, TensorProto, helper
 
-from engines.native_library import custom_ops, how_to_build
+from engines.native.libraries import custom_ops, how_to_build
 from graphs.ops import DOMAIN, VERSION, select_tokens
 from graphs.ops.select_tokens import Case
 from graphs.ops.select_tokens.cases import large_case

@@ -91,7 +91,7 @@ def _open_engines(
     bundle: Bundle, target: str, *, profile: str | None, threads: int | None, device: str
 ) -> dict[str, BundleModel]:
     """The engines of a target and the unpruned ones beside them. Both use the same memory for shared weights."""
-    from engines.tensorrt.prepare import without_pruning
+    from engines.tensorrt.prepare.prepared_graphs import without_pruning
     from engines.tensorrt.records import UNPRUNED
 
     chosen = bundle.profile(profile)

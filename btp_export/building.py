@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from btp_export.console import Report
-from engines.tensorrt.build import build
-from engines.tensorrt.means import Builder
-from engines.tensorrt.outline import Outline
-from engines.tensorrt.recording import RecordingLoader, constant_bytes
+from engines.tensorrt.build.build import build
+from engines.tensorrt.build.machine import Builder
+from engines.tensorrt.kit.sample_inputs import RecordingLoader, constant_bytes
+from engines.tensorrt.prepare.build_plan import Outline
 from graphs.files.atomic import size_text
 from graphs.files.bundle import Bundle
 from graphs.files.memory import available_memory
@@ -26,7 +26,7 @@ EXPANSION = 3  # memory of ONNX Runtime on the CPU in units of half-precision we
 def build_engines(plan: Outline, builder: Builder, *, force: bool, report: Report) -> dict[str, Any]:
     """Bring the engines of a target up to date, or its kit where this machine cannot build; gives Result.document().
 
-    Raises what engines.tensorrt.build.build raises.
+    Raises what engines.tensorrt.build.build.build raises.
     """
     result = build(
         plan,

@@ -20,8 +20,8 @@ from btp_export.planning import choose_plan
 from btp_export.report import write_report
 from btp_export.report.collect import Settings, collect
 from engines.targets import Target, find_target
-from engines.tensorrt.means import Builder, builder_for
-from engines.tensorrt.outline import Wishes, outline
+from engines.tensorrt.build.machine import Builder, builder_for
+from engines.tensorrt.prepare.build_plan import Wishes, outline
 from graphs.files.atomic import staged
 from graphs.files.bundle import Bundle
 from graphs.records.errors import BtpError, CheckError

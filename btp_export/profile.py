@@ -2,7 +2,7 @@
 
 The measuring itself is profile.sh of engines/<target>/ (plain trtexec commands), run here where the device is this
 machine, or earlier elsewhere, with its results in a folder. Beside each part stands what the device could do at best
-(engines/roofline.py); beside the whole the engines without pruning, if `build --unpruned` made them.
+(btp_export/profiling/roofline.py); beside the whole the engines without pruning, if `build --unpruned` made them.
 """
 
 import json
@@ -14,11 +14,11 @@ from typing import Any, Final
 from btp_export.breakeven import Segments, break_even
 from btp_export.console import Report, plain
 from btp_export.profile_sources import SYSTEM, Source, find_sources, graphs_of, measure, read_system
-from engines.roofline import Roofline, product_flops
+from btp_export.profiling.roofline import Roofline, product_flops
 from engines.targets import Target, find_target
 from engines.tensorrt import trtexec
+from engines.tensorrt.kit.scripts import stem
 from engines.tensorrt.records import EngineGraph, EnginesRecord, EngineWeights
-from engines.tensorrt.scripts import stem
 from graphs.files.bundle import Bundle
 from graphs.records.errors import InputError
 from graphs.records.plan import PruningPlan

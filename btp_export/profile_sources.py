@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Final
 
 from btp_export.console import Report
-from engines import native_library
+from engines.native import libraries
 from engines.targets import Target
 from engines.tensorrt import trtexec
+from engines.tensorrt.kit.scripts import PLUGIN_LIBRARY, needs_plugins, stem
 from engines.tensorrt.records import UNPRUNED, EngineGraph, EnginesRecord, bundle_digest, engines_folder
-from engines.tensorrt.scripts import PLUGIN_LIBRARY, needs_plugins, stem
 from engines.tensorrt.versions import traits
 from graphs.files.bundle import Bundle
 from graphs.records.errors import InputError, UnavailableError
@@ -122,7 +122,7 @@ def _plugin_library(source: Source) -> Path | None:
             wanted="engines built with the plugin library",
             do=f"docs/native.md builds it; then btp-export build BUNDLE --target {source.record.target}",
         )
-    return native_library.find("btp_trt_dynamic").absolute()
+    return libraries.find("btp_trt_dynamic").absolute()
 
 
 def graphs_of(source: Source, profile: ShapeProfile) -> list[EngineGraph]:

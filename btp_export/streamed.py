@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from engines.streamed import Batch, BatchRun, FreeRunner, Progress, StreamedRunner
+from engines.verify.streamed_graphs import Batch, BatchRun, FreeRunner, Progress, StreamedRunner
 from graphs.building.graph_parts import has_bfloat16, read_graph, wide_weights
 from graphs.building.rope import token_tables
 from graphs.files.atomic import size_text
@@ -21,7 +21,7 @@ from graphs.records.errors import InputError
 if TYPE_CHECKING:
     from btp_export.prompting import Encoded
     from engines.runners.onnxruntime import OrtLoader
-    from engines.verification import FreeRun
+    from engines.verify.verification import FreeRun
 
 STREAM_ABOVE = 3 * 2**30  # bytes of weights in float32 over which graphs are opened part by part
 LIBRARIES = 700 * 2**20  # what Python, torch, transformers and ONNX Runtime take by themselves
@@ -88,7 +88,7 @@ def free_runs(
     progress: Progress | None = None,
 ) -> list[FreeRun]:
     """What the bundle's graphs answer to the samples, greedily, `tokens` tokens or up to an end token."""
-    from engines.verification import FreeRun
+    from engines.verify.verification import FreeRun
 
     chosen, plan = bundle.profile(profile), bundle.plan_for(profile)
     tensors = open_tensors(bundle.weights / ROPE_WEIGHTS)

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from calibrate.data.samples import Prepared, Sample
     from calibrate.reference.records import RunRecord
     from calibrate.reference.streamed_model import StreamedReference
-    from engines.findings import Findings
-    from engines.verification import FreeRun
+    from engines.verify.gates import Findings
+    from engines.verify.verification import FreeRun
 
 DEFAULT_SAMPLES = 4
 CHECKED_TOKENS = 8  # generated tokens of each sample that are compared
@@ -59,8 +59,8 @@ def verify_bundle(
     from btp_export.runtime import open_graphs
     from btp_export.streamed import must_stream, streaming_bytes
     from calibrate.reference.streamed_model import torch_device
-    from engines.findings import GATES
     from engines.runners.onnxruntime import onnxruntime_device
+    from engines.verify.gates import GATES
     from graphs.files.memory import check_memory
 
     chosen = bundle.profile(profile)
@@ -174,8 +174,8 @@ def _verify(job: _Job, work: Work | None) -> tuple[Findings, bool]:
     import torch
 
     from calibrate.reference.streamed_model import StreamedReference
-    from engines.streamed import Shares, StreamedRunner
-    from engines.verification import verify_free, verify_graphs
+    from engines.verify.streamed_graphs import Shares, StreamedRunner
+    from engines.verify.verification import verify_free, verify_graphs
 
     plan, precision = job.bundle.plan_for(job.profile.name), job.bundle.manifest.build.precision
     samples, prepared = _prepared(job)
@@ -224,7 +224,7 @@ def _prepared(job: _Job) -> tuple[list[Sample], list[Prepared]]:
 def _answers(job: _Job, samples: Sequence[Sample]) -> list[FreeRun]:
     """The free run with all graphs open."""
     from btp_export.runtime import BundleModel
-    from engines.verification import FreeRun
+    from engines.verify.verification import FreeRun
 
     model = BundleModel(job.bundle, job.loader, profile=job.profile.name, graphs=job.files)
     free = []
@@ -259,7 +259,7 @@ def _forced_where_needed(
     reference: StreamedReference, inputs: list[Any], runs: list[RunRecord], free: list[FreeRun]
 ) -> list[RunRecord] | None:
     """Reference runs forced to the bundle's kept sets, if they differ anywhere and can be forced."""
-    from engines.verification import same_kept
+    from engines.verify.verification import same_kept
 
     if all(same_kept(run, mine) for run, mine in zip(runs, free, strict=True)):
         return None
@@ -281,7 +281,7 @@ def _relative(free: FreeRun) -> list[list[int]]:
 
 
 def _verify_samples(prepared: list[Prepared], runs: list[RunRecord]) -> list[Any]:
-    from engines.verification import VerifySample
+    from engines.verify.verification import VerifySample
 
     return [
         VerifySample(one.pixel_values, one.input.image_features.float().numpy(), run)

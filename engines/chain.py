@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from engines.caches import allocate_layers
+from engines.cache_memory import allocate_layers
 from engines.runners import Array, Bound, Buffer, Dtype, Loader, Runner, TensorSpec
 from graphs.records.errors import CheckError, InputError
 from graphs.records.plan import PruningPlan, Segment

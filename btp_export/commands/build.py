@@ -43,8 +43,8 @@ def command(
     """Build TensorRT engines; without TensorRT, write what the device needs to build and profile them."""
     from btp_export.building import build_engines
     from engines.targets import find_target
-    from engines.tensorrt.means import builder_for
-    from engines.tensorrt.outline import Wishes, outline
+    from engines.tensorrt.build.machine import builder_for
+    from engines.tensorrt.prepare.build_plan import Wishes, outline
     from graphs.files.bundle import Bundle
 
     chosen = find_target(target)

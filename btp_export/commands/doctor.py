@@ -34,8 +34,8 @@ NEEDS = (
 
 def command(as_json: JsonOption = False) -> None:
     """Show what is installed, what is missing and how to get it, and the cores, memory and disk there are."""
-    from engines.native_library import survey
-    from engines.tensorrt import library
+    from engines.native.libraries import survey
+    from engines.tensorrt import installed
 
     packages = [_package(need) for need in NEEDS]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -45,8 +45,8 @@ def command(as_json: JsonOption = False) -> None:
         "system": f"{platform.system()} {platform.machine()}",
         "packages": packages,
         "native": survey(),  # optional: without them the graphs' portable bodies run
-        "tensorrt": library.survey(),  # optional: without it `build` prepares what a device needs
-        "gpu_compute_capability": library.gpu_capability(),
+        "tensorrt": installed.survey(),  # optional: without it `build` prepares what a device needs
+        "gpu_compute_capability": installed.gpu_capability(),
         "onnxruntime_providers": _providers(),
         "cores": cores,
         "memory_bytes": _memory(),
@@ -116,7 +116,7 @@ def _render(result: dict[str, Any]) -> Any:
     native = [_native_row(entry) for entry in result["native"]]
     libraries = table(["native library (optional)", "state", "for"], native, text=3)
     if any(entry["do"] for entry in result["native"]):
-        from engines.native_library import how_to_build
+        from engines.native.libraries import how_to_build
 
         lines.append(f"build the native libraries: {how_to_build('btp_trt_dynamic')}")
     builders = table(["engine builder (optional)", "state", "for, or what to type"], _builder_rows(result), text=3)

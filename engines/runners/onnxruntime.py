@@ -13,7 +13,7 @@ import numpy as np
 import onnxruntime as ort
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
-from engines import native_library
+from engines.native import libraries
 from engines.runners import Array, Bound, Buffer, Dtype, TensorSpec
 from engines.runners.binding import check_arrays, check_names, check_tensor
 from engines.runners.host import HostBuffer
@@ -48,7 +48,7 @@ class OrtLoader:
         device: "cpu", "cuda" or "cuda:<number>".
         threads: threads inside an operator; None lets ONNX Runtime take one for each core.
         custom_ops: shared library with kernels of the `btp` operators; "found" takes the one that was built
-            (engines.native_library), if there is one. With None the graphs' own function bodies run.
+            (engines.native.libraries), if there is one. With None the graphs' own function bodies run.
         prepack: False keeps float32 weights mapped from their file instead of copying them into a kernel's own layout:
             slower, but a model larger than memory runs.
         log_severity: 0 everything, 2 warnings, 3 errors.
@@ -70,7 +70,7 @@ class OrtLoader:
         if threads is not None and threads < 1:
             raise InputError(f"{threads} threads", wanted="1 or more", do="leave threads out to use every core")
         if custom_ops == "found":
-            custom_ops = native_library.custom_ops()
+            custom_ops = libraries.custom_ops()
         if custom_ops is not None and not custom_ops.is_file():
             raise InputError(f"no file {custom_ops}", wanted="the library with the custom operators", do="build it")
         if self._kind == "cuda":
@@ -245,10 +245,10 @@ def _require_code_for_gpu(library: Path, number: int) -> None:
     """Raise UnavailableError if the operators' CUDA kernels are for other GPUs; without any, they run on the CPU."""
     from engines.runners.cuda import compute_capability
 
-    found = native_library.inspect("btp_ort", library)
+    found = libraries.inspect("btp_ort", library)
     if found.architectures:
         major, minor = map(int, compute_capability(number).split("."))
-        native_library.require_capability(found, (major, minor))
+        libraries.require_capability(found, (major, minor))
 
 
 def _require_cuda() -> None:

@@ -23,8 +23,8 @@ import numpy as np
 from engines.runners import Array, Buffer, Dtype, TensorSpec, cuda
 from engines.runners.binding import check_arrays, check_names, check_tensor
 from engines.tensorrt.records import BuiltEngine, EngineGraph, EnginesRecord, bundle_digest
-from engines.tensorrt.session import Session, build_again, explain
-from engines.tensorrt.weights import np_dtype
+from engines.tensorrt.run.session import Session, build_again, explain
+from engines.tensorrt.run.weights import np_dtype
 from graphs.files.atomic import SMALL_FILE, sha256
 from graphs.files.bundle import Bundle, Check
 from graphs.records.errors import BtpError, InputError

@@ -57,7 +57,7 @@ class WeightInput(TensorRecord):
 
 
 class Estimate(Strict):
-    """Bytes expected before the build; how they are counted is in engines/tensorrt/estimate.py."""
+    """Bytes expected before the build; how they are counted is in engines/tensorrt/prepare/estimate.py."""
 
     weight_bytes: int  # matrices and constants that the graph reads, wherever they lie
     engine_bytes: int  # the engine file

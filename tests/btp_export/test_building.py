@@ -8,7 +8,7 @@ import pytest
 
 from btp_export import building
 from btp_export.building import record_calibration
-from engines.tensorrt.prepare import Choices, prepare
+from engines.tensorrt.prepare.prepared_graphs import Choices, prepare
 from graphs.files.bundle import Bundle
 from graphs.records.errors import UnavailableError
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 from btp_export.cli import main
 from btp_export.runtime import load
-from engines.tensorrt.prepare import Choices, without_pruning
+from engines.tensorrt.prepare.prepared_graphs import Choices, without_pruning
 from engines.tensorrt.records import UNPRUNED, engines_folder
 from graphs.files.bundle import Bundle
 from graphs.records.plan import PruningPlan

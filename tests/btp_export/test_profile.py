@@ -14,8 +14,8 @@ from btp_export.cli import main
 from btp_export.profile import profile_engines, saved_profiles
 from engines.targets import find_target
 from engines.tensorrt import trtexec
-from engines.tensorrt.kit import write_kit
-from engines.tensorrt.outline import Wishes, outline
+from engines.tensorrt.kit.device_kit import write_kit
+from engines.tensorrt.prepare.build_plan import Wishes, outline
 from graphs.files.bundle import Bundle
 from graphs.pruning.operations import cost
 from graphs.records.errors import InputError, UnavailableError

@@ -86,7 +86,7 @@ def test_caches_in_one_piece_or_apart(bundle: Bundle, alignment: int, monkeypatc
     """Where the layers of a segment lie is not to be seen in any result."""
     found = []
     for chosen in (1 << 30, alignment):
-        monkeypatch.setattr("engines.caches.ALIGNMENT", chosen)
+        monkeypatch.setattr("engines.cache_memory.ALIGNMENT", chosen)
         chain = Chain(**parts(bundle))
         pixels, prefix, text, last = inputs(bundle)
         logits = [chain.prefill(pixels, prefix, text, last - 5).logits]

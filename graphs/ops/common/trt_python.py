@@ -25,7 +25,7 @@ class Tensor:
 
 
 class Launcher(Protocol):
-    """The C interface of the kernels, one method an operator (engines.kernels.Kernels)."""
+    """The C interface of the kernels, one method an operator (engines.native.kernels.Kernels)."""
 
     def select_tokens(
         self, inputs: Sequence[Tensor], output: int, workspace: int, *, stream: int, **counts: int
@@ -93,7 +93,7 @@ def attribute_values(trt: Any, operator: type[Operator], fields: Any) -> tuple[i
 def creators(trt: Any, operators: Sequence[type[Operator]], kernels: Callable[[], Launcher]) -> list[Any]:
     """A plugin creator for each operator, for `trt.get_plugin_registry().register_creator(creator, "")`.
 
-    `kernels()` gives the kernels' C interface (engines.kernels.Kernels); only enqueue calls it, so engines are built
+    `kernels()` gives the kernels' C interface (engines.native.kernels.Kernels); only enqueue calls it, so engines are built
     where no kernels can be loaded.
     """
     return [_creator(trt, operator, kernels) for operator in operators]

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from btp_export.cli import main
-from engines.tensorrt import outline as outline_module
-from engines.tensorrt.lint import Finding
+from engines.tensorrt.prepare import build_plan as outline_module
+from engines.tensorrt.prepare.lint import Finding
 
 
 @pytest.mark.parametrize("target", ["jetson-orin-jp6", "h200", "rtx-blackwell"])

@@ -83,7 +83,7 @@ def test_a_bundle_that_does_not_verify_gets_its_report_and_exit_code_1(
 
     def too_strict(*arguments: Any) -> Any:
         """The same bundle under gates that no arithmetic can pass."""
-        from engines import verification
+        from engines.verify import verification
 
         strict = verification.Gates(cosine=1.0, norm=0.0, agreement=1.0, logit_gap=0.0)
         monkeypatch.setitem(verification.GATES, "float32", strict)

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 from onnx import ModelProto
 
-from engines.tensorrt import library
+from engines.tensorrt import installed
 from tests.engines.native import builds
 
 needed = pytest.mark.skipif(
-    not library.is_installed("rtx"), reason=f"TensorRT for RTX is not installed: {library.INSTALL['rtx']}"
+    not installed.is_installed("rtx"), reason=f"TensorRT for RTX is not installed: {installed.INSTALL['rtx']}"
 )
 
 

@@ -11,10 +11,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from engines.plugins import register_native, register_python
-from engines.tensorrt import library
+from engines.native.plugins import register_native, register_python
+from engines.tensorrt import installed
 
-trt: Any = library.load("rtx").module
+trt: Any = installed.load("rtx").module
 
 
 class Log(trt.ILogger):  # type: ignore[misc]

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from engines.kernels import Kernels
+from engines.native.kernels import Kernels
 from graphs.records.errors import CheckError, UnavailableError
 from tests.engines.native import builds
 

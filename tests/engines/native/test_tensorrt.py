@@ -163,7 +163,7 @@ def test_a_wrong_graph_is_refused_with_a_message(case: str, form: str, tmp_path:
 @rtx.needed
 def test_a_second_form_of_the_plugins_is_refused() -> None:
     script = (
-        "from engines.plugins import register_python\n"
+        "from engines.native.plugins import register_python\n"
         "from engines.tensorrt import library\n"
         "trt = library.load('rtx').module; keep = register_python(trt)\n"
         "try:\n    register_python(trt)\n"
@@ -176,7 +176,7 @@ def test_a_second_form_of_the_plugins_is_refused() -> None:
 def test_the_python_plugins_are_made_again_from_what_they_serialize() -> None:
     script = (
         "import numpy as np\n"
-        "from engines.plugins import register_python\n"
+        "from engines.native.plugins import register_python\n"
         "from engines.tensorrt import library\n"
         "trt = library.load('rtx').module\n"
         "for creator in register_python(trt):\n"
@@ -195,7 +195,7 @@ def test_the_python_plugins_are_made_again_from_what_they_serialize() -> None:
 
 def test_the_python_plugin_launches_the_kernels() -> None:
     """enqueue() of both operators with the emulated kernels: no TensorRT is needed for that."""
-    from engines.kernels import Kernels
+    from engines.native.kernels import Kernels
     from graphs.ops.common.trt_python import Tensor
     from graphs.ops.select_tokens.trt_python import SelectTokens
 
@@ -212,7 +212,7 @@ def test_the_python_plugin_launches_the_kernels() -> None:
 
 
 def test_the_bindings_are_not_needed_to_import_the_plugins() -> None:
-    assert importlib.util.find_spec("engines.plugins") is not None
-    from engines.plugins import OPERATORS
+    assert importlib.util.find_spec("engines.native.plugins") is not None
+    from engines.native.plugins import OPERATORS
 
     assert [operator.NAME for operator in OPERATORS] == ["BtpSelectTokens", "BtpGatherTokens"]

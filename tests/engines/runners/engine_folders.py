@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from engines.runners import cuda
-from engines.tensorrt import library
-from engines.tensorrt.library import Library
-from engines.tensorrt.prepare import Choices, PreparedGraph, prepare
+from engines.tensorrt import installed
+from engines.tensorrt.installed import Library
+from engines.tensorrt.prepare.prepared_graphs import Choices, PreparedGraph, prepare
 from engines.tensorrt.records import (
     BuiltEngine,
     EngineGraph,
@@ -19,7 +19,7 @@ from engines.tensorrt.records import (
     bundle_digest,
     engine_file,
 )
-from engines.tensorrt.session import Session
+from engines.tensorrt.run.session import Session
 from graphs.files.atomic import record
 from graphs.files.bundle import Bundle
 from graphs.records.plan import Stage
@@ -44,7 +44,7 @@ def machine_with_gpu(monkeypatch: pytest.MonkeyPatch) -> HostCuda:
     host = HostCuda()
     monkeypatch.setattr(cuda, "library", lambda: host)
     module = host_tensorrt.module(host, VERSION)
-    monkeypatch.setattr(library, "load", lambda flavour: Library(flavour, VERSION, module))
+    monkeypatch.setattr(installed, "load", lambda flavour: Library(flavour, VERSION, module))
     return host
 
 

@@ -12,16 +12,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engines import native_library
 from engines.chain import Chain
+from engines.native import libraries
 from engines.runners import cuda
 from engines.runners.onnxruntime import OrtLoader
 from engines.runners.tensorrt import TrtLoader, open_engines
-from engines.tensorrt import library
-from engines.tensorrt.library import Library
-from engines.tensorrt.prepare import Choices
+from engines.tensorrt import installed
+from engines.tensorrt.installed import Library
+from engines.tensorrt.prepare.prepared_graphs import Choices
 from engines.tensorrt.records import EnginesRecord, PluginRecord
-from engines.tensorrt.session import explain, make_log
+from engines.tensorrt.run.session import explain, make_log
 from graphs.files.bundle import ROPE_WEIGHTS, Bundle
 from graphs.files.checkpoint import open_tensors
 from graphs.records.errors import CheckError, InputError, UnavailableError
@@ -319,13 +319,13 @@ def test_another_version_or_gpu_by_the_record(
     bundle: Bundle, folders: dict[str, Path], machine: HostCuda, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     newer = host_tensorrt.module(machine, "10.16.1.11")
-    monkeypatch.setattr(library, "load", lambda flavour: Library(flavour, "10.16.1.11", newer))
+    monkeypatch.setattr(installed, "load", lambda flavour: Library(flavour, "10.16.1.11", newer))
     with pytest.raises(UnavailableError, match=r"built by TensorRT 10\.3\.0\.26, 10\.16\.1\.11 is installed"):
         engines(bundle, folders["baked"])
     new_process(monkeypatch)
     machine.capability = (8, 9)
     with pytest.raises(UnavailableError, match=r"capability 8\.7, GPU 0 has 8\.9"):
-        monkeypatch.setattr(library, "load", lambda flavour: Library(flavour, VERSION, newer))
+        monkeypatch.setattr(installed, "load", lambda flavour: Library(flavour, VERSION, newer))
         engines(bundle, folders["baked"])
 
 
@@ -409,7 +409,7 @@ class TestPlugins:
     def test_missing(
         self, bundle: Bundle, folder: Path, machine: HostCuda, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     ) -> None:
-        monkeypatch.setenv(native_library.VARIABLE, str(tmp_path))
+        monkeypatch.setenv(libraries.VARIABLE, str(tmp_path))
         with pytest.raises(UnavailableError, match=r"libbtp_trt_dynamic\.so was not found"):
             engines(bundle, folder)
 
@@ -418,16 +418,16 @@ class TestPlugins:
     ) -> None:
         path = tmp_path / "libbtp_trt_dynamic.so"
         path.write_bytes(b"a library")
-        monkeypatch.setenv(native_library.VARIABLE, str(tmp_path))
-        there = native_library.NativeLibrary("btp_trt_dynamic", path, ("89",))
-        monkeypatch.setattr(native_library, "inspect", lambda name, path: there)
+        monkeypatch.setenv(libraries.VARIABLE, str(tmp_path))
+        there = libraries.NativeLibrary("btp_trt_dynamic", path, ("89",))
+        monkeypatch.setattr(libraries, "inspect", lambda name, path: there)
         with pytest.raises(UnavailableError, match=r"was built for 89"):
             engines(bundle, folder)
-        there = native_library.NativeLibrary("btp_trt_dynamic", path, ("87", "89"))
+        there = libraries.NativeLibrary("btp_trt_dynamic", path, ("87", "89"))
         with pytest.raises(UnavailableError, match="not the plugin library that the engines were built with"):
             engines(bundle, folder)
         loaded: list[str] = []
-        monkeypatch.setattr("engines.plugins.register_native", lambda trt, path: loaded.append(path))
+        monkeypatch.setattr("engines.native.plugins.register_native", lambda trt, path: loaded.append(path))
         from graphs.files.atomic import sha256
 
         record = EnginesRecord.load(folder)
@@ -445,7 +445,7 @@ class TestPlugins:
 def real() -> Any:
     """TensorRT for RTX's module."""
     try:
-        return library.load("rtx").module
+        return installed.load("rtx").module
     except UnavailableError as error:
         pytest.skip(error.got)
 

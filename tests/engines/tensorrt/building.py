@@ -8,8 +8,8 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from engines.tensorrt import library
-from engines.tensorrt.builder import Job
+from engines.tensorrt import installed
+from engines.tensorrt.build.builder import Job
 from graphs.records.manifest import TensorRecord
 
 NAMES = {TensorProto.FLOAT: "float32", TensorProto.FLOAT16: "float16", TensorProto.INT32: "int32"}
@@ -17,7 +17,7 @@ NAMES = {TensorProto.FLOAT: "float32", TensorProto.FLOAT16: "float16", TensorPro
 
 def need_rtx() -> None:
     """Skip where TensorRT for RTX is not installed."""
-    if not library.is_installed("rtx"):
+    if not installed.is_installed("rtx"):
         pytest.skip("TensorRT for RTX is not installed: pip install 'btp-export[rtx]'")
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from benchmarks.gpu_ort import CustomOps
-from engines.kernels import Kernels
+from engines.native.kernels import Kernels
 from graphs.ops.common.trt_python import Tensor
 from tests.engines.native import builds
 

@@ -1,0 +1,364 @@
+"""Builds one engine with polygraphy in this process: parse, check the network, build, write, read the layer list.
+
+worker.py runs this in a process of its own, because TensorRT may abort, and because its memory is measured.
+"""
+
+import json
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Final, Literal
+
+from engines.tensorrt.build.engine_checks import custom_layer, require_plugins, require_tensors
+from engines.tensorrt.installed import Library, gpu_capability, load
+from engines.tensorrt.records import EngineLayer, Flavour, PluginForm
+from graphs.records.errors import BtpError, CheckError, InputError, UnavailableError
+from graphs.records.manifest import TensorRecord
+from graphs.records.record import Strict
+
+Report = Callable[[float], None]  # share of the build that is done, 0 to 1
+
+DTYPES: Final = {
+    "FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT8": "int8", "INT32": "int32", "INT64": "int64",
+    "BOOL": "bool", "UINT8": "uint8",
+}  # fmt: skip
+# What TensorRT says in the log when memory of the host or the GPU is used up.
+OUT_OF_MEMORY: Final = re.compile(r"out of memory|OutOfMemory|bad_alloc|insufficient memory", re.IGNORECASE)
+UNOPENED: Final = re.compile(r"Failed to open file: (.*?)(?:\s\S+\.cpp:\d+:|$)")
+CUDA_FAILURE: Final = re.compile(r"CUDA initialization failure with error: (\d+)")
+CUDA_REASONS: Final = {
+    "35": "the driver is older than the CUDA that this TensorRT was made with",
+    "100": "there is no GPU",
+    "999": "the driver does not answer",
+}
+
+
+class Job(Strict):
+    """One engine to build. Paths are absolute; `inputs` holds the weights too where they are network inputs."""
+
+    graph: str
+    flavour: Flavour
+    onnx: Path
+    engine: Path  # where to write it
+    compute_capability: str
+    plugins: PluginForm
+    plugin_library: Path | None = None
+    timing_cache: Path | None = None
+    inputs: tuple[TensorRecord, ...]
+    outputs: tuple[TensorRecord, ...]
+    custom_nodes: dict[str, str]  # node name -> operator
+
+
+class Built(Strict):
+    """What a build gave, beside the file."""
+
+    tensorrt_version: str
+    seconds: float
+    size: int
+    peak_memory_bytes: int | None
+    layers: tuple[EngineLayer, ...]
+    layers_from: Literal["engine", "log"]
+
+
+def build_engine(job: Job, report: Report) -> Built:
+    """Build `job.engine`.
+
+    Raises InputError or CheckError for a graph that TensorRT refuses, naming the node, UnavailableError where the
+    installed TensorRT, its CUDA, the plugins or the memory do not suffice, OSError where the file cannot be written.
+    """
+    start = time.monotonic()
+    library = load(job.flavour)
+    log = Log(library.module)
+    held = _register_plugins(library, job)
+    builder, network = _create(library, log, job.graph)
+    _parse(library.module, network, log, job)
+    _check_network(library.module, network, job)
+    engine = _build(library, builder, network, log, job, report)
+    del builder, network
+    size = _write(job.engine, engine)
+    layers, source = _layers(library.module, engine, log, job)
+    del held
+    if job.plugins != "none":
+        require_plugins(job.graph, [layer.plugin for layer in layers if layer.plugin], job.custom_nodes)
+    seconds = round(time.monotonic() - start, 3)
+    return Built(
+        tensorrt_version=library.version,
+        seconds=seconds,
+        size=size,
+        peak_memory_bytes=peak_memory(),
+        layers=layers,
+        layers_from=source,
+    )
+
+
+def peak_memory() -> int | None:
+    """Largest resident memory of this process in bytes; None where the system does not say.
+
+    Not getrusage: its maximum survives exec, so a child reports its parent's memory where that was larger.
+    """
+    try:
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+    except OSError:
+        return None
+    found = re.search(r"^VmHWM:\s+(\d+) kB", status, re.MULTILINE)
+    return int(found[1]) * 1024 if found else None
+
+
+# -- what TensorRT says ----------------------------------------------------------------------------------------------
+
+
+class Log:
+    """TensorRT's messages: errors and warnings are kept and printed, of the rest only the engine's layers."""
+
+    def __init__(self, trt: Any) -> None:
+        self.errors: list[str] = []
+        self.layers = ""
+        owner = self
+        loud = {trt.ILogger.INTERNAL_ERROR, trt.ILogger.ERROR, trt.ILogger.WARNING}
+
+        class Logger(trt.ILogger):  # type: ignore[misc]
+            def __init__(self) -> None:
+                trt.ILogger.__init__(self)
+
+            def log(self, severity: Any, message: str) -> None:
+                if severity in loud:
+                    sys.stderr.write(f"{severity.name}: {message}\n")
+                    if severity != trt.ILogger.WARNING:
+                        owner.errors.append(message)
+                elif message.startswith("Layers:"):
+                    owner.layers = message
+
+        self.logger = Logger()
+
+    def failure(self, graph: str, what: str) -> BtpError:
+        """The error that these messages amount to."""
+        text = " ".join(self.errors)
+        if OUT_OF_MEMORY.search(text):
+            return out_of_memory(graph)
+        if cuda := CUDA_FAILURE.search(text):
+            reason = CUDA_REASONS.get(cuda[1], "see the CUDA documentation")
+            return UnavailableError(
+                f"CUDA does not start: error {cuda[1]}, {reason}",
+                "a GPU and a driver that suit this TensorRT",
+                "nvidia-smi shows the driver; install the TensorRT of your CUDA version",
+            )
+        return CheckError(
+            f"{graph}: TensorRT {what}: {_sentence(self.errors[-1]) if self.errors else 'it does not say why'}",
+            "an engine",
+            "the log has more; --opset 18 exports primitives only, --plugins none takes the portable bodies",
+        )
+
+
+def out_of_memory(graph: str) -> UnavailableError:
+    """The error for a build that memory did not suffice for."""
+    return UnavailableError(
+        f"{graph}: the memory did not suffice for the build",
+        "more free memory; btp-export build --dry-run shows what each engine takes",
+        "close other programs, --engine-weights shared, --assemble segments, or export smaller --profile shapes",
+    )
+
+
+def _sentence(message: str) -> str:
+    """A message of TensorRT without where in its source it comes from."""
+    flat = " ".join(message.split())
+    return re.sub(r"^(?:[\w:~.]+: )?(?:ERROR: )?(?:\w+\.[ch]pp:\d+ In function \w+: )?(?:\[\d+\] )?", "", flat)[:300]
+
+
+# -- steps -----------------------------------------------------------------------------------------------------------
+
+
+def _register_plugins(library: Library, job: Job) -> Any:
+    """Plugins in TensorRT's registry; what is returned must be held until the engine is built."""
+    if job.plugins == "none" or not job.custom_nodes:
+        return None
+    from engines.native.plugins import register_native, register_python
+
+    if job.plugins == "python":
+        return register_python(library.module)
+    return register_native(library.module, job.plugin_library)
+
+
+def _create(library: Library, log: Log, graph: str) -> tuple[Any, Any]:
+    """An empty, strongly typed network and its builder."""
+    os.environ["POLYGRAPHY_USE_TENSORRT_RTX"] = "1" if library.flavour == "rtx" else "0"
+    try:
+        from polygraphy.backend.trt import create_network
+        from polygraphy.backend.trt import util as polygraphy_trt
+        from polygraphy.exception import PolygraphyException
+        from polygraphy.logger import G_LOGGER
+    except ImportError as error:
+        raise UnavailableError(
+            "polygraphy is not installed", "polygraphy, which builds the engines", "pip install polygraphy"
+        ) from error
+    G_LOGGER.module_severity = G_LOGGER.CRITICAL
+    polygraphy_trt.TRT_LOGGER = log.logger  # what its get_trt_logger() gives
+    # A network of TensorRT 11 is strongly typed in any case, and the flag may go.
+    typed = hasattr(library.module.NetworkDefinitionCreationFlag, "STRONGLY_TYPED")
+    try:
+        builder, network = create_network(strongly_typed=typed)
+    except (TypeError, PolygraphyException) as error:  # the first is pybind's for a builder that could not be made
+        raise log.failure(graph, "gives no builder") from error
+    return builder, network
+
+
+def _parse(trt: Any, network: Any, log: Log, job: Job) -> None:
+    """Read the graph, its weights from the files beside it. Raises CheckError naming the first node refused."""
+    parser = trt.OnnxParser(network, log.logger)
+    if parser.parse_from_file(str(job.onnx)):
+        return
+    errors = [parser.get_error(number) for number in range(parser.num_errors)]
+    if not errors:
+        raise log.failure(job.graph, "does not read the graph")
+    if unopened := UNOPENED.search(" ".join(log.errors)):
+        raise InputError(
+            f"{job.graph}: {unopened[1]} cannot be opened",
+            "the weights that the graph names",
+            "export the bundle again",
+        )
+    first = errors[0]
+    node = f"node {first.node_name()} ({first.node_operator()})" if first.node_operator() else "the graph"
+    others = len({error.node_name() for error in errors}) - 1
+    more = f" and {others} other nodes" if others > 1 else " and another node" if others else ""
+    raise CheckError(
+        f"{job.graph}: TensorRT refuses {node}{more}: {_sentence(first.desc())}",
+        f"operators that {trt.__version__} takes as they are",
+        "btp-export build --dry-run names all; --opset 18 exports primitives only",
+    )
+
+
+def _check_network(trt: Any, network: Any, job: Job) -> None:
+    """Inputs and outputs as recorded, and one plugin layer for each custom node, before minutes are spent."""
+    inputs = [network.get_input(number) for number in range(network.num_inputs)]
+    outputs = [network.get_output(number) for number in range(network.num_outputs)]
+    require_tensors(f"{job.graph}: inputs of the network", job.inputs, [_tensor(value) for value in inputs])
+    require_tensors(f"{job.graph}: outputs of the network", job.outputs, [_tensor(value) for value in outputs])
+    if job.plugins != "none":
+        layers = [network.get_layer(number) for number in range(network.num_layers)]
+        found = [layer.name for layer in layers if layer.type == trt.LayerType.PLUGIN_V3]
+        matched = [custom_layer(name, job.custom_nodes) for name in found]
+        require_plugins(job.graph, [operator for operator in matched if operator], job.custom_nodes)
+
+
+def _tensor(value: Any) -> TensorRecord:
+    return TensorRecord(name=value.name, dtype=DTYPES.get(value.dtype.name, value.dtype.name), shape=tuple(value.shape))
+
+
+def _build(library: Library, builder: Any, network: Any, log: Log, job: Job, report: Report) -> Any:
+    """The serialized engine, an object with the buffer protocol."""
+    from polygraphy.backend.trt import CreateConfig, PostprocessConfig, engine_bytes_from_network
+    from polygraphy.exception import PolygraphyException
+
+    trt = library.module
+    if hasattr(trt.LayerType, "ATTENTION_INPUT"):
+        from polygraphy.backend.trt import set_decomposable_attentions
+
+        # Where no fused kernel takes a type or head size (float32, for one), the build would fail instead.
+        set_decomposable_attentions((builder, network))
+    monitor = _monitor(trt, report)
+    cache = str(job.timing_cache) if job.timing_cache is not None else None
+    if library.flavour == "rtx":
+        from polygraphy.backend.tensorrt_rtx import CreateConfigRTX
+
+        major, minor = job.compute_capability.split(".")
+        config = CreateConfigRTX(compute_capabilities=[(int(major), int(minor))], progress_monitor=monitor)
+        cache = None
+    else:
+        config = CreateConfig(progress_monitor=monitor, load_timing_cache=cache)
+    # float32 is what was verified; TensorRT for RTX begins with TF32 on.
+    exact = PostprocessConfig(config, lambda builder, network, config: config.clear_flag(trt.BuilderFlag.TF32))
+    try:
+        engine = engine_bytes_from_network((builder, network), config=exact, save_timing_cache=cache)
+    except (PolygraphyException, MemoryError) as error:
+        raise log.failure(job.graph, "built no engine") from error
+    return engine
+
+
+def _monitor(trt: Any, report: Report) -> Any:
+    """TensorRT's nested phases as one number that rises from 0 to 1."""
+
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self.open: list[list[Any]] = []  # [name, steps, done] of the phases inside one another
+            self.said = 0.0
+
+        def phase_start(self, phase_name: str, parent_phase: str, num_steps: int) -> None:
+            self.open.append([phase_name, max(num_steps, 1), 0])
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            for phase in self.open:
+                if phase[0] == phase_name:
+                    phase[2] = step + 1
+            share, width = 0.0, 1.0
+            for _, steps, done in self.open:
+                share, width = share + width * min(done / steps, 1.0), width / steps
+            if share >= self.said + 0.01:
+                self.said = min(share, 1.0)
+                report(self.said)
+            return True
+
+        def phase_finish(self, phase_name: str) -> None:
+            self.open = [phase for phase in self.open if phase[0] != phase_name]
+
+    return Monitor()
+
+
+def _write(path: Path, engine: Any) -> int:
+    """Write the engine and wait until it is on disk; gives its size."""
+    with path.open("wb") as stream:
+        stream.write(memoryview(engine))
+        stream.flush()
+        os.fsync(stream.fileno())
+    return path.stat().st_size
+
+
+# -- layers ----------------------------------------------------------------------------------------------------------
+
+_LOGGED_LAYER = re.compile(r"^Name: (.*?), LayerType: ([^,\n]*)", re.MULTILINE)
+
+
+def _layers(trt: Any, engine: Any, log: Log, job: Job) -> tuple[tuple[EngineLayer, ...], Literal["engine", "log"]]:
+    """The engine's layers: from the engine itself where its GPU is here, else from the build log."""
+    if gpu_capability() == job.compute_capability:
+        pairs, source = _deserialized(trt, engine, log, job), "engine"
+    else:
+        pairs, source = _LOGGED_LAYER.findall(log.layers.split("\nI/O Tensors:")[0]), "log"
+    layers = [EngineLayer(name=name, type=kind, plugin=_plugin(name, kind, job)) for name, kind in pairs]
+    return tuple(layers), source  # type: ignore[return-value]
+
+
+def _plugin(name: str, kind: str, job: Job) -> str | None:
+    """The custom operator of a layer; other layers may bear the name of a node of ours with something behind it."""
+    if kind.lower() == "custom_layer" or "plugin" in kind.lower():
+        return custom_layer(name, job.custom_nodes)
+    return None
+
+
+def _deserialized(trt: Any, engine: Any, log: Log, job: Job) -> list[tuple[str, str]]:
+    """(name, type) of the layers of the engine as it will be loaded; its inputs and outputs are checked too."""
+    loaded = trt.Runtime(log.logger).deserialize_cuda_engine(engine)
+    if loaded is None:
+        raise log.failure(job.graph, "does not load the engine that it has just built")
+    tensors: dict[Any, list[TensorRecord]] = {trt.TensorIOMode.INPUT: [], trt.TensorIOMode.OUTPUT: []}
+    for number in range(loaded.num_io_tensors):
+        name = loaded.get_tensor_name(number)
+        dtype = loaded.get_tensor_dtype(name).name
+        shape = tuple(loaded.get_tensor_shape(name))
+        record = TensorRecord(name=name, dtype=DTYPES.get(dtype, dtype), shape=shape)
+        tensors[loaded.get_tensor_mode(name)].append(record)
+    require_tensors(f"{job.graph}: inputs of the engine", job.inputs, tensors[trt.TensorIOMode.INPUT])
+    require_tensors(f"{job.graph}: outputs of the engine", job.outputs, tensors[trt.TensorIOMode.OUTPUT])
+    text = loaded.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
+    return described_layers(text)
+
+
+def described_layers(text: str) -> list[tuple[str, str]]:
+    """(name, type) of the layers in the JSON of TensorRT's engine inspector; a layer may be its name alone."""
+    entries: Sequence[Any] = json.loads(text)["Layers"]
+    return [
+        (entry, "unknown") if isinstance(entry, str) else (entry["Name"], entry.get("LayerType", "unknown"))
+        for entry in entries
+    ]

@@ -1,0 +1,143 @@
+"""The folder engines/<target>/ itself: one build at a time, the kit replaced as a whole, outdated engines gone."""
+
+import contextlib
+import fcntl
+import os
+import shutil
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from engines.tensorrt.build.reuse import Key, earlier, graph_digests, is_current, standing
+from engines.tensorrt.kit.device_kit import NOUN, Recorder, Say, fill_kit, is_engines
+from engines.tensorrt.installed import Library
+from engines.tensorrt.build.machine import INSTEAD, Plugins
+from engines.tensorrt.prepare.build_plan import Outline
+from engines.tensorrt.records import UNPRUNED, BuiltEngine, EnginesRecord
+from graphs.files.atomic import existing_parent, staged
+from graphs.records.errors import InputError
+
+SCRATCH: Final = ".building-"  # prefix of the folder in which an engine is made
+# What the kit writes; anything else in the folder, engines apart, is a measurement, a log or the user's own.
+WRITTEN: Final = {"graphs", "inputs", "plugins", "build.sh", "profile.sh", "weights.sh", "README.md", UNPRUNED}
+
+
+@dataclass(frozen=True)
+class Part:
+    """The engines of one plan: those in the target's folder, or those of the unpruned model in a folder inside it.
+
+    `kept`: engines that stand; `current`: whether the kit is what would be written now; `skip`: graphs to be left
+    without an engine.
+    """
+
+    plan: Outline
+    folder: Path
+    kept: dict[Key, BuiltEngine]
+    current: bool
+    skip: frozenset[str] = frozenset()
+
+    @property
+    def pending(self) -> list[int]:
+        """Numbers of the graphs to be built: without an engine that stands."""
+        wanted = [n for n, graph in enumerate(self.plan.graphs) if graph.name not in self.skip]
+        return [n for n in wanted if (self.plan.graphs[n].name, self.plan.graphs[n].profile) not in self.kept]
+
+
+def survey_parts(
+    plan: Outline, folder: Path, library: Library | None, plugins: Plugins, *, force: bool, skip: Collection[str] = ()
+) -> list[Part]:
+    """The parts of the plan as they are on disk; with `force` nothing of what is there counts."""
+    parts = []
+    for one, place in ((plan, folder), (plan.unpruned, folder / UNPRUNED)):
+        if one is None:
+            continue
+        old, digests = None if force else earlier(place), graph_digests(one)
+        kept = standing(old, one, digests, library, plugins.record, place)
+        current = old is not None and is_current(old, one, digests, place)
+        parts.append(Part(one, place, kept, current, frozenset(skip)))
+    return parts
+
+
+@contextlib.contextmanager
+def only_one(folder: Path) -> Iterator[None]:
+    """Raise InputError if another build works in the bundle's engines/. The lock ends with the process."""
+    place = existing_parent(folder.parent)
+    handle = os.open(place, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(
+                f"another build works in {place}", wanted="one at a time", do="wait until it is done, or stop it"
+            ) from error
+        yield
+    finally:
+        os.close(handle)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what a killed build has left."""
+    for left in (*folder.glob(f"{SCRATCH}*"), *folder.glob(f"{UNPRUNED}/{SCRATCH}*")):
+        shutil.rmtree(left, ignore_errors=True)
+    for left in folder.parent.glob(f".{folder.name}.*"):
+        if left.name.endswith((".partial", ".old")):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def write_kit(parts: Sequence[Part], recorder: Recorder | None, say: Say, *, carry: bool) -> None:
+    """Replace the folder by the kit and the engines that stand; with `carry` also by what is there and not ours."""
+    plan, folder = parts[0].plan, parts[0].folder
+    with staged(folder, force=True, is_ours=is_engines, noun=NOUN) as root:
+        fill_kit(plan, root, recorder=recorder, say=say)
+        for part in parts:
+            place = root / part.folder.relative_to(folder)
+            for engine in part.kept.values():
+                _link(part.folder / engine.file, place / engine.file)
+            _name_engines(part, EnginesRecord.load(place)).save(place)
+            if carry and part.folder.is_dir():
+                _carry(part.folder, place)
+
+
+def settle(part: Part, plugins: Plugins | None) -> EnginesRecord:
+    """Bring engines.json and the engines there in line, outdated ones gone, before new ones are built.
+
+    `plugins`: the form in this build; None where nothing is built here.
+    """
+    record = _name_engines(part, EnginesRecord.load(part.folder))
+    if plugins is not None:
+        notes = [note for note in record.notes if not note.startswith(INSTEAD)]
+        notes += [plugins.note] if plugins.note else []
+        record = record.model_copy(update={"plugins": plugins.record, "notes": tuple(notes)})
+    record.save(part.folder)
+    named = {engine.file for engine in part.kept.values()}
+    for path in part.folder.glob("*.engine"):
+        if path.name not in named:
+            path.unlink()
+    return record
+
+
+def _name_engines(part: Part, record: EnginesRecord) -> EnginesRecord:
+    """The record with the engines that stand, and none for the other graphs."""
+    graphs = [
+        graph.model_copy(update={"engine": part.kept.get((graph.name, graph.profile))}) for graph in record.graphs
+    ]
+    return record.model_copy(update={"graphs": tuple(graphs)})
+
+
+def _carry(folder: Path, root: Path) -> None:
+    for path in folder.iterdir():
+        target = root / path.name
+        if path.name in WRITTEN or target.exists() or path.suffix in (".engine", ".partial") or path.is_symlink():
+            continue
+        if path.is_dir():
+            shutil.copytree(path, target, copy_function=_link, symlinks=True)
+        else:
+            _link(path, target)
+
+
+def _link(source: str | Path, target: str | Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)

@@ -1,0 +1,134 @@
+"""Memory and disk of engines, counted from the prepared graphs before anything is built.
+
+Where the numbers come from (`ORIGIN` says it to users): shapes and weights are the graph's own. The sizes of engines
+were read off TensorRT for RTX 1.7.1, built without a GPU: two decoder layers with 202 MB of constants gave 203 MB, with
+the matrices as inputs 1.0 MB; 32 such layers 6.5 MB. The build's memory is the upper end of what users report, 3 to 4
+times the model; RTX took 2.6 GB for 812 MB of constants, and 350 MB for 32 layers without. Not yet compared with a
+build on a device.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Final
+
+import onnx_ir as ir
+
+from engines.targets import GIB, Target
+from engines.tensorrt.prepare.prepared_graphs import PreparedGraph
+from engines.tensorrt.records import Estimate, WeightInput
+from graphs.building.graph_builder import BTP_DOMAIN, NUMPY, dims, dtype_of
+from graphs.ops import select_tokens
+from graphs.records.manifest import TensorRecord
+
+ENGINE_BASE: Final = 500_000  # bytes of an engine beside its constants
+ENGINE_LAYER: Final = 200_000  # and for each decoder layer
+BUILD_BASE: Final = 350_000_000  # memory of a build without constants
+BUILD_FACTOR: Final = 4  # memory of a build, in units of the constants it bakes
+RESERVE_UNIFIED: Final = 6 * GIB  # the system's and the CUDA context's on a board that shares its memory
+RESERVE_DISCRETE: Final = 1 * GIB  # the CUDA context's
+ITEM_BYTES: Final = {str(dtype): dtype.itemsize for dtype in NUMPY.values()}
+ORIGIN: Final = (
+    f"engine: its constants + {ENGINE_BASE / 1e6:.1f} MB + {ENGINE_LAYER / 1e6:.1f} MB a layer "
+    "(sizes seen with TensorRT for RTX 1.7.1)",
+    f"build: {BUILD_BASE / 1e6:.0f} MB + {BUILD_FACTOR} x the constants (users report 3 to 4 x the model)",
+    "run: all engines of a profile, shared weights once, inputs and outputs, and the values alive at once in one graph",
+    "not yet compared with a build on a device",
+)
+
+
+@dataclass(frozen=True)
+class Totals:
+    """What all engines need together. `weight_bytes` are those of shared weights, on the device once."""
+
+    run_bytes: int  # of the profile that needs most
+    build_peak_bytes: int  # of the graph that needs most; graphs are built one after another
+    disk_bytes: int  # engine files
+    weight_bytes: int
+
+
+def estimate(graph: PreparedGraph) -> Estimate:
+    """The bytes of one engine."""
+    nodes = list(graph.model.graph)
+    constants = _constant_bytes(graph.model.graph)
+    layers = sum(node.op_type in ("Attention", "Softmax") for node in nodes)
+    return Estimate(
+        weight_bytes=constants + sum(weight_bytes(weight) for weight in graph.weight_inputs),
+        engine_bytes=constants + ENGINE_BASE + ENGINE_LAYER * layers,
+        activation_bytes=_peak_activations(nodes),
+        io_bytes=sum(tensor_bytes(tensor) for tensor in (*graph.inputs, *graph.outputs)),
+        build_peak_bytes=BUILD_BASE + BUILD_FACTOR * constants,
+    )
+
+
+def totals(graphs: Sequence[PreparedGraph], estimates: Sequence[Estimate]) -> Totals:
+    """What the engines need together; `estimates` are those of `graphs`."""
+    shared = {weight.name: weight_bytes(weight) for graph in graphs for weight in graph.weight_inputs}
+    lasting: dict[str, int] = {}
+    scratch: dict[str, int] = {}  # engines run one after another in the same memory
+    for graph, one in zip(graphs, estimates, strict=True):
+        lasting[graph.profile] = lasting.get(graph.profile, 0) + one.engine_bytes + one.io_bytes
+        scratch[graph.profile] = max(scratch.get(graph.profile, 0), one.activation_bytes)
+    return Totals(
+        run_bytes=max(lasting[profile] + scratch[profile] for profile in lasting) + sum(shared.values()),
+        build_peak_bytes=max(one.build_peak_bytes for one in estimates),
+        disk_bytes=sum(one.engine_bytes for one in estimates),
+        weight_bytes=sum(shared.values()),
+    )
+
+
+def usable_memory(target: Target, memory_bytes: int | None = None) -> int:
+    """Bytes for engines on the target, or on one of its kind with another memory: without what the system takes."""
+    whole = target.memory_bytes if memory_bytes is None else memory_bytes
+    return whole - (RESERVE_UNIFIED if target.unified_memory else RESERVE_DISCRETE)
+
+
+def tensor_bytes(tensor: TensorRecord) -> int:
+    """Bytes of a tensor."""
+    return prod(tensor.shape) * ITEM_BYTES[tensor.dtype]
+
+
+def weight_bytes(weight: WeightInput) -> int:
+    """Bytes of a weight input on the device."""
+    return tensor_bytes(weight)
+
+
+def _constant_bytes(graph: ir.Graph) -> int:
+    """Bytes of the constants in an engine: in the type they are cast to, where they are only cast."""
+    total = 0
+    for value in graph.initializers.values():
+        users = value.consumers()
+        cast = len(users) == 1 and users[0].op_type == "Cast"
+        dtype = dtype_of(users[0].outputs[0]) if cast else dtype_of(value)
+        total += prod(dims(value)) * NUMPY[dtype].itemsize
+    return total
+
+
+def _peak_activations(nodes: Sequence[ir.Node]) -> int:
+    """Most bytes of values inside the graph that are alive at once, in the order of its nodes; fusion makes it less."""
+    remaining: dict[ir.Value, int] = {}
+    alive = peak = 0
+    for node in nodes:
+        for value in node.outputs:
+            if not value.is_graph_output() and value.uses():
+                remaining[value] = len(value.consumers())
+                alive += _value_bytes(value)
+        peak = max(peak, alive + (_selection_bytes(node) if node.domain == BTP_DOMAIN else 0))
+        for value in {given for given in node.inputs if given in remaining}:
+            remaining[value] -= 1
+            if not remaining[value]:
+                alive -= _value_bytes(value)
+                del remaining[value]
+    return peak
+
+
+def _value_bytes(value: ir.Value) -> int:
+    return prod(dims(value)) * NUMPY[dtype_of(value)].itemsize
+
+
+def _selection_bytes(node: ir.Node) -> int:
+    """Scratch of a custom operator: a body of BtpSelectTokens compares all pairs of tokens, three times in float32."""
+    first = node.inputs[0]
+    assert first is not None
+    batch, tokens = dims(first)[:2]
+    return 3 * 4 * batch * tokens * tokens if node.op_type.startswith(select_tokens.NAME) else 0

@@ -1,0 +1,113 @@
+"""How verification compares, what must hold, and what it found."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from engines.verify.protocol import Array
+from graphs.records.spec import Precision
+
+
+@dataclass(frozen=True)
+class Gates:
+    """What must hold: least cosine, how far the norm ratio may be from 1, least share of equal kept tokens.
+
+    `logit_gap` is what counts as a tie of two tokens, relative to the spread of the logits.
+    """
+
+    cosine: float
+    norm: float
+    agreement: float
+    logit_gap: float
+
+
+# float32: two correct programs differ by rounding, seen at 1 - cosine below 1e-11. One row of one matrix that is off by
+# 5 % moves it by 1e-7; a wrong constant, position or mask by far more. Half precision: one rounding is 2^-11 (float16)
+# or 2^-8 (bfloat16) of a value and grows with the layers; greedy selection turns one flipped near-tie into several
+# other tokens.
+GATES: dict[Precision, Gates] = {
+    "float32": Gates(cosine=1 - 1e-9, norm=1e-4, agreement=0.99, logit_gap=1e-4),
+    "float16": Gates(cosine=0.9995, norm=1e-2, agreement=0.90, logit_gap=1e-2),
+    "bfloat16": Gates(cosine=0.995, norm=3e-2, agreement=0.80, logit_gap=5e-2),
+}
+
+
+@dataclass
+class GraphCheck:
+    """The worst over samples and outputs of one graph; `worst` names where the cosine was lowest."""
+
+    name: str
+    cosine: float = 1.0
+    norm_ratio: float = 1.0
+    max_abs: float = 0.0
+    worst: str = ""
+
+    def add(self, tensor: str, wanted: Array, got: Array) -> None:
+        """Compare one tensor of one sample."""
+        cosine, ratio, gap = compare(wanted, got)
+        if cosine < self.cosine or not np.isfinite(cosine):
+            self.cosine, self.worst = cosine, tensor
+        if abs(ratio - 1) > abs(self.norm_ratio - 1) or not np.isfinite(ratio):
+            self.norm_ratio = ratio
+        self.max_abs = max(self.max_abs, gap) if np.isfinite(gap) else float("inf")
+
+    def holds(self, gates: Gates) -> bool:
+        """Whether it is within the gates."""
+        return self.cosine >= gates.cosine and abs(self.norm_ratio - 1) <= gates.norm
+
+    def as_json(self) -> dict[str, Any]:
+        """Contract keys."""
+        return {
+            "name": self.name,
+            "cosine": self.cosine,
+            "norm_ratio": self.norm_ratio,
+            "max_abs": self.max_abs,
+            "worst": self.worst,
+        }
+
+
+@dataclass
+class Findings:
+    """What verification found so far; `failures` are sentences, empty if everything held."""
+
+    graphs: list[GraphCheck] = field(default_factory=list)
+    kept: list[list[float]] = field(default_factory=list)  # per stage: agreement of each sample, 1.0 for keep 0
+    near_ties: list[str] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+
+    def state(self) -> dict[str, Any]:
+        """Everything, as JSON types."""
+        return asdict(self)
+
+    @staticmethod
+    def restored(state: dict[str, Any]) -> Findings:
+        """The findings that `state` was taken of."""
+        return Findings(**{**state, "graphs": [GraphCheck(**check) for check in state["graphs"]]})
+
+    def kept_agreement(self) -> list[float]:
+        """Mean agreement per stage."""
+        return [float(np.mean(stage)) for stage in self.kept]
+
+
+def compare(wanted: Array, got: Array) -> tuple[float, float, float]:
+    """Cosine, ratio of norms (got / wanted) and largest absolute difference, in float64 over all elements."""
+    a, b = np.asarray(wanted, np.float64).ravel(), np.asarray(got, np.float64).ravel()
+    if a.shape != b.shape:
+        return float("nan"), float("nan"), float("inf")
+    norm_a, norm_b = float(np.linalg.norm(a)), float(np.linalg.norm(b))
+    gap = float(np.abs(a - b).max(initial=0.0))
+    if norm_a == 0.0 or norm_b == 0.0:
+        return (1.0, 1.0, gap) if norm_a == norm_b else (0.0, float("inf") if norm_a == 0 else 0.0, gap)
+    cosine = float(a @ b) / (norm_a * norm_b)
+    return (1.0 if cosine > 1.0 else cosine), norm_b / norm_a, gap  # min() would turn NaN into 1
+
+
+def agreement(wanted: Sequence[int] | Array, got: Sequence[int] | Array) -> float:
+    """Share of `wanted` that `got` holds too; 1.0 if both are empty."""
+    if len(wanted) == 0:
+        return 1.0 if len(got) == 0 else 0.0
+    return len({int(i) for i in wanted} & {int(i) for i in got}) / len(wanted)

@@ -1,0 +1,361 @@
+"""Running graphs that are larger than memory: a part of a graph is open at a time, and all samples go through it.
+
+`StreamedRunner` is a runner for one graph, cut by graphs/building/graph_parts.py. `free_run` generates with the graphs of a profile as
+`Chain` does, from pictures to tokens, but opens every graph once for all samples, and the decode graph once for every
+new token. Shapes and names are those of graphs/interfaces.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import onnx
+from onnx import TensorProto
+
+from engines.runners import Dtype, Runner, TensorSpec
+from engines.verify.protocol import Array
+from graphs.building.graph_parts import Part, has_bfloat16, read_graph, split, wide_weights, widen
+from graphs.files.resume import Sequence as Steps
+from graphs.records.errors import InputError
+from graphs.records.plan import PruningPlan, Segment
+from graphs.records.shapes import ShapeProfile
+
+PART_BYTES = 2**30  # weights in float32 that are open at a time: one layer of a 7B
+
+NUMPY: dict[int, Dtype] = {
+    TensorProto.FLOAT: np.dtype(np.float32),
+    TensorProto.FLOAT16: np.dtype(np.float16),
+    TensorProto.INT32: np.dtype(np.int32),
+}
+
+Seen = Callable[[int, Mapping[str, Array]], None]
+Feeds = Sequence[Mapping[str, Array]]
+Progress = Callable[[int, int, str], None]
+
+
+class ModelOpener(Protocol):
+    """A loader that opens graphs from memory too."""
+
+    def open_model(self, content: bytes, path: Path) -> Runner:
+        """Open a graph whose weights lie where those of the graph at `path` do."""
+
+
+def run_each(runner: Runner, feeds: Feeds, see: Seen) -> None:
+    """Run a graph on every feed; `see(number, outputs)` gets all outputs, perhaps in several parts, in graph order."""
+    if isinstance(runner, StreamedRunner):
+        runner.run_each(feeds, see)
+        return
+    for number, feed in enumerate(feeds):
+        see(number, runner.run(feed))
+
+
+class Shares:
+    """Progress over several graphs, each with a share by its weights."""
+
+    def __init__(self, files: Sequence[Path], progress: Progress | None) -> None:
+        self._sizes = [wide_weights(read_graph(path)) + 2**20 for path in files]
+        self._progress = progress
+
+    def of(self, number: int) -> Progress:
+        """A progress function for one of them."""
+        before, size, everything = sum(self._sizes[:number]), self._sizes[number], sum(self._sizes)
+
+        def report(done: int, total: int, text: str) -> None:
+            if self._progress is not None:
+                self._progress(before + size * done // total, everything, text)
+
+        return report
+
+
+class StreamedRunner:
+    """One graph, opened part by part. bfloat16 graphs compute in float32 (see graphs/building/graph_parts.py)."""
+
+    def __init__(self, path: Path, loader: ModelOpener, *, most: int = PART_BYTES, progress: Progress | None = None):
+        if not path.is_file():
+            raise InputError(f"no graph {path}", wanted="a complete bundle", do="export it again")
+        model = read_graph(path)
+        if has_bfloat16(model):
+            model = widen(model)
+        self.inputs = {value.name: _spec(value, path) for value in model.graph.input}
+        self.outputs = {value.name: _spec(value, path) for value in model.graph.output}
+        self._parts: list[Part] = split(model, most)
+        self._path, self._loader, self._progress = path, loader, progress
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """All outputs of one set of inputs."""
+        outputs: dict[str, Array] = {}
+        self.run_each([inputs], lambda _, part: outputs.update(part))
+        return outputs
+
+    def bind(self, inputs: Any, outputs: Any) -> Any:
+        """Not for loops: parts are opened for every run."""
+        raise NotImplementedError("a streamed graph is run, not bound")
+
+    def run_each(self, feeds: Feeds, see: Seen) -> None:
+        """Every feed through the first part, then every feed through the next, and so on."""
+        carried: list[dict[str, Array]] = [{} for _ in feeds]
+        steps = len(self._parts) * len(feeds)
+        for number, part in enumerate(self._parts):
+            runner = self._loader.open_model(part.model.SerializeToString(), self._path)
+            later = {name for rest in self._parts[number + 1 :] for name in rest.inputs}
+            for place, feed in enumerate(feeds):
+                held = carried[place]
+                given = {name: held[name] if name in held else feed[name] for name in part.inputs}
+                made = runner.run(given)
+                see(place, {name: value for name, value in made.items() if name in self.outputs})
+                carried[place] = {name: value for name, value in (held | made).items() if name in later}
+                if self._progress is not None:
+                    self._progress(number * len(feeds) + place + 1, steps, self._path.stem)
+            del runner
+
+
+def _spec(value: onnx.ValueInfoProto, path: Path) -> TensorSpec:
+    kind = value.type.tensor_type
+    if kind.elem_type not in NUMPY or not all(dim.HasField("dim_value") for dim in kind.shape.dim):
+        raise InputError(
+            f"{path.name}: {value.name} has no static shape or a type that is not float32, float16 or int32",
+            wanted="graphs as exported",
+            do="export the bundle again",
+        )
+    return TensorSpec(value.name, NUMPY[kind.elem_type], tuple(dim.dim_value for dim in kind.shape.dim))
+
+
+# -- generation ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a prefill takes, for the B samples of a profile: see `Chain.prefill`."""
+
+    pixel_values: Array
+    prefix: Array  # [B,P,C]
+    text: Array  # [B,T,C]
+    last: Array  # [B]
+
+
+@dataclass
+class BatchRun:
+    """A batch on its way: what flows between graphs, and what generation needs afterwards."""
+
+    flow: dict[str, Array] = field(default_factory=dict)
+    caches: dict[str, Array] = field(default_factory=dict)  # key_<l> and value_<l>: [B,K,cap_i,D]
+    lengths: dict[int, Array] = field(default_factory=dict)  # by segment [B]
+    kept: dict[int, Array] = field(default_factory=dict)  # by stage [B,k], among the tokens it chose from
+    tokens: list[list[int]] = field(default_factory=list)  # by sample
+    logits: Array | None = None
+
+    def state(self) -> tuple[dict[str, Array], dict[str, Any]]:
+        """Everything, as tensors and JSON types."""
+        tensors = {f"flow.{name}": value for name, value in self.flow.items()}
+        tensors |= {f"caches.{name}": value for name, value in self.caches.items()}
+        tensors |= {f"lengths.{number}": value for number, value in self.lengths.items()}
+        tensors |= {f"kept.{number}": value for number, value in self.kept.items()}
+        if self.logits is not None:
+            tensors["logits."] = self.logits
+        return tensors, {"tokens": self.tokens}
+
+    @staticmethod
+    def restored(tensors: Mapping[str, Array], meta: Mapping[str, Any]) -> BatchRun:
+        """The run that `state` was taken of."""
+        run = BatchRun(tokens=[list(ids) for ids in meta["tokens"]])
+        for name, value in tensors.items():
+            kind, _, rest = name.partition(".")
+            array = np.array(value)
+            if kind in ("flow", "caches"):
+                getattr(run, kind)[rest] = array
+            elif kind in ("kept", "lengths"):
+                getattr(run, kind)[int(rest)] = array
+            elif kind == "logits":
+                run.logits = array
+        return run
+
+
+class FreeRunner:
+    """Greedy generation with the graphs of one profile, all batches at a time.
+
+    Args:
+        graphs: file of each graph by name.
+        plan, profile, rope: as for `Chain`.
+        open_graph: gives a runner for a file, streamed or not, that may tell how far it is.
+        embed: embedding rows [n, C] of ids [n].
+        steps: where checkpoints go, if anywhere.
+    """
+
+    def __init__(
+        self,
+        graphs: Mapping[str, Path],
+        *,
+        plan: PruningPlan,
+        profile: ShapeProfile,
+        rope: tuple[Array, Array],
+        open_graph: Callable[[Path, Progress], Runner],
+        embed: Callable[[Array], Array],
+        steps: Steps | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        self._graphs, self._plan, self._profile, self._rope = graphs, plan, profile, rope
+        self._open_graph, self._embed, self._steps, self._progress = open_graph, embed, steps, progress
+
+    def run(self, batches: Sequence[Batch], *, tokens: int, ends: Sequence[int]) -> list[BatchRun]:
+        """`tokens` new tokens for every sample, or fewer where an end token comes."""
+        names = [*self._prefill_names(), *["decode"] * (tokens - 1)]
+        runs = [BatchRun() for _ in batches]
+        latest = self._steps.resume("the free run") if self._steps is not None else None
+        done = latest.number if latest is not None else 0
+        if latest is not None:
+            runs = _restored(latest.tensors, latest.meta)
+        shares = Shares([self._graphs[name] for name in names[done:]], self._progress)
+        for number, name in enumerate(names[done:], done):
+            runner = self._open_graph(self._graphs[name], shares.of(number - done))
+            if name == "decode":
+                self._decode(runner, runs, batches, ends)
+            else:
+                self._prefill_graph(name, runner, batches, runs)
+            if self._steps is not None and self._steps.due:
+                self._steps.save(number + 1, *_state(runs))
+        return runs
+
+    def _prefill_names(self) -> list[str]:
+        if "prefill" in self._graphs:
+            return ["prefill"]
+        names = ["vision"]
+        for segment in self._plan.segments():
+            names += [] if segment.stage is None else [f"select_{segment.stage}"]
+            names.append(f"prefill_{segment.index}")
+        return [*names, "head"]
+
+    def _prefill_graph(self, name: str, runner: Runner, batches: Sequence[Batch], runs: list[BatchRun]) -> None:
+        feeds: list[Mapping[str, Array]]
+        if name in ("vision", "prefill"):
+            feeds = [self._inputs(batch) for batch in batches]
+        else:
+            feeds = [run.flow for run in runs]
+        feeds = [{part: _as(feed[part], runner.inputs[part]) for part in runner.inputs} for feed in feeds]
+        run_each(runner, feeds, lambda place, made: self._take(name, batches[place], runs[place], made))
+
+    def _inputs(self, batch: Batch) -> dict[str, Array]:
+        """Inputs of the vision graph and of a whole prefill."""
+        tokens = self._profile.total_tokens
+        cos, sin = (np.broadcast_to(table[:tokens], (len(batch.last), *table[:tokens].shape)) for table in self._rope)
+        inputs = {"pixel_values": batch.pixel_values, "prefix": batch.prefix, "text": batch.text}
+        return inputs | {"cos": cos, "sin": sin, "last": batch.last}
+
+    def _take(self, name: str, batch: Batch, run: BatchRun, made: Mapping[str, Array]) -> None:
+        """Put a graph's outputs where they belong; they may come in several parts."""
+        kind, _, number = name.partition("_")
+        if kind == "vision" and "image_features" in made:
+            rows = np.concatenate([batch.prefix, made["image_features"].astype(batch.prefix.dtype), batch.text], axis=1)
+            run.flow = self._inputs(batch) | {"hidden": rows}
+            self._begin_segment(run)
+            return
+        for output, value in made.items():
+            part, _, rest = output.partition("_")
+            if part in ("key", "value"):
+                self._cache(run, output, int(rest), value)
+            elif part == "indices":
+                run.kept[int(rest or number)] = value
+            elif output == "logits":
+                self._choose(run, value)
+            elif output == "query":
+                run.flow["query"] = value
+            elif part == "last" and kind == "prefill" and rest:  # of a whole prefill, by segment
+                run.lengths[int(rest)] = value.astype(np.int32) + 1
+        if kind == "select":
+            run.flow = {part: made[f"{part}_out"] for part in ("hidden", "cos", "sin", "last")}
+            self._begin_segment(run)
+        elif "hidden_out" in made:
+            run.flow["hidden"] = made["hidden_out"]
+
+    def _begin_segment(self, run: BatchRun) -> None:
+        """The next segment sees what flows now. With a stage at layer 0 there is no segment in front of it."""
+        first = self._plan.segments()[0]
+        if not run.lengths and first.stage is not None and run.flow["hidden"].shape[1] == self._profile.total_tokens:
+            return
+        run.lengths[len(run.lengths)] = np.asarray(run.flow["last"], np.int32) + 1
+
+    def _cache(self, run: BatchRun, name: str, layer: int, rows: Array) -> None:
+        segment = self._segment(layer)
+        capacity = self._profile.capacity_with(segment.image_tokens)
+        cache = np.zeros((*rows.shape[:2], capacity, rows.shape[3]), rows.dtype)
+        cache[:, :, : rows.shape[2]] = rows
+        run.caches[name] = cache
+        if name.startswith("key_"):
+            run.flow["key"] = rows
+
+    def _segment(self, layer: int) -> Segment:
+        return next(segment for segment in self._plan.segments() if segment.start <= layer < segment.stop)
+
+    def _choose(self, run: BatchRun, logits: Array) -> None:
+        run.logits = logits
+        best = logits.argmax(axis=1)
+        run.tokens = run.tokens or [[] for _ in best]
+        for ids, token in zip(run.tokens, best, strict=True):
+            ids.append(int(token))
+        run.flow = {}
+
+    def _decode(self, runner: Runner, runs: list[BatchRun], batches: Sequence[Batch], ends: Sequence[int]) -> None:
+        """One token more for every sample; after its end token a sample goes on, and `run`'s reader stops there."""
+        if all(set(ids) & set(ends) for run in runs for ids in run.tokens):
+            return
+        feeds = [_DecodeFeed(self, runner, run, batch) for run, batch in zip(runs, batches, strict=True)]
+        run_each(runner, feeds, lambda place, made: self._take_token(runs[place], made))
+        for run in runs:
+            run.lengths = {number: lengths + 1 for number, lengths in run.lengths.items()}
+
+    def _take_token(self, run: BatchRun, made: Mapping[str, Array]) -> None:
+        for output, value in made.items():
+            if output == "logits":
+                self._choose(run, value)
+                continue
+            lengths = run.lengths[self._segment(int(output.partition("_")[2])).index]
+            for sample, row in enumerate(lengths):
+                run.caches[output][sample, :, row] = value[sample, :, 0]
+
+    def token_inputs(self, run: BatchRun, batch: Batch) -> dict[str, Array]:
+        """hidden [B,1,C], cos and sin [B,1,D/2] of each sample's latest token, and the caches' lengths."""
+        made = len(run.tokens[0])
+        places = np.asarray(batch.last, np.int64) + made
+        inputs = {"hidden": self._embed(np.array([ids[-1] for ids in run.tokens]))[:, None]}
+        inputs |= {name: table[places][:, None] for name, table in zip(("cos", "sin"), self._rope, strict=True)}
+        return inputs | {f"length_{number}": lengths for number, lengths in run.lengths.items()}
+
+
+class _DecodeFeed(Mapping[str, Array]):
+    """Inputs of one decode step, each made when it is asked for: together the caches are many."""
+
+    def __init__(self, owner: FreeRunner, runner: Runner, run: BatchRun, batch: Batch) -> None:
+        self._runner, self._run, self._token = runner, run, owner.token_inputs(run, batch)
+
+    def __getitem__(self, name: str) -> Array:
+        value = self._run.caches[name.removeprefix("past_")] if name.startswith("past_") else self._token[name]
+        return _as(value, self._runner.inputs[name])
+
+    def __iter__(self) -> Any:
+        return iter(self._runner.inputs)
+
+    def __len__(self) -> int:
+        return len(self._runner.inputs)
+
+
+def _as(value: Array, spec: TensorSpec) -> Array:
+    """The array in the type the graph takes."""
+    return np.ascontiguousarray(value, dtype=spec.dtype)
+
+
+def _state(runs: Sequence[BatchRun]) -> tuple[dict[str, Array], list[Any]]:
+    states = [run.state() for run in runs]
+    tensors = {f"{place}/{name}": value for place, (part, _) in enumerate(states) for name, value in part.items()}
+    return tensors, [meta for _, meta in states]
+
+
+def _restored(tensors: Mapping[str, Array], meta: Sequence[Any]) -> list[BatchRun]:
+    runs = []
+    for place, one in enumerate(meta):
+        start = f"{place}/"
+        mine = {name.removeprefix(start): value for name, value in tensors.items() if name.startswith(start)}
+        runs.append(BatchRun.restored(mine, one))
+    return runs
