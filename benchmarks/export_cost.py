@@ -51,9 +51,9 @@ def child_graphs(checkpoint: str, out: str) -> None:
     import torch  # noqa: F401
     import transformers  # noqa: F401
 
-    from btp_export.export import Options, default_precision, make_profiles
-    from btp_export.models import open_model
-    from btp_export.plans import plan_for
+    from btp_export.exporting import Options, default_precision, make_profiles
+    from btp_export.model.open_model import open_model
+    from btp_export.planning.plan_files import plan_for
     from graphs.building.decoder_graphs import build_decoder_graphs
     from graphs.files.bundle import write_graphs
 
@@ -75,7 +75,9 @@ def child_export(checkpoint: str, out: str) -> None:
     import torch  # noqa: F401
     import transformers  # noqa: F401
 
-    from btp_export import cli, export  # noqa: F401
+    from btp_export import (
+        cli,
+    )
 
     def work() -> None:
         arguments = ["export", "--model", checkpoint, "--plan", "btp-paper", "--link", "hard", "--out", out, "--json"]
@@ -181,7 +183,7 @@ def sparse_checkpoint(folder: Path, model: str, layers: int | None) -> None:
     """
     import numpy as np
 
-    from btp_export.dummy import DTYPES, configured, in_shards, save_processor, tensor_bits, tensor_shapes
+    from btp_export.dummy.checkpoints import DTYPES, configured, in_shards, save_processor, tensor_bits, tensor_shapes
     from graphs.files.safetensors_file import header_bytes, tensor_offsets
 
     config, _ = configured(model, layers=layers)
@@ -211,7 +213,7 @@ def decoder_alone(folder: Path, model: str, layers: int, *, weights: bool) -> No
     from transformers import AutoModelForCausalLM
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    from btp_export.dummy import build_tokenizer, configured
+    from btp_export.dummy.checkpoints import build_tokenizer, configured
     from graphs.files.safetensors_file import header_bytes
 
     config, _ = configured(model, layers=layers)
@@ -299,7 +301,7 @@ def line_through(found: Mapping[int, Mapping[str, Any]], layers: int) -> dict[st
 
 def measure(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     """Everything, one child after another."""
-    from btp_export.dummy import configured
+    from btp_export.dummy.checkpoints import configured
 
     config, _ = configured(options.model, layers=options.layers)
     layers = config["text_config"]["num_hidden_layers"]

@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from btp_export import console
-from btp_export.cache import cache_folder
-from btp_export.dummy import dummy_checkpoint
-from btp_export.export import Options, export_bundle
-from btp_export.models import open_model
+from btp_export.dummy.checkpoints import dummy_checkpoint
+from btp_export.exporting import Options, export_bundle
+from btp_export.model.cache_folder import cache_folder
+from btp_export.model.open_model import open_model
 from engines.targets import GIB, find_target
 from engines.tensorrt.build.build import build
 from engines.tensorrt.build.machine import builder_for

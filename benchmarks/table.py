@@ -27,10 +27,10 @@ LEVEL = 0.05  # of the paired test
 def measure(samples: int, seed: int, threads: int | None) -> dict[str, Any]:
     """All rows, each with its comparison to btp at the same budget."""
     from btp_export import console
-    from btp_export.calibration import CalibrationSettings, calibrate_model
-    from btp_export.evaluate import evaluate_plans
-    from btp_export.export import Options, export_bundle
-    from btp_export.models import open_model
+    from btp_export.exporting import Options, export_bundle
+    from btp_export.measuring.evaluate import evaluate_plans
+    from btp_export.model.open_model import open_model
+    from btp_export.planning.study import CalibrationSettings, calibrate_model
     from calibrate.place.ablations import ablations
 
     model = open_model("demo")
@@ -59,8 +59,8 @@ def measure(samples: int, seed: int, threads: int | None) -> dict[str, Any]:
 
 def _plans(spec: Any, own: Any) -> list[tuple[str, Any]]:
     """btp and every baseline at its average tokens."""
-    from btp_export.evaluate import DEFAULT_PLANS
-    from btp_export.plans import plan_for
+    from btp_export.measuring.evaluate import DEFAULT_PLANS
+    from btp_export.planning.plan_files import plan_for
 
     return [
         (name, own if name == OWN else plan_for(name, spec, average_tokens=own.average_tokens))

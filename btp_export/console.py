@@ -157,7 +157,7 @@ class _LiveBar(Bar):
 
 def dummy_lines(result: Mapping[str, Any]) -> list[str]:
     """What must stand above the results of a bundle with made-up weights; nothing for any other."""
-    from btp_export.dummy import SENTENCE
+    from btp_export.dummy.checkpoints import SENTENCE
 
     return [SENTENCE] if result.get("dummy_weights") else []
 

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from btp_export import console
-from btp_export.calibration import CalibrationSettings
-from btp_export.export import Options, check_plan, check_target, export_into
-from btp_export.models import DummyWeights, open_model
-from btp_export.planning import choose_plan
+from btp_export.exporting import Options, check_plan, check_target, export_into
+from btp_export.model.open_model import DummyWeights, open_model
+from btp_export.planning.choose_plan import choose_plan
+from btp_export.planning.study import CalibrationSettings
 from btp_export.report import write_report
 from btp_export.report.collect import Settings, collect
 from engines.targets import Target, find_target
@@ -115,7 +115,7 @@ class Engines:
 
     def build(self, out: Path, report: console.Report) -> dict[str, Any]:
         """Build them in the bundle at `out`; gives the document of `btp-export build`."""
-        from btp_export.building import build_engines
+        from btp_export.engine_inputs import build_engines
 
         try:
             plan = outline(Bundle.open(out), self.target, self.builder.wishes)

@@ -78,7 +78,7 @@ def make_tiny(demo: Path, folder: Path, **text: Any) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> BundleMaker:
-    """`tiny_bundle(plan=None, **options)`: a bundle of the tiny model, options of btp_export.export.Options."""
+    """`tiny_bundle(plan=None, **options)`: a bundle of the tiny model, options of btp_export.exporting.Options."""
     return _bundle_maker(tiny_checkpoint, tmp_path_factory, defaults={"text_tokens": 16, "new_tokens": 12})
 
 
@@ -93,8 +93,8 @@ def _bundle_maker(checkpoint: Path, folders: pytest.TempPathFactory, defaults: d
 
     def make(plan: Any = None, **options: Any) -> Any:
         """Export once for each set of options (the vision graph takes seconds), then derive each plan from that."""
-        from btp_export.export import Options, export_bundle
-        from btp_export.models import open_model
+        from btp_export.exporting import Options, export_bundle
+        from btp_export.model.open_model import open_model
         from graphs.files.bundle import derive
 
         chosen = defaults | options

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 if TYPE_CHECKING:
-    from btp_export.calibration import CalibrationSettings
-    from btp_export.export import Options
-    from btp_export.models import DummyWeights, Model
+    from btp_export.exporting import Options
+    from btp_export.model.open_model import DummyWeights, Model
+    from btp_export.planning.study import CalibrationSettings
 
 MODEL_HELP = "demo, llava-1.5-7b, llava-1.5-13b, llava-1.6-7b, qwen2.5-vl-7b, a checkpoint folder, or a hub id."
 
@@ -108,7 +108,7 @@ def export_options(
     link: Literal["auto", "hard", "copy"],
 ) -> "Options":
     """The export's options from the command line's. Raises InputError for a count below 1."""
-    from btp_export.export import Options
+    from btp_export.exporting import Options
     from graphs.records.errors import InputError
 
     for flag, count in (("--batch", batch), ("--text-tokens", text_tokens), ("--max-new-tokens", max_new_tokens)):
@@ -139,7 +139,7 @@ def parse_image_size(text: str) -> tuple[int, int]:
 
 def dummy_weights(asked: bool, *, seed: int, layers: int | None) -> "DummyWeights | None":
     """What the three options say together. Raises InputError for the others without the first."""
-    from btp_export.models import DummyWeights
+    from btp_export.model.open_model import DummyWeights
     from graphs.records.errors import InputError
 
     if not asked and (layers is not None or seed):
@@ -151,7 +151,7 @@ def dummy_weights(asked: bool, *, seed: int, layers: int | None) -> "DummyWeight
 def open_chosen(model: str, dummy: "DummyWeights | None") -> "Model":
     """The model, with a progress bar where dummy weights have to be made, and a word that they are dummies."""
     from btp_export.console import dummy_lines, note, progress
-    from btp_export.models import open_model
+    from btp_export.model.open_model import open_model
 
     with progress("opening") as bar:
         opened = open_model(model, dummy, report=bar)
@@ -164,7 +164,7 @@ def calibration_settings(
     *, images: str | None, samples: int, compression: float | None, keep: str | None, seed: int
 ) -> "CalibrationSettings":
     """The calibration's settings from the command line's. Raises InputError for settings out of range."""
-    from btp_export.calibration import CalibrationSettings, check_settings, parse_keep
+    from btp_export.planning.study import CalibrationSettings, check_settings, parse_keep
 
     settings = CalibrationSettings(
         images=images,

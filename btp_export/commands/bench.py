@@ -21,7 +21,7 @@ def command(
     as_json: JsonOption = False,
 ) -> None:
     """Measure prefill, selection, decoding and caches beside the same model without pruning."""
-    from btp_export.bench import measure
+    from btp_export.measuring.bench import measure
     from graphs.files.bundle import Bundle
 
     opened = Bundle.open(bundle)

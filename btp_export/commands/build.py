@@ -41,7 +41,7 @@ def command(
     as_json: JsonOption = False,
 ) -> int:
     """Build TensorRT engines; without TensorRT, write what the device needs to build and profile them."""
-    from btp_export.building import build_engines
+    from btp_export.engine_inputs import build_engines
     from engines.targets import find_target
     from engines.tensorrt.build.machine import builder_for
     from engines.tensorrt.prepare.build_plan import Wishes, outline

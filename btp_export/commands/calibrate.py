@@ -10,8 +10,8 @@ from btp_export.console import JsonOption, emit, note, progress
 from graphs.records.errors import InputError
 
 if TYPE_CHECKING:
-    from btp_export.calibration import CalibrationSettings
-    from btp_export.models import DummyWeights
+    from btp_export.model.open_model import DummyWeights
+    from btp_export.planning.study import CalibrationSettings
 
 METHOD, BUDGET = "The method's switches", "Budget"
 
@@ -135,7 +135,7 @@ def command(
     as_json: JsonOption = False,
 ) -> None:
     """Measure on a few pictures where image tokens can be pruned, and make the balanced plan."""
-    from btp_export.calibration import (
+    from btp_export.planning.study import (
         DEFAULT_SAMPLES,
         TUNED_SAMPLES,
         CalibrationSettings,
@@ -188,9 +188,9 @@ def _one(
     force: bool,
     as_json: bool,
 ) -> None:
-    from btp_export.calibration import calibrate_model, default_profile
-    from btp_export.calibration_tables import show_calibration
-    from btp_export.plans import check_out, summary, write_plan_file
+    from btp_export.planning.plan_files import check_out, summary, write_plan_file
+    from btp_export.planning.study import calibrate_model, default_profile
+    from btp_export.planning.study_tables import show_calibration
 
     if out is not None:
         check_out(out, force=force)
@@ -215,9 +215,9 @@ def _front(
     force: bool,
     as_json: bool,
 ) -> None:
-    from btp_export.calibration import calibration_work, default_profile, open_study
-    from btp_export.calibration_tables import show_front
-    from btp_export.fronts import check_folder, front_document, write_front
+    from btp_export.planning.plan_folder import check_folder, front_document, write_front
+    from btp_export.planning.study import calibration_work, default_profile, open_study
+    from btp_export.planning.study_tables import show_front
     from calibrate.place.pareto import front, requests
 
     opened = options.open_chosen(model, weights)

@@ -31,7 +31,7 @@ def command(
     as_json: JsonOption = False,
 ) -> None:
     """Measure how many answers stay right under each plan, at equal average tokens."""
-    from btp_export.evaluate import DEFAULT_PLANS, evaluate_bundle, parse_budgets
+    from btp_export.measuring.evaluate import DEFAULT_PLANS, evaluate_bundle, parse_budgets
     from graphs.files.bundle import Bundle
 
     names = DEFAULT_PLANS if plans is None else [name.strip() for name in plans.split(",")]

@@ -32,8 +32,8 @@ def command(
     as_json: JsonOption = False,
 ) -> None:
     """Export a model with a pruning plan: the bundle of ONNX graphs, without verification and report."""
-    from btp_export.export import check_target, export_bundle
-    from btp_export.planning import choose_plan
+    from btp_export.exporting import check_target, export_bundle
+    from btp_export.planning.choose_plan import choose_plan
 
     chosen = options.export_options(
         batch=batch,

@@ -93,7 +93,7 @@ def _render(result: dict[str, Any]) -> Any:
 
     from btp_export.commands import bench, build
     from btp_export.commands import eval as evaluation
-    from btp_export.plans import show
+    from btp_export.planning.plan_files import show
 
     verified = result["verify"]
     worst = min((graph["cosine"] for graph in verified["graphs"]), default=1.0)

@@ -58,8 +58,8 @@ def command(
     as_json: JsonOption = False,
 ) -> None:
     """Show a plan: its stages, the tokens each layer sees and what it saves. Presets are scaled to --model."""
-    from btp_export.calibration import parse_shares, parse_stages
-    from btp_export.plans import show, summary, write_plan_file
+    from btp_export.planning.plan_files import show, summary, write_plan_file
+    from btp_export.planning.study import parse_shares, parse_stages
 
     if list_presets:
         emit({"presets": _presets()}, as_json=as_json, render=_show_presets)
@@ -107,9 +107,9 @@ def _plan(name: str, model: str | None, compression: float | None, image_size: t
 def _plan_for_model(
     choice: str, model: str, compression: float | None, image_size: tuple[int, int] | None
 ) -> "PruningPlan":
-    from btp_export.calibration import default_profile
-    from btp_export.models import open_model
-    from btp_export.plans import plan_for
+    from btp_export.model.open_model import open_model
+    from btp_export.planning.plan_files import plan_for
+    from btp_export.planning.study import default_profile
     from graphs.records.match_plan import plan_for_profile, spec_at
 
     opened = open_model(model)

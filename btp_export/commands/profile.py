@@ -24,7 +24,7 @@ def command(
     as_json: JsonOption = False,
 ) -> None:
     """Time vision, each prefill segment, each selection, head and decode step, beside the device's limits."""
-    from btp_export.profile import profile_engines
+    from btp_export.profiling.profile import profile_engines
     from engines.tensorrt.trtexec import TrtexecError
     from graphs.files.bundle import Bundle
 
@@ -43,7 +43,7 @@ def command(
 def _plot(result: Mapping[str, Any]) -> Path | None:
     """Draw it beside the document; None where the packages of the report are not installed."""
     try:
-        from btp_export.profile_plot import write_svg
+        from btp_export.profiling.plot import write_svg
     except ModuleNotFoundError as error:
         note(f'note: no plot, {error.name} is not installed: pip install "btp-export[report]"')
         return None
@@ -57,8 +57,8 @@ def show(result: Mapping[str, Any]) -> Any:
     from rich.console import Group
 
     from btp_export.console import table
-    from btp_export.profile import FAR
-    from btp_export.profile_lines import part_rows
+    from btp_export.profiling.profile import FAR
+    from btp_export.profiling.rows import part_rows
 
     columns = ["part", "limit", "tokens", "GFLOP", "MB", "full ms", "ms", "best", "share"]
     rows = [
@@ -115,7 +115,7 @@ def _ratio(part: Mapping[str, float]) -> str:
 
 
 def _lines(result: Mapping[str, Any]) -> list[str]:
-    from btp_export.profile_lines import break_even_line, summary_lines
+    from btp_export.profiling.rows import break_even_line, summary_lines
 
     lines = [*summary_lines(result), break_even_line(result)]
     if result["compare"]:

@@ -9,7 +9,7 @@ from btp_export.commands import _options as options
 from btp_export.console import JsonOption, dummy_lines, emit, note, stream
 
 if TYPE_CHECKING:
-    from btp_export.runtime import BundleModel, Generation
+    from btp_export.running.runtime import BundleModel, Generation
 
 
 def command(
@@ -42,8 +42,8 @@ def command(
     as_json: JsonOption = False,
 ) -> None:
     """Generate text about a picture; it is shown as it comes."""
-    from btp_export.pictures import open_picture, profile_for
-    from btp_export.runtime import load
+    from btp_export.model.pictures import open_picture, profile_for
+    from btp_export.running.runtime import load
     from graphs.files.bundle import Bundle
 
     pictures = [open_picture(path) for path in image]
@@ -99,7 +99,7 @@ def _check_show(path: Path, samples: int) -> None:
 
 
 def _draw(model: "BundleModel", picture: Any, answer: "Generation", path: Path) -> None:
-    from btp_export.report.draw import draw_kept
+    from btp_export.drawing.kept_tokens import draw_kept
 
     kept = iter(answer.kept)
     stages = [next(kept).tolist() if stage.keep else [] for stage in model.plan.stages]

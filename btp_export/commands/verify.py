@@ -29,7 +29,7 @@ def command(
     as_json: JsonOption = False,
 ) -> int:
     """Check every graph of a bundle, its kept tokens and its text against transformers' own modelling code."""
-    from btp_export.verify import verify_profiles
+    from btp_export.measuring.verify import verify_profiles
     from graphs.files.bundle import Bundle
 
     with progress("verifying") as bar:

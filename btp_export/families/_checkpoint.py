@@ -78,7 +78,7 @@ def count_prefix_tokens(folder: Path, image_token_id: int) -> int:
             do='add it, or say where the image stands in btp.json: {"prefix_tokens": N}',
         ) from error
     bos = processor.tokenizer.bos_token
-    # A template that writes the begin token itself does not get a second one (btp_export/prompting.py).
+    # A template that writes the begin token itself does not get a second one (btp_export/model/prompting.py).
     ids = processor.tokenizer(text, add_special_tokens=not (bos and text.startswith(bos)))["input_ids"]
     if image_token_id not in ids:
         raise InputError(

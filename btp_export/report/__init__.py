@@ -5,8 +5,8 @@
 `write_report` only writes what it is given; `btp_export.commands.report` does the measuring for an existing bundle.
 """
 
+from btp_export.drawing.kept_tokens import draw_kept
 from btp_export.report.data import Machine, Picture, ReportData, machine, original_indices
-from btp_export.report.draw import draw_kept
 from btp_export.report.write import write_report
 
 __all__ = ["Machine", "Picture", "ReportData", "draw_kept", "machine", "original_indices", "write_report"]

@@ -39,11 +39,11 @@ def collect(
     Raises InputError for settings that cannot be used, as the parts do.
     """
     check_settings(settings)
-    from btp_export.bench import measure
-    from btp_export.evaluate import evaluate_bundle
-    from btp_export.profile import saved_profiles
-    from btp_export.streamed import too_large
-    from btp_export.verify import verify_profiles
+    from btp_export.measuring.bench import measure
+    from btp_export.measuring.evaluate import evaluate_bundle
+    from btp_export.measuring.verify import verify_profiles
+    from btp_export.profiling.profile import saved_profiles
+    from btp_export.running.streamed import too_large
 
     with phase("verify") as report:
         verification = verify_profiles(bundle, threads=settings.threads, device="auto", report=report, note=note)
@@ -86,7 +86,7 @@ def budgets(bundle: Bundle) -> list[float] | None:
 
     None, which is the bundle's own budget alone, if nothing is pruned or some plan cannot meet the smaller one.
     """
-    from btp_export.evaluate import DEFAULT_PLANS, resolve_budgets
+    from btp_export.measuring.evaluate import DEFAULT_PLANS, resolve_budgets
 
     own = bundle.plan.compression
     wanted = [own, 1 - (1 - own) / 2]
@@ -110,7 +110,7 @@ def scene_pictures(
     bundle: Bundle, *, count: int = PICTURES, seed: int = 0, threads: int | None = None
 ) -> list[Picture]:
     """Scenes of the calibration split with the bundle's answers and the tokens that each stage kept."""
-    from btp_export.runtime import load
+    from btp_export.running.runtime import load
     from calibrate.data.samples import scene_samples
 
     chosen = scene_samples(count, seed=seed, split="calibration").samples

@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
-from btp_export.profile_lines import break_even_line, summary_lines
-from btp_export.profile_plot import part_bars
-from btp_export.report.figures import both
+from btp_export.drawing.figures import both
+from btp_export.profiling.plot import part_bars
+from btp_export.profiling.rows import break_even_line, summary_lines
 
 
 def engine_views(document: Mapping[str, Any]) -> list[dict[str, Any]]:

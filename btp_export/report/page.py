@@ -10,9 +10,9 @@ from typing import Any
 from markupsafe import Markup
 from PIL import Image
 
-from btp_export.report import figures
+from btp_export.drawing import figures
+from btp_export.drawing.kept_tokens import draw_stage, fit, panel_size
 from btp_export.report.data import Picture
-from btp_export.report.draw import draw_stage, fit, panel_size
 from btp_export.report.engines import engine_views
 
 TEMPLATE = "template.html.j2"

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from btp_export import cli
-from btp_export.export import Options, make_profiles
-from btp_export.models import open_model
-from btp_export.plans import plan_for
-from btp_export.runtime import load
-from btp_export.verify import verify_profiles
+from btp_export.exporting import Options, make_profiles
+from btp_export.measuring.verify import verify_profiles
+from btp_export.model.open_model import open_model
+from btp_export.planning.plan_files import plan_for
+from btp_export.running.runtime import load
 from graphs.files.bundle import Bundle, derive, write_manifest, write_plan
 from graphs.records.errors import InputError
 from graphs.records.match_plan import plan_for_profile, spec_at

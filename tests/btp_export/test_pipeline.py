@@ -33,8 +33,10 @@ def test_what_does_not_verify_is_not_put_in_place(
 ) -> None:
     """Only the verdict is made up; everything before it is real, and nothing is measured after it."""
     verdict = {"passed": False, "failures": ["prefill_1: cosine 0.7", "select_0", "head"]}
-    monkeypatch.setattr("btp_export.verify.verify_bundle", lambda *_, **__: verdict)
-    monkeypatch.setattr("btp_export.bench.measure", lambda *_, **__: pytest.fail("measured before it was verified"))
+    monkeypatch.setattr("btp_export.measuring.verify.verify_bundle", lambda *_, **__: verdict)
+    monkeypatch.setattr(
+        "btp_export.measuring.bench.measure", lambda *_, **__: pytest.fail("measured before it was verified")
+    )
     arguments = ["--model", str(tiny_checkpoint), "--out", str(tmp_path / "b"), "--plan", "vtw", *SHAPES]
     assert main([*arguments, "--json"]) == 1
     captured = capsys.readouterr()

@@ -93,7 +93,7 @@ def test_seed_decides_sampling(run: Run, bundle: Path, picture: Path) -> None:
 
 
 def test_kept_tokens_are_drawn(run: Run, bundle: Path, picture: Path, tmp_path: Path) -> None:
-    pytest.importorskip("btp_export.report.draw")
+    pytest.importorskip("btp_export.drawing.kept_tokens")
     target = tmp_path / "kept.png"
     code, _, err = run("run", bundle, "--image", picture, "--prompt", PROMPT, "--show", target)
     assert code == 0 and str(target) in err

@@ -20,11 +20,11 @@ import torch
 from PIL import Image
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from btp_export.export import Options, export_bundle
-from btp_export.models import open_model
-from btp_export.plans import plan_for
-from btp_export.runtime import BundleModel, load
-from btp_export.verify import verify_bundle
+from btp_export.exporting import Options, export_bundle
+from btp_export.measuring.verify import verify_bundle
+from btp_export.model.open_model import open_model
+from btp_export.planning.plan_files import plan_for
+from btp_export.running.runtime import BundleModel, load
 from graphs.files.bundle import Bundle, derive
 from graphs.records.match_plan import spec_at
 from graphs.records.plan import PruningPlan, Stage

@@ -17,12 +17,12 @@ from transformers.models.llava_next.image_processing_pil_llava_next import Llava
 from transformers.models.llava_next.modeling_llava_next import unpad_image
 
 from btp_export.demo import checkpoint_path
-from btp_export.export import Options, make_profiles
+from btp_export.exporting import Options, make_profiles
 from btp_export.families import family_for
-from btp_export.models import open_model
-from btp_export.plans import plan_for
-from btp_export.prompting import Prompter
-from btp_export.verify import verify_bundle
+from btp_export.measuring.verify import verify_bundle
+from btp_export.model.open_model import open_model
+from btp_export.model.prompting import Prompter
+from btp_export.planning.plan_files import plan_for
 from graphs.files.bundle import Bundle
 from graphs.records.errors import InputError
 from graphs.records.spec import ModelSpec, VisionSpec

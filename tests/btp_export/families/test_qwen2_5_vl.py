@@ -13,11 +13,11 @@ import pytest
 import torch
 from PIL import Image
 
-from btp_export.export import Options, export_bundle
+from btp_export.exporting import Options, export_bundle
 from btp_export.families import family_for
 from btp_export.families._processor import load_processor
-from btp_export.models import open_model
-from btp_export.prompting import Prompter
+from btp_export.model.open_model import open_model
+from btp_export.model.prompting import Prompter
 from calibrate.place.presets import preset
 from graphs.building.decoder_graphs import serialize
 from graphs.building.rope import positions, rope_tables, token_tables

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from btp_export.families import family_for
-from btp_export.prompting import Prompter
+from btp_export.model.prompting import Prompter
 from calibrate.data.samples import prepare, scene_samples
 from calibrate.reference.streamed_model import StreamedReference
 from engines.runners.onnxruntime import OrtLoader

@@ -137,7 +137,7 @@ def test_an_interrupted_build_is_gone_on_with(number: signal.Signals, bundle: Bu
     folder = bundle.root / "engines" / "rtx-ada"
     options = ["--target", "rtx-ada", "--assemble", "whole"]
     code = (
-        "import btp_export.building; btp_export.building.record_calibration = None\n"  # takes seconds
+        "import btp_export.engine_inputs; btp_export.engine_inputs.record_calibration = None\n"  # takes seconds
         f"from btp_export.cli import main; raise SystemExit(main({['build', str(bundle.root), *options]!r}))"
     )
     process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)

@@ -102,8 +102,8 @@ def staged(spec: Any) -> PruningPlan:
 @pytest.fixture(scope="module")
 def bundles(demo_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int, str], Bundle]:
     """`bundles(family, opset, precision)`: a pruned bundle, exported once."""
-    from btp_export.export import Options, export_bundle, make_profiles
-    from btp_export.models import open_model
+    from btp_export.exporting import Options, export_bundle, make_profiles
+    from btp_export.model.open_model import open_model
 
     made: dict[tuple[str, int, str], Bundle] = {}
 

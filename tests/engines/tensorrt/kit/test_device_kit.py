@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from btp_export.building import record_calibration
+from btp_export.engine_inputs import record_calibration
 from engines.targets import find_target, known_targets
 from engines.tensorrt.kit import scripts
 from engines.tensorrt.kit.device_kit import is_engines, plugin_sources, write_kit

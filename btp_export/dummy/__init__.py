@@ -1,0 +1,4 @@
+"""Checkpoints of the known models' shapes with made-up weights.
+
+May use btp_export.families and demo.
+"""

@@ -1,0 +1,4 @@
+"""Verification, evaluation and benchmarks of a bundle, each with its typed result.
+
+May use btp_export.running, planning and model.
+"""

@@ -1,0 +1,196 @@
+"""What pruning saves in time and memory, measured: the bundle beside the same model without pruning.
+
+The unpruned bundle is derived from the same weights into a temporary folder. Both are loaded in one process with the
+same settings and run in turns (A B B A ...), so that whatever else the machine does hits both alike; results are
+medians. "Prefill" is the decoder chain with selection and output projection, without vision, which pruning does not
+change and which is reported on its own. All shapes are static, so no time depends on what is in the picture: pixels and
+tokens are random.
+"""
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from btp_export.console import Report
+from btp_export.model.prompting import Encoded
+from btp_export.running.runtime import BundleModel, load, open_graphs
+from btp_export.running.streamed import check_fits_memory
+from graphs.files.bundle import Bundle, derive, scratch_folder
+from graphs.pruning.operations import cost
+from graphs.records.errors import InputError
+from graphs.records.plan import PruningPlan
+
+DECODE_STEPS = 16  # at most, in each round
+
+
+def measure(
+    bundle: Bundle,
+    *,
+    profile: str | None = None,
+    threads: int | None = None,
+    device: str = "cpu",
+    engine: str | None = None,
+    rounds: int = 10,
+    warm_up: int = 2,
+    report: Report | None = None,
+) -> dict[str, Any]:
+    """Times in milliseconds and cache sizes in bytes of the bundle and of the unpruned model.
+
+    `flops_limit` is how many times fewer operations in matrix products the pruned decoder needs (graphs/pruning/operations.py,
+    selection not counted): the speed-up there would be if time were proportional to them and selecting were free.
+    `share_of_limit` is the measured speed-up as a share of it. `variation` is how far the middle half of the prefill
+    times lies apart, as a share of the median, of the model that varies more: on a busy machine it is large, and the
+    other numbers mean little.
+
+    A bundle of one whole prefill graph is measured as segments, so that vision and selection can be told apart. With
+    `engine`, the engines of that target are measured, beside the unpruned ones that `build --unpruned` made.
+
+    Raises InputError for rounds below 1 or engines that are not there, CheckError if pruning did not happen.
+    """
+    if rounds < 1 or warm_up < 0:
+        raise InputError(f"{rounds} rounds after {warm_up}", wanted="at least 1 round", do="--rounds 10")
+    if engine is None:
+        check_fits_memory(bundle, profile, device, models=2)
+    with scratch_folder(bundle) as folder:
+        if engine is None:
+            models = _open_graphs(bundle, folder, profile=profile, threads=threads, device=device)
+        else:
+            models = _open_engines(bundle, engine, profile=profile, threads=threads, device=device)
+        times = {name: _Times() for name in models}
+        encoded = random_samples(models["full"])
+        for number in range(-warm_up, rounds):
+            # Turned around every other round (A B B A), so that a machine that gets slower favours neither.
+            for name in ("full", "pruned") if number % 2 else ("pruned", "full"):
+                run = _run(models[name], encoded)
+                if number >= 0:
+                    times[name].add(run)
+            if report is not None:
+                report(number + warm_up + 1, rounds + warm_up)
+    return _result(bundle, models, times) | {
+        "rounds": rounds,
+        "threads": threads,
+        "device": device,
+        "engine": engine,
+        "dummy_weights": bundle.manifest.model.dummy_weights,
+    }
+
+
+def _open_graphs(bundle: Bundle, folder: Path, **options: Any) -> dict[str, BundleModel]:
+    """The bundle and the same model without pruning, derived into `folder`."""
+    bundles = {"full": derive(bundle, unpruned(bundle.plan), folder / "full"), "pruned": bundle}
+    if bundle.manifest.build.assemble == "whole":
+        bundles["pruned"] = derive(bundle, bundle.plan, folder / "pruned")
+    return {name: load(made, **options) for name, made in bundles.items()}
+
+
+def _open_engines(
+    bundle: Bundle, target: str, *, profile: str | None, threads: int | None, device: str
+) -> dict[str, BundleModel]:
+    """The engines of a target and the unpruned ones beside them. Both use the same memory for shared weights."""
+    from engines.tensorrt.prepare.prepared_graphs import without_pruning
+    from engines.tensorrt.records import UNPRUNED
+
+    chosen = bundle.profile(profile)
+    model = load(bundle, profile=chosen.name, threads=threads, device=device, engine=target)
+    if model.chain.is_whole:
+        raise InputError(
+            f"the engines for {target} hold the prefill as a whole",
+            wanted="segments, so that selection can be told apart",
+            do=f"btp-export build BUNDLE --target {target} --assemble segments --unpruned",
+        )
+    without = without_pruning(bundle)
+    loader, graphs = open_graphs(without, chosen.name, device=device, engine=target, part=UNPRUNED)
+    return {"full": BundleModel(without, loader, profile=chosen.name, graphs=graphs), "pruned": model}
+
+
+def unpruned(plan: PruningPlan) -> PruningPlan:
+    """The plan of the same model without stages."""
+    return PruningPlan(
+        model_type=plan.model_type,
+        num_layers=plan.num_layers,
+        image_tokens=plan.image_tokens,
+        grid=plan.grid,
+        blocks=plan.blocks,
+    )
+
+
+def random_samples(model: BundleModel, seed: int = 0) -> Encoded:
+    """A full batch of noise with the longest text that fits."""
+    profile, spec = model.profile, model.spec
+    rng = np.random.default_rng(seed)
+    words = rng.integers(0, spec.decoder.vocab_size, (profile.batch, profile.total_tokens))
+    words[:, profile.prefix_tokens : profile.prefix_tokens + profile.image_tokens] = spec.image_token_id
+    pixels = rng.standard_normal(profile.pixel_input(spec.vision.channels), dtype=np.float32)
+    return Encoded(tuple(words), pixels, profile.prefix_tokens, profile.image_tokens, (0,) * profile.batch)
+
+
+class _Times:
+    """One model's times in milliseconds."""
+
+    def __init__(self) -> None:
+        self.prefill: list[float] = []
+        self.vision: list[float] = []
+        self.select: list[tuple[float, ...]] = []
+        self.decode: list[float] = []
+
+    def add(self, run: "_Times") -> None:
+        self.prefill += run.prefill
+        self.vision += run.vision
+        self.select += run.select
+        self.decode += run.decode
+
+
+def _run(model: BundleModel, encoded: Encoded) -> _Times:
+    """One prefill and some decode steps."""
+    times = _Times()
+    prefill = model.prefill(encoded)
+    times.prefill.append(prefill.prefill_ms)
+    times.select.append(prefill.select_ms)
+    times.vision += [] if prefill.vision_ms is None else [prefill.vision_ms]
+    logits = prefill.logits
+    for _ in range(min(DECODE_STEPS, model.profile.new_tokens)):
+        ids = [int(row) for row in logits.argmax(axis=1)]
+        start = time.perf_counter()
+        logits = model.decode_step(prefill, ids)
+        times.decode.append((time.perf_counter() - start) * 1000.0)
+    return times
+
+
+def _variation(values: list[float]) -> float:
+    low, high = np.percentile(values, [25, 75])
+    return float((high - low) / median(values))
+
+
+def _result(bundle: Bundle, models: Mapping[str, BundleModel], times: Mapping[str, _Times]) -> dict[str, Any]:
+    profile, decoder = models["pruned"].profile, bundle.spec.decoder
+    precision = bundle.manifest.build.precision
+    full, pruned = (cost(decoder, model.plan, profile, precision) for model in (models["full"], models["pruned"]))
+    full_ms, pruned_ms = median(times["full"].prefill), median(times["pruned"].prefill)
+    limit = full.decoder / pruned.decoder
+    token_ms, full_token_ms = median(times["pruned"].decode), median(times["full"].decode)
+    return {
+        "prefill": {
+            "full_ms": full_ms,
+            "pruned_ms": pruned_ms,
+            "speedup": full_ms / pruned_ms,
+            "flops_limit": limit,
+            "share_of_limit": full_ms / pruned_ms / limit,
+        },
+        "select_ms": [median(stage) for stage in zip(*times["pruned"].select, strict=True)],
+        "decode": {
+            "ms_per_token": token_ms,
+            "full_ms_per_token": full_token_ms,
+            "speedup": full_token_ms / token_ms,
+        },
+        "cache_bytes": {name: model.chain.cache_bytes() for name, model in models.items()},
+        "variation": max(_variation(times[name].prefill) for name in models),
+        "vision_ms": median(times["full"].vision + times["pruned"].vision),
+        "flops": {"full": full.decoder, "pruned": pruned.decoder, "selection": sum(pruned.selection)},
+        "profile": profile.name,
+        "batch": profile.batch,
+        "precision": precision,
+    }

@@ -1,0 +1,299 @@
+"""Accuracy of plans through the exported graphs: one derived bundle for each plan, the same questions for all."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from btp_export.console import Report
+from btp_export.model.pictures import fits, fitted
+from btp_export.planning.plan_files import CALIBRATED, plan_for
+from graphs.files.bundle import Bundle, derive, scratch_folder
+from graphs.records.errors import InputError
+from graphs.records.match_plan import plan_for_profile, spec_at
+from graphs.records.plan import PruningPlan
+
+if TYPE_CHECKING:
+    from btp_export.model.prompting import Encoded
+    from btp_export.running.runtime import BundleModel, Prefill
+    from calibrate.data.samples import SampleSet
+    from calibrate.measure.accuracy import Score
+
+FULL = "none"
+DEFAULT_PLANS = (FULL, CALIBRATED, "btp-paper", "fastv", "pyramiddrop", "divprune", "vtw", "random", "dart")
+DEFAULT_SAMPLES = 200
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The contract's document, and row by row which samples were answered right."""
+
+    document: dict[str, Any]
+    hits: list[list[bool]]
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What one plan answered to every sample.
+
+    attention_kept: for each stage, each sample's share of the scores that the kept tokens hold; see `_row`.
+    """
+
+    plan: PruningPlan
+    texts: list[str]
+    attention_kept: Mapping[int, list[float]] = field(default_factory=dict)
+
+
+def evaluate_bundle(
+    bundle: Bundle,
+    *,
+    plans: Sequence[str] = DEFAULT_PLANS,
+    compression: float | Sequence[float] | None = None,
+    samples: int = DEFAULT_SAMPLES,
+    seed: int = 0,
+    data: Path | None = None,
+    threads: int | None = None,
+    report: Report | None = None,
+) -> dict[str, Any]:
+    """The contract's document: `samples` and `rows`, one for each of `plans` and budgets.
+
+    `btp` is the bundle's own plan, `none` the unpruned model, which is always run because accuracy is held against
+    it; the other presets get `compression` (several budgets: a row for each), or the same average tokens as the
+    bundle's own plan. Questions are held-out scenes, or the lines of the JSONL file `data`. Raises InputError for
+    unknown plans or unusable data before any long work.
+    """
+    budgets = [compression] if compression is None or isinstance(compression, float) else list(compression)
+    planned = resolve_budgets(bundle, plans, budgets)
+    found = evaluate_plans(bundle, planned, samples=samples, seed=seed, data=data, threads=threads, report=report)
+    return found.document
+
+
+def evaluate_plans(
+    bundle: Bundle,
+    planned: Sequence[tuple[str, PruningPlan]],
+    *,
+    samples: int = DEFAULT_SAMPLES,
+    seed: int = 0,
+    data: Path | None = None,
+    threads: int | None = None,
+    report: Report | None = None,
+) -> Evaluation:
+    """The same for named plans; plans that give the same graphs are run once."""
+    from btp_export.running.runtime import load
+    from calibrate.measure.accuracy import hits
+    from graphs.pruning.operations import cost
+
+    chosen = _samples(samples, seed, data)
+    full = _full(bundle)
+    digests = [plan.digest() for _, plan in planned]
+    unpruned = full.digest()
+    different = {unpruned: (FULL, full)}
+    for digest, entry in zip(digests, planned, strict=True):
+        different.setdefault(digest, entry)
+    answers: dict[str, Answers] = {}
+    questions: _Questions | None = None
+    total = len(different) * len(chosen.samples)
+    with scratch_folder(bundle) as folder:
+        for digest, (name, plan) in different.items():
+            made = bundle if digest == bundle.plan.digest() else derive(bundle, plan, folder / digest)
+            start = len(answers) * len(chosen.samples)
+            model = load(made, threads=threads)
+            questions = questions or _ask(model, chosen)
+            answers[digest] = _answer(model, questions, _offset(report, start, total, name))
+    profile = bundle.profile()
+    flops = {digest: cost(bundle.spec.decoder, one.plan, profile).prefill for digest, one in answers.items()}
+    best, every = _score(chosen, answers[unpruned]), flops[unpruned]
+    rows = [
+        _row(name, answers[digest], chosen, best, flops[digest] / every)
+        for digest, (name, _) in zip(digests, planned, strict=True)
+    ]
+    document = {
+        "samples": len(chosen.samples),
+        "source": chosen.source,
+        **_resizing(bundle, chosen),
+        "full_accuracy": best.accuracy,
+        "rows": rows,
+    }
+    return Evaluation(document, [hits(chosen.samples, answers[digest].texts) for digest in digests])
+
+
+def resolve_budgets(
+    bundle: Bundle, names: Sequence[str], budgets: Sequence[float | None]
+) -> list[tuple[str, PruningPlan]]:
+    """Plans by name at each budget, None for the bundle's own; what no budget changes is there once."""
+    planned: dict[tuple[str, str], tuple[str, PruningPlan]] = {}
+    if not budgets:
+        raise InputError("no budget", wanted="at least one", do="--compression 0.78,0.89")
+    for budget in budgets:
+        for name, plan in resolve_plans(bundle, names, budget).items():
+            planned.setdefault((name, plan.digest()), (name, plan))
+    return list(planned.values())
+
+
+def parse_budgets(text: str) -> tuple[float, ...]:
+    """ "0.78,0.89" -> (0.78, 0.89). Raises InputError if it is not a list of different numbers."""
+    try:
+        budgets = tuple(float(part) for part in text.split(","))
+    except ValueError as error:
+        raise InputError(f"--compression {text}", wanted="numbers with commas", do="--compression 0.78,0.89") from error
+    if len(set(budgets)) < len(budgets):
+        raise InputError(f"--compression {text}", wanted="different budgets", do="name each once")
+    return budgets
+
+
+def resolve_plans(bundle: Bundle, names: Sequence[str], compression: float | None) -> dict[str, PruningPlan]:
+    """Plans by name, at one budget; see `evaluate_bundle`. Raises InputError for an unknown or repeated name."""
+    if len(set(names)) < len(names) or not names:
+        raise InputError(f"--plans {','.join(names)}", wanted="different plans", do="name each once")
+    if compression is not None and not 0.0 <= compression < 1.0:
+        raise InputError(f"compression {compression}", wanted="a number from 0 to below 1", do="--compression 0.78")
+    own, spec = bundle.plan, spec_at(bundle.spec, bundle.profile())
+    if compression is not None and own.stages:
+        from calibrate.place.counts import refitted
+
+        own = refitted(own, compression)
+    average = own.average_tokens if compression is None else (1.0 - compression) * own.image_tokens
+    resolved: dict[str, PruningPlan] = {}
+    for name in names:
+        if name == CALIBRATED:
+            resolved[name] = own
+        elif name.endswith(".json"):
+            resolved[name] = plan_for_profile(plan_for(name, spec), bundle.profile())
+        else:
+            budget = average if average < own.image_tokens else None  # an unpruned bundle asks for nothing
+            resolved[name] = plan_for(name, spec, average_tokens=budget)
+    return resolved
+
+
+def _full(bundle: Bundle) -> PruningPlan:
+    return bundle.plan.model_copy(update={"stages": (), "importance": "last-token", "calibration": {}})
+
+
+def _samples(count: int, seed: int, data: Path | None) -> SampleSet:
+    from calibrate.data.samples import jsonl_samples, scene_samples
+
+    if count < 1:
+        raise InputError(f"--samples {count}", wanted="1 or more", do=f"--samples {DEFAULT_SAMPLES}")
+    return scene_samples(count, seed=seed, split="eval") if data is None else jsonl_samples(data, count=count)
+
+
+def _resizing(bundle: Bundle, chosen: SampleSet) -> dict[str, Any]:
+    """What is said of a model that takes any picture size, but was exported for one."""
+    profile = bundle.profile()
+    if not bundle.spec.vision.dynamic:
+        return {}
+    resized = sum(not fits(one.image, bundle.spec, profile) for one in chosen.samples)
+    return {"image_size": list(profile.image_size), "resized": resized}
+
+
+@dataclass
+class _Questions:
+    """The samples as the graphs take them. Vision is the same for all plans, so the first one leaves its features."""
+
+    encoded: Encoded
+    room: int  # new tokens that are enough to tell a right answer
+    features: dict[int, Any]  # by first sample of a batch: [B,V,C]
+
+
+def _ask(model: BundleModel, chosen: SampleSet) -> _Questions:
+    pictures = fitted([one.image for one in chosen.samples], model.spec, model.profile)
+    encoded = model.encode(pictures, [one.prompt for one in chosen.samples])
+    tokenizer = model.prompter.tokenizer
+    longest = max(len(tokenizer(one.answer or "", add_special_tokens=False)["input_ids"]) for one in chosen.samples)
+    return _Questions(encoded, min(model.profile.new_tokens, longest + 2), {})
+
+
+def _answer(model: BundleModel, questions: _Questions, report: Report | None) -> Answers:
+    """Greedy answers of one bundle."""
+    texts: list[str] = []
+    kept: dict[int, list[float]] = {}
+    total = len(questions.encoded)
+    for first in range(0, total, model.profile.batch):
+        part = questions.encoded.part(range(first, min(first + model.profile.batch, total)))
+        prefill = model.prefill(part, features=questions.features.get(first))
+        if first not in questions.features and "prefill" not in {graph.name for graph in model.bundle.graphs()}:
+            questions.features[first] = model.chain.image_features
+        for stage, shares in _attention_kept(model, prefill).items():
+            kept.setdefault(stage, []).extend(shares)
+        for ids in _greedy(model, prefill, questions.room):
+            texts.append(model.prompter.tokenizer.decode(ids, skip_special_tokens=True))
+        if report is not None:
+            report(len(texts), total)
+    return Answers(model.plan, texts, kept)
+
+
+def _attention_kept(model: BundleModel, prefill: Prefill) -> dict[int, list[float]]:
+    """For each stage, each sample's scores of the kept tokens over the scores of all tokens it chose from.
+
+    Only where the scores are attention, so not at layer 0 and not for `random` and `dart`.
+    """
+    from graphs.pruning.torch_scores import uses_attention
+
+    with_kept = [number for number, stage in enumerate(model.plan.stages) if stage.keep]
+    scored = model.chain.stage_scores
+    found: dict[int, list[float]] = {}
+    for number, indices in zip(with_kept, prefill.kept_relative, strict=True):
+        if number in scored and uses_attention(model.plan, number):
+            scores = scored[number][: len(indices)].astype(np.float64)
+            held = np.take_along_axis(scores, indices, axis=1).sum(axis=1)
+            found[number] = (held / np.maximum(scores.sum(axis=1), np.finfo(np.float64).tiny)).tolist()
+    return found
+
+
+def _greedy(model: BundleModel, prefill: Prefill, room: int) -> list[list[int]]:
+    """Likeliest tokens of each sample until its end token, at most `room`."""
+    logits, ends = prefill.logits, set(model.spec.eos_token_ids)
+    ids: list[list[int]] = [[] for _ in logits]
+    done = [False] * len(ids)
+    for step in range(room):
+        tokens = [int(row.argmax()) for row in logits]
+        for sample, token in enumerate(tokens):
+            done[sample] = done[sample] or token in ends
+            if not done[sample]:
+                ids[sample].append(token)
+        if all(done) or step == room - 1:
+            break
+        logits = model.decode_step(prefill, tokens)
+    return ids
+
+
+def _score(chosen: SampleSet, answers: Answers) -> Score:
+    from calibrate.measure.accuracy import score
+
+    return score(chosen.samples, answers.texts)
+
+
+def _row(name: str, answers: Answers, chosen: SampleSet, full: Score, flops_ratio: float) -> dict[str, Any]:
+    """`attention_kept`: per stage, the mean share of the stage's attention on the image that the kept tokens hold.
+
+    None for a stage that drops everything or whose scores are not attention.
+    """
+    from calibrate.measure.accuracy import scores_by_kind
+
+    mine, plan = _score(chosen, answers), answers.plan
+    kinds = scores_by_kind(chosen.samples, answers.texts)
+    return {
+        "plan": name,
+        "average_tokens": plan.average_tokens,
+        "compression": plan.compression,
+        "accuracy": mine.accuracy,
+        "kept_accuracy": mine.accuracy / full.accuracy if full.accuracy else None,
+        "flops_ratio": flops_ratio,
+        "interval": list(mine.interval()),
+        "attention_kept": [_mean(answers.attention_kept.get(stage)) for stage in range(len(plan.stages))],
+        "kinds": {kind: one.accuracy for kind, one in kinds.items()},
+    }
+
+
+def _mean(values: list[float] | None) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
+def _offset(report: Report | None, start: int, total: int, text: str) -> Report | None:
+    if report is None:
+        return None
+    return lambda done, _, __="": report(start + done, total, text)

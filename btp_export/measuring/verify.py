@@ -1,0 +1,289 @@
+"""Verification of a bundle: its graphs and its free run against transformers' own modelling code, streamed by layer."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from btp_export.console import Note, Phases, Report
+from btp_export.model.cache_folder import cache_folder
+from graphs.files.bundle import Bundle, tool_versions
+from graphs.files.resume import Work, digest, work_folder
+from graphs.records.errors import InputError
+from graphs.records.shapes import ShapeProfile
+from graphs.records.spec import Precision
+
+if TYPE_CHECKING:
+    from calibrate.data.samples import Prepared, Sample
+    from calibrate.reference.records import RunRecord
+    from calibrate.reference.streamed_model import StreamedReference
+    from engines.verify.gates import Findings
+    from engines.verify.verification import FreeRun
+
+DEFAULT_SAMPLES = 4
+CHECKED_TOKENS = 8  # generated tokens of each sample that are compared
+STREAMED_TOKENS = 3  # the same where every token takes a pass over all weights
+PHASES = {"pictures": 1, "free run": 10, "reference": 10, "graphs": 10}  # shares of the time, roughly
+
+
+def verify_bundle(
+    bundle: Bundle,
+    *,
+    samples: int = DEFAULT_SAMPLES,
+    tokens: int | None = None,
+    seed: int = 0,
+    profile: str | None = None,
+    threads: int | None = None,
+    device: str = "cpu",
+    maths: Precision = "float32",
+    engine: str | None = None,
+    report: Report | None = None,
+    note: Note = lambda text: None,
+) -> dict[str, Any]:
+    """The contract's document: `passed`, `graphs`, `kept_agreement`, `tokens_equal`, and what did not hold.
+
+    With `engine`, the engines of that target are checked in place of the bundle's graphs. Samples are generated scenes,
+    of which `tokens` generated tokens are compared (None: 8, or 3 where the graphs are streamed). `device` is cpu, cuda
+    or auto: a GPU if there is one. `maths` is the reference's. Everything the reference needs lies in the bundle.
+
+    Graphs that would not fit in memory together are opened one layer at a time; such a run leaves checkpoints in the
+    cache folder, and `note` is told when it goes on from them. Raises InputError for a bundle that cannot be opened or
+    run, or too little memory; what merely does not hold is in the document.
+    """
+    _check_counts(samples, tokens)
+    from btp_export.running.runtime import open_graphs
+    from btp_export.running.streamed import must_stream, streaming_bytes
+    from calibrate.reference.streamed_model import torch_device
+    from engines.runners.onnxruntime import onnxruntime_device
+    from engines.verify.gates import GATES
+    from graphs.files.memory import check_memory
+
+    chosen = bundle.profile(profile)
+    place = torch_device(device)
+    graph_device = "cpu" if engine else onnxruntime_device(device)
+    loader, files = open_graphs(bundle, chosen.name, threads=threads, device=graph_device, engine=engine, check="full")
+    streamed = engine is None and must_stream(files, graph_device)
+    if streamed:
+        needed = streaming_bytes(bundle, chosen.name, samples)
+        check_memory(needed, f"verifying {bundle.spec.name} layer by layer", do="close other programs, or --samples 1")
+    room = min(tokens or (STREAMED_TOKENS if streamed else CHECKED_TOKENS), chosen.new_tokens)
+    job = _Job(bundle, chosen, samples, room, seed, loader, files, streamed, place, maths, Phases(report, PHASES))
+    with _work(job, note) as work:
+        findings, tokens_equal = _verify(job, work)
+    gates = GATES[job.computed]
+    return {
+        "passed": tokens_equal and not findings.failures,
+        "graphs": [check.as_json() for check in findings.graphs],
+        "kept_agreement": findings.kept_agreement(),
+        "tokens_equal": tokens_equal,
+        "samples": samples,
+        "tokens": room,
+        "profile": chosen.name,
+        "engine": engine,
+        "streamed": streamed,
+        "maths": maths,
+        "precision": bundle.manifest.build.precision,
+        "computed_in": job.computed,
+        "dummy_weights": bundle.manifest.model.dummy_weights,
+        "gates": {"cosine": gates.cosine, "norm_ratio_within": gates.norm, "kept_agreement": gates.agreement},
+        "failures": findings.failures,
+        "near_ties": findings.near_ties,
+    }
+
+
+def verify_profiles(
+    bundle: Bundle, *, profile: str | None = None, report: Report | None = None, **settings: Any
+) -> dict[str, Any]:
+    """`verify_bundle` of that profile, or of all one after another: one document, whose graphs say their `profile`.
+
+    Kept agreement is the least of all profiles; of what differs otherwise, the first profile's is given.
+    """
+    names = [one.name for one in bundle.manifest.profiles] if profile is None else [profile]
+    phases = Phases(report, dict.fromkeys(names, 1))
+    told: list[Any] = [phases.named(name) if len(names) > 1 else report for name in names]
+    found = {
+        name: verify_bundle(bundle, profile=name, report=one, **settings) for name, one in zip(names, told, strict=True)
+    }
+    first = next(iter(found.values()))
+    if len(found) == 1:
+        return first
+    return first | {
+        "passed": all(one["passed"] for one in found.values()),
+        "graphs": [{**graph, "profile": name} for name, one in found.items() for graph in one["graphs"]],
+        "kept_agreement": [
+            min(shares) for shares in zip(*(one["kept_agreement"] for one in found.values()), strict=True)
+        ],
+        "tokens_equal": all(one["tokens_equal"] for one in found.values()),
+        "profiles": names,
+        "streamed": any(one["streamed"] for one in found.values()),
+        "failures": [f"{name}: {text}" for name, one in found.items() for text in one["failures"]],
+        "near_ties": [f"{name}: {text}" for name, one in found.items() for text in one["near_ties"]],
+    }
+
+
+def _check_counts(samples: int, tokens: int | None) -> None:
+    if samples < 1:
+        raise InputError(f"--samples {samples}", wanted="1 or more", do="--samples 4")
+    if tokens is not None and tokens < 1:
+        raise InputError(f"--tokens {tokens}", wanted="1 or more", do="--tokens 3")
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What is verified and how."""
+
+    bundle: Bundle
+    profile: ShapeProfile
+    samples: int
+    tokens: int
+    seed: int
+    loader: Any
+    files: dict[str, Path]
+    streamed: bool
+    device: str  # of the reference
+    maths: Precision
+    phases: Phases
+
+    @property
+    def computed(self) -> Precision:
+        """What the decoder graphs compute in: streamed on a CPU, bfloat16 is widened (graphs/building/graph_parts.py)."""
+        precision = self.bundle.manifest.build.precision
+        wide = self.streamed and self.loader.device == "cpu" and precision == "bfloat16"
+        return "float32" if wide else precision
+
+
+@contextlib.contextmanager
+def _work(job: _Job, note: Note) -> Iterator[Work | None]:
+    """Where a streamed run keeps its checkpoints: by the bundle's hash of hashes, and what is run."""
+    if not job.streamed:
+        yield None
+        return
+    manifest = (job.bundle.root / "manifest.json").read_bytes()
+    settings = [job.samples, job.tokens, job.seed, job.profile.name, job.device, job.maths, job.loader.device]
+    key = digest(manifest, settings, tool_versions())
+    with work_folder(cache_folder("work"), key, note) as work:
+        yield work
+
+
+def _verify(job: _Job, work: Work | None) -> tuple[Findings, bool]:
+    import torch
+
+    from calibrate.reference.streamed_model import StreamedReference
+    from engines.verify.streamed_graphs import Shares, StreamedRunner
+    from engines.verify.verification import verify_free, verify_graphs
+
+    plan, precision = job.bundle.plan_for(job.profile.name), job.bundle.manifest.build.precision
+    samples, prepared = _prepared(job)
+    free = _streamed_answers(job, samples, work) if job.streamed else _answers(job, samples)
+    gc.collect()  # a chain refers to itself; from here on one layer or one graph is open at a time
+    # Every free token but the last is appended: the row of each then predicts the next one.
+    inputs = [replace(one.input, new_tokens=tuple(run.tokens[:-1])) for one, run in zip(prepared, free, strict=True)]
+    checkpoint = job.bundle.checkpoint()
+    reference = StreamedReference(checkpoint, dtype=getattr(torch, job.maths), device=job.device, work=work)
+    runs = reference.run(inputs, plan, record_segments=True, progress=job.phases.part("reference"))
+    forced = _forced_where_needed(reference, inputs, runs, free)
+    told = job.phases.named("graphs")
+    openers = {name: partial(job.loader, file) for name, file in job.files.items()}
+    if job.streamed:
+        shares = Shares(list(job.files.values()), told)
+        openers = {
+            name: partial(StreamedRunner, file, job.loader, progress=shares.of(number))
+            for number, (name, file) in enumerate(job.files.items())
+        }
+    findings = verify_graphs(
+        openers,
+        plan,
+        job.profile,
+        precision,
+        _verify_samples(prepared, runs),
+        steps=work.sequence("graphs") if work is not None else None,
+        progress=None if job.streamed else told,
+    )
+    return findings, verify_free(findings, plan, job.computed, runs, free, forced)
+
+
+def _prepared(job: _Job) -> tuple[list[Sample], list[Prepared]]:
+    """The samples at the profile's size, and as the reference takes them: with features of transformers' own tower."""
+    from btp_export.families import family_of
+    from btp_export.model.prompting import Prompter
+    from btp_export.planning.study import fitted_samples
+    from calibrate.data.samples import prepare, scene_samples
+
+    bundle, spec = job.bundle, job.bundle.spec
+    scenes = scene_samples(job.samples, seed=job.seed, split="calibration").samples
+    samples, _ = fitted_samples(scenes, spec, job.profile)
+    vision = family_of(spec).vision_module(bundle.checkpoint(), job.profile.image_size)
+    return samples, prepare(samples, Prompter(bundle.processor, spec), vision, progress=job.phases.part("pictures"))
+
+
+def _answers(job: _Job, samples: Sequence[Sample]) -> list[FreeRun]:
+    """The free run with all graphs open."""
+    from btp_export.running.runtime import BundleModel
+    from engines.verify.verification import FreeRun
+
+    model = BundleModel(job.bundle, job.loader, profile=job.profile.name, graphs=job.files)
+    free = []
+    for answer in model.generate(
+        [one.image for one in samples], [one.prompt for one in samples], max_new_tokens=job.tokens
+    ):
+        kept = iter(answer.kept)
+        stages: list[Any] = [next(kept) if stage.keep else [] for stage in model.plan.stages]
+        free.append(FreeRun(answer.token_ids, stages))
+    return free
+
+
+def _streamed_answers(job: _Job, samples: Sequence[Sample], work: Work | None) -> list[FreeRun]:
+    """The free run with one part of a graph open."""
+    from btp_export.model.prompting import Prompter
+    from btp_export.running.streamed import free_runs
+
+    prompter = Prompter(job.bundle.processor, job.bundle.spec)
+    return free_runs(
+        job.bundle,
+        job.profile.name,
+        job.files,
+        prompter.encode([one.image for one in samples], [one.prompt for one in samples], profile=job.profile),
+        job.loader,
+        tokens=job.tokens,
+        steps=work.sequence("free") if work is not None else None,
+        progress=job.phases.named("free run"),
+    )
+
+
+def _forced_where_needed(
+    reference: StreamedReference, inputs: list[Any], runs: list[RunRecord], free: list[FreeRun]
+) -> list[RunRecord] | None:
+    """Reference runs forced to the bundle's kept sets, if they differ anywhere and can be forced."""
+    from engines.verify.verification import same_kept
+
+    if all(same_kept(run, mine) for run, mine in zip(runs, free, strict=True)):
+        return None
+    keeps = [stage.keep for stage in runs[0].plan.stages]
+    if any([len(kept) for kept in mine.kept] != keeps for mine in free):
+        return None
+    return reference.run(inputs, runs[0].plan, forced_kept=[_relative(mine) for mine in free])
+
+
+def _relative(free: FreeRun) -> list[list[int]]:
+    """Kept tokens of each stage as indices among those the stage chose from."""
+    relative: list[list[int]] = []
+    before: list[int] | None = None
+    for kept in free.kept:
+        absolute = [int(token) for token in kept]
+        relative.append(absolute if before is None else [before.index(token) for token in absolute])
+        before = absolute
+    return relative
+
+
+def _verify_samples(prepared: list[Prepared], runs: list[RunRecord]) -> list[Any]:
+    from engines.verify.verification import VerifySample
+
+    return [
+        VerifySample(one.pixel_values, one.input.image_features.float().numpy(), run)
+        for one, run in zip(prepared, runs, strict=True)
+    ]

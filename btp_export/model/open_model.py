@@ -1,0 +1,238 @@
+"""From what the user calls a model to an opened checkpoint: the demo, known names, local folders, hub ids.
+
+Every part of a checkpoint is looked for before anything long begins: configuration, tokenizer, processor, chat
+template, and every shard with a header that fits its length.
+"""
+
+import difflib
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from btp_export.console import Report
+from btp_export.families import Family, family_for
+from graphs.files.checkpoint import Checkpoint, missing_shards, open_checkpoint, read_config
+from graphs.records.errors import InputError, UnavailableError
+from graphs.records.spec import ModelSpec
+
+DEMO = "demo"
+HUB_NAMES = {
+    "llava-1.5-7b": "llava-hf/llava-1.5-7b-hf",
+    "llava-1.5-13b": "llava-hf/llava-1.5-13b-hf",
+    "llava-1.6-7b": "llava-hf/llava-v1.6-vicuna-7b-hf",
+    "qwen2.5-vl-7b": "Qwen/Qwen2.5-VL-7B-Instruct",
+}
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+COMMIT = re.compile(r"[0-9a-f]{40}")
+
+# What is fetched of a repository: no pickles, no code.
+PATTERNS = ["*.safetensors", "*.json", "*.txt", "*.jinja", "tokenizer.model"]
+
+# What there must be beside configuration and weights: any one of each.
+NEEDED = {
+    "a tokenizer": ("tokenizer.json", "tokenizer.model", "vocab.json"),
+    "a processor": ("preprocessor_config.json", "processor_config.json"),
+    "a chat template": ("chat_template.jinja", "chat_template.json"),
+}
+TEMPLATE_HOLDERS = ("processor_config.json", "tokenizer_config.json")  # where a chat template may stand too
+
+# What a bundle keeps of a checkpoint folder beside the weights.
+PROCESSOR_FILES = (
+    "config.json",
+    "generation_config.json",
+    "btp.json",
+    "btp-dummy.json",
+    "processor_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model's files are: what the user called it, where it came from (no machine path), and its folder."""
+
+    name: str
+    origin: str
+    folder: Path
+    is_demo: bool = False  # a local folder may be called demo too
+    is_dummy: bool = False  # its weights are made up
+
+
+@dataclass(frozen=True)
+class Model:
+    """An opened checkpoint with its family; no weight is loaded."""
+
+    source: Source
+    family: Family
+    checkpoint: Checkpoint
+    spec: ModelSpec
+
+    @property
+    def processor_files(self) -> list[Path]:
+        """The files of the checkpoint folder that a bundle keeps beside the weights."""
+        return [path for name in PROCESSOR_FILES if (path := self.source.folder / name).is_file()]
+
+
+@dataclass(frozen=True)
+class DummyWeights:
+    """What `--dummy-weights` asks for: the seed, and fewer decoder layers than the model has (None: all)."""
+
+    seed: int = 0
+    layers: int | None = None
+
+
+def open_model(name: str, dummy: DummyWeights | None = None, *, report: Report | None = None) -> Model:
+    """Find a model and read its configuration and headers; with `dummy`, one of its shapes with made-up weights.
+
+    Raises InputError for an unknown name, a model without a family, or a checkpoint that is broken or lacks a part;
+    UnavailableError if it must be fetched and cannot.
+    """
+    source = find_model(name) if dummy is None else _dummy_source(name, dummy, report)
+    family = family_for(read_config(source.folder))
+    _check_parts(source)
+    checkpoint = open_checkpoint(source.folder, family.renames)
+    return Model(source, family, checkpoint, family.spec(checkpoint, source.name))
+
+
+def find_model(name: str) -> Source:
+    """Resolve `demo`, a known name, a local folder or a hub id, fetching from the hub what is not there yet."""
+    if name == DEMO:
+        from btp_export.demo import checkpoint_path
+
+        return Source(DEMO, DEMO, checkpoint_path(), is_demo=True)
+    folder = Path(name).expanduser()
+    if name and name not in HUB_NAMES and folder.is_dir():
+        return _local(folder.resolve())
+    if name in HUB_NAMES or (HUB_ID.fullmatch(name) and not folder.parent.is_dir()):
+        return _from_hub(name, HUB_NAMES.get(name, name))
+    if folder.is_file():
+        raise InputError(f"{name} is a file", wanted="a checkpoint folder", do="give the folder that holds config.json")
+    raise _unknown(name)
+
+
+def _local(folder: Path) -> Source:
+    from btp_export.dummy.checkpoints import read_marker
+
+    marker = read_marker(folder)
+    if marker is not None:
+        return Source(marker.model, marker.origin, folder, is_dummy=True)
+    return Source(folder.name, folder.name, folder)
+
+
+def _dummy_source(name: str, dummy: DummyWeights, report: Report | None) -> Source:
+    from btp_export.dummy.checkpoints import dummy_checkpoint
+
+    return _local(dummy_checkpoint(name, seed=dummy.seed, layers=dummy.layers, report=report))
+
+
+def missing_parts(folder: Path) -> list[str]:
+    """What a checkpoint folder lacks, in words."""
+    missing = [] if (folder / "config.json").is_file() else ["config.json"]
+    for part, files in NEEDED.items():
+        there = any((folder / file).is_file() for file in files)
+        if not there and not (part == "a chat template" and _template_inside(folder)):
+            missing.append(f"{part} ({' or '.join(files)})")
+    return missing + missing_shards(folder)
+
+
+def _template_inside(folder: Path) -> bool:
+    for name in TEMPLATE_HOLDERS:
+        try:
+            document = json.loads((folder / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        if isinstance(document, dict) and document.get("chat_template"):
+            return True
+    return False
+
+
+def _check_parts(source: Source) -> None:
+    if (source.folder / "btp.json").is_file():  # its settings can stand for a template; what is missing shows later
+        return
+    missing = missing_parts(source.folder)
+    if missing:
+        raise InputError(
+            f"{source.folder} lacks {_some(missing)}",
+            wanted="config.json, tokenizer, processor and chat template files, and every safetensors shard",
+            do="put the missing files into the folder, or download the checkpoint again",
+        )
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+def _unknown(name: str) -> InputError:
+    known = [DEMO, *HUB_NAMES]
+    close = difflib.get_close_matches(name.lower(), known, n=2, cutoff=0.5)
+    return InputError(
+        f"no model is called {name!r}, and it is no folder",
+        wanted=f"{', '.join(known)}, a checkpoint folder, or a hub id (owner/name)",
+        do=f"--model {' or --model '.join(close)}" if close else "--model demo",
+    )
+
+
+def _from_hub(name: str, repository: str) -> Source:
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
+
+    try:
+        folder = Path(snapshot_download(repository, allow_patterns=PATTERNS))
+    except HFValidationError as error:
+        raise _unknown(name) from error
+    except GatedRepoError as error:
+        raise UnavailableError(
+            f"{repository} wants its licence accepted first",
+            wanted="access to the repository",
+            do="accept it on the model's page and log in with `hf auth login`",
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise InputError(
+            f"the hub has no public model {repository}", wanted="owner/name of a model", do="check the spelling"
+        ) from error
+    except (OSError, RuntimeError, ValueError) as error:  # what the hub's client raises without a network
+        partial = _cached_snapshot(Path(constants.HF_HUB_CACHE), repository)
+        if partial is None:
+            raise _not_reachable(repository, type(error).__name__) from error
+        folder = partial  # the client wants all of it; what it cannot know is that enough is there
+    missing = missing_parts(folder)
+    if missing:
+        raise UnavailableError(
+            f"only part of {repository} is in the cache, it lacks {_some(missing)}",
+            wanted=f"these files of {repository} in {folder}",
+            do="go online once, or put all its files into a folder and give --model FOLDER",
+        )
+    revision = f"@{folder.name}" if COMMIT.fullmatch(folder.name) else ""
+    return Source(name, f"{repository}{revision}", folder)
+
+
+def _cached_snapshot(cache: Path, repository: str) -> Path | None:
+    """The folder of the revision `main` in the hub's cache, whole or not; None if nothing of it is there."""
+    root = cache / f"models--{repository.replace('/', '--')}"
+    try:
+        commit = (root / "refs" / "main").read_text(encoding="ascii").strip()
+    except (OSError, UnicodeDecodeError):
+        return None
+    folder = root / "snapshots" / commit
+    return folder if COMMIT.fullmatch(commit) and folder.is_dir() else None
+
+
+def _not_reachable(repository: str, reason: str) -> UnavailableError:
+    return UnavailableError(
+        f"cannot fetch {repository}: {reason}, and nothing of it is in the cache",
+        wanted=f"a network, or these files of {repository} in a folder: config.json, generation_config.json, "
+        "*.safetensors with model.safetensors.index.json, preprocessor_config.json, processor_config.json, tokenizer*, "
+        "vocab.json, merges.txt, chat_template.* (those that it has)",
+        do="get them on another machine and give --model FOLDER; with --dummy-weights no download is needed",
+    )

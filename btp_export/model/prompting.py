@@ -1,0 +1,242 @@
+"""From pictures and prompts to what the graphs take, through the model's own processor and chat template.
+
+The processor comes from transformers (the import takes two to three seconds, most of the time that a short
+`btp-export run` needs), because only that gives the same pixels and token ids for every model. Nothing is fetched from
+the network and no code from the model's folder is run.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from btp_export.families._processor import load_processor
+from btp_export.model.pictures import fits, misfit, to_rgb
+from graphs.records.errors import InputError
+from graphs.records.shapes import ShapeProfile
+from graphs.records.spec import ModelSpec
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A batch of n samples.
+
+    input_ids: for each sample, int64 [P + V + t], image tokens expanded, t tokens after the image (t differs).
+    pixel_values: float32, the samples' own one after another as transformers' processor returns them: [n, 3, h, w], or
+        what else the model takes (ShapeProfile.pixel_shape).
+    unknown: for each sample, how many tokens of the text the tokenizer does not know.
+    """
+
+    input_ids: tuple[np.ndarray[Any, np.dtype[np.int64]], ...]
+    pixel_values: np.ndarray[Any, np.dtype[np.float32]]
+    prefix_tokens: int
+    image_tokens: int
+    unknown: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of each sample, P + V + t."""
+        return tuple(len(ids) for ids in self.input_ids)
+
+    @property
+    def text_lengths(self) -> tuple[int, ...]:
+        """Tokens after the image of each sample, t."""
+        return tuple(length - self.prefix_tokens - self.image_tokens for length in self.lengths)
+
+    def part(self, samples: range) -> "Encoded":
+        """Only these samples."""
+        return replace(
+            self,
+            input_ids=tuple(self.input_ids[n] for n in samples),
+            pixel_values=self.pixels(samples),
+            unknown=tuple(self.unknown[n] for n in samples),
+        )
+
+    def pixels(self, samples: Iterable[int]) -> np.ndarray[Any, np.dtype[np.float32]]:
+        """`pixel_values` of these samples, one after another."""
+        rows = len(self.pixel_values) // len(self)
+        return np.concatenate([self.pixel_values[n * rows : (n + 1) * rows] for n in samples])
+
+    def check(self, profile: ShapeProfile) -> None:
+        """Raise InputError unless every sample fits the profile's image tokens, pixels and text bucket."""
+        rows, *rest = profile.pixel_input(self.pixel_values.shape[1])
+        shape = (rows // profile.batch * len(self), *rest)
+        if self.image_tokens != profile.image_tokens or self.pixel_values.shape != shape:
+            got, wanted = (" x ".join(map(str, one)) for one in _sizes(self.pixel_values.shape, shape))
+            raise InputError(
+                f"the processor makes {self.image_tokens} image tokens from {got} pixels",
+                wanted=f"{profile.image_tokens} tokens from {wanted} pixels (profile {profile.name})",
+                do="export the bundle again for this picture size",
+            )
+        for text in self.text_lengths:
+            if text > profile.text_tokens:
+                raise InputError(
+                    f"the prompt has {text} tokens after the image",
+                    wanted=f"at most {profile.text_tokens} (text bucket of profile {profile.name})",
+                    do=f"shorten the prompt, or export again with --text-tokens {-(-text // 16) * 16}",
+                )
+
+
+class Prompter:
+    """A model's processor and chat template.
+
+    Raises InputError if the folder holds no usable processor.
+    """
+
+    def __init__(self, processor_folder: Path, spec: ModelSpec) -> None:
+        self.folder, self.spec = processor_folder, spec
+        self.processor = _load_processor(processor_folder)
+        self.tokenizer = self.processor.tokenizer
+        self.image_token: str = self.processor.image_token
+
+    def encode(
+        self,
+        images: Sequence[Image.Image],
+        prompts: Sequence[str],
+        *,
+        raw: bool = False,
+        profile: ShapeProfile | None = None,
+    ) -> Encoded:
+        """One sample for each picture and prompt.
+
+        A prompt is put into the chat template after the picture; with `raw` it is the whole text as the model sees it
+        and holds the image placeholder once. With `profile` the samples are checked to fit it.
+
+        Raises InputError for an empty prompt, a raw prompt without the placeholder, a text that does not have the
+        prefix length P of the bundle, or a sample that does not fit the profile.
+        """
+        if len(images) != len(prompts) or not images:
+            raise InputError(f"{len(images)} pictures and {len(prompts)} prompts", wanted="one picture for each prompt")
+        images = [to_rgb(image) for image in images]
+        if profile is not None:
+            for image in images:
+                if not fits(image, self.spec, profile):
+                    raise misfit(image, self.spec, [profile])
+        samples = [
+            self._sample(image, self.text(prompt, raw=raw)) for image, prompt in zip(images, prompts, strict=True)
+        ]
+        ids = tuple(sample[0] for sample in samples)
+        image_tokens = self._span(ids)
+        unknown = getattr(self.tokenizer, "unk_token_id", None)
+        encoded = Encoded(
+            input_ids=ids,
+            pixel_values=np.concatenate([sample[1] for sample in samples]).astype(np.float32, copy=False),
+            prefix_tokens=self.spec.prefix_tokens,
+            image_tokens=image_tokens,
+            unknown=tuple(0 if unknown is None else int((row == unknown).sum()) for row in ids),
+        )
+        if profile is not None:
+            encoded.check(profile)
+        return encoded
+
+    def text(self, prompt: str, *, raw: bool = False) -> str:
+        """The whole text as the model sees it, with the image placeholder once."""
+        if not prompt.strip():
+            raise InputError("the prompt is empty", wanted="a question or an instruction", do='--prompt "..."')
+        if raw:
+            text = prompt
+        else:
+            content = [{"type": "image"}, {"type": "text", "text": prompt}]
+            conversation = [{"role": "user", "content": content}]
+            text = self._apply_template(conversation)
+        count = text.count(self.image_token)
+        if count == 1:
+            return text
+        got = f"the prompt holds the image placeholder {self.image_token} {count} times"
+        if raw:
+            raise InputError(got, wanted="once", do=f"write {self.image_token} where the image belongs")
+        if count == 0:
+            raise InputError(
+                f"the chat template of {self.folder} writes no {self.image_token}",
+                wanted="a chat template that takes a picture and a text",
+                do=f"give the whole text with {self.image_token} in it and --raw-prompt",
+            )
+        raise InputError(
+            got, wanted="none: the chat template puts the image in by itself", do="take it out, or use --raw-prompt"
+        )
+
+    def _apply_template(self, conversation: list[dict[str, Any]]) -> str:
+        from jinja2 import TemplateError
+
+        try:
+            return str(self.processor.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False))
+        except (ValueError, TemplateError) as error:
+            raise InputError(
+                f"the chat template of {self.folder} cannot be used: {str(error).splitlines()[0]}",
+                wanted="a chat template that takes a picture and a text",
+                do=f"give the whole text with {self.image_token} in it and --raw-prompt",
+            ) from error
+
+    def _sample(self, image: Image.Image, text: str) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+        bos = self.tokenizer.bos_token
+        # A template that writes the begin token itself must not get a second one from the tokenizer.
+        special = not (bos and text.startswith(bos))
+        made = self.processor(
+            images=[image],
+            text=[text],
+            add_special_tokens=special,
+            input_data_format="channels_last",
+            return_tensors="np",
+        )
+        return made["input_ids"][0].astype(np.int64), made["pixel_values"]
+
+    def _span(self, ids: Sequence[np.ndarray[Any, Any]]) -> int:
+        """Image tokens V, after checking that they stand together, right after the prefix, with text behind them."""
+        counts = set()
+        for row in ids:
+            places = np.flatnonzero(row == self.spec.image_token_id)
+            if len(places) == 0 or places[-1] - places[0] + 1 != len(places):
+                raise InputError(
+                    f"the processor makes {len(places)} image tokens that do not stand together",
+                    wanted="one contiguous run of image tokens",
+                    do="use one picture for each prompt",
+                )
+            if places[0] != self.spec.prefix_tokens:
+                raise InputError(
+                    f"{places[0]} tokens before the image",
+                    wanted=f"{self.spec.prefix_tokens}, what the bundle is built for",
+                    do="begin a raw prompt as the chat template does, or leave out --raw-prompt",
+                )
+            if places[-1] + 1 == len(row):
+                raise InputError(
+                    "no text after the image", wanted="the question after it", do="put the text behind the image"
+                )
+            counts.add(len(places))
+        if len(counts) != 1:
+            raise InputError(
+                f"pictures of {', '.join(map(str, sorted(counts)))} image tokens in one batch",
+                wanted="pictures that make the same number of image tokens",
+                do="run them one by one",
+            )
+        return int(counts.pop())
+
+
+def _sizes(*shapes: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
+    """What distinguishes shapes of pixels: height and width of [n,3,h,w], everything else of others."""
+    plain = all(len(shape) == 4 for shape in shapes)
+    return (shape[2:] if plain else shape for shape in shapes)
+
+
+def _load_processor(folder: Path) -> Any:
+    try:
+        processor = load_processor(folder)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+        raise InputError(
+            f"{folder} holds no usable processor: {str(error).splitlines()[0] if str(error) else type(error).__name__}",
+            wanted="the model's tokenizer, processor and chat template files",
+            do="export the bundle again from a complete checkpoint",
+        ) from error
+    for part in ("tokenizer", "image_processor", "image_token"):
+        if not hasattr(processor, part):
+            raise InputError(
+                f"{folder} holds a {type(processor).__name__} without {part}",
+                wanted="the processor of a vision-language model",
+                do="add processor_config.json or preprocessor_config.json of the model",
+            )
+    return processor

@@ -1,0 +1,43 @@
+"""Which plan a model gets: calibrated, a preset by name, or a file."""
+
+from pathlib import Path
+
+from btp_export.console import Report, note
+from btp_export.model.open_model import Model
+from btp_export.planning.plan_files import CALIBRATED, plan_for
+from btp_export.planning.study import CalibrationSettings, calibrate_model, check_settings
+from calibrate.place.presets import PRESETS
+from graphs.records.errors import InputError
+from graphs.records.match_plan import spec_at
+from graphs.records.plan import PruningPlan
+from graphs.records.shapes import ShapeProfile
+
+
+def choose_plan(
+    model: Model,
+    choice: str,
+    settings: CalibrationSettings,
+    *,
+    profile: ShapeProfile | None = None,
+    report: Report | None = None,
+) -> PruningPlan:
+    """The plan that `choice` names: `btp` calibrates on the model, a preset follows the compression, a file is read.
+
+    The first two are made for the profile's image tokens, or the model's own; a file may be for others.
+
+    Raises InputError for an unknown name, a file for another model, and settings the choice cannot follow.
+    """
+    if choice == CALIBRATED:
+        return calibrate_model(model, settings, profile=profile, report=report, note=note)
+    check_settings(settings)
+    if settings.keep is not None:
+        raise InputError(
+            f"--keep with --plan {choice}", wanted="--keep only with the calibrated plan", do="leave --keep out"
+        )
+    spec = model.spec if profile is None else spec_at(model.spec, profile)
+    return plan_for(choice, spec, compression=settings.compression)
+
+
+def plan_name(choice: str) -> str:
+    """What the plan is called in tables: the preset's name, or the file's."""
+    return choice if choice == CALIBRATED or choice in PRESETS else Path(choice).stem

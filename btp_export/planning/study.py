@@ -1,0 +1,346 @@
+"""Calibration of one model: pictures and prompts through its own processor and vision tower, then calibrate/."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from btp_export.console import Report
+from btp_export.model.cache_folder import cache_folder
+from btp_export.model.pictures import fits, fitted
+from graphs.files.atomic import size_text
+from graphs.files.bundle import tool_versions
+from graphs.files.memory import check_memory
+from graphs.files.resume import Work, digest, work_folder
+from graphs.records.errors import InputError
+from graphs.records.plan import Importance, PruningPlan, SpatialMetric
+from graphs.records.shapes import ShapeProfile
+from graphs.records.spec import ModelSpec, Precision
+
+if TYPE_CHECKING:
+    from btp_export.model.open_model import Model
+    from btp_export.model.prompting import Prompter
+    from calibrate.calibrate import Study
+    from calibrate.data.samples import Sample, SampleSet
+    from calibrate.place.candidates import Request
+    from calibrate.place.cost import PrefillCost
+    from calibrate.place.counts import Shape
+    from calibrate.reference.records import ReferenceInput
+
+MOST_SAMPLES = 4096
+DEFAULT_SAMPLES = 64
+TUNED_SAMPLES = 128  # for a search, which a handful of samples would lead astray
+LARGE = 2**30  # bytes of weights over which an interrupted calibration is worth resuming
+LIBRARIES = 600 * 2**20  # what Python, torch and transformers take by themselves
+TYPICAL_TEXT = 24  # tokens of a prompt after the picture
+
+Check = Callable[["Request", "Shape", "PrefillCost"], object]
+
+
+@dataclass(frozen=True)
+class CalibrationSettings:
+    """What the user may choose.
+
+    The samples: `images` None are generated scenes, else a folder, a JSONL file or `hf:owner/name[:split]`.
+    The budget: a compression, counts `keep` or a latency share, else a compression of 0.78; `latency_from` is a
+    measurement that the share and the cost are taken from. Everything else are the switches of the method.
+    """
+
+    images: str | None = None
+    prompts: Path | None = None
+    samples: int = DEFAULT_SAMPLES
+    compression: float | None = None
+    keep: tuple[int, ...] | None = None
+    latency_share: float | None = None
+    latency_from: Path | None = None
+    stages: tuple[int, ...] | None = None
+    balance: tuple[float, ...] | None = None
+    importance: Importance = "last-token"
+    spatial_metric: SpatialMetric = "euclidean"
+    rebalance: bool = True
+    spatial: bool = True
+    drop_bound: float | None = None
+    tune: bool = False
+    tau: float | None = None
+    cache: bool = True
+    seed: int = 0
+    device: str = "auto"  # cpu, cuda, cuda:<n>; auto: a GPU if there is one
+    maths: Precision = "float32"  # what the model computes in
+
+
+def parse_keep(text: str) -> tuple[int, ...]:
+    """ "288,144,48,0" -> (288, 144, 48, 0). Raises InputError if it is not a list of whole numbers."""
+    return tuple(int(part) for part in _parse(text, "--keep", int, "whole numbers", "288,144,48,0"))
+
+
+def parse_stages(text: str) -> tuple[int, ...]:
+    """ "3,6,14,22" -> (3, 6, 14, 22). Raises InputError if it is not a list of whole numbers."""
+    return tuple(int(part) for part in _parse(text, "--stages", int, "whole numbers", "3,6,14,22"))
+
+
+def parse_shares(text: str, flag: str = "--balance", example: str = "0.4,0.7,1.0") -> tuple[float, ...]:
+    """ "0.4,0.7,1.0" -> (0.4, 0.7, 1.0). Raises InputError if it is not a list of numbers from 0 to 1."""
+    shares = _parse(text, flag, float, "numbers from 0 to 1", example)
+    if not all(0.0 <= share <= 1.0 for share in shares):
+        raise InputError(f"{flag} {text}", wanted="numbers from 0 to 1 with commas", do=f"{flag} {example}")
+    return tuple(shares)
+
+
+def _parse(text: str, flag: str, kind: Callable[[str], float], what: str, example: str) -> list[float]:
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError as error:
+        raise InputError(f"{flag} {text}", wanted=f"{what} with commas", do=f"{flag} {example}") from error
+
+
+def calibrate_model(
+    model: Model,
+    settings: CalibrationSettings,
+    *,
+    profile: ShapeProfile | None = None,
+    report: Report | None = None,
+    note: Callable[[str], None] | None = None,
+) -> PruningPlan:
+    """The calibrated plan `btp` for a model at a profile's image size, its own if there is none.
+
+    Pictures that become other tokens are scaled to that size. `note` is told of pictures that are skipped and of
+    statistics that are reused. Raises InputError for settings or pictures that cannot be used, UnavailableError for a
+    data set that cannot be had, before any long work.
+    """
+    from calibrate.calibrate import calibrate
+
+    with calibration_work(model, settings, note) as work:
+        study, request = open_study(model, settings, profile=profile, work=work, report=report, note=note)
+        return calibrate(study, request, tuned=settings.tune, progress=report)
+
+
+@contextlib.contextmanager
+def calibration_work(
+    model: Model, settings: CalibrationSettings, note: Callable[[str], None] | None
+) -> Iterator[Work | None]:
+    """Where the calibration of a large model keeps checkpoints, so that an interrupted one goes on; else nowhere."""
+    if sum(ref.nbytes for ref in model.checkpoint.tensors.values()) < LARGE:
+        yield None
+        return
+    from calibrate.measure.statistics_cache import checkpoint_identity
+
+    key = digest(checkpoint_identity(model.checkpoint), repr(settings), tool_versions())
+    with work_folder(cache_folder("work"), key, note or (lambda text: None)) as work:
+        yield work
+
+
+def open_study(
+    model: Model,
+    settings: CalibrationSettings,
+    *,
+    profile: ShapeProfile | None = None,
+    check: Check | None = None,
+    work: Work | None = None,
+    report: Report | None = None,
+    note: Callable[[str], None] | None = None,
+) -> tuple[Study, Request]:
+    """The model measured on its samples, or its statistics from the cache, and what plan is asked for.
+
+    `work` is where long passes leave checkpoints. `check` stands for the request's own where something else is asked of
+    it. Raises as `calibrate_model`.
+    """
+    check_settings(settings)
+    import torch
+
+    from btp_export.model.prompting import Prompter
+    from calibrate import calibrate as calibration
+    from calibrate.measure.statistics_cache import StatisticsCache
+    from calibrate.place.cost import PrefillCost, measured_cost
+    from calibrate.place.counts import Shape
+    from calibrate.place.search import check_tuning
+    from calibrate.reference.streamed_model import StreamedReference, torch_device
+
+    spec = model.spec
+    device = torch_device(settings.device)
+    profile = profile or default_profile(model)
+    shape = Shape(spec.model_type, spec.decoder.num_layers, profile.image_tokens, profile.grid, profile.blocks)
+    measured = settings.latency_from
+    cost = PrefillCost(spec.decoder, profile) if measured is None else measured_cost(measured, spec.decoder, profile)
+    request = request_of(settings)
+    (check or type(request).check)(request, shape, cost)
+    chosen = calibration_samples(settings, note)
+    check_memory(
+        needed_bytes(model, profile, len(chosen.samples), settings.maths),
+        f"calibrating {spec.name} on {len(chosen.samples)} samples",
+        do=f"fewer --samples (a layer at a time needs {size_text(needed_bytes(model, profile, 1, settings.maths))})",
+    )
+    if settings.tune:
+        check_tuning(len(chosen.samples), counts=settings.keep is None, shares=settings.balance is None)
+    prompter = Prompter(model.source.folder, spec)
+    cache = StatisticsCache(cache_folder("statistics") if settings.cache else None, note)
+    taus = calibration.taus_for(settings.tau, spec.change_threshold)
+    key = _cache_key(model, profile, chosen.digest(), taus, settings.maths, device)
+    statistics = cache.get(key)
+    inputs = _inputs(model, prompter, profile, chosen.samples, report)
+    reference = StreamedReference(model.checkpoint, dtype=getattr(torch, settings.maths), device=device, work=work)
+    if statistics is None:
+        statistics = calibration.measure_statistics(
+            reference, inputs, shape, tau=settings.tau, model_tau=spec.change_threshold, progress=report
+        )
+        cache.put(key, statistics)
+    study = calibration.Study(
+        reference=reference,
+        inputs=inputs,
+        shape=shape,
+        statistics=statistics,
+        threshold=calibration.threshold_of(statistics, shape, tau=settings.tau, model_tau=spec.change_threshold),
+        cost=cost,
+        seed=settings.seed,
+        source=_source(chosen, spec, profile),
+    )
+    return study, request
+
+
+def needed_bytes(model: Model, profile: ShapeProfile, samples: int, maths: Precision) -> int:
+    """About how much memory a calibration takes at its highest: the vision tower, or a layer and all samples' rows."""
+    from calibrate.calibrate import DROPPED_SAMPLES
+
+    decoder, size = model.spec.decoder, 4 if maths == "float32" else 2
+    own = ("language_model.", "lm_head.")
+    vision = sum(math.prod(ref.shape) for ref in model.checkpoint.tensors.values() if not ref.name.startswith(own))
+    projections = 2 * decoder.head_dim * (decoder.num_heads + decoder.num_kv_heads)
+    layer = size * decoder.hidden_size * (3 * decoder.intermediate_size + projections)
+    tokens = profile.prefix_tokens + profile.image_tokens + TYPICAL_TEXT
+    rows = size * decoder.hidden_size * samples * tokens
+    text = profile.prefix_tokens + TYPICAL_TEXT
+    branches = size * decoder.hidden_size * min(samples, DROPPED_SAMPLES) * text * decoder.num_layers
+    return LIBRARIES + max(8 * vision, layer + layer // 3 + rows + branches)
+
+
+def request_of(settings: CalibrationSettings) -> Request:
+    """The plan that the settings ask for."""
+    from calibrate.place.balance import Recipe
+    from calibrate.place.candidates import DROP_BOUNDS, Budget, Request
+
+    return Request(
+        budget=Budget(compression=settings.compression, keep=settings.keep, share=settings.latency_share),
+        layers=settings.stages,
+        recipe=Recipe(
+            importance=settings.importance,
+            spatial_metric=settings.spatial_metric,
+            rebalance=settings.rebalance,
+            spatial=settings.spatial,
+            balance=settings.balance,
+        ),
+        drop_bounds=DROP_BOUNDS if settings.drop_bound is None else (settings.drop_bound,),
+    )
+
+
+def _inputs(
+    model: Model, prompter: Prompter, profile: ShapeProfile, samples: Sequence[Sample], report: Report | None
+) -> list[ReferenceInput]:
+    """What the reference takes of each sample."""
+    from calibrate.data.samples import prepare
+
+    def encoding(done: int, total: int) -> None:
+        if report is not None:
+            report(done, total, "reading the pictures")
+
+    vision = model.family.vision_module(model.checkpoint, profile.image_size)
+    pictures, _ = fitted_samples(samples, model.spec, profile)
+    prepared = prepare(pictures, prompter, vision, progress=encoding)
+    return [one.input for one in prepared]
+
+
+def _cache_key(
+    model: Model, profile: ShapeProfile, pictures: str, taus: Sequence[float], maths: str, device: str
+) -> str:
+    """Everything that decides the statistics; see calibrate/measure/statistics_cache.py."""
+    import importlib.metadata
+
+    from btp_export import __version__
+    from calibrate.calibrate import DROPPED_SAMPLES
+    from calibrate.measure.statistics_cache import checkpoint_identity, key_of
+    from graphs.files.atomic import sha256
+
+    picture = {"image_size", "grid", "blocks", "pixel_shape", "prefix_tokens", "image_tokens"}
+    return key_of(
+        {
+            "model": checkpoint_identity(model.checkpoint),
+            "processor": {path.name: sha256(path) for path in model.processor_files},
+            "pictures": pictures,
+            "profile": profile.model_dump(mode="json", include=picture),
+            "settings": {"taus": list(taus), "dropped": DROPPED_SAMPLES, "maths": maths, "device": device},
+            "versions": {
+                "btp-export": __version__,
+                **{name: importlib.metadata.version(name) for name in ("torch", "transformers")},
+            },
+        }
+    )
+
+
+def _source(chosen: SampleSet, spec: ModelSpec, profile: ShapeProfile) -> dict[str, Any]:
+    """Where the samples came from, as the plan's record holds it."""
+    source: dict[str, Any] = {
+        "pictures": chosen.source,
+        "skipped": list(chosen.skipped),
+        "prompts": len({sample.prompt for sample in chosen.samples}),
+        "sha256": chosen.digest(),
+    }
+    if spec.vision.dynamic:
+        resized = sum(not fits(one.image, spec, profile) for one in chosen.samples)
+        source |= {"image_size": list(profile.image_size), "resized": resized}
+    return source
+
+
+def default_profile(model: Model, image_size: tuple[int, int] | None = None) -> ShapeProfile:
+    """That image size, the model's own if there is none, with the text bucket of an export's default.
+
+    Raises InputError for a size that the model cannot take.
+    """
+    from btp_export.exporting import DEMO_SHAPES, SHAPES
+
+    text, _ = DEMO_SHAPES if model.source.is_demo else SHAPES
+    return model.family.profile(model.spec, batch=1, image_size=image_size, text_tokens=text, new_tokens=1)
+
+
+def fitted_samples(samples: Sequence[Sample], spec: ModelSpec, profile: ShapeProfile) -> tuple[list[Sample], int]:
+    """The samples with pictures that fit the profile, and how many were scaled for it."""
+    pictures = fitted([one.image for one in samples], spec, profile)
+    resized = sum(not fits(one.image, spec, profile) for one in samples)
+    return [replace(one, image=picture) for one, picture in zip(samples, pictures, strict=True)], resized
+
+
+def check_settings(settings: CalibrationSettings) -> None:
+    """Raise InputError for settings out of range."""
+    if not 1 <= settings.samples <= MOST_SAMPLES:
+        raise InputError(f"--samples {settings.samples}", wanted=f"1 to {MOST_SAMPLES}", do="--samples 64")
+    if settings.tau is not None and not -1.0 < settings.tau < 1.0:
+        raise InputError(f"--tau {settings.tau}", wanted="a cosine between -1 and 1", do="--tau 0.93")
+    if settings.drop_bound is not None and not settings.drop_bound > 0.0:
+        raise InputError(f"--drop-bound {settings.drop_bound}", wanted="nats above 0", do="--drop-bound 0.02")
+    if settings.prompts is not None and settings.images is None:
+        raise InputError("--prompts without --images", wanted="pictures to ask about", do="--images DIR --prompts FILE")
+    if not 0 <= settings.seed < 2**24:
+        raise InputError(f"--seed {settings.seed}", wanted="0 to 16777215", do="--seed 0")
+    _check_budget(settings)
+
+
+def _check_budget(settings: CalibrationSettings) -> None:
+    compression, share = settings.compression, settings.latency_share
+    if compression is not None and not 0.0 <= compression < 1.0:
+        raise InputError(f"--compression {compression}", wanted="a number from 0 to below 1", do="--compression 0.78")
+    if share is not None and not 0.0 < share < 1.0:
+        raise InputError(f"--latency-share {share}", wanted="a number above 0 and below 1", do="--latency-share 0.3")
+    budgets = {"--compression": compression, "--keep": settings.keep, "--latency-share": share}
+    given = [flag for flag, value in budgets.items() if value is not None]
+    if len(given) > 1:
+        raise InputError(f"both {' and '.join(given[:2])}", wanted="one of them", do="leave one out")
+
+
+def calibration_samples(settings: CalibrationSettings, note: Callable[[str], None] | None = None) -> SampleSet:
+    """Generated scenes of the calibration split, or what `images` names."""
+    from calibrate.data import samples
+
+    return samples.calibration_samples(
+        settings.images, prompts=settings.prompts, count=settings.samples, seed=settings.seed, note=note
+    )

@@ -1,0 +1,368 @@
+"""Running a bundle: pictures and prompts in, text out.
+
+    model = btp_export.load("demo-bundle")
+    model.generate(["cat.png"], ["what color is the circle ?"])[0].text
+
+`generate` does everything; `encode`, `prefill` and `decode_step` are its parts, for measuring and checking.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from btp_export.model.pictures import fitted, open_picture
+from btp_export.model.prompting import Encoded, Prompter
+from btp_export.running import sampling
+from btp_export.running.detokenise import Detokeniser
+from btp_export.running.streamed import check_fits_memory
+from engines.chain import Chain
+from engines.runners import Loader
+from engines.runners.onnxruntime import OrtLoader
+from graphs.building.rope import token_tables
+from graphs.files.bundle import ROPE_WEIGHTS, Bundle, Check
+from graphs.files.checkpoint import open_tensors
+from graphs.records.errors import InputError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    Pictures = Sequence[Image.Image | Path | str] | Image.Image | Path | str
+
+Array = np.ndarray[Any, np.dtype[Any]]
+OnText = Callable[[int, str], None]
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """A batch of n samples after its prefill; the model's caches hold it until the next one.
+
+    logits: [n, vocab] float32 of each sample's last token.
+    kept: for each stage with keep > 0, [n, k] indices into the V image tokens, ascending.
+    kept_relative: the same as indices into the tokens that the stage chose from.
+    lengths: for each segment, [n] valid cache rows.
+    prefill_ms: the decoder chain with selection and head, without vision (with it if the bundle is one whole graph).
+    select_ms: one for each stage; empty if the bundle is one whole graph. vision_ms: None then.
+    """
+
+    logits: Array
+    kept: tuple[Array, ...]
+    kept_relative: tuple[Array, ...]
+    lengths: tuple[Array, ...]
+    prefill_ms: float
+    select_ms: tuple[float, ...]
+    vision_ms: float | None
+    number: int
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One answer. Times are those of the batch it was part of.
+
+    text: what was generated, without special tokens. token_ids: all ids, the end token included if it came.
+    tokens_kept: image tokens kept by each stage. kept: for each stage with keep > 0, indices into the V image tokens.
+    decode_ms_per_token: mean over the decode steps, None if the answer was a single token.
+    unknown_tokens: how many tokens of the prompt the tokenizer does not know.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    tokens_kept: tuple[int, ...]
+    kept: tuple[Array, ...]
+    prefill_ms: float
+    decode_ms_per_token: float | None
+    select_ms: tuple[float, ...]
+    vision_ms: float | None
+    unknown_tokens: int = 0
+
+
+def load(
+    bundle: "Bundle | Path | str",
+    *,
+    profile: str | None = None,
+    threads: int | None = None,
+    device: str = "cpu",
+    engine: str | None = None,
+) -> "BundleModel":
+    """Open a bundle for running: its graphs in ONNX Runtime, or the engines built from them for a target.
+
+    Args:
+        bundle: its folder, or an opened Bundle.
+        profile: name of a shape profile; the first if left out.
+        threads: threads inside an operator; all cores if left out. Engines have none.
+        device: "cpu", "cuda" or "cuda:<number>"; engines run on the first GPU if nothing else is said.
+        engine: a target whose engines lie in the bundle, see docs/engines.md.
+
+    Raises InputError for a bundle that is missing, damaged, without that profile or without engines, and
+    UnavailableError if its graphs or engines cannot run on this device.
+    """
+    opened = bundle if isinstance(bundle, Bundle) else Bundle.open(Path(bundle))
+    chosen = opened.profile(profile).name
+    loader, graphs = open_graphs(opened, chosen, threads=threads, device=device, engine=engine)
+    if engine is None:
+        check_fits_memory(opened, chosen, device)
+    return BundleModel(opened, loader, profile=chosen, graphs=graphs)
+
+
+def open_graphs(
+    bundle: Bundle,
+    profile: str,
+    *,
+    threads: int | None = None,
+    device: str = "cpu",
+    engine: str | None = None,
+    part: str = "",
+    check: Check = "quick",
+) -> tuple[Loader, dict[str, Path]]:
+    """How the graphs of a profile are opened, and the file of each by name: the ONNX graphs, or a target's engines.
+
+    `part` is the folder of other engines inside the target's, such as the unpruned ones.
+    """
+    if engine is None:
+        files = {graph.name: bundle.root / graph.file for graph in bundle.graphs(profile)}
+        return OrtLoader(device=device, threads=threads), files
+    from engines.runners.tensorrt import open_engines
+    from engines.targets import find_target
+    from engines.tensorrt.records import engines_folder
+
+    if threads is not None:
+        raise InputError(f"--threads {threads} with --engine", wanted="one or the other", do="leave --threads out")
+    folder = engines_folder(bundle, find_target(engine).name) / part
+    gpu = "cuda" if device in ("cpu", "auto") else device  # engines run on nothing else
+    return open_engines(bundle, folder, profile=profile, device=gpu, check=check)
+
+
+class BundleModel:
+    """A bundle's graphs, ready to run. It holds one batch at a time and is not for several threads at once."""
+
+    def __init__(
+        self, bundle: Bundle, loader: Loader, *, profile: str | None = None, graphs: Mapping[str, Path] | None = None
+    ) -> None:
+        """`graphs` are the files that the loader opens, by name; the bundle's own if left out."""
+        self.bundle, self.spec = bundle, bundle.spec
+        self.profile, self.plan = bundle.profile(profile), bundle.plan_for(profile)
+        self._embeddings = bundle.checkpoint()["language_model.embed_tokens.weight"].read()
+        rope = open_tensors(bundle.weights / ROPE_WEIGHTS)
+        own = {graph.name: bundle.root / graph.file for graph in bundle.graphs(self.profile.name)}
+        self.chain = Chain(
+            own if graphs is None else graphs,
+            plan=self.plan,
+            profile=self.profile,
+            rope=token_tables((rope["cos"].read(), rope["sin"].read()), self.spec.decoder, self.profile),
+            loader=loader,
+        )
+        self._prefills = 0
+
+    @cached_property
+    def prompter(self) -> Prompter:
+        """The model's processor; made at first use, because it imports transformers."""
+        return Prompter(self.bundle.processor, self.spec)
+
+    def generate(
+        self,
+        images: "Pictures",
+        prompts: Sequence[str] | str,
+        *,
+        max_new_tokens: int | None = None,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        raw_prompt: bool = False,
+        resize: bool = False,
+        on_text: OnText | None = None,
+    ) -> list[Generation]:
+        """One answer for each picture and prompt; a single picture serves all prompts, and the other way round.
+
+        More samples than the profile's batch are run in several batches. Sample i draws from its own generator, seeded
+        with (seed, i), so its answer does not depend on its batch.
+
+        Args:
+            images: pictures or their files.
+            prompts: questions; with `raw_prompt` whole texts that hold the image placeholder.
+            max_new_tokens: at most the profile's new tokens, which is the default.
+            temperature: 0 is greedy, see btp_export.running.sampling.
+            top_p: draw only from the most probable tokens that together reach this share.
+            seed: of the sampling.
+            raw_prompt: do not use the chat template.
+            resize: scale pictures that do not fit the profile's size to it.
+            on_text: called with (sample, piece of text) as text comes; the pieces of a sample make up its text.
+
+        Raises InputError for what cannot be run, CheckError if a graph did not prune as planned.
+        """
+        room = self._room(max_new_tokens)
+        sampling.check_settings(temperature, top_p, seed)
+        pictures, texts = _samples(images, prompts)
+        encoded = self.encode(fitted(pictures, self.spec, self.profile) if resize else pictures, texts, raw=raw_prompt)
+
+        def choose(sample: int, logits: Array) -> int:
+            return sampling.choose(logits, generators[sample], temperature=temperature, top_p=top_p)
+
+        generators = [np.random.default_rng((seed, sample)) for sample in range(len(texts))]
+        answers: list[Generation] = []
+        for first in range(0, len(texts), self.profile.batch):
+            samples = range(first, min(first + self.profile.batch, len(texts)))
+            answers += self._generate(encoded, samples, room, choose, on_text)
+        return answers
+
+    def encode(self, images: "Sequence[Image.Image]", prompts: Sequence[str], *, raw: bool = False) -> Encoded:
+        """Token ids and pixels of the samples. Raises InputError if one does not fit the bundle."""
+        return self.prompter.encode(images, prompts, raw=raw, profile=self.profile)
+
+    def prefill(self, encoded: Encoded, *, features: Array | None = None) -> Prefill:
+        """Run the samples up to their first logits; at most as many as the profile's batch.
+
+        `features` [B,V,C] are `chain.image_features` of an earlier prefill of the same pictures, to save the vision
+        graph.
+        A smaller batch is filled up with its last sample, whose results are dropped. Raises CheckError if a stage did
+        not keep exactly its tokens.
+        """
+        count, batch = len(encoded), self.profile.batch
+        if count > batch:
+            raise InputError(f"{count} samples", wanted=f"at most {batch}, the batch of profile {self.profile.name}")
+        filled = [min(place, count - 1) for place in range(batch)]
+        prefix = np.stack([self._embed(encoded.input_ids[place][: self.profile.prefix_tokens]) for place in filled])
+        text = np.stack([self._embed_text(encoded.input_ids[place]) for place in filled])
+        last = np.array([encoded.lengths[place] - 1 for place in filled], np.int32)
+        run = self.chain.prefill(encoded.pixels(filled), prefix, text, last, features=features)
+        self._prefills += 1
+        relative = tuple(run.kept[stage][:count] for stage in sorted(run.kept))
+        segmented = "prefill" not in run.milliseconds
+        stages = range(len(self.plan.stages)) if segmented else range(0)
+        return Prefill(
+            logits=run.logits[:count],
+            kept=_absolute(relative),
+            kept_relative=relative,
+            lengths=tuple(lengths[:count] for lengths in run.lengths),
+            prefill_ms=run.milliseconds["total"],
+            select_ms=tuple(run.milliseconds[f"select_{stage}"] for stage in stages),
+            vision_ms=run.milliseconds.get("vision"),
+            number=self._prefills,
+        )
+
+    def decode_step(self, prefill: Prefill, token_ids: Sequence[int]) -> Array:
+        """Append one token to each sample: ids [n] -> logits [n, vocab] float32.
+
+        Raises InputError if the caches are full, or hold another batch by now.
+        """
+        count = len(prefill.logits)
+        if prefill.number != self._prefills:
+            raise InputError("the caches hold a later batch", wanted="the latest prefill", do="prefill again")
+        if len(token_ids) != count:
+            raise InputError(f"{len(token_ids)} token ids", wanted=f"one for each of the {count} samples")
+        filled = [token_ids[min(place, count - 1)] for place in range(self.profile.batch)]
+        return self.chain.decode(self._embed(np.array(filled)))[:count]
+
+    # Parts of generate
+
+    def _room(self, max_new_tokens: int | None) -> int:
+        room = self.profile.new_tokens
+        if max_new_tokens is None:
+            return room
+        if not 1 <= max_new_tokens <= room:
+            raise InputError(
+                f"{max_new_tokens} new tokens",
+                wanted=f"1 to {room}, the room in the caches of profile {self.profile.name}",
+                do="export again with a larger --max-new-tokens" if max_new_tokens > room else "ask for one or more",
+            )
+        return max_new_tokens
+
+    def _generate(
+        self,
+        encoded: Encoded,
+        samples: range,
+        room: int,
+        choose: Callable[[int, Array], int],
+        on_text: OnText | None,
+    ) -> list[Generation]:
+        """The answers of one batch."""
+        part = encoded.part(samples)
+        prefill = self.prefill(part)
+        answers = [_Answer(sample, Detokeniser(self.prompter.tokenizer), self.spec.eos_token_ids) for sample in samples]
+        logits, times = prefill.logits, []
+        while True:
+            for answer, row in zip(answers, logits, strict=True):
+                if not answer.done:
+                    answer.take(choose(answer.sample, row), room, on_text)
+            if all(answer.done for answer in answers):
+                break
+            start = time.perf_counter()
+            logits = self.decode_step(prefill, [answer.ids[-1] for answer in answers])
+            times.append((time.perf_counter() - start) * 1000.0)
+        return [
+            Generation(
+                text=answer.detokeniser.text,
+                token_ids=tuple(answer.ids),
+                tokens_kept=tuple(stage.keep for stage in self.plan.stages),
+                kept=tuple(indices[place] for indices in prefill.kept),
+                prefill_ms=prefill.prefill_ms,
+                decode_ms_per_token=sum(times) / len(times) if times else None,
+                select_ms=prefill.select_ms,
+                vision_ms=prefill.vision_ms,
+                unknown_tokens=part.unknown[place],
+            )
+            for place, answer in enumerate(answers)
+        ]
+
+    def _embed(self, ids: Array) -> Array:
+        """Embedding rows [n, C] in the graphs' precision; only these rows are read from the file."""
+        if ids.size and not 0 <= ids.min() <= ids.max() < len(self._embeddings):
+            raise InputError(
+                f"token ids from {ids.min()} to {ids.max()}",
+                wanted=f"ids below {len(self._embeddings)}, the rows of the embedding",
+                do="use the tokenizer that belongs to the weights",
+            )
+        return np.asarray(self._embeddings[ids]).astype(self.chain.dtype)
+
+    def _embed_text(self, ids: Array) -> Array:
+        """Rows [T, C] of the tokens after the image, zeros where a sample has none."""
+        rows = np.zeros((self.profile.text_tokens, self._embeddings.shape[1]), self.chain.dtype)
+        text = ids[self.profile.prefix_tokens + self.profile.image_tokens :]
+        rows[: len(text)] = self._embed(text)
+        return rows
+
+
+@dataclass
+class _Answer:
+    """One sample's answer while it grows."""
+
+    sample: int
+    detokeniser: Detokeniser
+    end_ids: Sequence[int]
+    ids: list[int] = field(default_factory=list)
+    done: bool = False
+
+    def take(self, token_id: int, room: int, on_text: OnText | None) -> None:
+        """Append a token; the end token or the last one there is room for ends the answer."""
+        self.ids.append(token_id)
+        piece = self.detokeniser.add(token_id)
+        self.done = token_id in self.end_ids or len(self.ids) == room
+        if self.done:
+            piece += self.detokeniser.finish()
+        if piece and on_text is not None:
+            on_text(self.sample, piece)
+
+
+def _absolute(relative: Sequence[Array]) -> tuple[Array, ...]:
+    """Indices into the tokens each stage chose from [n, k] -> indices into the V image tokens."""
+    absolute: list[Array] = []
+    for indices in relative:
+        absolute.append(np.take_along_axis(absolute[-1], indices, axis=1) if absolute else indices)
+    return tuple(absolute)
+
+
+def _samples(images: "Pictures", prompts: Sequence[str] | str) -> "tuple[list[Image.Image], list[str]]":
+    """As many pictures as prompts, the pictures opened."""
+    given = list(images) if isinstance(images, Sequence) and not isinstance(images, str) else [images]
+    texts = [prompts] if isinstance(prompts, str) else list(prompts)
+    count = max(len(given), len(texts))
+    if 0 in (len(given), len(texts)) or not {len(given), len(texts)} <= {1, count}:
+        raise InputError(
+            f"{len(given)} pictures and {len(texts)} prompts",
+            wanted="one prompt for each picture, one picture for all prompts, or one prompt for all pictures",
+        )
+    opened = [open_picture(Path(item)) if isinstance(item, (str, Path)) else item for item in given]
+    return opened * (count // len(opened)), texts * (count // len(texts))

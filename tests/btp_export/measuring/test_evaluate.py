@@ -1,0 +1,176 @@
+"""`eval` through the exported graphs."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+import btp_export
+from btp_export import cli
+from btp_export.measuring.evaluate import evaluate_bundle, evaluate_plans, resolve_budgets, resolve_plans
+from graphs.pruning.operations import cost
+from graphs.records.errors import InputError
+from graphs.records.plan import PruningPlan, Stage
+
+PLAN = PruningPlan(
+    model_type="llava",
+    num_layers=6,
+    image_tokens=36,
+    grid=(6, 6),
+    stages=(Stage(layer=1, keep=12, attention_quota=6, pool=12, boundary=12), Stage(layer=4, keep=0)),
+)
+PROMPTS = ["what colour is the star?", "is there a red circle?", "where is the ring?", "how many objects are there?"]
+
+
+@pytest.fixture(scope="module")
+def questions(tiny_bundle: Any, pictures: list[Image.Image], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A JSONL file whose answers are what the unpruned model says, but for the last, which nobody says."""
+    folder = tmp_path_factory.mktemp("questions")
+    answers = btp_export.load(tiny_bundle(), threads=1).generate(pictures, PROMPTS, max_new_tokens=3)
+    lines = []
+    for number, (picture, prompt, answer) in enumerate(zip(pictures, PROMPTS, answers, strict=True)):
+        picture.save(folder / f"{number}.png")
+        text = "purple elephants" if number == 3 else answer.text
+        kind = "even" if number % 2 else "odd"
+        lines.append({"image": f"{number}.png", "prompt": prompt, "answer": text, "kind": kind})
+    (folder / "q.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return folder / "q.jsonl"
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_rows_are_what_the_runtime_answers(batch: int, tiny_bundle: Any, questions: Path) -> None:
+    """Every answer has 3 tokens, so 3 are generated here too: the longest expected answer plus its end and one more."""
+    bundle = tiny_bundle(PLAN, batch=batch)
+    result = evaluate_bundle(bundle, plans=["none", "btp", "vtw"], data=questions, threads=1)
+    assert result["samples"] == 4
+    assert [row["plan"] for row in result["rows"]] == ["none", "btp", "vtw"]
+    full, btp, _ = result["rows"]
+    for row in result["rows"]:
+        low, high = row["interval"]
+        assert 0 <= low <= row["accuracy"] <= high <= 1
+        assert set(row["kinds"]) == {"even", "odd"}
+    assert full["compression"] == 0 and full["flops_ratio"] == 1
+    assert btp["average_tokens"] == PLAN.average_tokens
+    profile = bundle.profile()
+    costs = [cost(bundle.spec.decoder, plan, profile).prefill for plan in (PLAN, tiny_bundle().plan)]
+    assert btp["flops_ratio"] == pytest.approx(costs[0] / costs[1])
+
+
+def test_accuracy_counts_exact_answers(tiny_bundle: Any, pictures: list[Image.Image], tmp_path: Path) -> None:
+    model = btp_export.load(tiny_bundle(), threads=1)
+    lines = []
+    for number, (picture, prompt) in enumerate(zip(pictures, PROMPTS, strict=True)):
+        picture.save(tmp_path / f"{number}.png")
+        # An answer of n tokens lets n + 2 be generated: find the text the model gives for that length.
+        text = "one"
+        for _ in range(4):
+            length = len(model.prompter.tokenizer(text, add_special_tokens=False)["input_ids"])
+            text = model.generate(picture, prompt, max_new_tokens=min(12, length + 2))[0].text
+        lines.append({"image": f"{number}.png", "prompt": prompt, "answer": text})
+    (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    result = evaluate_bundle(tiny_bundle(PLAN), plans=["btp", "none"], data=tmp_path / "q.jsonl", threads=1)
+    tokenizer = model.prompter.tokenizer
+    room = max(len(tokenizer(line["answer"], add_special_tokens=False)["input_ids"]) for line in lines) + 2
+    pruned = btp_export.load(tiny_bundle(PLAN), threads=1)
+    for name, loaded in (("none", model), ("btp", pruned)):
+        answers = loaded.generate(pictures, PROMPTS, max_new_tokens=min(12, room))
+        right = [answer.text.strip() == line["answer"].strip() for answer, line in zip(answers, lines, strict=True)]
+        row = next(row for row in result["rows"] if row["plan"] == name)
+        assert row["accuracy"] == sum(right) / 4
+    assert result["full_accuracy"] == result["rows"][1]["accuracy"]
+
+
+def test_plans_get_the_bundles_own_budget_or_the_given_one(tiny_bundle: Any) -> None:
+    bundle = tiny_bundle(PLAN)
+    own = resolve_plans(bundle, ["none", "btp", "divprune", "random"], None)
+    assert own["btp"] == PLAN and own["none"].stages == ()
+    assert own["divprune"].average_tokens == pytest.approx(PLAN.average_tokens, abs=1)
+    given = resolve_plans(bundle, ["btp", "divprune"], 0.6)
+    assert all(plan.compression == pytest.approx(0.6, abs=0.04) for plan in given.values())
+    assert [stage.layer for stage in given["btp"].stages] == [1, 4]
+
+
+def test_several_budgets_give_a_row_each_and_fixed_plans_one(tiny_bundle: Any) -> None:
+    planned = resolve_budgets(tiny_bundle(PLAN), ["none", "btp", "divprune"], [0.5, 0.75])
+    assert [name for name, _ in planned] == ["none", "btp", "divprune", "btp", "divprune"]
+    for (_, plan), budget in zip(planned[1:], (0.5, 0.5, 0.75, 0.75), strict=True):
+        assert plan.compression == pytest.approx(budget, abs=0.04)
+
+
+def test_equal_plans_are_run_once_and_listed_twice(tiny_bundle: Any, questions: Path) -> None:
+    reports: list[int] = []
+    result = evaluate_plans(
+        tiny_bundle(PLAN),
+        [("one", PLAN), ("two", PLAN.model_copy(update={"calibration": {"note": "the same graphs"}}))],
+        data=questions,
+        threads=1,
+        report=lambda done, total, _="": reports.append(total),
+    )
+    one, two = result.document["rows"]
+    assert one | {"plan": ""} == two | {"plan": ""} and result.hits[0] == result.hits[1]
+    assert sum(result.hits[0]) == one["accuracy"] * result.document["samples"]
+    assert set(reports) == {2 * result.document["samples"]}  # the plan and the unpruned model
+
+
+def test_attention_kept_is_what_transformers_attention_says(tiny_bundle: Any, questions: Path) -> None:
+    """Share of the last token's attention on the image tokens, in the layer before the stage, by the streamed run."""
+    from btp_export.model.open_model import open_model
+    from btp_export.model.prompting import Prompter
+    from calibrate.data.samples import jsonl_samples, prepare
+    from calibrate.reference.streamed_model import StreamedReference
+
+    bundle = tiny_bundle(PLAN)
+    row = evaluate_bundle(bundle, plans=["btp"], data=questions, threads=1)["rows"][0]
+    model = open_model(str(_checkpoint_of(bundle, questions.parent)))
+    samples = jsonl_samples(questions, count=4).samples
+    prompter = Prompter(bundle.processor, bundle.spec)
+    prepared = prepare(samples, prompter, model.family.vision_module(model.checkpoint))
+    runs = StreamedReference(model.checkpoint).run([one.input for one in prepared], PLAN)
+    shares = [run.stages[0].scores[run.stages[0].indices].sum() / run.stages[0].scores.sum() for run in runs]
+    assert row["attention_kept"] == [pytest.approx(sum(shares) / len(shares), rel=1e-5), None]
+
+
+def _checkpoint_of(bundle: Any, folder: Path) -> Path:
+    """The bundle's weights and configuration as a checkpoint folder."""
+    made = folder / "checkpoint"
+    made.mkdir(exist_ok=True)
+    for file in (bundle.weights / "model.safetensors", *bundle.processor.iterdir()):
+        if not (made / file.name).exists():
+            (made / file.name).symlink_to(file)
+    return made
+
+
+@pytest.mark.parametrize("names", [["btp", "btp"], ["fastw"], []])
+def test_unknown_and_repeated_plans_are_refused(names: list[str], tiny_bundle: Any) -> None:
+    with pytest.raises(InputError):
+        resolve_plans(tiny_bundle(PLAN), names, None)
+
+
+def test_the_command_prints_the_contract(tiny_bundle: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["eval", str(tiny_bundle(PLAN).root), "--plans", "btp,random", "--samples", "5", "--seed", "2"]
+    assert cli.main([*arguments, "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["samples"] == 5
+    keys = {"plan", "average_tokens", "compression", "accuracy", "kept_accuracy", "flops_ratio"}
+    assert [row["plan"] for row in document["rows"]] == ["btp", "random"]
+    assert all(keys <= row.keys() for row in document["rows"])
+    assert cli.main(arguments) == 0
+    assert "95 % interval" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--samples", "0"],
+        ["--plans", "x"],
+        ["--data", "/nowhere"],
+        ["--compression", "2"],
+        ["--compression", "0.5,x"],
+        ["--compression", "0.5,0.5"],
+    ],
+)
+def test_bad_input(arguments: list[str], tiny_bundle: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["eval", str(tiny_bundle(PLAN).root), *arguments]) == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) <= 3

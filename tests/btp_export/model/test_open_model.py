@@ -1,0 +1,66 @@
+"""What a user may call a model, and what is said when it cannot be had."""
+
+from pathlib import Path
+
+import pytest
+
+from btp_export.model.open_model import HUB_NAMES, find_model, open_model
+from graphs.records.errors import InputError, UnavailableError
+
+
+def test_demo_is_there_and_named() -> None:
+    model = open_model("demo")
+    assert (model.source.origin, model.spec.name, model.spec.model_type) == ("demo", "demo", "llava")
+    assert {"config.json", "tokenizer.json"} <= {path.name for path in model.processor_files}
+
+
+def test_a_local_folder_is_named_without_its_path(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = find_model(str(tiny_checkpoint))
+    assert (source.name, source.origin) == (tiny_checkpoint.name,) * 2 and not source.is_demo
+    monkeypatch.chdir(tiny_checkpoint)
+    assert find_model(".").folder == tiny_checkpoint
+
+
+def test_a_folder_called_demo_does_not_hide_the_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "demo").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert find_model("demo").is_demo
+    assert not find_model("./demo").is_demo
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [
+        ("lava-1.5-7b", "--model llava-1.5-7b"), ("LLaVA-1.5-13B", "--model llava-1.5-13b"), ("demo2", "--model demo"),
+        ("zzz", "--model demo"), ("", "--model demo"), ("./no/where", "--model demo"), ("a/b/c", "--model demo"),
+    ],
+)  # fmt: skip
+def test_unknown_names_get_close_ones(name: str, advice: str) -> None:
+    with pytest.raises(InputError, match="no model is called") as caught:
+        find_model(name)
+    assert caught.value.do.startswith(advice)
+
+
+def test_a_file_is_no_model(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(InputError, match="is a file"):
+        find_model(str(tmp_path / "model.safetensors"))
+
+
+@pytest.mark.parametrize("name", [*HUB_NAMES, "somebody/something"])
+def test_without_a_network_it_says_what_to_put_where(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UnavailableError) as caught:
+        find_model(name)
+    repository = HUB_NAMES.get(name, name)
+    assert repository in caught.value.got and "config.json" in caught.value.wanted
+    assert "--model FOLDER" in caught.value.do
+
+
+def test_a_family_that_is_not_there(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "blip"}')
+    with pytest.raises(InputError, match="model type 'blip'"):
+        open_model(str(tmp_path))
