@@ -55,7 +55,7 @@ def child_graphs(checkpoint: str, out: str) -> None:
     from btp_export.model.open_model import open_model
     from btp_export.planning.plan_files import plan_for
     from graphs.building.decoder_graphs import build_decoder_graphs
-    from graphs.files.bundle import write_graphs
+    from graphs.building.derived_bundles import write_graphs
 
     model = open_model(checkpoint)  # its tokenizer and processor are opened too, which loads half of transformers
     plan = plan_for("btp-paper", model.spec)

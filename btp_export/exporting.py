@@ -11,6 +11,7 @@ from pydantic import Field
 from btp_export.console import Report
 from btp_export.model.open_model import Model
 from graphs.building.decoder_graphs import build_decoder_graphs
+from graphs.building.derived_bundles import write_graphs
 from graphs.building.graph_builder import IR_VERSIONS, BuiltGraph
 from graphs.building.rope import rope_tables
 from graphs.building.vision_capture import capture_vision, share_weights
@@ -26,15 +27,7 @@ from graphs.files.atomic import (
     sha256,
     staged,
 )
-from graphs.files.bundle import (
-    ROPE_WEIGHTS,
-    VISION_WEIGHTS,
-    Bundle,
-    place_weights,
-    write_graphs,
-    write_manifest,
-    write_plans,
-)
+from graphs.files.bundle import ROPE_WEIGHTS, VISION_WEIGHTS, Bundle, place_weights, write_manifest, write_plans
 from graphs.files.safetensors_file import write_tensors
 from graphs.records.errors import InputError
 from graphs.records.manifest import BuildRecord, FileRecord, GraphRecord, ModelRecord

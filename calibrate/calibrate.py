@@ -1,8 +1,10 @@
 """Calibration: measure the unpruned model on a small set, and make the balanced plan for a budget.
 
 1. One pass of the streamed reference counts changed image tokens per layer and measures what dropping every image
-   token before each layer does to the next token (calibrate/measure/statistics.py). Its result can be kept and used again.
-2. The counts propose a few placements of the stages for the budget (calibrate/place/candidates.py), for two bounds on the drop,
+   token before each layer does to the next token (calibrate/measure/statistics.py). Its result can be kept and used
+   again.
+2. The counts propose a few placements of the stages for the budget (calibrate/place/candidates.py), for two bounds on
+the drop,
    with token counts that fall like the released ones and with flat ones.
 3. A second pass runs them all on part of the set, and a third the best few on all of it. The one whose next-token
    distribution stays nearest to the full model's (mean KL divergence) becomes the plan.

@@ -50,8 +50,8 @@ class Chain:
     Args:
         graphs: file of each graph of the profile by name, see graphs/interfaces.md.
         plan, profile: what the graphs were built for.
-        rope: cos and sin, float32 [S + new tokens, D/2] each, a row for every token (graphs.building.rope.token_tables).
-        loader: backend and device.
+        rope: cos and sin, float32 [S + new tokens, D/2] each, a row for every token
+        (graphs.building.rope.token_tables). loader: backend and device.
 
     Raises InputError if a graph is missing or its inputs are not those of the plan and the profile.
     """

@@ -95,7 +95,7 @@ def _bundle_maker(checkpoint: Path, folders: pytest.TempPathFactory, defaults: d
         """Export once for each set of options (the vision graph takes seconds), then derive each plan from that."""
         from btp_export.exporting import Options, export_bundle
         from btp_export.model.open_model import open_model
-        from graphs.files.bundle import derive
+        from graphs.building.derived_bundles import derive
 
         chosen = defaults | options
         base_key = repr(sorted(chosen.items()))

@@ -35,8 +35,8 @@ def draw_kept(
     """The picture, and beside it a panel for each stage with its caption: "stage 1 · layer 3 · 288 of 576 tokens".
 
     `grid` is (rows, columns); `kept_per_stage[j]` are indices into that grid; `layers` the stages' layers; `total` is V
-    where the model has more image tokens than cells; `blocks` says how they lie (graphs/records/token_layout.py). The result is
-    `width` pixels wide; panels wrap when they would become smaller than 180 pixels.
+    where the model has more image tokens than cells; `blocks` says how they lie (graphs/records/token_layout.py). The
+    result is `width` pixels wide; panels wrap when they would become smaller than 180 pixels.
     Raises ValueError for a grid or indices that cannot be.
     """
     tokens = total or grid[0] * grid[1]

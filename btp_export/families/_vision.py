@@ -23,8 +23,9 @@ HAS_CLASS_TOKEN = {"clip_vision_model": True, "siglip_vision_model": False}
 class Layout:
     """What a picture becomes: equal layouts go through the same graphs.
 
-    size: height and width in pixels that the picture is scaled to. grid, blocks: its tokens, see graphs/records/token_layout.py.
-    pixel_shape: `pixel_values` of one picture, None for [1, channels, *size]; a batch has B times the first dimension.
+    size: height and width in pixels that the picture is scaled to. grid, blocks: its tokens, see
+    graphs/records/token_layout.py. pixel_shape: `pixel_values` of one picture, None for [1, channels, *size]; a batch
+    has B times the first dimension.
     """
 
     size: tuple[int, int]

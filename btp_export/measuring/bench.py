@@ -19,7 +19,8 @@ from btp_export.console import Report
 from btp_export.model.prompting import Encoded
 from btp_export.running.runtime import BundleModel, load, open_graphs
 from btp_export.running.streamed import check_fits_memory
-from graphs.files.bundle import Bundle, derive, scratch_folder
+from graphs.building.derived_bundles import derive, scratch_folder
+from graphs.files.bundle import Bundle
 from graphs.pruning.operations import cost
 from graphs.records.errors import InputError
 from graphs.records.plan import PruningPlan
@@ -40,11 +41,11 @@ def measure(
 ) -> dict[str, Any]:
     """Times in milliseconds and cache sizes in bytes of the bundle and of the unpruned model.
 
-    `flops_limit` is how many times fewer operations in matrix products the pruned decoder needs (graphs/pruning/operations.py,
-    selection not counted): the speed-up there would be if time were proportional to them and selecting were free.
-    `share_of_limit` is the measured speed-up as a share of it. `variation` is how far the middle half of the prefill
-    times lies apart, as a share of the median, of the model that varies more: on a busy machine it is large, and the
-    other numbers mean little.
+    `flops_limit` is how many times fewer operations in matrix products the pruned decoder needs
+    (graphs/pruning/operations.py, selection not counted): the speed-up there would be if time were proportional to them
+    and selecting were free. `share_of_limit` is the measured speed-up as a share of it. `variation` is how far the
+    middle half of the prefill times lies apart, as a share of the median, of the model that varies more: on a busy
+    machine it is large, and the other numbers mean little.
 
     A bundle of one whole prefill graph is measured as segments, so that vision and selection can be told apart. With
     `engine`, the engines of that target are measured, beside the unpruned ones that `build --unpruned` made.

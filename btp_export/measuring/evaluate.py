@@ -12,7 +12,8 @@ import numpy as np
 from btp_export.console import Report
 from btp_export.model.pictures import fits, fitted
 from btp_export.planning.plan_files import CALIBRATED, plan_for
-from graphs.files.bundle import Bundle, derive, scratch_folder
+from graphs.building.derived_bundles import derive, scratch_folder
+from graphs.files.bundle import Bundle
 from graphs.records.errors import InputError
 from graphs.records.match_plan import plan_for_profile, spec_at
 from graphs.records.plan import PruningPlan

@@ -22,7 +22,8 @@ from btp_export.console import note
 from btp_export.model.pictures import fitted
 from btp_export.planning.plan_files import CALIBRATED
 from btp_export.running.runtime import BundleModel, load
-from graphs.files.bundle import Bundle, derive, scratch_folder
+from graphs.building.derived_bundles import derive, scratch_folder
+from graphs.files.bundle import Bundle
 from graphs.records.errors import InputError
 
 if TYPE_CHECKING:

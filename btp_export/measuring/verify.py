@@ -151,7 +151,9 @@ class _Job:
 
     @property
     def computed(self) -> Precision:
-        """What the decoder graphs compute in: streamed on a CPU, bfloat16 is widened (graphs/building/graph_parts.py)."""
+        """What the decoder graphs compute in: streamed on a CPU, bfloat16 is widened
+        (graphs/building/graph_parts.py).
+        """
         precision = self.bundle.manifest.build.precision
         wide = self.streamed and self.loader.device == "cpu" and precision == "bfloat16"
         return "float32" if wide else precision

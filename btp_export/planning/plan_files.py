@@ -17,9 +17,9 @@ def plan_for(
 ) -> PruningPlan:
     """A preset by name, scaled to the model at its own image size, or a plan file, checked to be for this model.
 
-    The file of a model that takes any image size may be for another one: graphs.records.match_plan.plan_for_profile brings it to a
-    profile. A budget goes with presets only. Raises InputError for an unknown name, an unreadable file or another
-    model's plan.
+    The file of a model that takes any image size may be for another one: graphs.records.match_plan.plan_for_profile
+    brings it to a profile. A budget goes with presets only. Raises InputError for an unknown name, an unreadable file
+    or another model's plan.
     """
     from calibrate.place.presets import PRESETS, preset
 

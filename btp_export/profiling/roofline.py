@@ -3,9 +3,10 @@
     floor = max(operations / peak, bytes / bandwidth)
 
 Operations are those of matrix products, counted from a graph's shapes: 2 m k n for every product of [m,k] and [k,n],
-convolutions as the products they are, attention as its two, the full square under a mask (as graphs/pruning/operations.py counts).
-Bytes are those that must move at least once: weights, inputs and outputs. What a graph needs inside is taken to stay on
-the chip, so the floor is a bound from below: no measured time can be under it on a device that keeps to its data sheet.
+convolutions as the products they are, attention as its two, the full square under a mask (as
+graphs/pruning/operations.py counts). Bytes are those that must move at least once: weights, inputs and outputs. What a
+graph needs inside is taken to stay on the chip, so the floor is a bound from below: no measured time can be under it on
+a device that keeps to its data sheet.
 """
 
 from collections.abc import Callable

@@ -136,7 +136,9 @@ def document(data: ReportData) -> dict[str, Any]:
 
 
 def costs(plan: PruningPlan, manifest: Manifest) -> dict[str, dict[str, int]]:
-    """Prefill operations and cache bytes of the first profile without and with pruning, by graphs/pruning/operations.py."""
+    """Prefill operations and cache bytes of the first profile without and with pruning, by
+    graphs/pruning/operations.py.
+    """
     profile, decoder, precision = manifest.profiles[0], manifest.spec.decoder, manifest.build.precision
     full = cost(decoder, plan.model_copy(update={"stages": ()}), profile, precision)
     pruned = cost(decoder, plan, profile, precision)

@@ -1,8 +1,8 @@
 """Candidate plans for a budget, from what the first pass found.
 
-The budget is a compression, given counts, or a share of the unpruned prefill's cost (calibrate/place/cost.py). For a share
-the stages are placed as for the compression that comes nearest to it, and each candidate's counts are then solved so
-that its own cost meets the share.
+The budget is a compression, given counts, or a share of the unpruned prefill's cost (calibrate/place/cost.py). For a
+share the stages are placed as for the compression that comes nearest to it, and each candidate's counts are then solved
+so that its own cost meets the share.
 """
 
 from __future__ import annotations

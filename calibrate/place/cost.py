@@ -4,9 +4,9 @@ The cost of a plan is
 
     fixed + decoder_rate * operations of the decoder + selection_rate * operations of the selections
 
-with the operations of graphs/pruning/operations.py. In operations alone (0, 1, 1) this counts the arithmetic. The three numbers
-fitted to a measurement make it milliseconds: `fixed` is what a prefill takes whatever its length (launches, reading the
-weights), the rates are the machine's. Two lengths determine them; with more they are a least-squares fit.
+with the operations of graphs/pruning/operations.py. In operations alone (0, 1, 1) this counts the arithmetic. The three
+numbers fitted to a measurement make it milliseconds: `fixed` is what a prefill takes whatever its length (launches,
+reading the weights), the rates are the machine's. Two lengths determine them; with more they are a least-squares fit.
 """
 
 from __future__ import annotations

@@ -111,7 +111,9 @@ class ErrorProbe:
         self.full.clear()
 
     def state(self) -> tuple[dict[str, torch.Tensor], Any]:
-        """What was compared so far, see calibrate/reference/pass_checkpoints.py; the next layer brings its own unpruned states."""
+        """What was compared so far, see calibrate/reference/pass_checkpoints.py; the next layer brings its own unpruned
+        states.
+        """
         errors = [
             [sample, [stage.model_dump() for stage in past], layer, error]
             for (sample, past, layer), error in self.errors.items()

@@ -88,9 +88,9 @@ def placements(
 
     The default is the cheapest one with counts that fall by half (or faster where the budget does not allow it); with
     a larger `limit` come the next cheapest ones and those whose counts fall faster, all at least two steps of layers
-    apart. As many stages keep tokens as there are `exponents`, which say how their counts fall (calibrate/place/counts.py);
-    fewer where there is no room for them, unless it must be `exactly` so many. Raises InputError for a compression that
-    cannot be reached.
+    apart. As many stages keep tokens as there are `exponents`, which say how their counts fall
+    (calibrate/place/counts.py); fewer where there is no room for them, unless it must be `exactly` so many. Raises
+    InputError for a compression that cannot be reached.
     """
     budget = token_budget(compression, shape.num_layers, shape.image_tokens)
     if budget >= final * shape.image_tokens:

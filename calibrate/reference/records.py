@@ -17,7 +17,8 @@ class ReferenceInput:
     """One unpadded prompt of n tokens whose image placeholders are expanded to V tokens.
 
     `input_ids` [n] int64; `image_features` [V, C]; `new_tokens` are generated ids to check (or none);
-    `position_ids` [n + N] or, for M-RoPE, [3, n + N]; None means the model's own rule (calibrate/reference/positions.py).
+    `position_ids` [n + N] or, for M-RoPE, [3, n + N]; None means the model's own rule
+    (calibrate/reference/positions.py).
     """
 
     input_ids: torch.Tensor

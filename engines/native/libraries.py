@@ -43,7 +43,7 @@ def folders() -> list[Path]:
     chosen = os.environ.get(VARIABLE)
     if chosen:
         return [Path(chosen)]
-    native = Path(__file__).parent / "native"
+    native = Path(__file__).parent
     return [native / "build", native / "lib"]
 
 

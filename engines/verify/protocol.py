@@ -1,4 +1,5 @@
-"""What verification needs of a reference run, as protocols: calibrate/reference/streamed_model.py makes such runs, and the two
+"""What verification needs of a reference run, as protocols: calibrate/reference/streamed_model.py makes such runs, and
+the two
 packages do not know each other.
 """
 

@@ -1,4 +1,4 @@
-"""A bundle on disk (contract, "btp-bundle/1"): opening with checks, writing, deriving one with another plan.
+"""A bundle on disk (contract, "btp-bundle/1"): opening with checks, and writing its parts.
 
     manifest.json   plan.json   graphs/*.onnx   graphs/weights/*.safetensors   processor/*   engines/   report/
     plans/<profile>.json for profiles with other image tokens than the first one's
@@ -6,18 +6,14 @@
 Everything the manifest lists is hashed. engines/ and report/ are made from the bundle and not listed.
 """
 
-import contextlib
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from graphs.files.atomic import SMALL_FILE, Link, hashing, put, record, sha256, staged
+from graphs.files.atomic import SMALL_FILE, Link, hashing, put, record, sha256
 from graphs.files.checkpoint import Checkpoint, open_checkpoint
 from graphs.records.errors import InputError
 from graphs.records.manifest import (
@@ -26,16 +22,14 @@ from graphs.records.manifest import (
     GraphRecord,
     Manifest,
     ModelRecord,
-    TensorRecord,
 )
-from graphs.records.match_plan import plan_for_profile
 from graphs.records.plan import PruningPlan
 from graphs.records.record import parse_record
 from graphs.records.shapes import ShapeProfile
 from graphs.records.spec import ModelSpec
 
 if TYPE_CHECKING:
-    from graphs.building.graph_builder import BuiltGraph
+    pass
 
 Check = Literal["quick", "full"]
 
@@ -194,39 +188,6 @@ def _check_plans(bundle: Bundle) -> None:
 # -- writing ---------------------------------------------------------------------------------------------------------
 
 
-def write_graphs(root: Path, built: Sequence["BuiltGraph"], profile: str, *, suffix: str = "") -> list[GraphRecord]:
-    """Write graphs as `graphs/<name><suffix>.onnx` under `root`; the same graphs give the same bytes."""
-    from graphs.building.graph_builder import serialize
-
-    records = []
-    for graph in built:
-        file = f"graphs/{graph.name}{suffix}.onnx"
-        (root / file).parent.mkdir(parents=True, exist_ok=True)
-        (root / file).write_bytes(serialize(graph))
-        records.append(_graph_record(root, file, graph, profile))
-    return records
-
-
-def _graph_record(root: Path, file: str, graph: "BuiltGraph", profile: str) -> GraphRecord:
-    return GraphRecord(
-        **record(root, file).model_dump(),
-        name=graph.name,
-        profile=profile,
-        inputs=_tensors(graph.model.graph.inputs),
-        outputs=_tensors(graph.model.graph.outputs),
-        layers=graph.layers,
-    )
-
-
-def _tensors(values: Sequence[object]) -> tuple[TensorRecord, ...]:
-    from graphs.building.graph_builder import NUMPY, dims, dtype_of
-
-    return tuple(
-        TensorRecord(name=str(value.name), dtype=str(NUMPY[dtype_of(value)]), shape=dims(value))  # type: ignore[attr-defined, arg-type]
-        for value in values
-    )
-
-
 def write_plan(root: Path, plan: PruningPlan, file: str = "plan.json") -> FileRecord:
     """Write a plan under `root`."""
     (root / file).parent.mkdir(exist_ok=True)
@@ -302,81 +263,3 @@ def _version(package: str) -> str:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return ""
-
-
-# -- another plan ----------------------------------------------------------------------------------------------------
-
-
-def derive(bundle: Bundle, plan: PruningPlan, out: Path, *, force: bool = False) -> Bundle:
-    """The same model, shapes and vision graph with another plan, as a bundle of segments at `out`.
-
-    The plan is brought to each profile's image tokens; the bundle's own is what it is for each. Only the decoder graphs
-    are built anew, from the bundle's own weights; no torch is needed. Weights are hard-linked where possible whatever
-    their size, as a derived bundle is for measuring. Raises InputError if the plan does not fit the model.
-    """
-    with staged(out, force=force) as root:
-        derive_into(bundle, plan, root)
-    return Bundle.open(out)
-
-
-def derive_into(bundle: Bundle, plan: PruningPlan, root: Path) -> None:
-    """Fill the empty folder `root` with the bundle that `derive` makes."""
-    manifest = bundle.manifest
-    graphs: list[GraphRecord] = []
-    plans = {
-        profile.name: bundle.plan_for(profile.name) if plan == bundle.plan else plan_for_profile(plan, profile)
-        for profile in manifest.profiles
-    }
-    for profile in manifest.profiles:
-        suffix = f".{profile.name}" if len(manifest.profiles) > 1 else ""
-        graphs += _derived_graphs(bundle, plans[profile.name], profile, root, suffix)
-    for entry in (*manifest.weights, *manifest.processor):
-        _link_or_copy(bundle.root / entry.file, root / entry.file)
-    first_plan, profile_plans = write_plans(root, plans)
-    write_manifest(
-        root,
-        model=manifest.model,
-        spec=manifest.spec,
-        plan=first_plan,
-        profile_plans=profile_plans,
-        build=manifest.build.model_copy(update={"assemble": "segments"}),
-        profiles=manifest.profiles,
-        graphs=graphs,
-        weights=manifest.weights,
-        processor=manifest.processor,
-        tools=manifest.tools,
-    )
-
-
-def _derived_graphs(
-    bundle: Bundle, plan: PruningPlan, profile: ShapeProfile, root: Path, suffix: str
-) -> list[GraphRecord]:
-    from graphs.building.decoder_graphs import build_decoder_graphs
-
-    build = bundle.manifest.build
-    vision = bundle.graph("vision", profile.name)
-    _link_or_copy(bundle.root / vision.file, root / vision.file)
-    built = build_decoder_graphs(
-        bundle.spec, bundle.checkpoint(), plan, profile, opset=build.opset, precision=build.precision
-    )
-    return [vision, *write_graphs(root, built, profile.name, suffix=suffix)]
-
-
-def _link_or_copy(source: Path, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        target.hardlink_to(source)
-    except OSError:
-        shutil.copyfile(source, target)
-
-
-@contextlib.contextmanager
-def scratch_folder(bundle: Bundle) -> Iterator[Path]:
-    """A folder for derived bundles, removed at the end: beside the bundle, so that weights can be hard-linked.
-
-    In the system's temporary folder if the bundle's own place cannot be written.
-    """
-    beside = bundle.root.resolve().parent
-    place = beside if os.access(beside, os.W_OK) else None
-    with tempfile.TemporaryDirectory(prefix=".btp-", dir=place) as folder:
-        yield Path(folder)

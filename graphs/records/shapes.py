@@ -10,8 +10,8 @@ class ShapeProfile(Strict):
     """Batch B, prefix P, image tokens V on a grid, text bucket T and room for new tokens.
 
     `blocks` is there where the image tokens are not one grid: rows x columns of each block of tokens, in order (see
-    graphs/records/token_layout.py). `pixel_shape` is the shape of `pixel_values` where it is not [B, channels, h, w]: exactly what
-    the model's processor returns for a batch.
+    graphs/records/token_layout.py). `pixel_shape` is the shape of `pixel_values` where it is not [B, channels, h, w]:
+    exactly what the model's processor returns for a batch.
     """
 
     name: str

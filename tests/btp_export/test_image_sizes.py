@@ -14,7 +14,8 @@ from btp_export.measuring.verify import verify_profiles
 from btp_export.model.open_model import open_model
 from btp_export.planning.plan_files import plan_for
 from btp_export.running.runtime import load
-from graphs.files.bundle import Bundle, derive, write_manifest, write_plan
+from graphs.building.derived_bundles import derive
+from graphs.files.bundle import Bundle, write_manifest, write_plan
 from graphs.records.errors import InputError
 from graphs.records.match_plan import plan_for_profile, spec_at
 from graphs.records.plan import PruningPlan, rescale

@@ -34,9 +34,9 @@ from engines.tensorrt.records import (
     engines_folder,
 )
 from engines.tensorrt.build.worker import build_in_child
-from graphs.files.atomic import check_destination, check_space, sha256, uninterrupted
-from graphs.files.memory import available_memory
 from graphs.records.manifest import TensorRecord
+from graphs.files.memory import available_memory
+from graphs.files.atomic import check_destination, check_space, sha256, uninterrupted
 
 LOGS: Final = "logs"
 TIMING_CACHE: Final = "timing.cache"

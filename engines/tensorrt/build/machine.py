@@ -11,8 +11,8 @@ from engines.tensorrt import installed as installed
 from engines.tensorrt.installed import Library
 from engines.tensorrt.prepare.build_plan import Outline, Wishes
 from engines.tensorrt.records import PluginRecord
-from graphs.files.atomic import sha256
 from graphs.records.errors import UnavailableError
+from graphs.files.atomic import sha256
 
 INSTEAD: Final = "Python plugins in place of the C++ library"  # a note begins with it
 

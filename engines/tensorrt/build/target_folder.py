@@ -15,8 +15,8 @@ from engines.tensorrt.installed import Library
 from engines.tensorrt.build.machine import INSTEAD, Plugins
 from engines.tensorrt.prepare.build_plan import Outline
 from engines.tensorrt.records import UNPRUNED, BuiltEngine, EnginesRecord
-from graphs.files.atomic import existing_parent, staged
 from graphs.records.errors import InputError
+from graphs.files.atomic import existing_parent, staged
 
 SCRATCH: Final = ".building-"  # prefix of the folder in which an engine is made
 # What the kit writes; anything else in the folder, engines apart, is a measurement, a log or the user's own.

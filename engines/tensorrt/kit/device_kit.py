@@ -40,7 +40,7 @@ from graphs.files.bundle import Bundle
 from graphs.records.errors import UnavailableError
 from graphs.records.manifest import FileRecord
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 NOUN = "folder of engines"
 INPUTS = "inputs"
 

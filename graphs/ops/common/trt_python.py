@@ -93,8 +93,8 @@ def attribute_values(trt: Any, operator: type[Operator], fields: Any) -> tuple[i
 def creators(trt: Any, operators: Sequence[type[Operator]], kernels: Callable[[], Launcher]) -> list[Any]:
     """A plugin creator for each operator, for `trt.get_plugin_registry().register_creator(creator, "")`.
 
-    `kernels()` gives the kernels' C interface (engines.native.kernels.Kernels); only enqueue calls it, so engines are built
-    where no kernels can be loaded.
+    `kernels()` gives the kernels' C interface (engines.native.kernels.Kernels); only enqueue calls it, so engines are
+    built where no kernels can be loaded.
     """
     return [_creator(trt, operator, kernels) for operator in operators]
 

@@ -25,7 +25,8 @@ from btp_export.measuring.verify import verify_bundle
 from btp_export.model.open_model import open_model
 from btp_export.planning.plan_files import plan_for
 from btp_export.running.runtime import BundleModel, load
-from graphs.files.bundle import Bundle, derive
+from graphs.building.derived_bundles import derive
+from graphs.files.bundle import Bundle
 from graphs.records.match_plan import spec_at
 from graphs.records.plan import PruningPlan, Stage
 from tests.calibrate import naive

@@ -20,9 +20,10 @@ from btp_export.model.open_model import open_model
 from btp_export.model.prompting import Prompter
 from calibrate.place.presets import preset
 from graphs.building.decoder_graphs import serialize
+from graphs.building.derived_bundles import derive
 from graphs.building.rope import positions, rope_tables, token_tables
 from graphs.building.vision_capture import VISION_FILE, capture_vision
-from graphs.files.bundle import Bundle, derive
+from graphs.files.bundle import Bundle
 from graphs.files.checkpoint import open_checkpoint, open_tensors
 from graphs.files.safetensors_file import write_tensors
 from graphs.records.errors import InputError

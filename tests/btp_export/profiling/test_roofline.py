@@ -1,4 +1,5 @@
-"""The roofline's arithmetic, and operations counted from graphs against graphs/pruning/operations.py and torch's own counter."""
+"""The roofline's arithmetic, and operations counted from graphs against graphs/pruning/operations.py and torch's own
+counter."""
 
 from pathlib import Path
 from typing import Any

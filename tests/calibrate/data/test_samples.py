@@ -145,8 +145,8 @@ def test_one_picture_goes_through_the_tower_once() -> None:
             return type("Encoded", (), {"input_ids": [np.arange(len(prompts[0]))], "pixel_values": pixels})
 
     picture = samples.scene_samples(1, seed=0, split="calibration").samples[0].image
-    samples = [samples.Sample(picture, "a", "x"), samples.Sample(picture, "abc", "y")]
-    prepared = samples.prepare(samples, Encoder(), Tower())
+    asked = [samples.Sample(picture, "a", "x"), samples.Sample(picture, "abc", "y")]
+    prepared = samples.prepare(asked, Encoder(), Tower())
     assert calls == [1]
     assert [len(one.input.input_ids) for one in prepared] == [1, 3]
     assert prepared[0].pixel_values.shape == (3, 96, 96)

@@ -224,7 +224,7 @@ with work_folder(Path(sys.argv[3]), "key", print, interval=0.0) as work:
 def test_a_hard_kill_in_the_middle_of_a_pass(model: tuple[Any, Path], tmp_path: Path, notes: list[str]) -> None:
     inputs = [make_input(model[0], seed=seed)[0] for seed in range(2)]
     torch.save([(one.input_ids, one.image_features) for one in inputs], tmp_path / "inputs.pt")
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[3]
     arguments = [str(model[1]), str(tmp_path / "inputs.pt"), str(tmp_path / "work")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
     done = subprocess.run([sys.executable, "-c", SCRIPT, *arguments], env=environment, cwd=root, check=False)

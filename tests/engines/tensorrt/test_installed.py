@@ -30,8 +30,8 @@ def test_rtx_is_loaded_with_no_environment(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == [
-        "TensorRT", "for", "RTX", str(installed.flavour_version("rtx")), "__init__.py", "libtensorrt_onnxparser_rtx.so.1",
-        "libtensorrt_rtx.so", "libtensorrt_rtx.so.1", "tensorrt_rtx.so",
+        "TensorRT", "for", "RTX", str(installed.flavour_version("rtx")), "__init__.py",
+        "libtensorrt_onnxparser_rtx.so.1", "libtensorrt_rtx.so", "libtensorrt_rtx.so.1", "tensorrt_rtx.so",
     ]  # fmt: skip
     assert list(tmp_path.iterdir()) == []
 

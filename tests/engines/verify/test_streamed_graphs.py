@@ -168,7 +168,7 @@ def test_a_hard_kill_and_then_the_same_result(
     wanted = json.loads(capsys.readouterr().out)
     cut = subprocess.run(
         [sys.executable, "-c", SCRIPT, *command], capture_output=True, text=True, check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=Path(__file__).parents[2],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=Path(__file__).parents[3],
     )  # fmt: skip
     assert cut.returncode == -signal.SIGKILL and cut.stdout == ""
     assert list((tmp_path / "cache" / "btp-export" / "work").glob("*/*/*.json")), "a checkpoint stays behind"

@@ -1,4 +1,5 @@
-"""Selection graphs against the reference: graphs/pruning/torch_scores.py for scores, the operators' references for the rest."""
+"""Selection graphs against the reference: graphs/pruning/torch_scores.py for scores, the operators' references for the
+rest."""
 
 import numpy as np
 import pytest

@@ -8,7 +8,8 @@ from pathlib import Path
 import onnx
 import pytest
 
-from graphs.files.bundle import Bundle, derive, listed_files
+from graphs.building.derived_bundles import derive
+from graphs.files.bundle import Bundle, listed_files
 from graphs.records.errors import InputError
 from graphs.records.plan import PruningPlan, Stage
 

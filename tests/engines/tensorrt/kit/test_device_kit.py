@@ -27,7 +27,7 @@ from graphs.records.errors import CheckError, InputError, UnavailableError
 from tests.engines.native import builds
 from tests.engines.tensorrt.plans import staged_bundle
 
-LISTS = Path(__file__).parent / "trtexec"
+LISTS = Path(__file__).parents[1] / "trtexec"
 VERSIONS = {"jetson-orin-jp6": "10.3", "jetson-orin-jp7": "10.16", "h100": "11.1"}
 # A stand-in for trtexec: says its version, notes its arguments, checks the files it is to read, writes those it is to.
 FAKE = """#!/usr/bin/env bash

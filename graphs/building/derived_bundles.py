@@ -1,0 +1,119 @@
+"""The graphs of a bundle as files, and a bundle derived from another one: the same model and shapes, another plan."""
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from graphs.building.decoder_graphs import build_decoder_graphs
+from graphs.building.graph_builder import NUMPY, BuiltGraph, dims, dtype_of, serialize
+from graphs.files.atomic import record, staged
+from graphs.files.bundle import Bundle, write_manifest, write_plans
+from graphs.records.manifest import GraphRecord, TensorRecord
+from graphs.records.match_plan import plan_for_profile
+from graphs.records.plan import PruningPlan
+from graphs.records.shapes import ShapeProfile
+
+
+def derive(bundle: Bundle, plan: PruningPlan, out: Path, *, force: bool = False) -> Bundle:
+    """The same model, shapes and vision graph with another plan, as a bundle of segments at `out`.
+
+    The plan is brought to each profile's image tokens; the bundle's own is what it is for each. Only the decoder graphs
+    are built anew, from the bundle's own weights; no torch is needed. Weights are hard-linked where possible whatever
+    their size, as a derived bundle is for measuring. Raises InputError if the plan does not fit the model.
+    """
+    with staged(out, force=force) as root:
+        derive_into(bundle, plan, root)
+    return Bundle.open(out)
+
+
+def derive_into(bundle: Bundle, plan: PruningPlan, root: Path) -> None:
+    """Fill the empty folder `root` with the bundle that `derive` makes."""
+    manifest = bundle.manifest
+    graphs: list[GraphRecord] = []
+    plans = {
+        profile.name: bundle.plan_for(profile.name) if plan == bundle.plan else plan_for_profile(plan, profile)
+        for profile in manifest.profiles
+    }
+    for profile in manifest.profiles:
+        suffix = f".{profile.name}" if len(manifest.profiles) > 1 else ""
+        graphs += _derived_graphs(bundle, plans[profile.name], profile, root, suffix)
+    for entry in (*manifest.weights, *manifest.processor):
+        _link_or_copy(bundle.root / entry.file, root / entry.file)
+    first_plan, profile_plans = write_plans(root, plans)
+    write_manifest(
+        root,
+        model=manifest.model,
+        spec=manifest.spec,
+        plan=first_plan,
+        profile_plans=profile_plans,
+        build=manifest.build.model_copy(update={"assemble": "segments"}),
+        profiles=manifest.profiles,
+        graphs=graphs,
+        weights=manifest.weights,
+        processor=manifest.processor,
+        tools=manifest.tools,
+    )
+
+
+def _derived_graphs(
+    bundle: Bundle, plan: PruningPlan, profile: ShapeProfile, root: Path, suffix: str
+) -> list[GraphRecord]:
+    build = bundle.manifest.build
+    vision = bundle.graph("vision", profile.name)
+    _link_or_copy(bundle.root / vision.file, root / vision.file)
+    built = build_decoder_graphs(
+        bundle.spec, bundle.checkpoint(), plan, profile, opset=build.opset, precision=build.precision
+    )
+    return [vision, *write_graphs(root, built, profile.name, suffix=suffix)]
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        target.hardlink_to(source)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+@contextlib.contextmanager
+def scratch_folder(bundle: Bundle) -> Iterator[Path]:
+    """A folder for derived bundles, removed at the end: beside the bundle, so that weights can be hard-linked.
+
+    In the system's temporary folder if the bundle's own place cannot be written.
+    """
+    beside = bundle.root.resolve().parent
+    place = beside if os.access(beside, os.W_OK) else None
+    with tempfile.TemporaryDirectory(prefix=".btp-", dir=place) as folder:
+        yield Path(folder)
+
+
+def write_graphs(root: Path, built: Sequence[BuiltGraph], profile: str, *, suffix: str = "") -> list[GraphRecord]:
+    """Write graphs as `graphs/<name><suffix>.onnx` under `root`; the same graphs give the same bytes."""
+    records = []
+    for graph in built:
+        file = f"graphs/{graph.name}{suffix}.onnx"
+        (root / file).parent.mkdir(parents=True, exist_ok=True)
+        (root / file).write_bytes(serialize(graph))
+        records.append(_graph_record(root, file, graph, profile))
+    return records
+
+
+def _graph_record(root: Path, file: str, graph: BuiltGraph, profile: str) -> GraphRecord:
+    return GraphRecord(
+        **record(root, file).model_dump(),
+        name=graph.name,
+        profile=profile,
+        inputs=_tensors(graph.model.graph.inputs),
+        outputs=_tensors(graph.model.graph.outputs),
+        layers=graph.layers,
+    )
+
+
+def _tensors(values: Sequence[object]) -> tuple[TensorRecord, ...]:
+    return tuple(
+        TensorRecord(name=str(value.name), dtype=str(NUMPY[dtype_of(value)]), shape=dims(value))  # type: ignore[attr-defined, arg-type]
+        for value in values
+    )
