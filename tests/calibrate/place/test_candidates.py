@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.calibrate.test_costs import DECODER, PROFILE, SHAPE
 
 from calibrate.place.balance import Recipe
 from calibrate.place.candidates import Budget, Evidence, Request, largest_within, propose
@@ -12,6 +11,7 @@ from calibrate.place.cost import PrefillCost
 from calibrate.place.counts import Shape
 from calibrate.place.stages import Placement
 from graphs.records.errors import InputError
+from tests.calibrate.place.test_cost import DECODER, PROFILE, SHAPE
 
 COST = PrefillCost(DECODER, PROFILE)
 COUNTS = np.array([10, 20, 300, 250, 60, 30, 10, 5, 0, 0, 0, 0], dtype=float)

@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-from tests.calibrate.test_tune import COST, LAYERS, SHAPE, SIDE
 
 from calibrate.calibrate import Study, calibrate
 from calibrate.place import pareto
@@ -11,6 +10,7 @@ from calibrate.place.candidates import Budget, Request
 from calibrate.place.pareto import Point, front, requests
 from graphs.records.errors import InputError
 from tests.calibrate.models import checkpoint, make_input, make_llava
+from tests.calibrate.place.test_search import COST, LAYERS, SHAPE, SIDE
 
 
 @pytest.fixture(scope="module")

@@ -205,7 +205,7 @@ from pathlib import Path
 from calibrate.reference.streamed_model import StreamedReference
 from graphs.files.resume import work_folder
 from tests.calibrate.models import checkpoint
-from tests.calibrate.test_resume import PLANS, stop_after
+from tests.calibrate.reference.test_pass_checkpoints import PLANS, stop_after
 import torch
 inputs = torch.load(sys.argv[2], weights_only=True)
 from calibrate.reference.records import ReferenceInput

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from tests.engines.test_verification import EARLY, PLAN, TEXT
 
 from btp_export import cli
 from btp_export.measuring.verify import verify_bundle
@@ -20,6 +19,7 @@ from engines.runners.onnxruntime import OrtLoader
 from engines.verify.streamed_graphs import StreamedRunner
 from graphs.building.graph_parts import has_bfloat16, read_graph, split, wide_weights, widen
 from graphs.files.bundle import Bundle
+from tests.engines.verify.test_verification import EARLY, PLAN, TEXT
 
 
 @pytest.fixture(autouse=True)
