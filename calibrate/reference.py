@@ -38,6 +38,7 @@ from calibrate.resume import PassCheckpoints
 from graphs.checkpoint import Checkpoint, TensorRef
 from graphs.errors import InputError, UnavailableError
 from graphs.plan import PruningPlan
+from graphs.tf32 import torch_without_tf32
 from graphs.work import Work, digest
 
 _ATTENTION = "btp_capture"
@@ -164,7 +165,7 @@ class StreamedReference:
         model, a prompt does not hold exactly V image tokens in one run, or a layer gives numbers that are not finite.
         """
         plans = [plans] if isinstance(plans, PruningPlan) else list(plans)
-        with torch.inference_mode():
+        with torch.inference_mode(), torch_without_tf32():
             runs = self._start_all(inputs, plans)
             seen = (*observers, *probes)
             recorder = self._recorder(runs) if record_segments else None
