@@ -27,6 +27,7 @@ from graphs.building.rope import token_tables
 from graphs.files.bundle import ROPE_WEIGHTS, Bundle, Check
 from graphs.files.checkpoint import open_tensors
 from graphs.records.errors import InputError
+from graphs.tf32 import allows_tf32
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -124,7 +125,7 @@ def open_graphs(
     """
     if engine is None:
         files = {graph.name: bundle.root / graph.file for graph in bundle.graphs(profile)}
-        return OrtLoader(device=device, threads=threads), files
+        return OrtLoader(device=device, threads=threads, tf32=allows_tf32(bundle.manifest.build.precision)), files
     from engines.runners.tensorrt import open_engines
     from engines.targets import find_target
     from engines.tensorrt.records import engines_folder

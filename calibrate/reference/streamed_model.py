@@ -39,6 +39,7 @@ from graphs.files.checkpoint import Checkpoint, TensorRef
 from graphs.files.resume import Work, digest
 from graphs.records.errors import InputError, UnavailableError
 from graphs.records.plan import PruningPlan
+from graphs.tf32 import torch_without_tf32
 
 _ATTENTION = "btp_capture"
 _VOCABULARY_ROWS = 16384  # rows of the output matrix in memory at a time
@@ -164,7 +165,7 @@ class StreamedReference:
         model, a prompt does not hold exactly V image tokens in one run, or a layer gives numbers that are not finite.
         """
         plans = [plans] if isinstance(plans, PruningPlan) else list(plans)
-        with torch.inference_mode():
+        with torch.inference_mode(), torch_without_tf32():
             runs = self._start_all(inputs, plans)
             seen = (*observers, *probes)
             recorder = self._recorder(runs) if record_segments else None

@@ -51,6 +51,7 @@ class OrtLoader:
             (engines.native.libraries), if there is one. With None the graphs' own function bodies run.
         prepack: False keeps float32 weights mapped from their file instead of copying them into a kernel's own layout:
             slower, but a model larger than memory runs.
+        tf32: whether CUDA may compute float32 products in TF32 (graphs/tf32.py says when).
         log_severity: 0 everything, 2 warnings, 3 errors.
 
     Raises InputError for an unknown device or a missing library, UnavailableError if the device cannot be used.
@@ -63,6 +64,7 @@ class OrtLoader:
         threads: int | None = None,
         custom_ops: Path | Literal["found"] | None = "found",
         prepack: bool = True,
+        tf32: bool = False,
         log_severity: int = 3,
     ) -> None:
         self.device = device
@@ -78,6 +80,7 @@ class OrtLoader:
             if custom_ops is not None:
                 _require_code_for_gpu(custom_ops, self._number)
         self.custom_ops = custom_ops
+        self.tf32 = tf32
         self._settings = (threads or 0, custom_ops, prepack, log_severity)
 
     def __call__(self, path: Path) -> "OrtRunner":
@@ -137,8 +140,8 @@ class OrtLoader:
     def _providers(self) -> list[Any]:
         if self._kind == "cpu":
             return ["CPUExecutionProvider"]
-        cuda = ("CUDAExecutionProvider", {"device_id": self._number, "arena_extend_strategy": "kSameAsRequested"})
-        return [cuda, "CPUExecutionProvider"]
+        options = {"device_id": self._number, "arena_extend_strategy": "kSameAsRequested", "use_tf32": int(self.tf32)}
+        return [("CUDAExecutionProvider", options), "CPUExecutionProvider"]
 
 
 class OrtRunner:

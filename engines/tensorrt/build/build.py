@@ -217,6 +217,7 @@ def _build_one(
         onnx=(folder / graph.onnx.file).resolve(),
         engine=(scratch / file).resolve(),
         compute_capability=record.compute_capability,
+        precision=record.precision,
         plugins=record.plugins.form,
         plugin_library=plugins.path,
         timing_cache=(folder / TIMING_CACHE).resolve() if library.flavour == "tensorrt" else None,

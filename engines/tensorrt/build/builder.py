@@ -18,6 +18,11 @@ from engines.tensorrt.records import EngineLayer, Flavour, PluginForm
 from graphs.records.errors import BtpError, CheckError, InputError, UnavailableError
 from graphs.records.manifest import TensorRecord
 from graphs.records.record import Strict
+from graphs.records.errors import BtpError, CheckError, InputError, UnavailableError
+from graphs.records.manifest import TensorRecord
+from graphs.records.spec import Precision
+from graphs.records.record import Strict
+from graphs.tf32 import allows_tf32
 
 Report = Callable[[float], None]  # share of the build that is done, 0 to 1
 
@@ -44,6 +49,7 @@ class Job(Strict):
     onnx: Path
     engine: Path  # where to write it
     compute_capability: str
+    precision: Precision  # of the bundle
     plugins: PluginForm
     plugin_library: Path | None = None
     timing_cache: Path | None = None
@@ -248,7 +254,7 @@ def _tensor(value: Any) -> TensorRecord:
 
 def _build(library: Library, builder: Any, network: Any, log: Log, job: Job, report: Report) -> Any:
     """The serialized engine, an object with the buffer protocol."""
-    from polygraphy.backend.trt import CreateConfig, PostprocessConfig, engine_bytes_from_network
+    from polygraphy.backend.trt import engine_bytes_from_network
     from polygraphy.exception import PolygraphyException
 
     trt = library.module
@@ -257,23 +263,33 @@ def _build(library: Library, builder: Any, network: Any, log: Log, job: Job, rep
 
         # Where no fused kernel takes a type or head size (float32, for one), the build would fail instead.
         set_decomposable_attentions((builder, network))
-    monitor = _monitor(trt, report)
-    cache = str(job.timing_cache) if job.timing_cache is not None else None
+    cache = str(job.timing_cache) if job.timing_cache is not None and library.flavour == "tensorrt" else None
+    config = configuration(library, job, cache, _monitor(trt, report))
+    try:
+        engine = engine_bytes_from_network((builder, network), config=config, save_timing_cache=cache)
+    except (PolygraphyException, MemoryError) as error:
+        raise log.failure(job.graph, "built no engine") from error
+    return engine
+
+
+def configuration(library: Library, job: Job, cache: str | None, monitor: Any) -> Any:
+    """What polygraphy makes the builder's configuration of; `cache` is the timing cache's file, if there is one."""
+    from polygraphy.backend.trt import CreateConfig, PostprocessConfig
+
     if library.flavour == "rtx":
         from polygraphy.backend.tensorrt_rtx import CreateConfigRTX
 
         major, minor = job.compute_capability.split(".")
         config = CreateConfigRTX(compute_capabilities=[(int(major), int(minor))], progress_monitor=monitor)
-        cache = None
     else:
         config = CreateConfig(progress_monitor=monitor, load_timing_cache=cache)
-    # float32 is what was verified; TensorRT for RTX begins with TF32 on.
-    exact = PostprocessConfig(config, lambda builder, network, config: config.clear_flag(trt.BuilderFlag.TF32))
-    try:
-        engine = engine_bytes_from_network((builder, network), config=exact, save_timing_cache=cache)
-    except (PolygraphyException, MemoryError) as error:
-        raise log.failure(job.graph, "built no engine") from error
-    return engine
+
+    def set_tf32(builder: Any, network: Any, config: Any) -> None:
+        """Said either way: TensorRT begins with TF32 on, polygraphy turns it off except for RTX."""
+        change = config.set_flag if allows_tf32(job.precision) else config.clear_flag
+        change(library.module.BuilderFlag.TF32)
+
+    return PostprocessConfig(config, set_tf32)
 
 
 def _monitor(trt: Any, report: Report) -> Any:

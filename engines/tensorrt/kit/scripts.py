@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from engines.targets import Target
 from engines.tensorrt.records import EngineGraph, EnginesRecord, WeightInput
 from engines.tensorrt.versions import Traits
+from graphs.tf32 import allows_tf32
 
 PLUGIN_LIBRARY = "plugins/libbtp_trt_dynamic.so"
 DECOMPOSABLE = "--decomposableAttentions"
@@ -94,8 +95,8 @@ def _build_options(record: EnginesRecord, graph: EngineGraph, traits: Traits) ->
         options.append("--timingCacheFile=timing.cache")
         if not traits.strongly_typed_only:
             options.append("--stronglyTyped")
-        if record.precision == "float32":
-            options.append("--noTF32")  # float32 as it was verified
+        if not allows_tf32(record.precision):
+            options.append("--noTF32")
     if record.opset >= 23 and graph.name.startswith(("vision", "prefill")) and DECOMPOSABLE in traits.options:
         options.append(f"{DECOMPOSABLE}='*'")  # as in builder.py: not every type and head size has a fused kernel
     if graph.custom_nodes:

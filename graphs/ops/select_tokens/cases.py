@@ -17,7 +17,7 @@ class Case:
     scores: Array
     similarity: Array | None
     seeds: Array | None
-    attributes: dict[str, int]
+    attributes: dict[str, Any]
 
     @property
     def inputs(self) -> dict[str, Array]:
@@ -28,7 +28,7 @@ class Case:
 
 def cases() -> list[Case]:
     """All examples, the largest (V 576, as released for LLaVA-1.5-7B) first."""
-    return [*_released(), *_small(), *_special_values(), *_edges()]
+    return [*_released(), *_small(), *_special_values(), *_edges(), *_coverage()]
 
 
 def large_case() -> Case:
@@ -36,6 +36,12 @@ def large_case() -> Case:
     return _case(
         "large", 2880, 1440, quotas=(432, 432), pool=1598, boundary=1440, seeds=np.arange(720) * 4, channels=64
     )
+
+
+def budget_cases() -> list[Case]:
+    """Coverage before layer 0, weighted by a saliency: the token budgets in use, for V 576 and 2880."""
+    budgets = [(576, 63), (576, 127), (576, 288), (2880, 320), (2880, 1440)]
+    return [_by_gain(_case(f"coverage-{v}-{keep}", v, keep, channels=64), weighted=1) for v, keep in budgets]
 
 
 def _case(
@@ -155,4 +161,39 @@ def _edges() -> list[Case]:
         _case("boundary-zero", 16, 8, quotas=(5, 0), pool=9, boundary=0),
         _case("boundary-above", 16, 8, quotas=(5, 0), pool=9, boundary=99),
         _case("diversity-all", 16, 9, quotas=(0, 16)),
+    ]
+
+
+def _by_gain(case: Case, *, weighted: int = 0, name: str | None = None) -> Case:
+    """The same call with the coverage rule."""
+    attributes = case.attributes | {"diversity_rule": "coverage", "weighted": weighted}
+    return replace(case, name=name or case.name, attributes=attributes)
+
+
+def _coverage() -> list[Case]:
+    """What the other cases show, under the coverage rule; and the weights, ties and roundings of that rule alone."""
+    again = {case.name: case for case in [*_released(), *_small(), *_special_values(), *_edges()]}
+    both = [
+        *("released-1", "released-1-float16", "attention-fill", "diversity-fill", "seeds-fill", "all-picks"),
+        *("all-picks-float16", "quotas-full", "cut-in-diversity", "cut-in-seeds", "cut-in-attention", "batch"),
+        *("batch-nearly-all", "nothing-but-empty-seeds", "scores-only", "similarity-equal", "similarity-ties"),
+        *("similarity-broken-tokens", "similarity-all-nan", "similarity-infinite", "similarity-infinite-float16"),
+        *("similarity-not-symmetric", "rounding-ties", "one-token", "one-token-all", "two-tokens", "keep-one"),
+        *("keep-all", "keep-all-from-nothing", "diversity-all"),
+    ]
+    weighted = ["scores-equal", "scores-odd", "scores-all-nan", "all-picks", "batch", "keep-all", "released-2-float16"]
+    plain = _by_gain(_case("coverage-of-nothing", 24, 12, batch=2), weighted=1)
+    assert plain.similarity is not None
+    scores = np.linspace(-1, 1, 48, dtype=np.float32).reshape(2, 24)
+    halves = (np.arange(24 * 48).reshape(2, 24, 24) % 97 + 0.5) / np.float32(32767)
+    return [
+        *(_by_gain(again[name], name=f"coverage-{name}") for name in both),
+        *(_by_gain(again[name], weighted=1, name=f"coverage-weighted-{name}") for name in weighted),
+        *budget_cases()[:3],
+        replace(plain, name="coverage-weights-negative", scores=scores),
+        replace(plain, name="coverage-weights-infinite", scores=np.where(scores > 0.5, np.float32(np.inf), scores)),
+        replace(plain, name="coverage-weights-tiny", scores=scores * np.float32(1e-42)),
+        replace(plain, name="coverage-similarity-negative", similarity=-np.abs(plain.similarity)),
+        replace(plain, name="coverage-similarity-above-one", similarity=plain.similarity * np.float32(3)),
+        replace(plain, name="coverage-rounds-halves", similarity=halves.astype(np.float32)),
     ]

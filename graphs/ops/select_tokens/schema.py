@@ -22,6 +22,13 @@ reads that token's row of the similarity, which matters only where the matrix is
 3. base = A, then D, then seeds, without repeats, cut at `keep`.
 4. fill: farthest-point selection continued with base as the selected set until `keep` (from nothing if base is empty).
    Without similarity: fill by order instead; diversity_quota must then be 0.
+
+With `diversity_rule` "coverage" rules 2 and 4 pick by gain in place of distance; rule 2 starts from nothing, rule 4
+from base. s_ij = round(32767 * min(max(similarity_ij, 0), 1)): one float32 product of the similarity as float32, halves
+to even, NaN is 0. c_j = the largest s_ij of the tokens i selected so far, 0 with none. gain_i = the sum over all tokens
+j of max(0, s_ij - c_j), exact in int32. The next token is the one not selected yet with the largest value: the float32
+product float32(gain_i) * w_i, and 0 where gain_i is 0. w_i is 1, or with `weighted` 1 max(scores_i, 0), NaN as 0.
+Neither attribute changes anything without similarity, nor does `weighted` with "farthest".
 """
 
 COUNTS: Final = {
@@ -30,6 +37,13 @@ COUNTS: Final = {
     "diversity_quota": "tokens picked by distance (rule 2)",
     "pool": "best-scored tokens that rule 1 picks from",
     "boundary": "rule 1 prefers candidates below this index",
+}
+FARTHEST: Final = "farthest"
+COVERAGE: Final = "coverage"
+# Attributes that may be missing: name -> default, purpose.
+OPTIONS: Final[dict[str, tuple[str | int, str]]] = {
+    "diversity_rule": (FARTHEST, f'rules 2 and 4 pick by distance ("{FARTHEST}") or by gain ("{COVERAGE}")'),
+    "weighted": (0, "1: gains are multiplied by the scores"),
 }
 
 _Parameter, _Attribute = defs.OpSchema.FormalParameter, defs.OpSchema.Attribute
@@ -63,7 +77,10 @@ def _schema() -> defs.OpSchema:
         type_constraints=[("T", ["tensor(float)", "tensor(float16)"], "types of the similarity")],
         attributes=[
             *(_Attribute(name, defs.OpSchema.AttrType.INT, doc, required=True) for name, doc in COUNTS.items()),
-            *(_Attribute(name, helper.make_attribute(name, value), doc) for name, (value, doc) in PLUGIN.items()),
+            *(
+                _Attribute(name, helper.make_attribute(name, value), doc)
+                for name, (value, doc) in (OPTIONS | PLUGIN).items()
+            ),
         ],
     )
     schema.set_type_and_shape_inference_function(_infer)
@@ -83,6 +100,8 @@ def check(
     boundary: int,
     similarity: bool,
     seeds: Sequence[int] | None = None,
+    diversity_rule: str = FARTHEST,
+    weighted: int = 0,
 ) -> None:
     """Raise InputError if the operator cannot select `keep` of V = `tokens` with these settings.
 
@@ -104,6 +123,10 @@ def check(
         "raise pool or lower attention_quota",
     )
     require(boundary >= 0, f"boundary is {boundary}", "0 or more", "change boundary; 0 prefers no token")
+    rules = f'"{FARTHEST}" or "{COVERAGE}"'
+    known = diversity_rule in (FARTHEST, COVERAGE)
+    require(known, f'diversity_rule is "{diversity_rule}"', rules, "change diversity_rule")
+    require(weighted in (0, 1), f"weighted is {weighted}", "0 or 1", "change weighted")
     require(
         similarity or diversity_quota == 0,
         f"diversity_quota is {diversity_quota}, and there is no similarity",

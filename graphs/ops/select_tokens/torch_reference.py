@@ -1,13 +1,16 @@
 """BtpSelectTokens in torch: the operator as it is defined, rule by rule. Every other form equals it index for index."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
-from graphs.ops.select_tokens.schema import NAME, check
+from graphs.ops.select_tokens.schema import COVERAGE, FARTHEST, NAME, check
 from graphs.records.errors import InputError
 
 # Distances are compared in float64, which has room for these below every float32, -inf included.
 _MINUS_INFINITY, _NAN, _TAKEN = -1e300, -1e301, float("-inf")
+_SCALE = 32767.0  # similarity 1 as an integer of 16 bits
 
 
 def reference(
@@ -20,10 +23,13 @@ def reference(
     diversity_quota: int,
     pool: int,
     boundary: int,
+    diversity_rule: str = FARTHEST,
+    weighted: int = 0,
 ) -> Tensor:
     """The kept tokens, [B,keep] int32, ascending, distinct.
 
     scores [B,V] float32, similarity [B,V,V] float32 or float16, seeds [m] integers. The rules are those of the schema.
+    Raises InputError for tensors or attributes that do not fit.
     """
     _check_tensors(scores, similarity, seeds)
     check(
@@ -35,6 +41,8 @@ def reference(
         boundary=boundary,
         similarity=similarity is not None,
         seeds=None if seeds is None else seeds.tolist(),
+        diversity_rule=diversity_rule,
+        weighted=weighted,
     )
     rows = []
     for b, row in enumerate(scores):
@@ -43,10 +51,13 @@ def reference(
         if similarity is None:
             kept = _union([attention, order])[:keep]
         else:
-            distance = _distance(similarity[b])
-            diverse = _farthest_points(distance, order[:0], diversity_quota)
+            if diversity_rule == COVERAGE:
+                pick = partial(_best_covering, _columns(similarity[b]), _weights(row, weighted))
+            else:
+                pick = partial(_farthest_points, _distance(similarity[b]))
+            diverse = pick(order[:0], diversity_quota)
             base = _union([attention, diverse, *([] if seeds is None else [seeds.to(order)])])[:keep]
-            kept = torch.cat([base, _farthest_points(distance, base, keep - len(base))])
+            kept = torch.cat([base, pick(base, keep - len(base))])
         rows.append(kept.sort().values)
     return torch.stack(rows).to(torch.int32)
 
@@ -87,6 +98,40 @@ def _farthest_points(distance: Tensor, selected: Tensor, count: int) -> Tensor:
         nearest = torch.minimum(nearest, taken) if picks or len(selected) else taken
         picks.append(pick)
     return torch.cat(picks) if picks else selected[:0]
+
+
+def _columns(similarity: Tensor) -> Tensor:
+    """[V,V] similarity -> int32 [V,V]: row j holds s_ij of all tokens i, so that a column of s is read at once."""
+    positive = similarity.to(torch.float32).nan_to_num(nan=0.0).clamp(0.0, 1.0)
+    return (positive * _SCALE).round().to(torch.int32).T.contiguous()
+
+
+def _weights(scores: Tensor, weighted: int) -> Tensor:
+    """w [V] float32, none negative or NaN."""
+    return scores.nan_to_num(nan=0.0, posinf=float("inf")).clamp(min=0.0) if weighted else torch.ones_like(scores)
+
+
+def _best_covering(columns: Tensor, weights: Tensor, selected: Tensor, count: int) -> Tensor:
+    """Rules 2 and 4 by gain: the next `count` tokens, each the one that adds most to what is covered."""
+    covered = columns[:, selected].amax(dim=1) if len(selected) else torch.zeros_like(columns[:, 0])  # c
+    gain = _gain(columns, covered)
+    taken = torch.zeros_like(covered, dtype=torch.bool).index_fill(0, selected, True)
+    picks: list[Tensor] = []
+    for _ in range(count):
+        value = torch.where(gain > 0, gain.to(torch.float32) * weights, 0.0)
+        pick = value.masked_fill(taken, -1.0).argmax(dim=0, keepdim=True)  # the first of equal ones
+        taken[pick] = True
+        better = torch.maximum(covered, columns[:, pick[0]])
+        changed = (better > covered).nonzero()[:, 0]  # only these columns lose gain; the sums stay exact
+        gain = gain - _gain(columns[changed], covered[changed]) + _gain(columns[changed], better[changed])
+        covered = better
+        picks.append(pick)
+    return torch.cat(picks) if picks else selected[:0]
+
+
+def _gain(columns: Tensor, covered: Tensor) -> Tensor:
+    """What each token i would add to these columns j: the sum of max(0, s_ij - c_j), [V] int32."""
+    return (columns - covered[:, None]).clamp(min=0).sum(dim=0, dtype=torch.int32)
 
 
 def _union(parts: list[Tensor]) -> Tensor:

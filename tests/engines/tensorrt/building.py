@@ -42,6 +42,7 @@ def job(path: Path, **changes: Any) -> Job:
         "onnx": path,
         "engine": path.with_suffix(".engine"),
         "compute_capability": "8.9",
+        "precision": "float32",
         "plugins": "none",
         "inputs": records(model.graph.input),
         "outputs": records(model.graph.output),

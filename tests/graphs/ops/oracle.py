@@ -15,10 +15,24 @@ def select(case: Case) -> list[list[int]]:
     with np.errstate(over="ignore"):
         distances = None if case.similarity is None else (one - case.similarity.astype(np.float32)).tolist()
     seeds = [] if case.seeds is None else case.seeds.tolist()
+    levels = None if case.similarity is None else similarity_levels(case.similarity)
     return [
-        select_row(scores, None if distances is None else distances[b], seeds, **case.attributes)
+        select_row(
+            scores,
+            None if distances is None else distances[b],
+            seeds,
+            levels=None if levels is None else levels[b],
+            **case.attributes,
+        )
         for b, scores in enumerate(case.scores.tolist())
     ]
+
+
+def similarity_levels(similarity: np.ndarray) -> list[list[list[int]]]:
+    """round(32767 x), of similarities cut to 0 ... 1; NaN is 0."""
+    cut = np.clip(np.where(np.isnan(similarity), 0, similarity).astype(np.float32), 0, 1)
+    products: list[list[list[float]]] = (np.float32(32767) * cut).tolist()
+    return [[[round(x) for x in row] for row in matrix] for matrix in products]  # Python rounds halves to even
 
 
 def key(value: float) -> Key:
@@ -35,20 +49,26 @@ def select_row(
     diversity_quota: int,
     pool: int,
     boundary: int,
+    levels: Sequence[Sequence[int]] | None = None,
+    diversity_rule: str = "farthest",
+    weighted: int = 0,
 ) -> list[int]:
+    def following(selected: Sequence[int], count: int) -> list[int]:
+        if diversity_rule == "coverage":
+            weights = [max(x, 0.0) if x == x and weighted else float(not weighted) for x in scores]
+            return covering(levels, weights, selected, count)
+        return farthest(distance, selected, count)
+
     tokens = range(len(scores))
     order = sorted(tokens, key=lambda i: (scores[i] != scores[i], -scores[i] if scores[i] == scores[i] else 0.0, i))
     candidates = order[:pool]
     preferred = [i for i in candidates if i < boundary] + [i for i in candidates if i >= boundary]
     base: list[int] = []
-    for token in [*preferred[:attention_quota], *farthest(distance, [], diversity_quota), *seeds]:
+    for token in [*preferred[:attention_quota], *following([], diversity_quota), *seeds]:
         if token not in base:
             base.append(token)
     base = base[:keep]
-    if distance is None:
-        rest = [token for token in order if token not in base]
-    else:
-        rest = farthest(distance, base, keep - len(base))
+    rest = [token for token in order if token not in base] if distance is None else following(base, keep - len(base))
     return sorted((base + rest)[:keep])
 
 
@@ -69,3 +89,26 @@ def farthest(distance: Sequence[Sequence[float]] | None, selected: Sequence[int]
         taken.add(pick)
         picks.append(pick)
     return picks
+
+
+def covering(
+    levels: Sequence[Sequence[int]] | None, weights: Sequence[float], selected: Sequence[int], count: int
+) -> list[int]:
+    """The next `count` tokens by gain; every gain is summed anew at every step, in Python's integers."""
+    if levels is None or count == 0:
+        return []
+    matrix, kept, picks = np.array(levels, np.int64), list(selected), list[int]()
+    for _ in range(count):
+        covered = matrix[kept].max(axis=0) if kept else np.zeros(len(matrix), np.int64)
+        gains = np.maximum(matrix - covered, 0).sum(axis=1)
+        open_ = [i for i in range(len(matrix)) if i not in kept]
+        pick = max(open_, key=lambda i: (value(int(gains[i]), weights[i]), -i))
+        kept.append(pick)
+        picks.append(pick)
+    return picks
+
+
+def value(gain: int, weight: float) -> float:
+    """float32(gain) x weight, rounded once to float32."""
+    with np.errstate(over="ignore", under="ignore"):
+        return float(np.float32(gain) * np.float32(weight)) if gain else 0.0

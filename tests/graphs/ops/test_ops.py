@@ -16,6 +16,7 @@ CONTRACT = {
     "BtpSelectTokens": {"keep", "attention_quota", "diversity_quota", "pool", "boundary"},
     "BtpGatherTokens": {"start", "count"},
 }
+OPTIONS = {"BtpSelectTokens": {"diversity_rule": b"farthest", "weighted": 0}, "BtpGatherTokens": {}}
 
 
 def test_domain_and_version() -> None:
@@ -43,7 +44,11 @@ def test_functions_are_the_same_bytes_every_time() -> None:
 def test_schema_is_that_of_the_contract(operator: object) -> None:
     schema = operator.SCHEMA
     assert (schema.domain, schema.since_version) == ("btp", 1)
-    assert set(schema.attributes) == CONTRACT[schema.name] | {"plugin_version", "plugin_namespace"}
+    options = OPTIONS[schema.name]
+    assert set(schema.attributes) == CONTRACT[schema.name] | set(options) | {"plugin_version", "plugin_namespace"}
+    for name, default in options.items():
+        assert not schema.attributes[name].required
+        assert onnx.helper.get_attribute_value(schema.attributes[name].default_value) == default
     for name in CONTRACT[schema.name]:
         assert schema.attributes[name].type == defs.OpSchema.AttrType.INT
         assert schema.attributes[name].required

@@ -129,6 +129,12 @@ special = st.sampled_from([float("nan"), float("inf"), float("-inf"), 0.0, -0.0,
 numbers = st.one_of(special, st.floats(width=32), st.floats(-1, 1, width=16))
 
 
+rules = st.sampled_from(
+    [{}, {"diversity_rule": "farthest", "weighted": 1}]
+    + [{"diversity_rule": "coverage"} | more for more in ({}, {"weighted": 0}, {"weighted": 1})]
+)
+
+
 @st.composite
 def any_case(draw: st.DrawFn) -> Case:
     tokens, batch = draw(st.integers(1, 9)), draw(st.integers(1, 3))
@@ -152,6 +158,7 @@ def any_case(draw: st.DrawFn) -> Case:
             "diversity_quota": diversity,
             "pool": draw(st.integers(attention, tokens + 2)),
             "boundary": draw(st.integers(0, tokens + 2)),
+            **draw(rules),
         },
     )
 
@@ -246,6 +253,8 @@ PLAIN = CASES["scores-only"]
         (GOOD, {"diversity_quota": 25}, "diversity_quota is 25"),
         (GOOD, {"diversity_quota": -1}, "diversity_quota is -1"),
         (GOOD, {"boundary": -1}, "boundary is -1"),
+        (GOOD, {"diversity_rule": "nearest"}, 'diversity_rule is "nearest"'),
+        (GOOD, {"diversity_rule": "coverage", "weighted": 2}, "weighted is 2"),
         (PLAIN, {"diversity_quota": 1}, "diversity_quota is 1, and there is no similarity"),
     ],
 )
