@@ -10,7 +10,7 @@ import torch
 from onnx import TensorProto
 
 from btp_export.running.runtime import open_graphs
-from calibrate.reference import StreamedReference
+from calibrate.reference.streamed_model import StreamedReference
 from engines.runners.onnxruntime import OrtLoader
 from engines.targets import find_target
 from engines.tensorrt.kit import write_kit
@@ -64,6 +64,7 @@ def test_onnx_runtime_is_told(
 @pytest.mark.parametrize(("precision", "allowed"), PRECISIONS)
 def test_the_builder_is_told(tmp_path: Path, precision: Precision, allowed: bool) -> None:
     building.need_rtx()
+    from engines.tensorrt import installed
     from engines.tensorrt.build import builder
 
     rtx = installed.load("rtx")
