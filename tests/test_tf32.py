@@ -13,7 +13,7 @@ from btp_export.running.runtime import open_graphs
 from calibrate.reference.streamed_model import StreamedReference
 from engines.runners.onnxruntime import OrtLoader
 from engines.targets import find_target
-from engines.tensorrt.kit import write_kit
+from engines.tensorrt.kit.device_kit import write_kit
 from engines.tensorrt.prepare.build_plan import Wishes, outline
 from graphs.records.spec import Precision
 from graphs.tf32 import allows_tf32, torch_without_tf32
