@@ -83,7 +83,7 @@ def _choose(
         return torch.empty(0, dtype=torch.int32), torch.empty(0)
     hidden = hidden.cpu()
     if query is not None and key is not None:
-        text = torch_scores.query_rows(plan) == "text"
+        text = torch_scores.query_rows(plan, number) == "text"
         rows = slice(image_start + count, None) if text else slice(last, last + 1)
         query, key = query[:, :, rows].cpu(), key.cpu()
     scores = torch_scores.importance_scores(
@@ -93,13 +93,15 @@ def _choose(
     seeds = stage_seeds(plan, number)
     indices = select_tokens.reference(
         scores,
-        torch_scores.cosine_similarity(image) if stage.needs_similarity else None,
+        torch_scores.stage_similarity(stage, image) if stage.needs_similarity else None,
         None if seeds is None else torch.from_numpy(seeds),
         keep=stage.keep,
         attention_quota=stage.attention_quota,
         diversity_quota=stage.diversity_quota,
         pool=stage.pool,
         boundary=stage.boundary,
+        diversity_rule=stage.diversity,
+        weighted=int(stage.weights == "scores"),
     )
     return indices[0], scores[0]
 

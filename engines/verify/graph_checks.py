@@ -92,6 +92,7 @@ class GraphVerifier:
     def _prefill(self, batch: Numbered, segment: Segment) -> Iterator[tuple[_Feed, Look]]:
         runs = [sample.run.segments[segment.index] for _, sample in batch]
         rows = self.profile.tokens_with(segment.image_tokens)
+        following = next((n for n, stage in enumerate(self.plan.stages) if stage.layer == segment.stop), 0)
         if self.runner.inputs["hidden"].shape[1] != rows:
             self._fail(f"sees {self.runner.inputs['hidden'].shape[1]} rows, the plan says {rows}: tokens not pruned")
             return
@@ -111,7 +112,7 @@ class GraphVerifier:
                         wanted = (run.keys if kind == "key" else run.values)[int(layer)]
                         self._compare(name, number, wanted[:, :n], got[place, :, :n])
                     elif name == "query":
-                        query = self._query_rows(run, segment.image_tokens, sample.run.image_start, got.shape[2])
+                        query = self._query_rows(run, following, sample.run.image_start, got.shape[2])
                         self._compare(name, number, query, got[place, :, : query.shape[1]])
                     else:
                         self._compare(name, number, run.hidden_out[:n], got[place, :n])
@@ -282,14 +283,14 @@ class GraphVerifier:
         values |= {"hidden": _real(run.hidden_out, run), "last": np.asarray(run.last, np.int32)}
         if "query" in self.runner.inputs:
             rows = self.runner.inputs["query"].shape[2]
-            values["query"] = self._query_rows(run, before, sample.run.image_start, rows)
+            values["query"] = self._query_rows(run, number, sample.run.image_start, rows)
             values["key"] = run.keys[layer - 1][:, : run.last + 1]
         return values
 
-    def _query_rows(self, run: SegmentRun, image_tokens: int, image_start: int, rows: int) -> Array:
-        """[H, q, D]: the row at `last`, or the real rows after the image where the graph takes all of them."""
-        if self.plan.importance in ("mean-text", "similar-text"):
-            start = image_start + image_tokens
+    def _query_rows(self, run: SegmentRun, stage: int, image_start: int, rows: int) -> Array:
+        """[H, q, D] that the stage looks from: the row at `last`, or the real rows after the image."""
+        if self.plan.importance_of(stage) in ("mean-text", "similar-text"):
+            start = image_start + self.plan.tokens_before(stage)
             return run.query[:, start : min(run.last + 1, start + rows)]
         return run.query[:, run.last : run.last + 1]
 

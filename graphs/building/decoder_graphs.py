@@ -81,7 +81,7 @@ def _select_graph(
     query = key = None
     if uses_attention(plan, number):
         d = spec.decoder
-        rows = 1 if query_rows(plan) == "last" else profile.text_tokens
+        rows = 1 if query_rows(plan, number) == "last" else profile.text_tokens
         query = b.input("query", (profile.batch, d.num_heads, rows, d.head_dim))
         key = b.input("key", (profile.batch, d.num_kv_heads, profile.tokens_with(image_tokens), d.head_dim))
     selection = add_selection(b, plan, number, profile, stream, query=query, key=key)

@@ -7,7 +7,7 @@ from graphs.building.attention import BOOL, FLOAT, minus_infinity, positions
 from graphs.building.graph_builder import GraphBuilder, dims
 from graphs.pruning.spatial_set import NORM_EPSILON, random_scores, stage_pivots
 from graphs.pruning.torch_scores import TEXT_TOLERANCE, uses_attention
-from graphs.records.plan import PruningPlan
+from graphs.records.plan import PruningPlan, Stage
 from graphs.records.shapes import ShapeProfile
 
 
@@ -31,6 +31,21 @@ def image_rows(b: GraphBuilder, hidden: ir.Value, profile: ShapeProfile, count: 
     return b.slice(hidden, 1, start, start + count, "image")
 
 
+def centred(b: GraphBuilder, image: ir.Value, name: str) -> ir.Value:
+    """image [B,n,C] minus its mean over the n tokens, float32."""
+    with b.scope(name):
+        wide = b.cast(image, FLOAT, "wide")
+        batch, _, width = dims(image)
+        mean = b.reshape(b.reduce("ReduceMean", wide, 1, "mean"), (batch, 1, width), "mean_row")
+        return b.binary("Sub", wide, mean, "centred")
+
+
+def stage_similarity(b: GraphBuilder, stage: Stage, image: ir.Value) -> ir.Value:
+    """What the selection takes as similarity of the stage's tokens image [B,n,C]: [B,n,n] float32."""
+    features = centred(b, image, "image_features") if stage.features == "centred" else image
+    return cosine_similarity(b, unit_rows(b, features, "image_rows"))
+
+
 def stage_scores(
     b: GraphBuilder,
     plan: PruningPlan,
@@ -43,17 +58,21 @@ def stage_scores(
     query: ir.Value | None,
     key: ir.Value | None,
 ) -> ir.Value:
-    """Scores [B,n] float32 by the plan's rule; hidden [B,S,C], image [B,n,C] of it, last [B] int32."""
-    batch, count = profile.batch, plan.tokens_before(stage)
-    if plan.importance == "random":
+    """Scores [B,n] float32 by the stage's rule; hidden [B,S,C], image [B,n,C] of it, last [B] int32."""
+    batch, count, rule = profile.batch, plan.tokens_before(stage), plan.importance_of(stage)
+    if rule == "random":
         return b.constant(b.full_name("random_scores"), np.tile(random_scores(count, stage), (batch, 1)))
-    if plan.importance == "pivot-distance":
+    if rule == "pivot-distance":
         return _pivot_scores(b, image, stage_pivots(plan, stage))
+    if rule == "norm":
+        features = centred(b, image, "norm_features")
+        squares = b.reduce("ReduceSum", b.mul(features, features, "squares"), -1, "square_sum")
+        return b.reshape(b.unary("Sqrt", squares, "norm"), (batch, count), "scores")
     if not uses_attention(plan, stage):
         return b.constant(b.full_name("equal_scores"), np.zeros((batch, count), np.float32))
     assert query is not None and key is not None
     text_start = profile.prefix_tokens + count
-    if plan.importance == "last-token":
+    if rule == "last-token":
         tokens = dims(key)[2]
         visible = b.reshape(_reached(b, positions(b, tokens), last, "visible_rows"), (batch, 1, 1, tokens), "visible")
     else:
@@ -64,7 +83,7 @@ def stage_scores(
     rows = dims(query)[2]
     if rows == 1:
         return b.reshape(mean, (batch, count), "scores")
-    weights = _text_weights(b, plan, hidden, image, last, text_start)
+    weights = _text_weights(b, rule, hidden, image, last, text_start)
     by_row = b.reshape(mean, (batch, rows, count), "attention_by_row")
     weighted = b.matmul(b.reshape(weights, (batch, 1, rows), "row_weights"), by_row, "weighted")
     return b.reshape(weighted, (batch, count), "scores")
@@ -95,13 +114,13 @@ def _attention_weights(b: GraphBuilder, query: ir.Value, key: ir.Value, visible:
 
 
 def _text_weights(
-    b: GraphBuilder, plan: PruningPlan, hidden: ir.Value, image: ir.Value, last: ir.Value, text_start: int
+    b: GraphBuilder, rule: str, hidden: ir.Value, image: ir.Value, last: ir.Value, text_start: int
 ) -> ir.Value:
     """[B,T] float32, summing to 1."""
     tokens = dims(hidden)[1]
     column = b.constant(f"constant.text_columns.{text_start}", np.arange(text_start, tokens, dtype=np.int32)[None])
     real = b.cast(_reached(b, column, last, "real_rows"), FLOAT, "real")
-    if plan.importance == "mean-text":
+    if rule == "mean-text":
         return _normalised(b, real, real, "mean_weights")
     batch = dims(hidden)[0]
     mean_image = b.reduce("ReduceMean", b.cast(image, FLOAT, "image_wide"), 1, "image_mean")

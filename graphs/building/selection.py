@@ -10,7 +10,7 @@ import onnx_ir as ir
 from graphs import ops
 from graphs.building.decoder import SegmentResult, Stream, last_query
 from graphs.building.graph_builder import BTP_DOMAIN, GraphBuilder, dims
-from graphs.building.onnx_scores import cosine_similarity, image_rows, stage_scores, unit_rows
+from graphs.building.onnx_scores import image_rows, stage_scores, stage_similarity
 from graphs.ops import gather_tokens, select_tokens
 from graphs.pruning.spatial_set import stage_seeds
 from graphs.pruning.torch_scores import query_rows
@@ -75,14 +75,17 @@ def _select(b: GraphBuilder, plan: PruningPlan, number: int, image: ir.Value, sc
     stage = plan.stages[number]
     inputs: list[ir.Value | None] = [scores]
     if stage.needs_similarity:
-        inputs.append(cosine_similarity(b, unit_rows(b, image, "image_rows")))
+        inputs.append(stage_similarity(b, stage, image))
     seeds = stage_seeds(plan, number)
     if seeds is not None:
         inputs.append(b.constant(b.full_name("seeds"), seeds))
+    # Left out where they are the defaults: a plan of format 1 gives the graphs it always gave, byte for byte.
+    coverage = {"diversity_rule": "coverage", "weighted": int(stage.weights == "scores")}
+    rule: dict[str, Any] = coverage if stage.diversity == "coverage" else {}
     return b.op(
         "BtpSelectTokens", inputs, "indices", shape=(dims(scores)[0], stage.keep), dtype=INT32, domain=BTP_DOMAIN,
         keep=stage.keep, attention_quota=stage.attention_quota, diversity_quota=stage.diversity_quota,
-        pool=stage.pool, boundary=stage.boundary, **PLUGIN,
+        pool=stage.pool, boundary=stage.boundary, **rule, **PLUGIN,
     )  # fmt: skip
 
 
@@ -122,9 +125,14 @@ def stage_after(plan: PruningPlan, segment: Segment) -> int | None:
 def segment_query(
     b: GraphBuilder, plan: PruningPlan, segment: Segment, profile: ShapeProfile, result: SegmentResult, last: ir.Value
 ) -> ir.Value:
-    """The query rows the next stage looks from: [B,H,1,D] at `last`, or [B,H,T,D] after the image."""
+    """The query rows the next stage looks from: [B,H,1,D] at `last`, or [B,H,T,D] after the image.
+
+    The segment must be one that a stage follows (`stage_after`).
+    """
+    following = stage_after(plan, segment)
+    assert following is not None
     with b.scope(f"segment_{segment.index}"):
-        if query_rows(plan) == "last":
+        if query_rows(plan, following) == "last":
             return last_query(b, result.query, last)
         start = profile.prefix_tokens + segment.image_tokens
         return b.slice(result.query, 2, start, start + profile.text_tokens, "text_query")

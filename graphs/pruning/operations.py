@@ -82,11 +82,11 @@ def selection(decoder: DecoderSpec, plan: PruningPlan, stage: int, profile: Shap
     if kept.keep == 0:
         return 0
     partners = tokens if kept.needs_similarity else 0
-    if plan.importance == "pivot-distance":
+    if plan.importance_of(stage) == "pivot-distance":
         partners += len(stage_pivots(plan, stage))
     rows = 0
     if uses_attention(plan, stage):
-        rows = 1 if query_rows(plan) == "last" else profile.text_tokens
+        rows = 1 if query_rows(plan, stage) == "last" else profile.text_tokens
     scores = 2 * rows * profile.tokens_with(tokens) * decoder.num_heads * decoder.head_dim
     return 2 * partners * tokens * decoder.hidden_size + scores
 

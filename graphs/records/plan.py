@@ -1,29 +1,43 @@
 """The pruning plan: at which decoder layers how many image tokens are kept, and how they are chosen (plan.json).
 
-The format is a contract: "btp-plan/1". Layers are 0-based; a stage at layer L means that layer L is the first
-to run on the reduced set. All counts are integers, resolved for one number of image tokens V.
+The format is a contract: "btp-plan/1", and "btp-plan/2" for plans whose stages say more than their counts. Layers are
+0-based; a stage at layer L means that layer L is the first to run on the reduced set. All counts are integers, resolved
+for one number of image tokens V.
 """
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ModelWrapValidatorHandler, ValidationInfo, computed_field, model_validator
 
 from graphs.records.errors import InputError
-from graphs.records.record import Strict, parse_record
+from graphs.records.record import FROM_FILE, Strict, parse_record
 from graphs.records.token_layout import Blocks, Grid, blocks_field, check_blocks
 
 FORMAT: Final = "btp-plan/1"
+FORMAT_2: Final = "btp-plan/2"
 
-Importance = Literal["last-token", "mean-text", "similar-text", "random", "pivot-distance"]
+Importance = Literal["last-token", "mean-text", "similar-text", "random", "pivot-distance", "norm", "vision-cls"]
 SpatialMetric = Literal["euclidean", "manhattan"]
+Diversity = Literal["farthest", "coverage"]
+Features = Literal["raw", "centred"]
+Weights = Literal["none", "scores"]
+
+ATTENTION_RULES: Final = ("last-token", "mean-text", "similar-text")  # need the layer before the stage
+INPUT_RULES: Final = ("norm", "vision-cls")  # look at what enters the decoder, so only before layer 0
 
 
 class Stage(Strict):
-    """One pruning stage; the counts are BtpSelectTokens' attributes of those names. keep 0 drops all image tokens."""
+    """One pruning stage; the counts are BtpSelectTokens' attributes of those names. keep 0 drops all image tokens.
+
+    Format 2 adds: `importance`, where it is not the plan's; `diversity`, the rule by which diversity picks and the fill
+    are made; `features`, what the similarity is taken of (centred: minus their mean over the stage's tokens); `weights`,
+    whether coverage gains are multiplied by the scores.
+    """
 
     layer: int = Field(ge=0)
     keep: int = Field(ge=0)
@@ -32,6 +46,16 @@ class Stage(Strict):
     boundary: int = Field(default=0, ge=0)
     diversity_quota: int = Field(default=0, ge=0)
     seeds: int = Field(default=0, ge=0)
+    importance: Importance | None = Field(default=None, exclude_if=lambda value: value is None)
+    diversity: Diversity = Field(default="farthest", exclude_if=lambda value: value == "farthest")
+    features: Features = Field(default="raw", exclude_if=lambda value: value == "raw")
+    weights: Weights = Field(default="none", exclude_if=lambda value: value == "none")
+
+    @property
+    def extends(self) -> bool:
+        """Whether the stage says what format 1 cannot."""
+        plain = (self.importance, self.diversity, self.features, self.weights) == (None, "farthest", "raw", "none")
+        return not plain
 
     @property
     def needs_similarity(self) -> bool:
@@ -56,7 +80,6 @@ class Segment:
 class PruningPlan(Strict):
     """Stages by rising layer and falling keep, for a decoder of L layers and V image tokens."""
 
-    format: Literal["btp-plan/1"] = FORMAT
     model_type: str
     num_layers: int = Field(ge=1)
     image_tokens: int = Field(ge=1)
@@ -67,17 +90,46 @@ class PruningPlan(Strict):
     stages: tuple[Stage, ...] = ()
     calibration: dict[str, Any] = Field(default_factory=dict)
 
+    @model_validator(mode="wrap")
+    @classmethod
+    def _check_format(
+        cls, data: Any, handler: ModelWrapValidatorHandler["PruningPlan"], info: ValidationInfo
+    ) -> "PruningPlan":
+        """`format` follows from the stages, so it is no field: a file must name it, and name one that holds them."""
+        declared = None
+        if isinstance(data, Mapping):
+            declared = data.get("format")
+            data = {key: value for key, value in data.items() if key != "format"}
+            if declared is None and info.context == FROM_FILE:
+                raise ValueError(f"format: Field required: {FORMAT} or {FORMAT_2}")
+            if declared not in (None, FORMAT, FORMAT_2):
+                raise ValueError(f"format: {declared!r} is neither {FORMAT} nor {FORMAT_2}")
+        plan = handler(data)
+        if declared == FORMAT and plan.format == FORMAT_2:
+            number = next(n for n, stage in enumerate(plan.stages) if stage.extends)
+            raise ValueError(f"stage {number} says more than {FORMAT} can hold: write {FORMAT_2}")
+        return plan
+
     @model_validator(mode="after")
     def _check(self) -> "PruningPlan":
         check_blocks(self.blocks, self.grid, self.image_tokens)
         tokens, layer = self.image_tokens, -1
         for number, stage in enumerate(self.stages):
             _check_stage(number, stage, tokens=tokens, after_layer=layer, num_layers=self.num_layers)
-            from_attention = self.importance in ("last-token", "mean-text", "similar-text")
-            if stage.layer == 0 and stage.attention_quota and from_attention:
-                raise ValueError(f"stage {number} at layer 0 has no layer before it to take attention from")
+            _check_rules(number, stage, self.importance_of(number))
             tokens, layer = stage.keep, stage.layer
         return self
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def format(self) -> str:
+        """The oldest format that holds the plan."""
+        new = self.importance in INPUT_RULES or any(stage.extends for stage in self.stages)
+        return FORMAT_2 if new else FORMAT
+
+    def importance_of(self, stage: int) -> Importance:
+        """The rule that scores the tokens of stage number `stage`."""
+        return self.stages[stage].importance or self.importance
 
     @property
     def average_tokens(self) -> float:
@@ -106,7 +158,7 @@ class PruningPlan(Strict):
 
     def to_json(self) -> str:
         """The contents of plan.json; the same plan gives the same bytes."""
-        document = self.model_dump(mode="json")
+        document = {"format": self.format} | self.model_dump(mode="json")
         document["stages"] = [
             {"layer": stage.layer, "keep": 0} if stage.keep == 0 else stage.model_dump(mode="json")
             for stage in self.stages
@@ -184,20 +236,36 @@ def with_keep(stage: Stage, keep: int, tokens: int) -> Stage:
     # Parts are cut out of one line, so that parts that filled `keep` exactly fill the new one exactly.
     attention, diversity = part(stage.attention_quota), part(stage.attention_quota + stage.diversity_quota)
     seeds = part(stage.attention_quota + stage.diversity_quota + stage.seeds) - diversity
-    return Stage(
-        layer=stage.layer,
-        keep=keep,
-        attention_quota=attention,
-        pool=max(attention, min(tokens, part(stage.pool))),
-        boundary=min(tokens, part(stage.boundary)),
-        diversity_quota=diversity - attention,
-        seeds=seeds,
+    return stage.model_copy(
+        update={
+            "keep": keep,
+            "attention_quota": attention,
+            "pool": max(attention, min(tokens, part(stage.pool))),
+            "boundary": min(tokens, part(stage.boundary)),
+            "diversity_quota": diversity - attention,
+            "seeds": seeds,
+        }
     )
 
 
 def _share(count: int, new: int, old: int) -> int:
     """count * new / old, rounded half up in whole numbers."""
     return (2 * count * new + old) // (2 * old)
+
+
+def _check_rules(number: int, stage: Stage, importance: Importance) -> None:
+    """Raise ValueError for rules that a stage at this layer cannot follow, or that would do nothing."""
+    if stage.keep == 0:
+        if stage.extends:
+            raise ValueError(f"stage {number}: keep 0 drops every token by no rule")
+        return
+    scored = stage.attention_quota > 0 or stage.weights == "scores"
+    if stage.layer == 0 and scored and importance in ATTENTION_RULES:
+        raise ValueError(f"stage {number} at layer 0 has no layer before it to take attention from")
+    if stage.layer > 0 and importance in INPUT_RULES:
+        raise ValueError(f"stage {number} at layer {stage.layer} scores by {importance}, which is for layer 0")
+    if stage.weights == "scores" and stage.diversity != "coverage":
+        raise ValueError(f"stage {number}: weights are for coverage, and its diversity is {stage.diversity}")
 
 
 def _check_stage(number: int, stage: Stage, *, tokens: int, after_layer: int, num_layers: int) -> None:

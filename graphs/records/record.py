@@ -1,11 +1,13 @@
 """The pydantic base of every record that is written to disk: immutable, unknown keys are errors."""
 
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from graphs.records.errors import InputError
+
+FROM_FILE: Final = {"from_file": True}  # the validation context of what is read from a file
 
 
 class Strict(BaseModel):
@@ -23,7 +25,7 @@ def parse_record(kind: type[Record], text: str | bytes, *, source: Path | str, n
     Raises InputError that names the file, the key and what was wrong with it.
     """
     try:
-        record = kind.model_validate_json(text)
+        record = kind.model_validate_json(text, context=FROM_FILE)
     except ValidationError as error:
         first: Any = error.errors(include_url=False)[0]
         where = ".".join(str(part) for part in first["loc"]) or "the document"

@@ -17,6 +17,11 @@ SECOND = Stage(layer=4, keep=5, attention_quota=2, pool=3, boundary=5, diversity
 ATTENTION = Stage(layer=3, keep=7, attention_quota=7, pool=9, boundary=6)
 DIVERSE = Stage(layer=0, keep=8, diversity_quota=8)
 FIRST = Stage(layer=0, keep=9, attention_quota=9, pool=9)
+COVERING = Stage(layer=0, keep=9, importance="norm", diversity="coverage", features="centred", weights="scores")
+LATER = Stage(
+    layer=3, keep=5, attention_quota=2, pool=3, boundary=5, diversity_quota=1, diversity="coverage", weights="scores"
+)
+PLAIN_COVERAGE = Stage(layer=2, keep=8, importance="random", diversity_quota=3, diversity="coverage")
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +39,7 @@ def stage_inputs(sample, plan, number, batch):
     hidden[:, PREFIX + 4] = hidden[:, PREFIX + 2]
     cos, sin = (torch.randn(batch, tokens, spec.head_dim // 2, generator=generator) for _ in range(2))
     last = torch.tensor([tokens - 1, tokens - 3][:batch], dtype=torch.int32)
-    rows = profile.text_tokens if plan.importance.endswith("-text") else 1
+    rows = profile.text_tokens if plan.importance_of(number).endswith("-text") else 1
     query = torch.randn(batch, spec.num_heads, rows, spec.head_dim, generator=generator)
     key = torch.randn(batch, spec.num_kv_heads, tokens, spec.head_dim, generator=generator)
     return {"hidden": hidden, "cos": cos, "sin": sin, "last": last, "query": query, "key": key}
@@ -52,6 +57,8 @@ def reference(plan, number, inputs):
         key=inputs["key"],
     )
     image = inputs["hidden"][:, PREFIX : PREFIX + count]
+    if stage.features == "centred":
+        image = image - image.sum(1, keepdim=True) / count
     seeds = stage_seeds(plan, number)
     indices = select_tokens.reference(
         scores,
@@ -62,6 +69,8 @@ def reference(plan, number, inputs):
         diversity_quota=stage.diversity_quota,
         pool=stage.pool,
         boundary=stage.boundary,
+        diversity_rule=stage.diversity,
+        weighted=int(stage.weights == "scores"),
     )
     return scores, indices
 
@@ -74,6 +83,8 @@ CASES = [
     ("pivot-distance", (FIRST,)),
     ("last-token", (DIVERSE,)),
     ("last-token", (ATTENTION,)),
+    ("last-token", (COVERING, LATER)),
+    ("mean-text", (PLAIN_COVERAGE, LATER)),
 ]
 
 
@@ -88,7 +99,7 @@ def test_selection_is_the_references(importance, stages, opset, batch, models, t
     for number, stage in enumerate(plan.stages):
         inputs = stage_inputs(sample, plan, number, batch)
         scores, indices = reference(plan, number, inputs)
-        looks = stage.layer > 0 and importance in ("last-token", "mean-text", "similar-text")
+        looks = stage.layer > 0 and (stage.importance or importance) in ("last-token", "mean-text", "similar-text")
         feeds = {name: value for name, value in inputs.items() if looks or name not in ("query", "key")}
         got = run(f"select_{number}", **feeds)
         np.testing.assert_allclose(got["scores"], scores, atol=1e-6, rtol=1e-5)

@@ -6,7 +6,7 @@ import torch
 
 from graphs.building.rope import rope_tables
 from graphs.pruning.spatial_set import random_scores, spatial_seeds
-from graphs.pruning.torch_scores import cosine_similarity, importance_scores, text_weights
+from graphs.pruning.torch_scores import cosine_similarity, importance_scores, stage_similarity, text_weights
 from graphs.records.errors import InputError
 from graphs.records.plan import Stage
 from tests.graphs.models import sample_model
@@ -92,8 +92,7 @@ def test_similar_text_averages_the_rows_nearest_to_the_image(sample, state):
 
 def test_text_weights_when_all_rows_are_equally_similar(sample):
     hidden = torch.ones(1, 25, 8)
-    plan = sample.plan(STAGE, importance="similar-text")
-    weights = text_weights(plan, hidden, torch.tensor([21]), PREFIX, TEXT_START)
+    weights = text_weights("similar-text", hidden, torch.tensor([21]), PREFIX, TEXT_START)
     torch.testing.assert_close(weights, torch.tensor([[1 / 3, 1 / 3, 1 / 3, 0, 0, 0]]))
 
 
@@ -127,6 +126,36 @@ def test_random_and_layer_0(sample):
     assert got[0].tolist() == got[1].tolist() == random_scores(16, 0).tolist()
     diverse = sample.plan(Stage(layer=0, keep=8, diversity_quota=8))
     assert importance_scores(diverse, 0, prefix_tokens=PREFIX, hidden=hidden, last=last).tolist() == [[0.0] * 16] * 2
+
+
+def test_norm_and_centred_similarity_are_numpys(sample):
+    """Centred: minus the mean of the picture's own tokens; a token that is that mean has no direction."""
+    hidden = torch.randn(2, 25, 8, generator=torch.Generator().manual_seed(4)) * 5 + 3
+    stage = Stage(layer=0, keep=6, importance="norm", diversity="coverage", features="centred", weights="scores")
+    plan = sample.plan(stage)
+    image = hidden[:, PREFIX:TEXT_START].double().numpy()
+    wanted = image - image.mean(axis=1, keepdims=True)
+    norms = np.sqrt((wanted**2).sum(-1))
+    got = importance_scores(plan, 0, prefix_tokens=PREFIX, hidden=hidden, last=torch.tensor([24, 24]))
+    np.testing.assert_allclose(got, norms, rtol=1e-5)
+    unit = wanted / norms[..., None]
+    similarity = stage_similarity(stage, hidden[:, PREFIX:TEXT_START])
+    np.testing.assert_allclose(similarity, unit @ unit.transpose(0, 2, 1), atol=1e-5)
+    raw = stage_similarity(Stage(layer=0, keep=6, diversity_quota=6), hidden[:, PREFIX:TEXT_START])
+    unit = image / np.linalg.norm(image, axis=-1, keepdims=True)
+    np.testing.assert_allclose(raw, unit @ unit.transpose(0, 2, 1), atol=1e-5)
+
+
+def test_vision_cls_is_given(sample):
+    plan = sample.plan(
+        Stage(layer=0, keep=6, importance="vision-cls", attention_quota=6, pool=6),
+        Stage(layer=2, keep=3, attention_quota=3, pool=3),
+    )
+    given, last = torch.rand(1, IMAGE), torch.tensor([24])
+    got = importance_scores(plan, 0, prefix_tokens=PREFIX, hidden=torch.zeros(1, 25, 8), last=last, vision_cls=given)
+    assert torch.equal(got, given)
+    with pytest.raises(InputError, match="no attention of the vision tower"):
+        importance_scores(plan, 0, prefix_tokens=PREFIX, hidden=torch.zeros(1, 25, 8), last=last)
 
 
 def test_attention_rules_need_query_and_key(sample):

@@ -98,7 +98,7 @@ def test_digest_ignores_the_calibration_record_only() -> None:
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        ({"format": "btp-plan/2"}, "format"),
+        ({"format": "btp-plan/3"}, "format"),
         ({"format": None}, "format"),
         ({"surprise": 1}, "surprise"),
         ({"num_layers": 20}, "layer 22 of a decoder with 20 layers"),
@@ -146,6 +146,49 @@ def plans(draw: st.DrawFn) -> PruningPlan:
     return PruningPlan(
         model_type="llava", num_layers=layers, image_tokens=rows * columns, grid=(rows, columns), stages=tuple(stages)
     )
+
+
+COVERING = {"diversity": "coverage", "features": "centred", "weights": "scores", "importance": "norm"}
+
+
+def test_format_2_is_written_only_where_it_is_needed() -> None:
+    """What format 1 can say stays format 1 with the bytes it always had; a stage's new words make it format 2."""
+    assert (
+        RELEASED.format == "btp-plan/1"
+        and not {"diversity", "importance"} & json.loads(RELEASED.to_json())["stages"][0].keys()
+    )
+    first = Stage(layer=0, keep=63, **COVERING)
+    plan = RELEASED.model_copy(update={"stages": (first, Stage(layer=9, keep=0))})
+    document = json.loads(plan.to_json())
+    assert (plan.format, document["format"], next(iter(document))) == ("btp-plan/2", "btp-plan/2", "format")
+    assert document["stages"][0].items() >= COVERING.items() and document["stages"][1] == {"layer": 9, "keep": 0}
+    assert PruningPlan.from_json(plan.to_json()) == plan
+    assert plan.importance_of(0) == "norm" and plan.importance == "last-token"
+    assert PruningPlan.from_json(RELEASED.to_json().replace("plan/1", "plan/2")) == RELEASED
+    smaller = rescale(plan, image_tokens=144, grid=(12, 12))
+    assert smaller.stages[0] == Stage(layer=0, keep=16, **COVERING)
+
+
+@pytest.mark.parametrize(
+    ("stage", "complaint"),
+    [
+        ({"layer": 0, "keep": 9, **COVERING, "importance": "vision"}, "importance"),
+        ({"layer": 3, "keep": 9, **COVERING}, "scores by norm, which is for layer 0"),
+        ({"layer": 0, "keep": 9, **COVERING, "importance": None}, "no layer before it"),
+        ({"layer": 0, "keep": 9, **COVERING, "diversity": "farthest"}, "weights are for coverage"),
+        ({"layer": 3, "keep": 0, "diversity": "coverage"}, "drops every token by no rule"),
+    ],
+)
+def test_wrong_rules_are_refused_by_name(stage: dict[str, Any], complaint: str) -> None:
+    document = json.loads(RELEASED.to_json()) | {"format": "btp-plan/2", "stages": [stage]}
+    with pytest.raises(InputError, match=complaint):
+        PruningPlan.from_json(json.dumps(document), source="my-plan.json")
+
+
+def test_format_1_cannot_hold_new_rules() -> None:
+    document = json.loads(RELEASED.to_json()) | {"stages": [{"layer": 0, "keep": 9, **COVERING}]}
+    with pytest.raises(InputError, match="stage 0 says more than btp-plan/1 can hold"):
+        PruningPlan.from_json(json.dumps(document), source="my-plan.json")
 
 
 @given(plans())
