@@ -271,7 +271,7 @@ class GraphVerifier:
 
     def _stage_inputs(self, sample: VerifySample, number: int) -> dict[str, Array]:
         """hidden, cos, sin, last, query and key that stage `number` of the reference saw; real rows only."""
-        layer, before = self.plan.stages[number].layer, self.plan.tokens_before(number)
+        layer = self.plan.stages[number].layer
         if layer == 0:
             whole = sample.embedded
             n = whole.last + 1

@@ -35,8 +35,8 @@ class Stage(Strict):
     """One pruning stage; the counts are BtpSelectTokens' attributes of those names. keep 0 drops all image tokens.
 
     Format 2 adds: `importance`, where it is not the plan's; `diversity`, the rule by which diversity picks and the fill
-    are made; `features`, what the similarity is taken of (centred: minus their mean over the stage's tokens); `weights`,
-    whether coverage gains are multiplied by the scores.
+    are made; `features`, what the similarity is taken of (centred: minus their mean over the stage's tokens);
+    `weights`, whether coverage gains are multiplied by the scores.
     """
 
     layer: int = Field(ge=0)
