@@ -12,21 +12,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Protocol, TextIO
+from typing import Annotated, Any, TextIO
 
 import typer
 
+from graphs.records.progress import Report
+
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")]
-
-
-class Report(Protocol):
-    """How long work tells where it is; the layers below take it as an argument and never print themselves."""
-
-    def __call__(self, done: int, total: int, text: str = "") -> None:
-        """`done` of `total` steps are finished; `text` says what is being done now."""
-
-
-Note = Callable[[str], None]
 
 
 class Phases:
@@ -37,7 +29,7 @@ class Phases:
     def __init__(self, report: Report | None, shares: Mapping[str, float]) -> None:
         self._report, self._shares, self._all = report, shares, sum(shares.values())
 
-    def named(self, phase: str) -> Callable[[int, int, str], None]:
+    def named(self, phase: str) -> Report:
         """A report for one of the phases, with words of its own."""
         before = 0.0
         for name, share in self._shares.items():
@@ -52,11 +44,6 @@ class Phases:
                 self._report(int(part * self.STEPS), self.STEPS, words)
 
         return report
-
-    def part(self, phase: str) -> Callable[[int, int], None]:
-        """The same, without words."""
-        report = self.named(phase)
-        return lambda done, total: report(done, total, "")
 
 
 def emit(result: Mapping[str, Any], *, as_json: bool, render: Callable[[Any], Any] | None = None) -> None:

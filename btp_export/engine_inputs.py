@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from btp_export.console import Report
 from engines.tensorrt.build.build import build
 from engines.tensorrt.build.machine import Builder
 from engines.tensorrt.kit.sample_inputs import RecordingLoader, constant_bytes
@@ -13,6 +12,7 @@ from graphs.files.atomic import size_text
 from graphs.files.bundle import Bundle
 from graphs.files.memory import available_memory
 from graphs.records.errors import InputError, UnavailableError
+from graphs.records.progress import Report
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -1,14 +1,13 @@
 """A model and a plan become a bundle: decoder graphs built from headers alone, the vision graph captured."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from pydantic import Field
 
-from btp_export.console import Report
 from btp_export.model.open_model import Model
 from graphs.building.decoder_graphs import build_decoder_graphs
 from graphs.building.derived_bundles import write_graphs
@@ -33,6 +32,7 @@ from graphs.records.errors import InputError
 from graphs.records.manifest import BuildRecord, FileRecord, GraphRecord, ModelRecord
 from graphs.records.match_plan import check_fits, plan_for_profile
 from graphs.records.plan import PruningPlan
+from graphs.records.progress import Note, Report
 from graphs.records.record import Strict
 from graphs.records.shapes import ShapeProfile
 from graphs.records.spec import Precision
@@ -67,7 +67,7 @@ def export_bundle(
     *,
     force: bool = False,
     report: Report | None = None,
-    note: Callable[[str], None] | None = None,
+    note: Note | None = None,
 ) -> Bundle:
     """Export to a bundle at `out`, which appears there whole or not at all.
 
@@ -133,7 +133,7 @@ def check_plan(
     plan: PruningPlan,
     profiles: Sequence[ShapeProfile],
     *,
-    note: Callable[[str], None] | None = None,
+    note: Note | None = None,
 ) -> list[PruningPlan]:
     """The plan for every profile's image tokens; `note` is told where it had to be rescaled.
 

@@ -25,6 +25,7 @@ from engines.tensorrt.prepare.build_plan import Wishes, outline
 from graphs.files.atomic import staged
 from graphs.files.bundle import Bundle
 from graphs.records.errors import BtpError, CheckError
+from graphs.records.progress import Report
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Clock:
         self.seconds: dict[str, float] = {}
 
     @contextlib.contextmanager
-    def phase(self, name: str, *, say: bool = True) -> Iterator[console.Report]:
+    def phase(self, name: str, *, say: bool = True) -> Iterator[Report]:
         """Time one phase, with its progress bar, and `say` on standard error when it is done."""
         start = time.perf_counter()
         with console.progress(name) as bar:
@@ -113,7 +114,7 @@ class Engines:
         target = find_target(name)
         return Engines(target, builder_for(target, Wishes()))
 
-    def build(self, out: Path, report: console.Report) -> dict[str, Any]:
+    def build(self, out: Path, report: Report) -> dict[str, Any]:
         """Build them in the bundle at `out`; gives the document of `btp-export build`."""
         from btp_export.engine_inputs import build_engines
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -35,11 +35,10 @@ from calibrate.reference.records import ReferenceInput
 from calibrate.reference.streamed_model import StreamedReference
 from graphs.records.errors import InputError
 from graphs.records.plan import PruningPlan
+from graphs.records.progress import Report, labelled
 
 DROPPED_SAMPLES = 24  # at most so many samples measure what dropping does
 TAU_LADDER = (0.95, 0.97, 0.98, 0.99)  # tried where the model's own threshold finds nothing
-
-Progress = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True)
@@ -95,10 +94,10 @@ def measure_statistics(
     *,
     tau: float | None = None,
     model_tau: float = 0.93,
-    progress: Progress | None = None,
+    progress: Report | None = None,
 ) -> Statistics:
     """The first pass. `tau` is the threshold the user asked for, `model_tau` the model's own."""
-    told = texted(progress, "measuring the layers")
+    told = labelled(progress, "measuring the layers")
     taus = taus_for(tau, model_tau)
     return measure(reference, inputs, shape.plan(()), taus=taus, dropped=DROPPED_SAMPLES, progress=told)
 
@@ -116,7 +115,7 @@ def threshold_of(statistics: Statistics, shape: Shape, *, tau: float | None, mod
 
 
 def calibrate(
-    study: Study, request: Request | None = None, *, tuned: bool = False, progress: Progress | None = None
+    study: Study, request: Request | None = None, *, tuned: bool = False, progress: Report | None = None
 ) -> PruningPlan:
     """The balanced plan for the request (a compression of 0.78 unless it says otherwise), its record filled in.
 
@@ -128,13 +127,13 @@ def calibrate(
     if tuned:
         check_tuning(study.statistics.samples, counts=request.budget.keep is None, shares=_free_balance(request))
     candidates = propose(study.evidence, study.shape, request, study.cost)
-    told = texted(progress, "trying placements")
+    told = labelled(progress, "trying placements")
     (candidates,) = judge(study.reference, study.inputs, [candidates], study.statistics.logits, progress=told)
     plan, _ = planned(study, request, candidates)
     return _tuned(study, request, plan, progress) if tuned else plan
 
 
-def _tuned(study: Study, request: Request, plan: PruningPlan, progress: Progress | None) -> PruningPlan:
+def _tuned(study: Study, request: Request, plan: PruningPlan, progress: Report | None) -> PruningPlan:
     """The plan after the search, whichever it is, with the search in its record."""
     if study.cost is None:
         raise InputError("tuning without a cost", wanted="the cost of the model's layers")
@@ -147,7 +146,7 @@ def _tuned(study: Study, request: Request, plan: PruningPlan, progress: Progress
         counts=request.budget.keep is None,
         shares=_free_balance(request),
         seed=study.seed,
-        progress=texted(progress, "tuning"),
+        progress=labelled(progress, "tuning"),
     )
     return found.model_copy(update={"calibration": plan.calibration | {"tuning": record}})
 
@@ -223,8 +222,3 @@ def _spread(study: Study, request: Request, candidates: Sequence[Candidate]) -> 
         return tuple(stage.layer for stage in first.plan.stages)
 
     return stage_spread(study.statistics, study.threshold.value, place, candidates, seed=study.seed)
-
-
-def texted(progress: Progress | None, text: str) -> Callable[[int, int], None] | None:
-    """Progress with what is being done."""
-    return None if progress is None else lambda done, total: progress(done, total, text)

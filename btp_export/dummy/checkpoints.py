@@ -29,11 +29,11 @@ import ml_dtypes
 import numpy as np
 from pydantic import Field
 
-from btp_export.console import Report
 from btp_export.model.cache_folder import cache_folder
 from graphs.files.atomic import check_space
 from graphs.files.safetensors_file import header_bytes, tensor_order
 from graphs.records.errors import InputError
+from graphs.records.progress import Report
 from graphs.records.record import Strict, parse_record
 
 if TYPE_CHECKING:

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 
-from btp_export.console import Report
 from btp_export.model.prompting import Encoded
 from btp_export.running.runtime import BundleModel, load, open_graphs
 from btp_export.running.streamed import check_fits_memory
@@ -24,6 +23,7 @@ from graphs.files.bundle import Bundle
 from graphs.pruning.operations import cost
 from graphs.records.errors import InputError
 from graphs.records.plan import PruningPlan
+from graphs.records.progress import Report
 
 DECODE_STEPS = 16  # at most, in each round
 

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from btp_export.console import Report
 from btp_export.model.pictures import fits, fitted
 from btp_export.planning.plan_files import CALIBRATED, plan_for
 from graphs.building.derived_bundles import derive, scratch_folder
@@ -17,6 +16,7 @@ from graphs.files.bundle import Bundle
 from graphs.records.errors import InputError
 from graphs.records.match_plan import plan_for_profile, spec_at
 from graphs.records.plan import PruningPlan
+from graphs.records.progress import Report
 
 if TYPE_CHECKING:
     from btp_export.model.prompting import Encoded

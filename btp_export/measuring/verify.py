@@ -10,11 +10,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from btp_export.console import Note, Phases, Report
+from btp_export.console import Phases
 from btp_export.model.cache_folder import cache_folder
 from graphs.files.bundle import Bundle, tool_versions
 from graphs.files.resume import Work, digest, work_folder
 from graphs.records.errors import InputError
+from graphs.records.progress import Note, Report
 from graphs.records.shapes import ShapeProfile
 from graphs.records.spec import Precision
 
@@ -187,7 +188,7 @@ def _verify(job: _Job, work: Work | None) -> tuple[Findings, bool]:
     inputs = [replace(one.input, new_tokens=tuple(run.tokens[:-1])) for one, run in zip(prepared, free, strict=True)]
     checkpoint = job.bundle.checkpoint()
     reference = StreamedReference(checkpoint, dtype=getattr(torch, job.maths), device=job.device, work=work)
-    runs = reference.run(inputs, plan, record_segments=True, progress=job.phases.part("reference"))
+    runs = reference.run(inputs, plan, record_segments=True, progress=job.phases.named("reference"))
     forced = _forced_where_needed(reference, inputs, runs, free)
     told = job.phases.named("graphs")
     openers = {name: partial(job.loader, file) for name, file in job.files.items()}
@@ -220,7 +221,7 @@ def _prepared(job: _Job) -> tuple[list[Sample], list[Prepared]]:
     scenes = scene_samples(job.samples, seed=job.seed, split="calibration").samples
     samples, _ = fitted_samples(scenes, spec, job.profile)
     vision = family_of(spec).vision_module(bundle.checkpoint(), job.profile.image_size)
-    return samples, prepare(samples, Prompter(bundle.processor, spec), vision, progress=job.phases.part("pictures"))
+    return samples, prepare(samples, Prompter(bundle.processor, spec), vision, progress=job.phases.named("pictures"))
 
 
 def _answers(job: _Job, samples: Sequence[Sample]) -> list[FreeRun]:

@@ -10,10 +10,10 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from btp_export.console import Report
 from btp_export.families import Family, family_for
 from graphs.files.checkpoint import Checkpoint, missing_shards, open_checkpoint, read_config
 from graphs.records.errors import InputError, UnavailableError
+from graphs.records.progress import Report
 from graphs.records.spec import ModelSpec
 
 DEMO = "demo"

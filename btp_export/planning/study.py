@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from btp_export.console import Report
 from btp_export.model.cache_folder import cache_folder
 from btp_export.model.pictures import fits, fitted
 from graphs.files.atomic import size_text
@@ -18,6 +17,7 @@ from graphs.files.memory import check_memory
 from graphs.files.resume import Work, digest, work_folder
 from graphs.records.errors import InputError
 from graphs.records.plan import Importance, PruningPlan, SpatialMetric
+from graphs.records.progress import Note, Report, labelled
 from graphs.records.shapes import ShapeProfile
 from graphs.records.spec import ModelSpec, Precision
 
@@ -103,7 +103,7 @@ def calibrate_model(
     *,
     profile: ShapeProfile | None = None,
     report: Report | None = None,
-    note: Callable[[str], None] | None = None,
+    note: Note | None = None,
 ) -> PruningPlan:
     """The calibrated plan `btp` for a model at a profile's image size, its own if there is none.
 
@@ -119,9 +119,7 @@ def calibrate_model(
 
 
 @contextlib.contextmanager
-def calibration_work(
-    model: Model, settings: CalibrationSettings, note: Callable[[str], None] | None
-) -> Iterator[Work | None]:
+def calibration_work(model: Model, settings: CalibrationSettings, note: Note | None) -> Iterator[Work | None]:
     """Where the calibration of a large model keeps checkpoints, so that an interrupted one goes on; else nowhere."""
     if sum(ref.nbytes for ref in model.checkpoint.tensors.values()) < LARGE:
         yield None
@@ -141,7 +139,7 @@ def open_study(
     check: Check | None = None,
     work: Work | None = None,
     report: Report | None = None,
-    note: Callable[[str], None] | None = None,
+    note: Note | None = None,
 ) -> tuple[Study, Request]:
     """The model measured on its samples, or its statistics from the cache, and what plan is asked for.
 
@@ -241,13 +239,9 @@ def _inputs(
     """What the reference takes of each sample."""
     from calibrate.data.samples import prepare
 
-    def encoding(done: int, total: int) -> None:
-        if report is not None:
-            report(done, total, "reading the pictures")
-
     vision = model.family.vision_module(model.checkpoint, profile.image_size)
     pictures, _ = fitted_samples(samples, model.spec, profile)
-    prepared = prepare(pictures, prompter, vision, progress=encoding)
+    prepared = prepare(pictures, prompter, vision, progress=labelled(report, "reading the pictures"))
     return [one.input for one in prepared]
 
 
@@ -337,7 +331,7 @@ def _check_budget(settings: CalibrationSettings) -> None:
         raise InputError(f"both {' and '.join(given[:2])}", wanted="one of them", do="leave one out")
 
 
-def calibration_samples(settings: CalibrationSettings, note: Callable[[str], None] | None = None) -> SampleSet:
+def calibration_samples(settings: CalibrationSettings, note: Note | None = None) -> SampleSet:
     """Generated scenes of the calibration split, or what `images` names."""
     from calibrate.data import samples
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from btp_export.console import Report, plain
+from btp_export.console import plain
 from btp_export.profiling.break_even import Segments, break_even
 from btp_export.profiling.roofline import Roofline, product_flops
 from btp_export.profiling.sources import SYSTEM, Source, find_sources, graphs_of, measure, read_system
@@ -22,6 +22,7 @@ from engines.tensorrt.records import EngineGraph, EnginesRecord, EngineWeights
 from graphs.files.bundle import Bundle
 from graphs.records.errors import InputError
 from graphs.records.plan import PruningPlan
+from graphs.records.progress import Report
 from graphs.records.shapes import ShapeProfile
 
 FORMAT: Final = "btp-profile/1"

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from btp_export.console import Report
 from engines.native import libraries
 from engines.targets import Target
 from engines.tensorrt import trtexec
@@ -16,6 +15,7 @@ from engines.tensorrt.versions import traits
 from graphs.files.bundle import Bundle
 from graphs.records.errors import InputError, UnavailableError
 from graphs.records.plan import PruningPlan
+from graphs.records.progress import Report
 from graphs.records.shapes import ShapeProfile
 
 RESULTS: Final = "profile"  # folder that profile.sh writes into

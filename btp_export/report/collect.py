@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from btp_export.console import Report, note
+from btp_export.console import note
 from btp_export.report.data import Picture, ReportData
 from graphs.files.bundle import Bundle
 from graphs.records.errors import InputError
+from graphs.records.progress import Report
 
 DEMO = "demo"  # the model whose own kind of picture the generated scenes are
 EVAL_SAMPLES = 100

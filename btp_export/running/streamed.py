@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from engines.verify.streamed_graphs import Batch, BatchRun, FreeRunner, Progress, StreamedRunner
+from engines.verify.streamed_graphs import Batch, BatchRun, FreeRunner, StreamedRunner
 from graphs.building.graph_parts import has_bfloat16, read_graph, wide_weights
 from graphs.building.rope import token_tables
 from graphs.files.atomic import size_text
@@ -17,6 +17,7 @@ from graphs.files.checkpoint import open_tensors
 from graphs.files.memory import available_memory
 from graphs.files.resume import Sequence as Steps
 from graphs.records.errors import InputError
+from graphs.records.progress import Report
 
 if TYPE_CHECKING:
     from btp_export.model.prompting import Encoded
@@ -85,7 +86,7 @@ def free_runs(
     *,
     tokens: int,
     steps: Steps | None = None,
-    progress: Progress | None = None,
+    progress: Report | None = None,
 ) -> list[FreeRun]:
     """What the bundle's graphs answer to the samples, greedily, `tokens` tokens or up to an end token."""
     from engines.verify.verification import FreeRun

@@ -13,8 +13,9 @@ from typing import Any
 
 from PIL import Image
 
-from calibrate.data.samples import DEFAULT_PROMPTS, Found, Note, SampleSet, read_picture, take
+from calibrate.data.samples import DEFAULT_PROMPTS, Found, SampleSet, read_picture, take
 from graphs.records.errors import InputError, UnavailableError
+from graphs.records.progress import Note
 
 PREFIX = "hf:"
 PROMPT_COLUMNS = ("prompt", "question", "instruction", "query", "text", "caption")

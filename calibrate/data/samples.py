@@ -22,6 +22,7 @@ from PIL import Image, UnidentifiedImageError
 from calibrate.data import scenes
 from calibrate.reference.records import ReferenceInput
 from graphs.records.errors import InputError
+from graphs.records.progress import Note, Report
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 LEAST_PICTURES = 4
@@ -33,8 +34,6 @@ DEFAULT_PROMPTS = (
     "What colours do you see?",
     "How many things are there?",
 )
-
-Note = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -294,7 +293,7 @@ def prepare(
     encoder: Encoder,
     vision: torch.nn.Module,
     *,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Report | None = None,
 ) -> list[Prepared]:
     """Token ids and image features [V,C] of every sample; `vision` maps pixel_values [B,3,h,w] to features [B,V,C].
 

@@ -23,6 +23,7 @@ from calibrate.reference.records import ReferenceInput
 from calibrate.reference.streamed_model import LayerView, StreamedReference, forward
 from graphs.pruning.torch_scores import attention_weights
 from graphs.records.plan import PruningPlan
+from graphs.records.progress import Report
 
 TOP_SHARES = (0.05, 0.1, 0.25, 0.5)
 BOOTSTRAP_SIZES = (16, 64, 256)
@@ -71,7 +72,7 @@ def measure(
     *,
     taus: tuple[float, ...],
     dropped: int,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Report | None = None,
 ) -> Statistics:
     """One unpruned pass over all inputs; dropping is measured on the first `dropped` of them."""
     change, drop = ChangeObserver(taus), DropObserver(min(dropped, len(inputs)))

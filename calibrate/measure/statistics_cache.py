@@ -13,7 +13,7 @@ import os
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,10 @@ import numpy as np
 from calibrate.measure.statistics import TOP_SHARES, Statistics
 from graphs.files.atomic import SMALL_FILE, hub_sha256, sha256
 from graphs.files.checkpoint import Checkpoint
+from graphs.records.progress import Note
 
 FORMAT = "btp-statistics/1"  # raise it when what is measured, or how, changes
 _SAMPLED = 4096  # bytes at the start of each tensor of a big file
-
-Say = Callable[[str], None]
 
 
 def key_of(parts: Mapping[str, Any]) -> str:
@@ -41,7 +40,7 @@ class StatisticsCache:
     """Entries in `folder` (None: nothing is kept), telling `say` what becomes of them."""
 
     folder: Path | None
-    say: Say | None = None
+    say: Note | None = None
 
     def get(self, key: str) -> Statistics | None:
         """The statistics of that key, or None if there are none that can be read."""

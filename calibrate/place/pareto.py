@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from calibrate.calibrate import Progress, Study, planned, texted
+from calibrate.calibrate import Study, planned
 from calibrate.place.candidates import Budget, Request, propose
 from calibrate.place.cost import PrefillCost
 from calibrate.place.counts import Shape
 from calibrate.place.rank_by_divergence import judge
 from graphs.records.errors import InputError
 from graphs.records.plan import PruningPlan
+from graphs.records.progress import Report, labelled
 
 DEFAULT_BUDGETS = (0.5, 0.6, 0.7, 0.78, 0.85, 0.9)
 
@@ -49,7 +50,7 @@ class Point:
 
 
 def front(
-    study: Study, request: Request, budgets: Sequence[float] | None = None, *, progress: Progress | None = None
+    study: Study, request: Request, budgets: Sequence[float] | None = None, *, progress: Report | None = None
 ) -> list[Point]:
     """A point for each of `budgets` (compressions, rising), all candidates judged together.
 
@@ -60,7 +61,7 @@ def front(
         raise InputError("a front without a cost", wanted="the cost of the model's layers")
     asked = requests(request, study.shape, study.cost, budgets)
     proposed = [propose(study.evidence, study.shape, one, study.cost) for one in asked]
-    told = texted(progress, "trying placements")
+    told = labelled(progress, "trying placements")
     groups = judge(study.reference, study.inputs, proposed, study.statistics.logits, progress=told)
     points = []
     for one, group in zip(asked, groups, strict=True):

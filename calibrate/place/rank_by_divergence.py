@@ -6,7 +6,7 @@ candidates run on some of the samples, and the best few then on all of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -15,11 +15,11 @@ from calibrate.place.candidates import Candidate
 from calibrate.reference.records import ReferenceInput, RunRecord
 from calibrate.reference.streamed_model import StreamedReference
 from graphs.records.plan import PruningPlan
+from graphs.records.progress import Report, part_of
 
 JUDGED_SAMPLES = 24  # on which every candidate is run
 FINALISTS = 3  # candidates that are then run on all samples
 PASS_BYTES = 3 * 2**29  # of hidden states, queries and keys that one streamed pass may hold
-_STEPS = 1000  # a part of the progress, whatever its own length
 _ROWS_A_TOKEN = 3  # hidden state, query and key
 
 
@@ -29,7 +29,7 @@ def judge(
     groups: Sequence[Sequence[Candidate]],
     logits: np.ndarray,
     *,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Report | None = None,
 ) -> list[list[Candidate]]:
     """The candidates with their divergence and agreement, in groups of which one will be chosen each.
 
@@ -58,7 +58,7 @@ def _run(
     inputs: Sequence[ReferenceInput],
     groups: Sequence[Sequence[Candidate]],
     logits: np.ndarray,
-    progress: Callable[[int, int], None] | None,
+    progress: Report | None,
 ) -> list[list[Candidate]]:
     """Every candidate on every input, in as few streamed passes as memory allows."""
     parts = passes([candidate.plan for group in groups for candidate in group], inputs)
@@ -85,13 +85,6 @@ def passes(plans: Sequence[PruningPlan], inputs: Sequence[ReferenceInput]) -> li
     each = len(inputs) * (text + kept) * hidden * 4 * _ROWS_A_TOKEN
     room = max(1, PASS_BYTES // max(1, each))
     return [plans[first : first + room] for first in range(0, len(plans), room)]
-
-
-def part_of(progress: Callable[[int, int], None] | None, number: int, parts: int) -> Callable[[int, int], None] | None:
-    """Progress of one of `parts` equal parts as progress of the whole."""
-    if progress is None:
-        return None
-    return lambda done, total: progress(round(_STEPS * (number + done / total)), _STEPS * parts)
 
 
 def divergence(full: np.ndarray, pruned: np.ndarray) -> float:

@@ -28,12 +28,13 @@ from calibrate.place.balance import Recipe
 from calibrate.place.candidates import largest_within
 from calibrate.place.cost import PrefillCost
 from calibrate.place.counts import Shape
-from calibrate.place.rank_by_divergence import divergence, part_of, passes
+from calibrate.place.rank_by_divergence import divergence, passes
 from calibrate.place.stages import Placement
 from calibrate.reference.records import ReferenceInput
 from calibrate.reference.streamed_model import LayerView, StreamedReference
 from graphs.records.errors import InputError
 from graphs.records.plan import PruningPlan, Stage
+from graphs.records.progress import Report, part_of
 
 LEAST_SAMPLES = 12  # two thirds of them to search on, the others to hold the result against
 SEARCHED_SAMPLES = 64  # at most
@@ -137,7 +138,7 @@ def measure_plans(
     inputs: Sequence[ReferenceInput],
     plans: Sequence[PruningPlan],
     *,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Report | None = None,
 ) -> list[Measurement]:
     """Both parts of the objective of every plan on every input, in one streamed pass where memory allows it."""
     unpruned = plans[0].model_copy(update={"stages": ()})
@@ -281,7 +282,7 @@ def tune(
     counts: bool = True,
     shares: bool = True,
     seed: int = 0,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Report | None = None,
 ) -> tuple[PruningPlan, dict[str, Any]]:
     """The tuned plan, or the default where nothing beats it on unseen samples, and the record of the search.
 
@@ -295,7 +296,7 @@ def tune(
     seen, unseen = inputs[:searched], inputs[searched:]
     search = Search(Space(default, recipe, cost, counts, shares), lambda plans: [], seed)
 
-    def step(done: int, total: int) -> None:
+    def step(done: int, total: int, text: str = "") -> None:
         if progress is not None:  # passes are of different lengths
             progress(round(_STEPS * (search.passes - 1 + done / total)), _STEPS * (PASSES + 1))
 

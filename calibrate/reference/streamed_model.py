@@ -39,12 +39,11 @@ from graphs.files.checkpoint import Checkpoint, TensorRef
 from graphs.files.resume import Work, digest
 from graphs.records.errors import InputError, UnavailableError
 from graphs.records.plan import PruningPlan
+from graphs.records.progress import Report
 from graphs.tf32 import torch_without_tf32
 
 _ATTENTION = "btp_capture"
 _VOCABULARY_ROWS = 16384  # rows of the output matrix in memory at a time
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -155,7 +154,7 @@ class StreamedReference:
         record_segments: bool = False,
         observers: Sequence[Observer] = (),
         probes: Sequence[Observer] = (),
-        progress: Progress | None = None,
+        progress: Report | None = None,
     ) -> list[RunRecord]:
         """Every prompt under every plan, in one pass over the weights; plan by plan, then prompt by prompt.
 

@@ -22,6 +22,7 @@ from graphs.building.graph_parts import Part, has_bfloat16, read_graph, split, w
 from graphs.files.resume import Sequence as Steps
 from graphs.records.errors import InputError
 from graphs.records.plan import PruningPlan, Segment
+from graphs.records.progress import Report
 from graphs.records.shapes import ShapeProfile
 
 PART_BYTES = 2**30  # weights in float32 that are open at a time: one layer of a 7B
@@ -34,7 +35,6 @@ NUMPY: dict[int, Dtype] = {
 
 Seen = Callable[[int, Mapping[str, Array]], None]
 Feeds = Sequence[Mapping[str, Array]]
-Progress = Callable[[int, int, str], None]
 
 
 class ModelOpener(Protocol):
@@ -56,15 +56,15 @@ def run_each(runner: Runner, feeds: Feeds, see: Seen) -> None:
 class Shares:
     """Progress over several graphs, each with a share by its weights."""
 
-    def __init__(self, files: Sequence[Path], progress: Progress | None) -> None:
+    def __init__(self, files: Sequence[Path], progress: Report | None) -> None:
         self._sizes = [wide_weights(read_graph(path)) + 2**20 for path in files]
         self._progress = progress
 
-    def of(self, number: int) -> Progress:
+    def of(self, number: int) -> Report:
         """A progress function for one of them."""
         before, size, everything = sum(self._sizes[:number]), self._sizes[number], sum(self._sizes)
 
-        def report(done: int, total: int, text: str) -> None:
+        def report(done: int, total: int, text: str = "") -> None:
             if self._progress is not None:
                 self._progress(before + size * done // total, everything, text)
 
@@ -74,7 +74,7 @@ class Shares:
 class StreamedRunner:
     """One graph, opened part by part. bfloat16 graphs compute in float32 (see graphs/building/graph_parts.py)."""
 
-    def __init__(self, path: Path, loader: ModelOpener, *, most: int = PART_BYTES, progress: Progress | None = None):
+    def __init__(self, path: Path, loader: ModelOpener, *, most: int = PART_BYTES, progress: Report | None = None):
         if not path.is_file():
             raise InputError(f"no graph {path}", wanted="a complete bundle", do="export it again")
         model = read_graph(path)
@@ -192,10 +192,10 @@ class FreeRunner:
         plan: PruningPlan,
         profile: ShapeProfile,
         rope: tuple[Array, Array],
-        open_graph: Callable[[Path, Progress], Runner],
+        open_graph: Callable[[Path, Report], Runner],
         embed: Callable[[Array], Array],
         steps: Steps | None = None,
-        progress: Progress | None = None,
+        progress: Report | None = None,
     ) -> None:
         self._graphs, self._plan, self._profile, self._rope = graphs, plan, profile, rope
         self._open_graph, self._embed, self._steps, self._progress = open_graph, embed, steps, progress

@@ -24,6 +24,7 @@ from engines.verify.graph_checks import GraphVerifier
 from engines.verify.protocol import Array, ReferenceRun, VerifySample
 from graphs.files.resume import Sequence as Steps
 from graphs.records.plan import PruningPlan
+from graphs.records.progress import Report
 from graphs.records.shapes import ShapeProfile
 from graphs.records.spec import Precision
 
@@ -41,7 +42,7 @@ def verify_graphs(
     *,
     computed: Precision | None = None,
     steps: Steps | None = None,
-    progress: Callable[[int, int, str], None] | None = None,
+    progress: Report | None = None,
 ) -> Findings:
     """Run every graph on the reference's inputs, one graph open at a time, and compare.
 

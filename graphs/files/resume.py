@@ -17,7 +17,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,10 +28,9 @@ from graphs.files.atomic import sha256
 from graphs.files.checkpoint import open_tensors
 from graphs.files.safetensors_file import write_tensors
 from graphs.records.errors import InputError
+from graphs.records.progress import Note
 
 INTERVAL = 30.0  # seconds of work that an interruption may cost
-
-Note = Callable[[str], None]
 
 
 def digest(*parts: Any) -> str:

@@ -92,8 +92,8 @@ def test_another_kind_of_work_has_a_clock_of_its_own(
 def test_phases_are_parts_of_one_whole() -> None:
     told: list[tuple[int, int, str]] = []
     phases = console.Phases(lambda done, total, text="": told.append((done, total, text)), {"a": 1, "b": 3})
-    phases.part("a")(1, 2)
+    phases.named("a")(1, 2)
     phases.named("b")(0, 5, "begun")
     phases.named("b")(5, 5, "")
     assert told == [(125, 1000, "a"), (250, 1000, "b: begun"), (1000, 1000, "b")]
-    console.Phases(None, {"a": 1}).part("a")(1, 1)
+    console.Phases(None, {"a": 1}).named("a")(1, 1)

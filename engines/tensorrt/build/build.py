@@ -16,9 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Protocol
 
+from graphs.records.progress import Note, Report
 from engines.tensorrt.build.builder import Built, Job
 from engines.tensorrt.build.engine_checks import require_file
-from engines.tensorrt.kit.device_kit import NOUN, Recorder, Say, disk_bytes, is_engines
+from engines.tensorrt.kit.device_kit import NOUN, Recorder, disk_bytes, is_engines
 from engines.tensorrt.installed import Library
 from engines.tensorrt.prepare.lint import require_clean
 from engines.tensorrt.build.machine import Plugins, choose_plugins
@@ -40,13 +41,6 @@ from graphs.files.atomic import check_destination, check_space, sha256, uninterr
 
 LOGS: Final = "logs"
 TIMING_CACHE: Final = "timing.cache"
-
-
-class Report(Protocol):
-    """How the build tells where it is."""
-
-    def __call__(self, done: int, total: int, text: str = "") -> None:
-        """`done` of `total` is finished; `text` says what is being done now."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +99,7 @@ def build(
     skip: Collection[str] = (),
     recorder: Recorder | None = None,
     report: Report = lambda done, total, text="": None,
-    say: Say = lambda text: None,
+    say: Note = lambda text: None,
 ) -> Result:
     """Bring engines/<target>/ of the bundle up to date; without `library` that is the kit, and `reason` says why.
 

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from graphs.records.progress import Note
 from engines.tensorrt.build.reuse import Key, earlier, graph_digests, is_current, standing
-from engines.tensorrt.kit.device_kit import NOUN, Recorder, Say, fill_kit, is_engines
+from engines.tensorrt.kit.device_kit import NOUN, Recorder, fill_kit, is_engines
 from engines.tensorrt.installed import Library
 from engines.tensorrt.build.machine import INSTEAD, Plugins
 from engines.tensorrt.prepare.build_plan import Outline
@@ -85,7 +86,7 @@ def sweep(folder: Path) -> None:
             shutil.rmtree(left, ignore_errors=True)
 
 
-def write_kit(parts: Sequence[Part], recorder: Recorder | None, say: Say, *, carry: bool) -> None:
+def write_kit(parts: Sequence[Part], recorder: Recorder | None, say: Note, *, carry: bool) -> None:
     """Replace the folder by the kit and the engines that stand; with `carry` also by what is there and not ours."""
     plan, folder = parts[0].plan, parts[0].folder
     with staged(folder, force=True, is_ours=is_engines, noun=NOUN) as root:

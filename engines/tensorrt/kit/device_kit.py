@@ -39,6 +39,7 @@ from graphs.files.atomic import check_destination, check_space, record, staged
 from graphs.files.bundle import Bundle
 from graphs.records.errors import UnavailableError
 from graphs.records.manifest import FileRecord
+from graphs.records.progress import Note
 
 ROOT = Path(__file__).parents[3]
 NOUN = "folder of engines"
@@ -47,10 +48,9 @@ INPUTS = "inputs"
 # Runs the graphs of a profile of the bundle, given by name, on a calibration picture and leaves each graph's inputs in
 # <folder>/<graph>/<input>.bin. Raises UnavailableError where they cannot run on this machine.
 Recorder = Callable[[Bundle, str, Mapping[str, Path], Path], None]
-Say = Callable[[str], None]
 
 
-def write_kit(plan: Outline, *, force: bool, recorder: Recorder | None, say: Say = lambda text: None) -> Path:
+def write_kit(plan: Outline, *, force: bool, recorder: Recorder | None, say: Note = lambda text: None) -> Path:
     """Write engines/<target>/ of the bundle, atomically; returns the folder.
 
     Raises InputError if it is there already (without `force`) or does not fit on the disk, CheckError if the lint found
@@ -95,7 +95,7 @@ def _own_bytes(plan: Outline) -> int:
 
 
 def fill_kit(
-    plan: Outline, root: Path, *, recorder: Recorder | None, say: Say = lambda text: None, inside: str = ""
+    plan: Outline, root: Path, *, recorder: Recorder | None, say: Note = lambda text: None, inside: str = ""
 ) -> EnginesRecord:
     """Fill the empty folder `root`; engines.json is written last. `inside`: the way to the folder that holds it."""
     _write_graphs(plan, root)
@@ -199,7 +199,7 @@ def _link_weights(bundle: Bundle, graphs: Sequence[PreparedGraph], root: Path) -
 
 
 def _record_samples(
-    plan: Outline, root: Path, recorder: Recorder | None, say: Say, notes: list[str]
+    plan: Outline, root: Path, recorder: Recorder | None, say: Note, notes: list[str]
 ) -> dict[str, dict[str, FileRecord]]:
     """Inputs of every graph: file stem -> input -> file. Where they cannot be recorded a note says why."""
     if recorder is None:
