@@ -11,6 +11,7 @@ from onnx.reference import ReferenceEvaluator
 from graphs.ops import DOMAIN, VERSION, gather_tokens, select_tokens
 
 PLUGIN = {"plugin_version": "1", "plugin_namespace": ""}
+DEFAULTS = {"diversity_rule": "farthest", "weighted": 0}
 
 
 def one_node_model(
@@ -36,16 +37,22 @@ def one_node_model(
 
 
 def select_model(case: select_tokens.Case, opset: int, form: str, *, padded: bool = False) -> ModelProto:
-    """`form` generic or exact; padded: missing inputs are there as empty names, not left out."""
+    """`form` generic, farthest (generic, that rule alone) or exact.
+
+    padded: missing inputs are there as empty names and missing attributes with their defaults, not left out.
+    """
+    rules = {name: case.attributes[name] for name in DEFAULTS if name in case.attributes}
     if form == "generic":
         body = select_tokens.function(opset)
+    elif form == "farthest":
+        body = select_tokens.function(opset, only="farthest")
     else:
-        body = select_tokens.body(opset, similarity=case.similarity is not None, seeds=case.seeds is not None)
+        given = {"similarity": case.similarity is not None, "seeds": case.seeds is not None}
+        body = select_tokens.body(opset, **given, **rules)
     names = [name if name in case.inputs else "" for name in ("scores", "similarity", "seeds")]
     output = ("indices", TensorProto.INT32, (len(case.scores), case.attributes["keep"]))
-    return one_node_model(
-        select_tokens.NAME, body, opset, case.inputs, output, case.attributes | PLUGIN, names if padded else None
-    )
+    attributes = (DEFAULTS if padded else {}) | case.attributes | PLUGIN
+    return one_node_model(select_tokens.NAME, body, opset, case.inputs, output, attributes, names if padded else None)
 
 
 def gather_model(case: gather_tokens.Case, opset: int) -> ModelProto:
@@ -56,10 +63,10 @@ def gather_model(case: gather_tokens.Case, opset: int) -> ModelProto:
     return one_node_model(gather_tokens.NAME, body, opset, case.inputs, output, case.attributes | PLUGIN)
 
 
-def run_onnxruntime(model: ModelProto, inputs: dict[str, Any], *, optimised: bool = True) -> Any:
+def run_onnxruntime(model: ModelProto, inputs: dict[str, Any], *, optimised: bool = True, threads: int = 1) -> Any:
     """First output in ONNX Runtime; also takes and gives types that numpy does not know itself."""
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
+    options.intra_op_num_threads = threads
     if not optimised:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = onnxruntime.InferenceSession(model.SerializeToString(), options)

@@ -29,6 +29,9 @@ def test_functions_are_those_of_the_contract(opset: int) -> None:
     functions = ops.functions(opset)
     assert all(isinstance(function, onnx.FunctionProto) for function in functions)
     assert {function.name: set(function.attribute) for function in functions} == CONTRACT
+    for function in functions:
+        defaults = {a.name: onnx.helper.get_attribute_value(a) for a in function.attribute_proto}
+        assert defaults == OPTIONS[function.name]
     assert all(function.domain == "btp" for function in functions)
     assert all([(o.domain, o.version) for o in function.opset_import] == [("", opset)] for function in functions)
 

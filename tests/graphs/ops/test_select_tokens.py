@@ -1,7 +1,7 @@
 """BtpSelectTokens: every form against the reference, the reference against the rules in plain Python."""
 
 from dataclasses import replace
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import Any
 
 import numpy as np
@@ -75,6 +75,18 @@ def test_bodies_in_reference_evaluator(name: str) -> None:
         assert np.array_equal(models.run_evaluator(model, case.inputs), reference(case)), form
 
 
+def test_a_body_of_one_rule_runs_in_the_reference_evaluator_without_the_optional_attributes() -> None:
+    """If the second half fails, onnx's evaluator has learned the defaults of function attributes."""
+    case = CASES["all-picks"]
+    assert not set(models.DEFAULTS) & set(case.attributes)
+    model = models.select_model(case, 23, "farthest")
+    models.check(model)
+    assert np.array_equal(models.run_evaluator(model, case.inputs), reference(case))
+    assert np.array_equal(models.run_onnxruntime(model, case.inputs), reference(case))
+    with pytest.raises(ValueError, match="Unable to find a value for linked attribute"):
+        models.run_evaluator(models.select_model(case, 23, "generic"), case.inputs)
+
+
 @pytest.mark.parametrize("opset", OPSETS)
 def test_released_setting_in_reference_evaluator(opset: int) -> None:
     case = CASES["released-1"]
@@ -84,17 +96,26 @@ def test_released_setting_in_reference_evaluator(opset: int) -> None:
 
 @pytest.mark.parametrize("opset", range(18, 25))
 def test_every_opset(opset: int) -> None:
-    case = CASES["all-picks"]
-    for form in ("exact", "generic"):
-        model = models.select_model(case, opset, form)
-        models.check(model)
-        assert np.array_equal(models.run_onnxruntime(model, case.inputs), reference(case)), form
+    for case in (CASES["all-picks"], CASES["coverage-all-picks"], CASES["coverage-weighted-batch"]):
+        for form in ("exact", "generic"):
+            model = models.select_model(case, opset, form)
+            models.check(model)
+            assert np.array_equal(models.run_onnxruntime(model, case.inputs), reference(case)), (case.name, form)
 
 
 @pytest.mark.parametrize("optimised", [True, False])
 @pytest.mark.parametrize("padded", [True, False])
 @pytest.mark.parametrize(
-    "name", ["scores-only", "attention-fill", "all-picks", "attention-fill-float16", "all-picks-float16"]
+    "name",
+    [
+        *("scores-only", "attention-fill", "all-picks", "attention-fill-float16", "all-picks-float16"),
+        *(
+            "coverage-scores-only",
+            "coverage-attention-fill",
+            "coverage-weighted-all-picks",
+            "coverage-all-picks-float16",
+        ),
+    ],
 )
 def test_generic_body_serves_every_set_of_inputs(name: str, padded: bool, optimised: bool) -> None:
     case = CASES[name]
@@ -107,20 +128,27 @@ def test_generic_body_serves_every_set_of_inputs(name: str, padded: bool, optimi
 @pytest.mark.parametrize("form", ["exact", "generic"])
 @pytest.mark.parametrize("opset", OPSETS)
 def test_onnxruntime_loads_bodies_without_a_warning(opset: int, form: str, capfd: pytest.CaptureFixture[str]) -> None:
-    for name in ("released-1", "batch", "attention-fill", "scores-only", "one-token"):
+    for name in ("released-1", "batch", "attention-fill", "scores-only", "one-token", "coverage-batch"):
         models.run_onnxruntime(models.select_model(CASES[name], opset, form), CASES[name].inputs)
     assert capfd.readouterr().err == ""
 
 
 def test_body_of_symbolic_shapes() -> None:
-    case = CASES["batch"]
-    for opset in OPSETS:
+    for case, opset in product((CASES["batch"], CASES["coverage-weighted-batch"]), OPSETS):
         for form in ("exact", "generic"):
             model = models.select_model(case, opset, form)
             for value, letters in zip(model.graph.input, ("BV", "BVV", "m"), strict=True):
                 for dim, letter in zip(value.type.tensor_type.shape.dim, letters, strict=True):
                     dim.dim_param = letter
             assert np.array_equal(models.run_onnxruntime(model, case.inputs), reference(case)), (opset, form)
+
+
+@pytest.mark.parametrize("name", ["coverage-weighted-batch", "coverage-576-63"])
+def test_the_number_of_threads_changes_nothing(name: str) -> None:
+    case = CASES[name]
+    model = models.select_model(case, 23, "exact")
+    for threads in (1, 2):
+        assert np.array_equal(models.run_onnxruntime(model, case.inputs, threads=threads), reference(case)), threads
 
 
 # Anything the contract allows, with many ties, NaN and infinities.
@@ -199,6 +227,33 @@ def test_pure_farthest_point_sets_are_nested() -> None:
     small = replace(case, similarity=case.similarity[:, :40, :40], scores=case.scores[:, :40])
     kept = [set(reference(replace(small, attributes=small.attributes | {"keep": k}))[0]) for k in range(1, 41)]
     assert all(fewer < more for fewer, more in pairwise(kept))
+
+
+def test_coverage_from_nothing_is_nested() -> None:
+    case = CASES["coverage-576-63"]
+    small = replace(case, similarity=case.similarity[:, :40, :40], scores=case.scores[:, :40])
+    kept = [set(reference(replace(small, attributes=small.attributes | {"keep": k}))[0]) for k in range(1, 41)]
+    assert all(fewer < more for fewer, more in pairwise(kept))
+
+
+def test_coverage_by_hand() -> None:
+    """Token 2 is like 0, 1 and 3; after it only token 4 adds much; scores make token 0 count, and a 0 token 4 not."""
+    similarity = np.eye(5, dtype=np.float32)
+    similarity[2, [0, 1, 3]] = similarity[[0, 1, 3], 2] = 0.8
+    case = Case("by-hand", np.array([[9, 1, 1, 1, 0]], np.float32), similarity[None], None, dict(COVERAGE))
+    assert reference(case).tolist() == [[2, 4]]
+    weighted = replace(case, attributes=COVERAGE | {"weighted": 1})
+    assert reference(weighted).tolist() == [[0, 2]]
+
+
+COVERAGE = {
+    "keep": 2,
+    "attention_quota": 0,
+    "diversity_quota": 0,
+    "pool": 0,
+    "boundary": 0,
+    "diversity_rule": "coverage",
+}
 
 
 def test_renumbering_tokens_renumbers_the_selection() -> None:

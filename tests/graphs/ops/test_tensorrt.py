@@ -25,9 +25,14 @@ def output_shapes(named: dict[str, ModelProto], folder: Path) -> dict[str, list[
 # The forms of the body and the sizes at which one of its tensors or loops is as small as it gets.
 FORMS = {"released-1", "released-1-float16", "released-2", "released-3", "batch"}
 SMALLEST = {"no-seed-in-seeds", "nothing-but-empty-seeds", "one-token", "keep-all-from-nothing", "cut-in-attention"}
+COVERAGE = {
+    *("coverage-released-1", "coverage-released-1-float16", "coverage-weighted-released-2-float16", "coverage-batch"),
+    *("coverage-weighted-batch", "coverage-576-127", "coverage-nothing-but-empty-seeds", "coverage-one-token"),
+    *("coverage-keep-all-from-nothing", "coverage-scores-only", "coverage-weighted-keep-all"),
+}
 
 
-@pytest.mark.parametrize(("opset", "names"), [(18, FORMS | SMALLEST), (23, FORMS)])
+@pytest.mark.parametrize(("opset", "names"), [(18, FORMS | SMALLEST), (23, FORMS), (18, COVERAGE), (23, COVERAGE)])
 def test_select_tokens(opset: int, names: set[str], tmp_path: Path) -> None:
     chosen = [case for case in select_tokens.cases() if case.name in names]
     assert len(chosen) == len(names)
