@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from graphs import ops
 from graphs.building.decoder import SegmentResult, Stream, last_query
 from graphs.building.graph_builder import BTP_DOMAIN, GraphBuilder, dims
 from graphs.building.onnx_scores import image_rows, stage_scores, stage_similarity
@@ -101,18 +100,22 @@ def _gather(b: GraphBuilder, x: ir.Value, indices: ir.Value, start: int, count: 
 def embed_bodies(b: GraphBuilder, stages: Sequence[Stage]) -> None:
     """Put the portable operator bodies that these stages need into the model.
 
-    One body per operator and model: where the stages use different optional inputs it is the generic one, else the
-    shorter one made for exactly these inputs.
+    One body per operator and model: where the stages use different optional inputs or rules it is the generic one, else
+    the shorter one made for exactly these.
     """
     keeping = [stage for stage in stages if stage.keep]
     if not keeping:
         return
-    forms = {(stage.needs_similarity, stage.seeds > 0) for stage in keeping}
+    forms = {(stage.needs_similarity, stage.seeds > 0, stage.diversity, stage.weights) for stage in keeping}
+    rules = {stage.diversity for stage in keeping}
     if len(forms) == 1:
-        similarity, seeds = forms.pop()
-        b.function(select_tokens.body(b.opset, similarity=similarity, seeds=seeds))
+        similarity, seeds, rule, weights = forms.pop()
+        weighted = int(weights == "scores")
+        b.function(
+            select_tokens.body(b.opset, similarity=similarity, seeds=seeds, diversity_rule=rule, weighted=weighted)
+        )
     else:
-        b.function(next(body for body in ops.functions(b.opset) if body.name == "BtpSelectTokens"))
+        b.function(select_tokens.function(b.opset, only=rules.pop() if rules == {"farthest"} else None))
     b.function(gather_tokens.body(b.opset))
 
 

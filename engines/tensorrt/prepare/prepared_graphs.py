@@ -19,6 +19,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx_ir as ir
@@ -31,6 +32,7 @@ from graphs.building.graph_builder import BTP_DOMAIN, NUMPY, PORTABLE_OPSET, WEI
 from graphs.building.whole_graph import assemble_whole
 from graphs.files.bundle import Bundle
 from graphs.ops import gather_tokens, select_tokens
+from graphs.ops.select_tokens.schema import COVERAGE, FARTHEST
 from graphs.records.manifest import TensorRecord
 from graphs.records.plan import PruningPlan
 from graphs.records.shapes import ShapeProfile
@@ -166,18 +168,39 @@ def exact_bodies(model: ir.Model, opset: int) -> None:
         if node.op_type == gather_tokens.NAME:
             body = gather_tokens.body(opset)
         else:
-            similarity, seeds = _form(node)
-            body = select_tokens.body(opset, similarity=similarity, seeds=seeds)
+            form = _form(node)
+            body = select_tokens.body(opset, **form.arguments)
             if len(forms) > 1:
-                body.name = node.op_type = "".join([body.name, "Similarity" * similarity, "Seeds" * seeds])
+                body.name = node.op_type = body.name + form.name
         function = ir.serde.deserialize_function(body)
         model.functions[function.identifier()] = function
 
 
-def _form(node: ir.Node) -> tuple[bool, bool]:
-    """Whether a BtpSelectTokens node has a similarity, and seeds."""
+class _Form(NamedTuple):
+    """What decides the body of a BtpSelectTokens node: its optional inputs and its rule."""
+
+    similarity: bool
+    seeds: bool
+    diversity_rule: str
+    weighted: int
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """As select_tokens.body takes them."""
+        return self._asdict()
+
+    @property
+    def name(self) -> str:
+        """What tells an operator of this form from others."""
+        coverage = self.diversity_rule == COVERAGE
+        parts = [("Similarity", self.similarity), ("Seeds", self.seeds), ("Coverage", coverage)]
+        return "".join(word for word, said in [*parts, ("Weighted", bool(self.weighted))] if said)
+
+
+def _form(node: ir.Node) -> _Form:
     given = [value is not None for value in node.inputs] + [False, False]
-    return given[1], given[2]
+    rule = node.attributes.get_string("diversity_rule", FARTHEST)
+    return _Form(given[1], given[2], str(rule), int(node.attributes.get_int("weighted", 0) or 0))
 
 
 # -- 2. weights as inputs --------------------------------------------------------------------------------------------
