@@ -1,8 +1,8 @@
 """Running graphs that are larger than memory: a part of a graph is open at a time, and all samples go through it.
 
-`StreamedRunner` is a runner for one graph, cut by graphs/building/graph_parts.py. `free_run` generates with the graphs
-of a profile as `Chain` does, from pictures to tokens, but opens every graph once for all samples, and the decode graph
-once for every new token. Shapes and names are those of graphs/interfaces.md.
+`StreamedRunner` is a runner for one graph, cut by graphs/building/graph_parts.py. `FreeRunner` generates with the
+graphs of a profile as `Chain` does, from pictures to tokens, but opens every graph once for all samples, and the decode
+graph once for every new token. Shapes and names are those of graphs/interfaces.md.
 """
 
 from __future__ import annotations

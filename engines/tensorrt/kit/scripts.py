@@ -39,7 +39,7 @@ def needs_plugins(record: EnginesRecord) -> bool:
 def build_script(record: EnginesRecord, target: Target, traits: Traits, *, inner: bool = False) -> str:
     """build.sh. `inner`: there is a folder of unpruned engines inside, which is built too."""
     lines = [
-        *_head(record, target, traits, "Builds the engines in this folder", "./build.sh [graph ...]"),
+        *_head(target, traits, "Builds the engines in this folder", "./build.sh [graph ...]"),
         *(_PLUGIN.splitlines() if needs_plugins(record) else []),
         *_BUILD.format(tool=traits.tool).splitlines(),
         "",
@@ -55,7 +55,7 @@ def profile_script(
     """profile.sh. `inside` is the way from this folder to the one that has the weight files: "../" in unpruned/."""
     shared = record.weights == "shared"
     lines = [
-        *_head(record, target, traits, "Measures the engines in this folder", "./profile.sh [graph ...]"),
+        *_head(target, traits, "Measures the engines in this folder", "./profile.sh [graph ...]"),
         *(_NEEDS_PLUGIN.splitlines() if needs_plugins(record) else []),
         *(_WEIGHTS.format(folder=f"{inside}inputs/weights").splitlines() if shared else []),
         *_PROFILE.format(tool=traits.tool).splitlines(),
@@ -133,7 +133,7 @@ def _call(function: str, name: str, arguments: Sequence[str]) -> list[str]:
 # -- the scripts' own functions --------------------------------------------------------------------------------------
 
 
-def _head(record: EnginesRecord, target: Target, traits: Traits, what: str, usage: str) -> list[str]:
+def _head(target: Target, traits: Traits, what: str, usage: str) -> list[str]:
     digits = "".join(f"{part:02}" if place else str(part) for place, part in enumerate(traits.number[:2]))
     tool = traits.tool
     return _HEAD.format(
