@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from graphs import ops
+from graphs import names, ops
 from graphs.building.decoder import SegmentResult, Stream, last_query
 from graphs.building.graph_builder import BTP_DOMAIN, GraphBuilder, dims
 from graphs.building.onnx_scores import cosine_similarity, image_rows, stage_scores, unit_rows
@@ -42,7 +42,7 @@ def add_selection(
 ) -> Selection:
     """Stage `number` on the stream; query [B,H,Q,D] and key [B,K,S,D] only if its scores need them."""
     stage, count = plan.stages[number], plan.tokens_before(number)
-    with b.scope(f"stage_{number}"):
+    with b.scope(names.stage_scope(number)):
         fewer = b.constant(b.full_name("dropped"), np.array([count - stage.keep], np.int32))
         last = b.binary("Sub", stream.last, fewer, "last")
         if stage.keep == 0:
@@ -123,7 +123,7 @@ def segment_query(
     b: GraphBuilder, plan: PruningPlan, segment: Segment, profile: ShapeProfile, result: SegmentResult, last: ir.Value
 ) -> ir.Value:
     """The query rows the next stage looks from: [B,H,1,D] at `last`, or [B,H,T,D] after the image."""
-    with b.scope(f"segment_{segment.index}"):
+    with b.scope(names.segment_scope(segment.index)):
         if query_rows(plan) == "last":
             return last_query(b, result.query, last)
         start = profile.prefix_tokens + segment.image_tokens

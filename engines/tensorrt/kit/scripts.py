@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from engines.targets import Target
 from engines.tensorrt.records import EngineGraph, EnginesRecord, WeightInput
 from engines.tensorrt.versions import Traits
+from graphs import names
 from graphs.tf32 import allows_tf32
 
 PLUGIN_LIBRARY = "plugins/libbtp_trt_dynamic.so"
@@ -97,7 +98,8 @@ def _build_options(record: EnginesRecord, graph: EngineGraph, traits: Traits) ->
             options.append("--stronglyTyped")
         if not allows_tf32(record.precision):
             options.append("--noTF32")
-    if record.opset >= 23 and graph.name.startswith(("vision", "prefill")) and DECOMPOSABLE in traits.options:
+    attends = names.parse_graph(graph.name).kind in ("vision", "prefill", "whole")
+    if record.opset >= 23 and attends and DECOMPOSABLE in traits.options:
         options.append(f"{DECOMPOSABLE}='*'")  # as in builder.py: not every type and head size has a fused kernel
     if graph.custom_nodes:
         options.append('--dynamicPlugins="$PLUGINS"')
