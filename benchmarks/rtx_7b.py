@@ -28,6 +28,7 @@ from engines.tensorrt.build.build import build
 from engines.tensorrt.build.machine import builder_for
 from engines.tensorrt.prepare.build_plan import Outline, Wishes, outline
 from engines.tensorrt.records import EngineWeights
+from graphs import names
 from graphs.files.bundle import Bundle
 from graphs.files.memory import available_memory
 from graphs.records.plan import PruningPlan, Stage
@@ -111,7 +112,11 @@ def _table(built: Built) -> str:
     estimates = zip(built.plan.graphs, built.plan.estimates, built.document["engines"], strict=True)
     for graph, estimate, entry in estimates:
         layers = (
-            f"{graph.layers[0]} to {graph.layers[1] - 1}" if graph.layers else "all" if graph.name == "decode" else ""
+            f"{graph.layers[0]} to {graph.layers[1] - 1}"
+            if graph.layers
+            else "all"
+            if graph.name == names.DECODE
+            else ""
         )
         row = [graph.name, layers, _mb(estimate.weight_bytes)]
         if entry["file"] is None:

@@ -8,6 +8,7 @@ from engines.tensorrt.build.build import build
 from engines.tensorrt.build.machine import Builder
 from engines.tensorrt.kit.sample_inputs import RecordingLoader, constant_bytes
 from engines.tensorrt.prepare.build_plan import Outline
+from graphs import names
 from graphs.files.atomic import size_text
 from graphs.files.bundle import Bundle
 from graphs.files.memory import available_memory
@@ -54,7 +55,7 @@ def record_calibration(bundle: Bundle, profile: str, graphs: Mapping[str, Path],
 
     _require_kernels_and_memory(bundle, graphs)
     chosen = bundle.profile(profile)
-    loader = RecordingLoader(OrtLoader(custom_ops=None, prepack=False), folder, not_run=("decode",))
+    loader = RecordingLoader(OrtLoader(custom_ops=None, prepack=False), folder, not_run=(names.DECODE,))
     model = BundleModel(bundle, loader, profile=profile, graphs=graphs)
     samples = scene_samples(chosen.batch, seed=0, split="calibration").samples
     pictures = fitted([sample.image for sample in samples], bundle.spec, chosen)
@@ -79,7 +80,7 @@ def _require_kernels_and_memory(bundle: Bundle, graphs: Mapping[str, Path]) -> N
     precision, free = bundle.manifest.build.precision, available_memory()
     if precision == "bfloat16":
         raise UnavailableError("ONNX Runtime has no bfloat16 kernels for the CPU", wanted="float16 or float32")
-    largest = max(constant_bytes(path) for name, path in graphs.items() if name != "decode")
+    largest = max(constant_bytes(path) for name, path in graphs.items() if name != names.DECODE)
     needed = largest * (EXPANSION if precision == "float16" else 1)
     if free is not None and needed > free:
         raise UnavailableError(

@@ -9,6 +9,7 @@ import numpy as np
 from pydantic import Field
 
 from btp_export.model.open_model import Model
+from graphs import names
 from graphs.building.decoder_graphs import build_decoder_graphs
 from graphs.building.derived_bundles import write_graphs
 from graphs.building.graph_builder import IR_VERSIONS, BuiltGraph
@@ -254,7 +255,7 @@ def _write_profile(
         whole = assemble_whole(
             vision, model.spec, model.checkpoint, plan, profile, opset=options.opset, precision=precision
         )
-        graphs = [whole, *(graph for graph in graphs if graph.name == "decode")]
+        graphs = [whole, *(graph for graph in graphs if graph.name == names.DECODE)]
     suffix = f".{profile.name}" if several else ""
     return write_graphs(root, [vision, *graphs], profile.name, suffix=suffix)
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from engines.runners import Buffer, Loader, TensorSpec
+from graphs import names
 from graphs.records.plan import Segment
 
 ALIGNMENT = 256  # bytes: what TensorRT wants of every address
@@ -34,11 +35,11 @@ def allocate_layers(
     memory = LayerMemory()
     for segment in segments:
         layers = range(segment.start, segment.stop)
-        names = [f"{part}_{layer}" for layer in layers for part in ("key", "value")]
-        caches, joined_caches = _allocate(loader, [inputs[f"past_{name}"] for name in names])
-        rows, joined_rows = _allocate(loader, [outputs[name] for name in names])
-        memory.caches |= {f"past_{name}": cache for name, cache in zip(names, caches, strict=True)}
-        memory.rows |= dict(zip(names, rows, strict=True))
+        fresh = [name for layer in layers for name in names.cache_rows(layer)]
+        caches, joined_caches = _allocate(loader, [inputs[names.past(name)] for name in fresh])
+        rows, joined_rows = _allocate(loader, [outputs[name] for name in fresh])
+        memory.caches |= {names.past(name): cache for name, cache in zip(fresh, caches, strict=True)}
+        memory.rows |= dict(zip(fresh, rows, strict=True))
         if joined_caches is not None and joined_rows is not None:
             memory.appended.append([(joined_caches, joined_rows)])
         else:

@@ -16,6 +16,7 @@ import numpy as np
 
 from engines.cache_memory import allocate_layers
 from engines.runners import Array, Bound, Buffer, Dtype, Loader, Runner, TensorSpec
+from graphs import names
 from graphs.records.errors import CheckError, InputError
 from graphs.records.plan import PruningPlan, Segment
 from graphs.records.shapes import ShapeProfile
@@ -74,7 +75,7 @@ class Chain:
         self._last: list[Buffer] = []
         self._lengths = [np.zeros(profile.batch, np.int32) for _ in self.segments]
         self._places = np.zeros(profile.batch, np.int64)  # of the next token, in the unpruned sequence
-        decode = self._open("decode")
+        decode = self._open(names.DECODE)
         self.dtype: Dtype = decode.inputs["hidden"].dtype
         if len(rope[0]) < profile.max_positions:
             raise InputError(
@@ -84,8 +85,8 @@ class Chain:
             )
         self._rope = (rope[0].astype(self.dtype), rope[1].astype(self.dtype))
         self._bind_decode(decode)
-        self._staging = self._allocate_staging(whole="prefill" in graphs)
-        if "prefill" in graphs:
+        self._staging = self._allocate_staging(whole=names.WHOLE in graphs)
+        if names.WHOLE in graphs:
             self._wire_whole()
         else:
             self._wire_segments()
@@ -198,12 +199,12 @@ class Chain:
     def _bind_decode(self, decode: Runner) -> None:
         self._check_layers(decode)
         self._layers = allocate_layers(self._loader, self.segments, decode.inputs, decode.outputs)
-        inputs = self._buffers("decode", decode.inputs, self._layers.caches)
-        outputs = self._outputs("decode", **self._layers.rows)
+        inputs = self._buffers(names.DECODE, decode.inputs, self._layers.caches)
+        outputs = self._outputs(names.DECODE, **self._layers.rows)
         layers = range(self.plan.num_layers)
-        self.caches = {n: (inputs[f"past_key_{n}"], inputs[f"past_value_{n}"]) for n in layers}
+        self.caches = {n: (inputs[names.past_key(n)], inputs[names.past_value(n)]) for n in layers}
         self._token, self._token_rope = inputs["hidden"], (inputs["cos"], inputs["sin"])
-        self._length_buffers = [inputs[f"length_{segment.index}"] for segment in self.segments]
+        self._length_buffers = [inputs[names.length(segment.index)] for segment in self.segments]
         self._decode_logits = outputs["logits"]
         self._decode = decode.bind(inputs, outputs)
 
@@ -211,12 +212,12 @@ class Chain:
         """Raise InputError unless the decode graph has the plan's layers with caches of the plan's sizes."""
         for segment in self.segments:
             for layer in range(segment.start, segment.stop):
-                for part in ("key", "value"):
-                    cache = decode.inputs.get(f"past_{part}_{layer}")
+                for rows in names.cache_rows(layer):
+                    cache = decode.inputs.get(names.past(rows))
                     if cache is None or cache.shape[2] != self._capacity(segment):
-                        raise _not_the_plan("decode", f"past_{part}_{layer}")
-                    if f"{part}_{layer}" not in decode.outputs:
-                        raise _not_the_plan("decode", f"{part}_{layer}")
+                        raise _not_the_plan(names.DECODE, names.past(rows))
+                    if rows not in decode.outputs:
+                        raise _not_the_plan(names.DECODE, rows)
 
     def _allocate_staging(self, *, whole: bool) -> dict[int, tuple[Buffer, Buffer]]:
         """Where a prefill graph writes each layer's keys and values, before they go into the cache's rows.
@@ -239,8 +240,8 @@ class Chain:
 
     def _staged(self, start: int, stop: int) -> dict[str, Buffer]:
         layers = range(start, stop)
-        keys = {f"key_{layer}": self._staging[layer][0] for layer in layers}
-        return keys | {f"value_{layer}": self._staging[layer][1] for layer in layers}
+        keys = {names.key(layer): self._staging[layer][0] for layer in layers}
+        return keys | {names.value(layer): self._staging[layer][1] for layer in layers}
 
     def _store(self, start: int, stop: int) -> None:
         """Write staged keys and values [B,K,S_i,D] to the beginning of the layers' caches."""
@@ -260,10 +261,10 @@ class Chain:
         return made
 
     def _wire_segments(self) -> None:
-        vision = self._open("vision")
-        inputs = self._inputs("vision")
+        vision = self._open(names.VISION)
+        inputs = self._inputs(names.VISION)
         self._pixels = inputs["pixel_values"]
-        outputs = self._outputs("vision")
+        outputs = self._outputs(names.VISION)
         self._features = outputs["image_features"]
         self._vision: Bound | None = vision.bind(inputs, outputs)
         shape = (self.profile.batch, self.profile.total_tokens, self._token.shape[-1])
@@ -274,40 +275,40 @@ class Chain:
                 flow = self._wire_selection(segment.stage, flow)
             self._last.append(flow["last"])
             flow = self._wire_prefill(segment, flow)
-        head = self._open("head")
-        self._logits = self._outputs("head")["logits"]
-        self._steps.append(_Step("head", head.bind(_pick("head", head, flow), {"logits": self._logits})))
+        head = self._open(names.HEAD)
+        self._logits = self._outputs(names.HEAD)["logits"]
+        self._steps.append(_Step(names.HEAD, head.bind(_pick(names.HEAD, head, flow), {"logits": self._logits})))
 
     def _wire_selection(self, stage: int, flow: dict[str, Buffer]) -> dict[str, Buffer]:
-        name = f"select_{stage}"
+        name = names.select(stage)
         runner = self._open(name)
         outputs = self._outputs(name)
         self._steps.append(_Step(name, runner.bind(_pick(name, runner, flow), outputs)))
         if "indices" in outputs:
             self._kept[stage], self._scores[stage] = outputs["indices"], outputs["scores"]
-        return {part: outputs[f"{part}_out"] for part in ("hidden", "cos", "sin", "last")}
+        return {part: outputs[names.after(part)] for part in names.STREAM}
 
     def _wire_prefill(self, segment: Segment, flow: dict[str, Buffer]) -> dict[str, Buffer]:
-        name = f"prefill_{segment.index}"
+        name = names.prefill(segment.index)
         runner = self._open(name)
         outputs = self._outputs(name, **self._staged(segment.start, segment.stop))
         run = runner.bind(_pick(name, runner, flow), outputs)
         self._steps.append(_Step(name, run, lambda: self._store(segment.start, segment.stop)))
-        after = {**flow, "hidden": outputs["hidden_out"], "key": outputs[f"key_{segment.stop - 1}"]}
+        after = {**flow, "hidden": outputs[names.after("hidden")], "key": outputs[names.key(segment.stop - 1)]}
         return after | {part: outputs[part] for part in ("query",) if part in outputs}
 
     def _wire_whole(self) -> None:
-        runner = self._open("prefill")
-        outputs = self._outputs("prefill", **self._staged(0, self.plan.num_layers))
-        flow = self._inputs("prefill")
+        runner = self._open(names.WHOLE)
+        outputs = self._outputs(names.WHOLE, **self._staged(0, self.plan.num_layers))
+        flow = self._inputs(names.WHOLE)
         flow |= self._allocate_positions()
         self._pixels, self._prefix, self._text = flow["pixel_values"], flow["prefix"], flow["text"]
-        run = runner.bind(_pick("prefill", runner, flow), outputs)
-        self._steps.append(_Step("prefill", run, lambda: self._store(0, self.plan.num_layers)))
+        run = runner.bind(_pick(names.WHOLE, runner, flow), outputs)
+        self._steps.append(_Step(names.WHOLE, run, lambda: self._store(0, self.plan.num_layers)))
         self._logits = outputs["logits"]
-        self._last = [outputs[f"last_{segment.index}"] for segment in self.segments]
+        self._last = [outputs[names.last(segment.index)] for segment in self.segments]
         self._kept = {
-            number: outputs[f"indices_{number}"] for number, stage in enumerate(self.plan.stages) if stage.keep
+            number: outputs[names.indices(number)] for number, stage in enumerate(self.plan.stages) if stage.keep
         }
         self._vision = None
 
@@ -332,7 +333,7 @@ class Chain:
         start = time.perf_counter()
         if features is None:
             self._vision()
-            times["vision"] = _since(start)
+            times[names.VISION] = _since(start)
         else:
             self._features.write(features)
         image, rest = profile.prefix_tokens, profile.prefix_tokens + profile.image_tokens

@@ -66,6 +66,21 @@ def test_the_whole_road_left_a_whole_bundle(workplace: Path) -> None:
     assert not list(workplace.glob(".*"))
 
 
+def test_what_an_export_costs_is_said_as_it_was_measured() -> None:
+    """One source, benchmarks/results/export_cost.md: other pages repeat its numbers or refer to it."""
+    text = (ROOT / "benchmarks" / "results" / "export_cost.md").read_text(encoding="utf-8")
+    [row] = re.findall(r"^## llava-1\.5-7b,.*?^\| everything[^|]*\| ([\d.]+) s \| (\d+) MiB", text, re.M | re.S)
+    seconds, gib = f"{float(row[0]):.0f} s", f"{float(row[1]) / 1024:.1f} GiB"
+    said = {
+        page: re.findall(r"LLaVA-1\.5-7B is exported in ([\d.]+ s) with ([\d.]+ \w+)", content)
+        for page in PAGES
+        if "export_cost.md" in (content := (ROOT / page).read_text(encoding="utf-8"))
+    }
+    assert said["README.md"] == [(seconds, gib)] and said["docs/full-size.md"] == []
+    full_size = (ROOT / "docs" / "full-size.md").read_text(encoding="utf-8")
+    assert "| `export --model llava-1.5-7b" not in full_size, "a second measurement of the same"
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_links_lead_somewhere(page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")

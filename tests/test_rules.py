@@ -1,6 +1,7 @@
 """Rules of the layout: imports point one way, light things stay light, nothing names the machine it was made on."""
 
 import ast
+import itertools
 import re
 import subprocess
 import sys
@@ -117,3 +118,35 @@ def test_no_pickles_and_no_remote_code() -> None:
         if forbidden.search(path.read_text(encoding="utf-8"))
     ]
     assert not wrong
+
+
+NAME_STEM = re.compile(r"(?:^|past_|\W)(prefill|select|key|value|length|indices|last|layer|segment|stage)_$|^past_$")
+NAME_PATTERN = re.compile(r"(prefill|select|key|value|length|indices|last|layer|segment|stage)_\\d")
+
+
+def name_makers(path: Path) -> Iterator[str]:
+    """Where a file makes the name of a graph or a tensor itself, or takes one apart: graphs/names.py is for that."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        match node:
+            case ast.JoinedStr(values=parts):
+                for text, value in itertools.pairwise(parts):
+                    written = str(text.value) if isinstance(text, ast.Constant) else ""
+                    if NAME_STEM.search(written) and isinstance(value, ast.FormattedValue):
+                        yield f"{node.lineno}: makes {written}<number>"
+            case ast.Call(func=ast.Attribute(attr="partition" | "rpartition" | "split" | "rsplit"), args=[first, *_]):
+                if isinstance(first, ast.Constant) and first.value == "_":
+                    yield f"{node.lineno}: takes a name apart at _"
+            case ast.Constant(value=str() as text) if NAME_PATTERN.search(text):
+                yield f"{node.lineno}: a pattern of names"
+
+
+def test_names_are_made_and_taken_apart_in_one_place() -> None:
+    wrong = [
+        f"{path.relative_to(ROOT)}:{said}"
+        for folder in (*MAY_IMPORT, "benchmarks")
+        for path in python_files(folder)
+        if path != ROOT / "graphs" / "names.py"
+        for said in name_makers(path)
+    ]
+    assert not wrong
+    assert len(list(name_makers(ROOT / "graphs" / "names.py"))) >= 9, "the rule finds nothing where names are made"

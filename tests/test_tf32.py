@@ -13,13 +13,12 @@ from btp_export.running.runtime import open_graphs
 from calibrate.reference.streamed_model import StreamedReference
 from engines.runners.onnxruntime import OrtLoader
 from engines.targets import find_target
-from engines.tensorrt.kit.device_kit import write_kit
 from engines.tensorrt.prepare.build_plan import Wishes, outline
 from graphs.records.spec import Precision
 from graphs.tf32 import allows_tf32, torch_without_tf32
 from tests.conftest import unpruned
 from tests.engines.tensorrt import building
-from tests.engines.tensorrt.plans import staged_bundle
+from tests.engines.tensorrt.plans import prepared, staged_bundle
 
 PRECISIONS: list[tuple[Precision, bool]] = [("float32", False), ("float16", True), ("bfloat16", True)]
 PRODUCTS = {"MatMul", "Gemm", "Conv", "Attention", "Einsum"}
@@ -80,7 +79,7 @@ def test_the_scripts_of_a_kit_say_the_same(
 ) -> None:
     bundle = staged_bundle(tiny_bundle, precision=precision)
     plan = outline(bundle, find_target("h100"), Wishes())
-    text = write_kit(plan, force=False, recorder=None).joinpath("build.sh").read_text()
+    text = prepared(plan, recorder=None).joinpath("build.sh").read_text()
     assert text.count("--noTF32") == (0 if allowed else len(bundle.graphs()))
 
 

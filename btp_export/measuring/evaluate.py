@@ -11,6 +11,7 @@ import numpy as np
 
 from btp_export.model.pictures import fits, fitted
 from btp_export.planning.plan_files import CALIBRATED, plan_for
+from graphs import names
 from graphs.building.derived_bundles import derive, scratch_folder
 from graphs.files.bundle import Bundle
 from graphs.records.errors import InputError
@@ -216,7 +217,7 @@ def _answer(model: BundleModel, questions: _Questions, report: Report | None) ->
     for first in range(0, total, model.profile.batch):
         part = questions.encoded.part(range(first, min(first + model.profile.batch, total)))
         prefill = model.prefill(part, features=questions.features.get(first))
-        if first not in questions.features and "prefill" not in {graph.name for graph in model.bundle.graphs()}:
+        if first not in questions.features and names.WHOLE not in {graph.name for graph in model.bundle.graphs()}:
             questions.features[first] = model.chain.image_features
         for stage, shares in _attention_kept(model, prefill).items():
             kept.setdefault(stage, []).extend(shares)

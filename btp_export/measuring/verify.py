@@ -204,6 +204,7 @@ def _verify(job: _Job, work: Work | None) -> tuple[Findings, bool]:
         job.profile,
         precision,
         _verify_samples(prepared, runs),
+        computed=job.computed,
         steps=work.sequence("graphs") if work is not None else None,
         progress=None if job.streamed else told,
     )

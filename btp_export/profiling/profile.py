@@ -19,6 +19,7 @@ from engines.targets import Target, find_target
 from engines.tensorrt import trtexec
 from engines.tensorrt.kit.scripts import stem
 from engines.tensorrt.records import EngineGraph, EnginesRecord, EngineWeights
+from graphs import names
 from graphs.files.bundle import Bundle
 from graphs.records.errors import InputError
 from graphs.records.plan import PruningPlan
@@ -28,7 +29,6 @@ from graphs.records.shapes import ShapeProfile
 FORMAT: Final = "btp-profile/1"
 UNSTEADY: Final = 0.1  # variation above which a time is called unsteady
 FAR: Final = 0.25  # share of the roofline below which a part is pointed out
-KINDS: Final = ("vision", "prefill", "select", "head", "decode")
 
 
 def profile_engines(
@@ -116,7 +116,7 @@ def _part(source: Source, graph: EngineGraph, profile: ShapeProfile, target: Tar
     floor = roof.floor_ms(flops, nbytes)
     return {
         "name": graph.name,
-        "kind": _kind(graph.name),
+        "kind": names.parse_graph(graph.name).kind,
         "layers": graph.layers,
         "tokens": _tokens(graph.name, source.plan, profile),
         "flops": flops,
@@ -136,19 +136,14 @@ def _part(source: Source, graph: EngineGraph, profile: ShapeProfile, target: Tar
     }
 
 
-def _kind(name: str) -> str:
-    kind = name.partition("_")[0]
-    return "whole" if name == "prefill" else kind
-
-
 def _tokens(name: str, plan: PruningPlan, profile: ShapeProfile) -> int:
     """Tokens of one sample that go into a part: image tokens for vision and selection, the sequence for a prefill."""
-    kind, _, number = name.partition("_")
-    if kind == "prefill" and number:
-        return profile.tokens_with(plan.segments()[int(number)].image_tokens)
-    if kind == "select":
-        return plan.tokens_before(int(number))
-    return {"vision": profile.image_tokens, "prefill": profile.total_tokens}.get(kind, 1)
+    graph = names.parse_graph(name)
+    if graph.kind == "prefill":
+        return profile.tokens_with(plan.segments()[graph.at].image_tokens)
+    if graph.kind == "select":
+        return plan.tokens_before(graph.at)
+    return {"vision": profile.image_tokens, "whole": profile.total_tokens}.get(graph.kind, 1)
 
 
 def _limits(target: Target, record: EnginesRecord) -> dict[str, Any]:
@@ -164,7 +159,7 @@ def _limits(target: Target, record: EnginesRecord) -> dict[str, Any]:
 
 def _totals(parts: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
     """Milliseconds by kind. `prefill_ms` are the decoder's segments; `first_token_ms` is all but decoding."""
-    sums = {kind: sum(part["ms"] for part in parts if part["kind"] == kind) for kind in (*KINDS, "whole")}
+    sums = {kind: sum(part["ms"] for part in parts if part["kind"] == kind) for kind in names.GRAPH_KINDS}
     chain = sums["prefill"] + sums["select"] + sums["head"]
     whole = any(part["kind"] == "whole" for part in parts)
     return {
@@ -239,12 +234,12 @@ def _compare(document: Mapping[str, Any], earlier: Mapping[str, Any] | None, tar
     if earlier is None or any(earlier.get(key) != document[key] for key in same):
         return None
     times = {mine: _by_name(document["parts"]), other: _by_name(earlier["parts"])}
-    names = [name for name in times[mine] if name in times[other]]
+    both = [name for name in times[mine] if name in times[other]]
     totals = {mine: document["totals"], other: earlier["totals"]}
     first = {kind: total["first_token_ms"] for kind, total in totals.items()}
     decode = {kind: total["decode_ms"] for kind, total in totals.items()}
     return {
-        "parts": [{"name": n, "baked_ms": times["baked"][n], "shared_ms": times["shared"][n]} for n in names],
+        "parts": [{"name": n, "baked_ms": times["baked"][n], "shared_ms": times["shared"][n]} for n in both],
         "first_token_ms": first,
         "decode_ms": decode,
         "faster": {"first_token": min(first, key=first.__getitem__), "decode": min(decode, key=decode.__getitem__)},

@@ -5,47 +5,53 @@ from typing import Any
 
 REPLACEMENT = "\ufffd"
 BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
+# transformers' clean_up_tokenization takes spaces away by ten replacements one after another (" ." -> ".", " n't" ->
+# "n't", ...). What comes later changes at most the characters that their patterns reach back, 19 in all.
+CLEAN_UP_REACH = 19
 
 
 class Detokeniser:
     """Gives text piece by piece; the pieces together are `tokenizer.decode` of all ids without special tokens.
 
     A piece is held back while its end may still change: an unfinished UTF-8 character (it decodes to the replacement
-    character), and a run of single-byte tokens, which a byte-fallback tokenizer decodes only as a whole.
+    character), a run of single-byte tokens, which a byte-fallback tokenizer decodes only as a whole, and the last
+    characters where the tokenizer takes spaces before punctuation away.
     """
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        self._special = frozenset(tokenizer.all_special_ids)
+        self._reach = CLEAN_UP_REACH if getattr(tokenizer, "clean_up_tokenization_spaces", False) else 0
         self._ids: list[int] = []
         self._given = ""
+        self._byte_run = False
 
     def add(self, token_id: int) -> str:
         """Take one more id; returns the text that is certain now, maybe empty."""
         self._ids.append(token_id)
-        text = self._decode()
         token = self._tokenizer.convert_ids_to_tokens(token_id)
-        # A special token has no text and does not end a run of bytes either.
-        if token_id in self._special or (isinstance(token, str) and BYTE_TOKEN.fullmatch(token)):
+        is_byte = isinstance(token, str) and BYTE_TOKEN.fullmatch(token) is not None
+        # Within a run, bytes may still join over tokens that have no text: special ones, whether or not the tokenizer
+        # lists them in `all_special_ids`.
+        self._byte_run = is_byte or (self._byte_run and self._decode([token_id]) == "")
+        if self._byte_run:
             return ""
-        return self._give(text.rstrip(REPLACEMENT))
+        text = self._decode(self._ids)
+        return self._give(text[: len(text) - self._reach].rstrip(REPLACEMENT) if len(text) > self._reach else "")
 
     def finish(self) -> str:
         """What was held back."""
-        return self._give(self._decode())
+        return self._give(self._decode(self._ids))
 
     @property
     def text(self) -> str:
         """Everything given so far."""
         return self._given
 
-    def _decode(self) -> str:
-        # Cleaning up spaces would change text that was already given ("do n" -> "don't").
-        text = self._tokenizer.decode(self._ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return str(text)
+    def _decode(self, ids: list[int]) -> str:
+        return str(self._tokenizer.decode(ids, skip_special_tokens=True))
 
     def _give(self, text: str) -> str:
-        if not text.startswith(self._given):  # cannot happen for the decoders above; never take text back
+        if not text.startswith(self._given):  # a text that was cut shorter than before: its rest comes later
             return ""
         piece = text[len(self._given) :]
         self._given = text

@@ -23,6 +23,7 @@ from btp_export.running.streamed import check_fits_memory
 from engines.chain import Chain
 from engines.runners import Loader
 from engines.runners.onnxruntime import OrtLoader
+from graphs import names
 from graphs.building.rope import token_tables
 from graphs.files.bundle import ROPE_WEIGHTS, Bundle, Check
 from graphs.files.checkpoint import open_tensors
@@ -231,7 +232,7 @@ class BundleModel:
         run = self.chain.prefill(encoded.pixels(filled), prefix, text, last, features=features)
         self._prefills += 1
         relative = tuple(run.kept[stage][:count] for stage in sorted(run.kept))
-        segmented = "prefill" not in run.milliseconds
+        segmented = names.WHOLE not in run.milliseconds
         stages = range(len(self.plan.stages)) if segmented else range(0)
         return Prefill(
             logits=run.logits[:count],
@@ -239,8 +240,8 @@ class BundleModel:
             kept_relative=relative,
             lengths=tuple(lengths[:count] for lengths in run.lengths),
             prefill_ms=run.milliseconds["total"],
-            select_ms=tuple(run.milliseconds[f"select_{stage}"] for stage in stages),
-            vision_ms=run.milliseconds.get("vision"),
+            select_ms=tuple(run.milliseconds[names.select(stage)] for stage in stages),
+            vision_ms=run.milliseconds.get(names.VISION),
             number=self._prefills,
         )
 

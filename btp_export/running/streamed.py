@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from engines.verify.streamed_graphs import Batch, BatchRun, FreeRunner, StreamedRunner
+from graphs import names
 from graphs.building.graph_parts import has_bfloat16, read_graph, wide_weights
 from graphs.building.rope import token_tables
 from graphs.files.atomic import size_text
@@ -35,7 +36,7 @@ def open_bytes(files: Mapping[str, Path]) -> int:
 
 def must_stream(files: Mapping[str, Path], device: str) -> bool:
     """Whether the graphs are too large to be open together, or of a type that this device has no kernels for."""
-    return open_bytes(files) > STREAM_ABOVE or (device == "cpu" and has_bfloat16(read_graph(files["decode"])))
+    return open_bytes(files) > STREAM_ABOVE or (device == "cpu" and has_bfloat16(read_graph(files[names.DECODE])))
 
 
 def too_large(bundle: Bundle, profile: str | None = None, *, models: int = 1) -> str | None:

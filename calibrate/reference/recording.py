@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from calibrate.reference.records import EmbeddedRecord, SegmentRecord
+from graphs import names
 from graphs.files.resume import KeptArray, Work
 
 SPILL_BYTES = 2**28  # more than this is kept on disk
@@ -127,7 +128,7 @@ def make_segment(start: int, stop: int, last: int, arrays: dict[str, Kept]) -> S
     if len(plain) < len(arrays):
         return KeptSegment(start, stop, last, arrays)
     layers = range(start, stop)
-    keys, values = ({layer: plain[f"{kind}_{layer}"] for layer in layers} for kind in ("key", "value"))
+    keys, values = ({layer: plain[name(layer)] for layer in layers} for name in (names.key, names.value))
     rest = {name: plain[name] for name in ("hidden_in", "hidden_out", "cos", "sin", "query")}
     return SegmentRecord(start=start, stop=stop, last=last, keys=keys, values=values, **rest)
 
@@ -137,8 +138,8 @@ def segment_arrays(segment: SegmentRecord | KeptSegment) -> dict[str, Any]:
     if isinstance(segment, KeptSegment):
         return dict(segment.arrays)
     arrays = {name: getattr(segment, name) for name in ("hidden_in", "hidden_out", "cos", "sin", "query")}
-    arrays |= {f"key_{layer}": array for layer, array in segment.keys.items()}
-    return arrays | {f"value_{layer}": array for layer, array in segment.values.items()}
+    arrays |= {names.key(layer): array for layer, array in segment.keys.items()}
+    return arrays | {names.value(layer): array for layer, array in segment.values.items()}
 
 
 def read(array: Kept) -> np.ndarray:

@@ -25,11 +25,12 @@ from engines.runners.binding import check_arrays, check_names, check_tensor
 from engines.tensorrt.records import BuiltEngine, EngineGraph, EnginesRecord, bundle_digest
 from engines.tensorrt.run.session import Session, build_again, explain
 from engines.tensorrt.run.weights import np_dtype
+from graphs import names
 from graphs.files.atomic import SMALL_FILE, sha256
 from graphs.files.bundle import Bundle, Check
 from graphs.records.errors import BtpError, InputError
 
-CAPTURED: Final = frozenset({"decode"})  # graphs replayed as CUDA graphs: many short kernels, run again and again
+CAPTURED: Final = frozenset({names.DECODE})  # graphs replayed as CUDA graphs: many short kernels, run again and again
 # Names of TensorRT's element types -> numpy's.
 DTYPES: Final[dict[str, Dtype]] = {
     "FLOAT": np.dtype(np.float32),

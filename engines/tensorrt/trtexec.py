@@ -2,7 +2,7 @@
 
 The formats are those of samples/common/sampleReporting.cpp of the public TensorRT repository, the same from 10.3 to
 11.1: --exportTimes is a list of runs, --exportProfile a list that begins with the number of runs and goes on with
-layers, --exportLayerInfo the engine inspector's own JSON. --exportProfile does not escape layer names and prints a
+layers. --exportProfile does not escape layer names and prints a
 share of no time as "nan", so its file may be no JSON; it is read by its lines.
 """
 
@@ -22,7 +22,7 @@ from graphs.records.errors import BtpError, CheckError, InputError, UnavailableE
 
 PLACES: Final = (Path("/usr/src/tensorrt/bin"), Path("/usr/local/tensorrt/bin"), Path("/opt/tensorrt/bin"))
 TAIL: Final = 12  # last lines of a failed run that are kept
-TIMES, LAYER_TIMES, LAYER_INFO = ".times.json", ".profile.json", ".layers.json"  # behind an engine's name
+TIMES, LAYER_TIMES = ".times.json", ".profile.json"  # behind an engine's name
 
 _NUMBER: Final = r"([-+]?(?:\d[\d.eE+-]*|nan|inf))"
 _LAYER: Final = re.compile(
@@ -173,18 +173,6 @@ def _layer(path: Path, name: str, mean: Any, median: Any) -> LayerTime:
     if not _is_time(mean) or not _is_time(median):
         raise _damaged(path, f"layer {name}: {mean!r}, {median!r} ms", "--exportProfile")
     return LayerTime(name, float(mean), float(median))
-
-
-def read_layer_names(path: Path) -> tuple[str, ...]:
-    """Layer names of an --exportLayerInfo file, of whatever profiling verbosity."""
-    info = _json(path, "--exportLayerInfo")
-    layers = info.get("Layers") if isinstance(info, dict) else None
-    if not isinstance(layers, list):
-        raise _damaged(path, "it has no list Layers", "--exportLayerInfo")
-    names = [layer.get("Name") if isinstance(layer, dict) else layer for layer in layers]
-    if not all(isinstance(name, str) for name in names):
-        raise _damaged(path, "a layer has no name", "--exportLayerInfo")
-    return tuple(str(name) for name in names)
 
 
 def _is_time(value: Any) -> bool:

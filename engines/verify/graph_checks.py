@@ -12,6 +12,7 @@ from engines.runners import Runner
 from engines.verify.gates import Findings, GraphCheck, agreement
 from engines.verify.protocol import Array, SegmentRun, StageRun, VerifySample
 from engines.verify.streamed_graphs import run_each
+from graphs import names
 from graphs.records.plan import PruningPlan, Segment
 from graphs.records.shapes import ShapeProfile
 
@@ -64,16 +65,16 @@ class GraphVerifier:
     def check(self, samples: Sequence[VerifySample]) -> None:
         self.result = GraphCheck(self.name)
         self.findings.graphs.append(self.result)
-        kind, _, number = self.name.partition("_")
+        graph = names.parse_graph(self.name)
         runs: list[tuple[_Feed, Look]] = []
         for batch in _batches(samples, self.profile.batch):
-            if kind == "prefill" and number:
-                runs += self._prefill(batch, self.plan.segments()[int(number)])
-            elif kind == "select":
-                runs += self._select(batch, int(number))
+            if graph.kind == "prefill":
+                runs += self._prefill(batch, self.plan.segments()[graph.at])
+            elif graph.kind == "select":
+                runs += self._select(batch, graph.at)
             else:
-                others = {"vision": self._vision, "head": self._head, "decode": self._decode, "prefill": self._whole}
-                runs += others[kind](batch)
+                others = {"vision": self._vision, "head": self._head, "decode": self._decode, "whole": self._whole}
+                runs += others[graph.kind](batch)
         run_each(self.runner, [feed for feed, _ in runs], lambda place, out: runs[place][1](out))
 
     def _feed(self, makers: Makers) -> _Feed:
@@ -97,9 +98,9 @@ class GraphVerifier:
             self._fail(f"sees {self.runner.inputs['hidden'].shape[1]} rows, the plan says {rows}: tokens not pruned")
             return
 
-        layers = {f"{kind}_{layer}" for kind in ("key", "value") for layer in range(segment.start, segment.stop)}
-        given = self.runner.outputs.keys() - {"hidden_out", "query"}
-        if given != layers or "hidden_out" not in self.runner.outputs:
+        layers = {name for layer in range(segment.start, segment.stop) for name in names.cache_rows(layer)}
+        given = self.runner.outputs.keys() - {names.after("hidden"), "query"}
+        if given != layers or names.after("hidden") not in self.runner.outputs:
             self._fail(f"is not the graph of layers {segment.start} to {segment.stop - 1}, which the plan puts here")
             return
 
@@ -107,10 +108,9 @@ class GraphVerifier:
             for place, ((number, sample), run) in enumerate(zip(batch, runs, strict=True)):
                 n = run.last + 1
                 for name, got in out.items():
-                    kind, _, layer = name.partition("_")
-                    if kind in ("key", "value"):
-                        wanted = (run.keys if kind == "key" else run.values)[int(layer)]
-                        self._compare(name, number, wanted[:, :n], got[place, :, :n])
+                    tensor = names.parse_tensor(name)
+                    if tensor.is_cache:
+                        self._compare(name, number, _rows(run, tensor)[:, :n], got[place, :, :n])
                     elif name == "query":
                         query = self._query_rows(run, following, sample.run.image_start, got.shape[2])
                         self._compare(name, number, query, got[place, :, : query.shape[1]])
@@ -134,8 +134,8 @@ class GraphVerifier:
                 record, last = sample.run.stages[number], int(inputs["last"])
                 kept = out["indices"][place] if stage.keep else np.empty(0, np.int64)
                 self._kept(number, at, kept, record, before)
-                if int(out["last_out"][place]) != last - before + stage.keep:
-                    at_row, wanted = int(out["last_out"][place]), last - before + stage.keep
+                if int(out[names.after("last")][place]) != last - before + stage.keep:
+                    at_row, wanted = int(out[names.after("last")][place]), last - before + stage.keep
                     self._fail(f"puts the last token at row {at_row}, the plan at {wanted}: tokens not pruned")
                 if stage.keep and len(record.scores) and np.isfinite(record.scores).all():
                     self._compare("scores", at, record.scores, out["scores"][place])
@@ -144,13 +144,13 @@ class GraphVerifier:
                 parts = [np.arange(start), start + kept, np.arange(start + before, last + 1)]
                 rows = np.concatenate(parts).astype(np.int64)
                 for name in ("hidden", "cos", "sin"):
-                    got = out[f"{name}_out"][place, : len(rows)]
+                    got = out[names.after(name)][place, : len(rows)]
                     if rows.max() > last:  # only with indices that were already reported as wrong
                         continue
-                    self._compare(f"{name}_out", at, inputs[name][rows], got)
+                    self._compare(names.after(name), at, inputs[name][rows], got)
 
-        names = self.runner.inputs
-        yield self._feed({name: partial(self._stage_input, batch, number, name) for name in names}), look
+        feed = {name: partial(self._stage_input, batch, number, name) for name in self.runner.inputs}
+        yield self._feed(feed), look
 
     def _stage_input(self, batch: Numbered, number: int, name: str) -> list[Array]:
         return [self._stage_inputs(sample, number)[name] for _, sample in batch]
@@ -185,8 +185,8 @@ class GraphVerifier:
         steps = min(len(sample.run.logits) - 1 for _, sample in batch)
         for segment in self.plan.segments():
             capacity = self.profile.capacity_with(segment.image_tokens)
-            cache = self.runner.inputs.get(f"past_key_{segment.start}")
-            if f"length_{segment.index}" not in self.runner.inputs or cache is None or cache.shape[2] != capacity:
+            cache = self.runner.inputs.get(names.past_key(segment.start))
+            if names.length(segment.index) not in self.runner.inputs or cache is None or cache.shape[2] != capacity:
                 self._fail(f"has no caches of {capacity} rows from layer {segment.start} on: tokens not pruned")
                 return
         for step in range(min(steps, self.profile.new_tokens)):
@@ -196,24 +196,22 @@ class GraphVerifier:
     def _decoded(self, batch: Numbered, step: int, out: Mapping[str, Array]) -> None:
         for place, (number, sample) in enumerate(batch):
             for name, got in out.items():
-                kind, _, layer = name.partition("_")
                 if name == "logits":
                     self._compare(name, number, sample.run.logits[step + 1], got[place])
                     continue
-                run = self._segment_of(sample, int(layer))
-                wanted = (run.keys if kind == "key" else run.values)[int(layer)]
-                self._compare(name, number, wanted[:, run.last + 1 + step], got[place, :, 0])
+                tensor = names.parse_tensor(name)
+                run = self._segment_of(sample, tensor.at)
+                self._compare(name, number, _rows(run, tensor)[:, run.last + 1 + step], got[place, :, 0])
 
     def _decode_input(self, batch: Numbered, step: int, name: str) -> list[Array]:
-        kind, _, number = name.rpartition("_")
+        tensor = names.parse_tensor(name)
         values: list[Array] = []
         for _, sample in batch:
-            if kind == "length":
-                values.append(np.asarray(sample.run.segments[int(number)].last + 1 + step, np.int32))
-            elif kind in ("past_key", "past_value"):
-                run = self._segment_of(sample, int(number))
-                past = run.keys if kind == "past_key" else run.values
-                values.append(past[int(number)][:, : run.last + 1 + step])
+            if tensor.role == "length":
+                values.append(np.asarray(sample.run.segments[tensor.at].last + 1 + step, np.int32))
+            elif tensor.is_cache:
+                run = self._segment_of(sample, tensor.at)
+                values.append(_rows(run, tensor)[:, : run.last + 1 + step])
             else:
                 row = sample.embedded.last + 1 + step
                 values.append(getattr(sample.embedded, name)[row : row + 1])
@@ -230,8 +228,8 @@ class GraphVerifier:
         def look(out: Mapping[str, Array]) -> None:
             for place, (number, sample) in enumerate(batch):
                 for stage, record in enumerate(sample.run.stages):
-                    if self.plan.stages[stage].keep and f"indices_{stage}" in out:
-                        kept = out[f"indices_{stage}"][place]
+                    if self.plan.stages[stage].keep and names.indices(stage) in out:
+                        kept = out[names.indices(stage)][place]
                         self._kept(stage, number, kept, record, self.plan.tokens_before(stage))
                         same[place] = same[place] and np.array_equal(record.indices, kept)
                     elif not self.plan.stages[stage].keep and "logits" in out:
@@ -244,14 +242,13 @@ class GraphVerifier:
 
     def _whole_values(self, number: int, sample: VerifySample, place: int, out: Mapping[str, Array]) -> None:
         for name, got in out.items():
-            kind, _, layer = name.partition("_")
+            tensor = names.parse_tensor(name)
             if name == "logits":
                 self._compare(name, number, sample.run.logits[0], got[place])
-            elif kind in ("key", "value"):
-                run = self._segment_of(sample, int(layer))
+            elif tensor.is_cache:
+                run = self._segment_of(sample, tensor.at)
                 rows = slice(0, run.last + 1)
-                wanted = (run.keys if kind == "key" else run.values)[int(layer)]
-                self._compare(name, number, wanted[:, rows], got[place][:, rows])
+                self._compare(name, number, _rows(run, tensor)[:, rows], got[place][:, rows])
 
     def _whole_input(self, batch: Numbered, name: str) -> list[Array]:
         start, image = self.profile.prefix_tokens, self.profile.image_tokens
@@ -303,6 +300,11 @@ class GraphVerifier:
 def _real(rows: Array, run: SegmentRun) -> Array:
     """Rows of the prompt, without the appended tokens."""
     return rows[: run.last + 1]
+
+
+def _rows(run: SegmentRun, tensor: names.TensorName) -> Array:
+    """The reference's keys or values [K,n,D] of the layer that a cache tensor is of."""
+    return (run.keys if tensor.role in ("key", "past_key") else run.values)[tensor.at]
 
 
 def _batches(samples: Sequence[VerifySample], size: int) -> Iterator[list[tuple[int, VerifySample]]]:

@@ -1,14 +1,15 @@
 """Running graphs that are larger than memory: a part of a graph is open at a time, and all samples go through it.
 
-`StreamedRunner` is a runner for one graph, cut by graphs/building/graph_parts.py. `free_run` generates with the graphs
-of a profile as `Chain` does, from pictures to tokens, but opens every graph once for all samples, and the decode graph
-once for every new token. Shapes and names are those of graphs/interfaces.md.
+`StreamedRunner` is a runner for one graph, cut by graphs/building/graph_parts.py. `FreeRunner` generates with the
+graphs of a profile as `Chain` does, from pictures to tokens, but opens every graph once for all samples, and the decode
+graph once for every new token. Shapes and names are those of graphs/interfaces.md.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,6 +19,7 @@ from onnx import TensorProto
 
 from engines.runners import Dtype, Runner, TensorSpec
 from engines.verify.protocol import Array
+from graphs import names
 from graphs.building.graph_parts import Part, has_bfloat16, read_graph, split, wide_weights, widen
 from graphs.files.resume import Sequence as Steps
 from graphs.records.errors import InputError
@@ -142,7 +144,7 @@ class BatchRun:
     """A batch on its way: what flows between graphs, and what generation needs afterwards."""
 
     flow: dict[str, Array] = field(default_factory=dict)
-    caches: dict[str, Array] = field(default_factory=dict)  # key_<l> and value_<l>: [B,K,cap_i,D]
+    caches: dict[str, Array] = field(default_factory=dict)  # past_key_<l> and past_value_<l>: [B,K,cap_i,D]
     lengths: dict[int, Array] = field(default_factory=dict)  # by segment [B]
     kept: dict[int, Array] = field(default_factory=dict)  # by stage [B,k], among the tokens it chose from
     tokens: list[list[int]] = field(default_factory=list)  # by sample
@@ -202,16 +204,17 @@ class FreeRunner:
 
     def run(self, batches: Sequence[Batch], *, tokens: int, ends: Sequence[int]) -> list[BatchRun]:
         """`tokens` new tokens for every sample, or fewer where an end token comes."""
-        names = [*self._prefill_names(), *["decode"] * (tokens - 1)]
+        prefill = names.prefill_graphs(self._plan, whole=names.WHOLE in self._graphs)
+        order = [*prefill, *[names.DECODE] * (tokens - 1)]
         runs = [BatchRun() for _ in batches]
         latest = self._steps.resume("the free run") if self._steps is not None else None
         done = latest.number if latest is not None else 0
         if latest is not None:
             runs = _restored(latest.tensors, latest.meta)
-        shares = Shares([self._graphs[name] for name in names[done:]], self._progress)
-        for number, name in enumerate(names[done:], done):
+        shares = Shares([self._graphs[name] for name in order[done:]], self._progress)
+        for number, name in enumerate(order[done:], done):
             runner = self._open_graph(self._graphs[name], shares.of(number - done))
-            if name == "decode":
+            if name == names.DECODE:
                 self._decode(runner, runs, batches, ends)
             else:
                 self._prefill_graph(name, runner, batches, runs)
@@ -219,23 +222,15 @@ class FreeRunner:
                 self._steps.save(number + 1, *_state(runs))
         return runs
 
-    def _prefill_names(self) -> list[str]:
-        if "prefill" in self._graphs:
-            return ["prefill"]
-        names = ["vision"]
-        for segment in self._plan.segments():
-            names += [] if segment.stage is None else [f"select_{segment.stage}"]
-            names.append(f"prefill_{segment.index}")
-        return [*names, "head"]
-
     def _prefill_graph(self, name: str, runner: Runner, batches: Sequence[Batch], runs: list[BatchRun]) -> None:
         feeds: list[Mapping[str, Array]]
-        if name in ("vision", "prefill"):
+        if name in (names.VISION, names.WHOLE):
             feeds = [self._inputs(batch) for batch in batches]
         else:
             feeds = [run.flow for run in runs]
         feeds = [{part: _as(feed[part], runner.inputs[part]) for part in runner.inputs} for feed in feeds]
-        run_each(runner, feeds, lambda place, made: self._take(name, batches[place], runs[place], made))
+        take = self._taker(names.parse_graph(name))
+        run_each(runner, feeds, lambda place, made: take(batches[place], runs[place], made))
 
     def _inputs(self, batch: Batch) -> dict[str, Array]:
         """Inputs of the vision graph and of a whole prefill."""
@@ -244,31 +239,55 @@ class FreeRunner:
         inputs = {"pixel_values": batch.pixel_values, "prefix": batch.prefix, "text": batch.text}
         return inputs | {"cos": cos, "sin": sin, "last": batch.last}
 
-    def _take(self, name: str, batch: Batch, run: BatchRun, made: Mapping[str, Array]) -> None:
-        """Put a graph's outputs where they belong; they may come in several parts."""
-        kind, _, number = name.partition("_")
-        if kind == "vision" and "image_features" in made:
+    def _taker(self, graph: names.GraphName) -> Callable[[Batch, BatchRun, Mapping[str, Array]], None]:
+        """What puts a graph's outputs where they belong. They may come in several parts, each output once."""
+        if graph.kind == "select":
+            return partial(self._take_selection, graph.at)
+        takers = {
+            "vision": self._take_features,
+            "prefill": self._take_segment,
+            "head": self._take_logits,
+            "whole": self._take_whole,
+        }
+        return takers[graph.kind]
+
+    def _take_features(self, batch: Batch, run: BatchRun, made: Mapping[str, Array]) -> None:
+        if "image_features" in made:
             rows = np.concatenate([batch.prefix, made["image_features"].astype(batch.prefix.dtype), batch.text], axis=1)
             run.flow = self._inputs(batch) | {"hidden": rows}
             self._begin_segment(run)
-            return
+
+    def _take_segment(self, batch: Batch, run: BatchRun, made: Mapping[str, Array]) -> None:
+        self._take_caches(run, made)
+        run.flow |= {name: made[name] for name in ("query",) if name in made}
+        if names.after("hidden") in made:
+            run.flow["hidden"] = made[names.after("hidden")]
+
+    def _take_selection(self, stage: int, batch: Batch, run: BatchRun, made: Mapping[str, Array]) -> None:
+        if "indices" in made:
+            run.kept[stage] = made["indices"]
+        run.flow = {part: made[names.after(part)] for part in names.STREAM}
+        self._begin_segment(run)
+
+    def _take_logits(self, batch: Batch, run: BatchRun, made: Mapping[str, Array]) -> None:
+        if "logits" in made:
+            self._choose(run, made["logits"])
+
+    def _take_whole(self, batch: Batch, run: BatchRun, made: Mapping[str, Array]) -> None:
+        self._take_caches(run, made)
         for output, value in made.items():
-            part, _, rest = output.partition("_")
-            if part in ("key", "value"):
-                self._cache(run, output, int(rest), value)
-            elif part == "indices":
-                run.kept[int(rest or number)] = value
-            elif output == "logits":
-                self._choose(run, value)
-            elif output == "query":
-                run.flow["query"] = value
-            elif part == "last" and kind == "prefill" and rest:  # of a whole prefill, by segment
-                run.lengths[int(rest)] = value.astype(np.int32) + 1
-        if kind == "select":
-            run.flow = {part: made[f"{part}_out"] for part in ("hidden", "cos", "sin", "last")}
-            self._begin_segment(run)
-        elif "hidden_out" in made:
-            run.flow["hidden"] = made["hidden_out"]
+            tensor = names.parse_tensor(output)
+            if tensor.role == "indices":
+                run.kept[tensor.at] = value
+            elif tensor.role == "last":
+                run.lengths[tensor.at] = value.astype(np.int32) + 1
+        self._take_logits(batch, run, made)
+
+    def _take_caches(self, run: BatchRun, made: Mapping[str, Array]) -> None:
+        for output, value in made.items():
+            tensor = names.parse_tensor(output)
+            if tensor.is_cache:
+                self._cache(run, tensor, value)
 
     def _begin_segment(self, run: BatchRun) -> None:
         """The next segment sees what flows now. With a stage at layer 0 there is no segment in front of it."""
@@ -277,13 +296,13 @@ class FreeRunner:
             return
         run.lengths[len(run.lengths)] = np.asarray(run.flow["last"], np.int32) + 1
 
-    def _cache(self, run: BatchRun, name: str, layer: int, rows: Array) -> None:
-        segment = self._segment(layer)
+    def _cache(self, run: BatchRun, tensor: names.TensorName, rows: Array) -> None:
+        segment = self._segment(tensor.at)
         capacity = self._profile.capacity_with(segment.image_tokens)
         cache = np.zeros((*rows.shape[:2], capacity, rows.shape[3]), rows.dtype)
         cache[:, :, : rows.shape[2]] = rows
-        run.caches[name] = cache
-        if name.startswith("key_"):
+        run.caches[names.past(tensor.name)] = cache
+        if tensor.role == "key":
             run.flow["key"] = rows
 
     def _segment(self, layer: int) -> Segment:
@@ -311,9 +330,9 @@ class FreeRunner:
             if output == "logits":
                 self._choose(run, value)
                 continue
-            lengths = run.lengths[self._segment(int(output.partition("_")[2])).index]
+            lengths = run.lengths[self._segment(names.parse_tensor(output).at).index]
             for sample, row in enumerate(lengths):
-                run.caches[output][sample, :, row] = value[sample, :, 0]
+                run.caches[names.past(output)][sample, :, row] = value[sample, :, 0]
 
     def token_inputs(self, run: BatchRun, batch: Batch) -> dict[str, Array]:
         """hidden [B,1,C], cos and sin [B,1,D/2] of each sample's latest token, and the caches' lengths."""
@@ -321,7 +340,7 @@ class FreeRunner:
         places = np.asarray(batch.last, np.int64) + made
         inputs = {"hidden": self._embed(np.array([ids[-1] for ids in run.tokens]))[:, None]}
         inputs |= {name: table[places][:, None] for name, table in zip(("cos", "sin"), self._rope, strict=True)}
-        return inputs | {f"length_{number}": lengths for number, lengths in run.lengths.items()}
+        return inputs | {names.length(number): lengths for number, lengths in run.lengths.items()}
 
 
 class _DecodeFeed(Mapping[str, Array]):
@@ -331,7 +350,7 @@ class _DecodeFeed(Mapping[str, Array]):
         self._runner, self._run, self._token = runner, run, owner.token_inputs(run, batch)
 
     def __getitem__(self, name: str) -> Array:
-        value = self._run.caches[name.removeprefix("past_")] if name.startswith("past_") else self._token[name]
+        value = self._run.caches[name] if name in self._run.caches else self._token[name]
         return _as(value, self._runner.inputs[name])
 
     def __iter__(self) -> Any:

@@ -22,6 +22,7 @@ from engines.runners import Runner
 from engines.verify.gates import GATES, Findings, Gates, agreement
 from engines.verify.graph_checks import GraphVerifier
 from engines.verify.protocol import Array, ReferenceRun, VerifySample
+from graphs import names
 from graphs.files.resume import Sequence as Steps
 from graphs.records.plan import PruningPlan
 from graphs.records.progress import Report
@@ -55,7 +56,8 @@ def verify_graphs(
         findings, checked = Findings.restored(latest.meta), latest.number
     else:
         findings, checked = Findings(kept=[[] for _ in plan.stages]), 0
-    missing = [name for name in _graph_names(plan, whole="prefill" in graphs) if name not in graphs]
+    wanted = [*names.prefill_graphs(plan, whole=names.WHOLE in graphs), names.DECODE]
+    missing = [name for name in wanted if name not in graphs]
     if missing and not checked:
         findings.failures.append(f"the bundle lacks the graphs {', '.join(missing)}")
     for number, (name, opener) in enumerate(graphs.items()):
@@ -65,7 +67,7 @@ def verify_graphs(
             progress(number - checked, len(graphs) - checked, name)
         GraphVerifier(name, opener(), plan, profile, findings).check(samples)
         check = findings.graphs[-1]
-        gates = GATES[precision if name == "vision" else computed or precision]
+        gates = GATES[precision if name == names.VISION else computed or precision]
         if not check.holds(gates):
             findings.failures.append(
                 f"{name}: cosine {check.cosine:.10g} and norm ratio {check.norm_ratio:.7g} ({check.worst}); "
@@ -75,13 +77,6 @@ def verify_graphs(
             steps.save(number + 1, {}, findings.state())
     _judge_agreement(findings, GATES[computed or precision])
     return findings
-
-
-def _graph_names(plan: PruningPlan, *, whole: bool) -> list[str]:
-    if whole:
-        return ["prefill", "decode"]
-    names = ["vision", *(f"prefill_{segment.index}" for segment in plan.segments())]
-    return [*names, *(f"select_{number}" for number in range(len(plan.stages))), "head", "decode"]
 
 
 def _judge_agreement(findings: Findings, gates: Gates) -> None:

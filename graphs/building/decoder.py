@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from graphs import names
 from graphs.building import layers
 from graphs.building.attention import cache_mask, cached_attention, causal_attention
 from graphs.building.graph_builder import GraphBuilder, dims
@@ -37,10 +38,10 @@ class SegmentResult:
 def add_segment(b: GraphBuilder, spec: DecoderSpec, segment: Segment, stream: Stream) -> SegmentResult:
     """Run layers [start, stop) over the stream."""
     batch, tokens, width = dims(stream.hidden)
-    rows = b.reshape(stream.hidden, (batch * tokens, width), f"segment_{segment.index}.rows")
+    rows = b.reshape(stream.hidden, (batch * tokens, width), f"{names.segment_scope(segment.index)}.rows")
     caches: dict[int, tuple[ir.Value, ir.Value]] = {}
     for layer in range(segment.start, segment.stop):
-        with b.scope(f"layer_{layer}"):
+        with b.scope(names.layer_scope(layer)):
             with b.scope("attention"):
                 normal = layers.attention_norm(b, spec, layer, rows)
                 query, key, value = layers.qkv(b, spec, layer, normal, stream.cos, stream.sin)
@@ -48,7 +49,7 @@ def add_segment(b: GraphBuilder, spec: DecoderSpec, segment: Segment, stream: St
                 projected = layers.merge_heads(b, spec, layer, context)
             rows = layers.mlp_block(b, spec, layer, b.add(rows, projected, "attended"))
         caches[layer] = (key, value)
-    hidden = b.reshape(rows, (batch, tokens, width), f"segment_{segment.index}.hidden")
+    hidden = b.reshape(rows, (batch, tokens, width), f"{names.segment_scope(segment.index)}.hidden")
     return SegmentResult(hidden, caches, query)
 
 
@@ -77,13 +78,14 @@ def add_decode(b: GraphBuilder, spec: DecoderSpec, plan: PruningPlan, profile: S
     hidden = b.input("hidden", (batch, 1, spec.hidden_size))
     cos, sin = b.input("cos", (batch, 1, half)), b.input("sin", (batch, 1, half))
     segments = plan.segments()
-    lengths = [b.input(f"length_{segment.index}", (batch,), INT32) for segment in segments]
+    lengths = [b.input(names.length(segment.index), (batch,), INT32) for segment in segments]
     past = {layer: _past(b, spec, layer, profile.capacity_with(s.image_tokens), batch) for s in segments
             for layer in range(s.start, s.stop)}  # fmt: skip
     rows = b.reshape(hidden, (batch, spec.hidden_size), "rows")
     fresh: dict[int, tuple[ir.Value, ir.Value]] = {}
     for segment, length in zip(segments, lengths, strict=True):
-        valid = cache_mask(b, length, profile.capacity_with(segment.image_tokens), f"segment_{segment.index}.valid")
+        scope = names.segment_scope(segment.index)
+        valid = cache_mask(b, length, profile.capacity_with(segment.image_tokens), f"{scope}.valid")
         for layer in range(segment.start, segment.stop):
             rows, fresh[layer] = _decode_layer(b, spec, layer, rows, (cos, sin), past[layer], valid)
     b.output(layers.output_logits(b, spec, rows), "logits")
@@ -92,7 +94,7 @@ def add_decode(b: GraphBuilder, spec: DecoderSpec, plan: PruningPlan, profile: S
 
 def _past(b: GraphBuilder, spec: DecoderSpec, layer: int, capacity: int, batch: int) -> tuple[ir.Value, ir.Value]:
     shape = (batch, spec.num_kv_heads, capacity, spec.head_dim)
-    return b.input(f"past_key_{layer}", shape), b.input(f"past_value_{layer}", shape)
+    return b.input(names.past_key(layer), shape), b.input(names.past_value(layer), shape)
 
 
 def _decode_layer(
@@ -105,7 +107,7 @@ def _decode_layer(
     valid: ir.Value,
 ) -> tuple[ir.Value, tuple[ir.Value, ir.Value]]:
     """One layer on rows [B,C]; gives the new rows and the token's own key and value [B,K,1,D]."""
-    with b.scope(f"layer_{layer}"):
+    with b.scope(names.layer_scope(layer)):
         with b.scope("attention"):
             normal = layers.attention_norm(b, spec, layer, rows)
             query, key, value = layers.qkv(b, spec, layer, normal, *rotation)
@@ -118,5 +120,5 @@ def _decode_layer(
 def add_cache_outputs(b: GraphBuilder, caches: dict[int, tuple[ir.Value, ir.Value]]) -> None:
     """Outputs key_<l> and value_<l>, by layer."""
     for layer, (key, value) in caches.items():
-        b.output(key, f"key_{layer}")
-        b.output(value, f"value_{layer}")
+        b.output(key, names.key(layer))
+        b.output(value, names.value(layer))

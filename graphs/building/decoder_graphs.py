@@ -2,6 +2,7 @@
 
 import onnx_ir as ir
 
+from graphs import names
 from graphs.building.decoder import Stream, add_cache_outputs, add_decode, add_head, add_segment
 from graphs.building.graph_builder import BuiltGraph, GraphBuilder, serialize
 from graphs.building.selection import add_selection, embed_bodies, segment_query, stage_after
@@ -39,10 +40,10 @@ def build_decoder_graphs(
     graphs: list[BuiltGraph] = []
     for segment in plan.segments():
         if segment.stage is not None:
-            graphs.append(_select_graph(builder(f"select_{segment.stage}"), spec, plan, segment.stage, profile))
-        graphs.append(_segment_graph(builder(f"prefill_{segment.index}"), spec, plan, segment, profile))
-    graphs.append(_head_graph(builder("head"), spec, plan, profile))
-    decode = builder("decode")
+            graphs.append(_select_graph(builder(names.select(segment.stage)), spec, plan, segment.stage, profile))
+        graphs.append(_segment_graph(builder(names.prefill(segment.index)), spec, plan, segment, profile))
+    graphs.append(_head_graph(builder(names.HEAD), spec, plan, profile))
+    decode = builder(names.DECODE)
     add_decode(decode, spec.decoder, plan, profile)
     return [*graphs, decode.build()]
 

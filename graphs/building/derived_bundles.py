@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from graphs import names
 from graphs.building.decoder_graphs import build_decoder_graphs
 from graphs.building.graph_builder import NUMPY, BuiltGraph, dims, dtype_of, serialize
 from graphs.files.atomic import record, staged
@@ -62,7 +63,7 @@ def _derived_graphs(
     bundle: Bundle, plan: PruningPlan, profile: ShapeProfile, root: Path, suffix: str
 ) -> list[GraphRecord]:
     build = bundle.manifest.build
-    vision = bundle.graph("vision", profile.name)
+    vision = bundle.graph(names.VISION, profile.name)
     _link_or_copy(bundle.root / vision.file, root / vision.file)
     built = build_decoder_graphs(
         bundle.spec, bundle.checkpoint(), plan, profile, opset=build.opset, precision=build.precision

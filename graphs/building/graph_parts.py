@@ -8,7 +8,6 @@ bfloat16, for which there are hardly any CPU kernels, can be widened: weights st
 everything computed is float32. That is more exact than bfloat16 and shows the same faults.
 """
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -18,7 +17,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-CUT = re.compile(r"layer_\d+\.output|embedded")
+from graphs import names
+
 WIDE_BYTES = 4  # of a weight in float32, in which a CPU computes
 
 
@@ -81,7 +81,7 @@ def _sections(nodes: Sequence[onnx.NodeProto]) -> Iterator[list[onnx.NodeProto]]
     section: list[onnx.NodeProto] = []
     for node in nodes:
         section.append(node)
-        if any(CUT.fullmatch(name) for name in node.output):
+        if any(names.is_cut(name) for name in node.output):
             yield section
             section = []
     if section:

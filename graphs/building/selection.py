@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from graphs import names
 from graphs.building.decoder import SegmentResult, Stream, last_query
 from graphs.building.graph_builder import BTP_DOMAIN, GraphBuilder, dims
 from graphs.building.onnx_scores import image_rows, stage_scores, stage_similarity
@@ -41,7 +42,7 @@ def add_selection(
 ) -> Selection:
     """Stage `number` on the stream; query [B,H,Q,D] and key [B,K,S,D] only if its scores need them."""
     stage, count = plan.stages[number], plan.tokens_before(number)
-    with b.scope(f"stage_{number}"):
+    with b.scope(names.stage_scope(number)):
         fewer = b.constant(b.full_name("dropped"), np.array([count - stage.keep], np.int32))
         last = b.binary("Sub", stream.last, fewer, "last")
         if stage.keep == 0:
@@ -134,7 +135,7 @@ def segment_query(
     """
     following = stage_after(plan, segment)
     assert following is not None
-    with b.scope(f"segment_{segment.index}"):
+    with b.scope(names.segment_scope(segment.index)):
         if query_rows(plan, following) == "last":
             return last_query(b, result.query, last)
         start = profile.prefix_tokens + segment.image_tokens

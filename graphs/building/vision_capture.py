@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx_ir as ir
 
+from graphs import names
 from graphs.building.graph_builder import IR_VERSIONS, NUMPY, PRECISIONS, BuiltGraph, GraphBuilder, external
 from graphs.files.safetensors_file import tensor_offsets
 from graphs.records.errors import InputError
@@ -44,18 +45,18 @@ def capture_vision(
     stack traces or paths. Raises InputError for an unsupported opset, or a module that torch.onnx cannot capture
     with static shapes.
     """
-    GraphBuilder("vision", opset=opset)  # refuses an opset that the other graphs would refuse
+    GraphBuilder(names.VISION, opset=opset)  # refuses an opset that the other graphs would refuse
     narrowed = _in_precision(module, precision, in_place)
     model = _export(narrowed, pixel_shape or (batch, 3, *image_size), opset)
     _strip(model)
     model.ir_version = IR_VERSIONS[opset]
     model.producer_name, model.producer_version = "btp-export", None
-    model.graph.name = "vision"
+    model.graph.name = names.VISION
     _name_constants(model, module.state_dict().keys())
     weights = _take_weights(model)
     _point(model, weights, weights)
     _check_static(model)
-    return BuiltGraph("vision", model, None), weights
+    return BuiltGraph(names.VISION, model, None), weights
 
 
 def share_weights(captured: Sequence[tuple[BuiltGraph, dict[str, np.ndarray]]]) -> dict[str, np.ndarray]:

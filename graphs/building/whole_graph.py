@@ -2,6 +2,7 @@
 
 import onnx_ir as ir
 
+from graphs import names
 from graphs.building.decoder import SegmentResult, Stream, add_cache_outputs, add_head, add_segment
 from graphs.building.graph_builder import BuiltGraph, GraphBuilder
 from graphs.building.selection import add_selection, embed_bodies, segment_query, stage_after
@@ -31,7 +32,7 @@ def assemble_whole(
     Raises InputError as build_decoder_graphs does.
     """
     check_fits(spec, plan, profile)
-    b = GraphBuilder("prefill", opset=opset, precision=precision, checkpoint=checkpoint)
+    b = GraphBuilder(names.WHOLE, opset=opset, precision=precision, checkpoint=checkpoint)
     stream = _embedded(b, vision, spec, profile)
     lengths: dict[int, ir.Value] = {}
     chosen: dict[int, ir.Value] = {}
@@ -55,9 +56,9 @@ def assemble_whole(
     b.output(add_head(b, spec.decoder, stream.hidden, stream.last), "logits")
     add_cache_outputs(b, caches)
     for stage, indices in chosen.items():
-        b.output(indices, f"indices_{stage}")
+        b.output(indices, names.indices(stage))
     for index, last in lengths.items():
-        b.output(last, f"last_{index}")
+        b.output(last, names.last(index))
     return b.build((0, plan.num_layers))
 
 
@@ -70,5 +71,5 @@ def _embedded(b: GraphBuilder, vision: BuiltGraph, spec: ModelSpec, profile: Sha
     cos = b.input("cos", (batch, profile.total_tokens, half))
     sin = b.input("sin", (batch, profile.total_tokens, half))
     last = b.input("last", (batch,), INT32)
-    (features,) = b.splice(vision.model, [pixels], "vision")
+    (features,) = b.splice(vision.model, [pixels], names.VISION)
     return Stream(b.concat([*prefix, features, text], 1, "embedded"), cos, sin, last)

@@ -1,6 +1,6 @@
 """Importance scores and token similarity in PyTorch: the definitions that the selection graphs are built to.
 
-The streamed reference calls these; graphs/building/selection.py writes the same formulas as ONNX nodes, and a test
+The streamed reference calls these; graphs/building/onnx_scores.py writes the same formulas as ONNX nodes, and a test
 compares the two. Everything runs in float32. B batch, n current image tokens, S sequence, P tokens before the image, T
 after.
 """

@@ -1,8 +1,8 @@
 """`btp-export build`: the folder engines/<target>/ is brought up to date, engine by engine.
 
-1. Everything is worked out and checked first (outline.py, means.py): graphs, lint, memory, disk, TensorRT, plugins.
-2. The kit is written if it is not there as it would be now (kit.py), atomically; engines that still stand move along,
-   and so do files that are not ours (cache.py, place.py).
+1. Everything is worked out and checked first (prepare/build_plan.py, machine.py): graphs, lint, memory, disk, TensorRT, plugins.
+2. The kit is written if it is not there as it would be now (kit/device_kit.py), atomically; engines that still stand move along,
+   and so do files that are not ours (reuse.py, target_folder.py).
 3. Engines that are missing, or that something has changed for, are built in order, each in its own process. An engine
    appears under its name when it is whole and checked, and engines.json names it after that. So an interrupted build
    leaves whole engines and no others, and the next one goes on from there.

@@ -7,8 +7,8 @@
     build.sh, profile.sh, weights.sh, README.md
     unpruned/            the same of the model without pruning, if asked for
 
-The folder is assembled beside its place and renamed when whole. With TensorRT at hand the same files are written first,
-and the engines beside them.
+build/target_folder.py assembles the folder beside its place and renames it when whole. With TensorRT at hand the same
+files are written first, and the engines beside them.
 """
 
 import os
@@ -22,7 +22,6 @@ import onnx_ir as ir
 from engines.tensorrt.kit import scripts
 from engines.tensorrt.prepare.build_plan import Outline
 from engines.tensorrt.prepare.estimate import tensor_bytes
-from engines.tensorrt.prepare.lint import require_clean
 from engines.tensorrt.prepare.prepared_graphs import Choices, PreparedGraph, prepare
 from engines.tensorrt.records import (
     FILE,
@@ -32,10 +31,9 @@ from engines.tensorrt.records import (
     PluginRecord,
     WeightInput,
     bundle_digest,
-    engines_folder,
 )
 from engines.tensorrt.run.weights import packed
-from graphs.files.atomic import check_destination, check_space, record, staged
+from graphs.files.atomic import record
 from graphs.files.bundle import Bundle
 from graphs.records.errors import UnavailableError
 from graphs.records.manifest import FileRecord
@@ -48,29 +46,6 @@ INPUTS = "inputs"
 # Runs the graphs of a profile of the bundle, given by name, on a calibration picture and leaves each graph's inputs in
 # <folder>/<graph>/<input>.bin. Raises UnavailableError where they cannot run on this machine.
 Recorder = Callable[[Bundle, str, Mapping[str, Path], Path], None]
-
-
-def write_kit(plan: Outline, *, force: bool, recorder: Recorder | None, say: Note = lambda text: None) -> Path:
-    """Write engines/<target>/ of the bundle, atomically; returns the folder.
-
-    Raises InputError if it is there already (without `force`) or does not fit on the disk, CheckError if the lint found
-    anything, before anything is written.
-    """
-    folder = engines_folder(plan.bundle, plan.target.name)
-    check_kit(plan, force=force)
-    with staged(folder, force=force, is_ours=is_engines, noun=NOUN) as root:
-        fill_kit(plan, root, recorder=recorder, say=say)
-    return folder
-
-
-def check_kit(plan: Outline, *, force: bool) -> None:
-    """Everything that can be known to be wrong before anything is written. Raises InputError or CheckError."""
-    require_clean(plan.findings, plan.traits)
-    if plan.unpruned is not None:
-        require_clean(plan.unpruned.findings, plan.traits)
-    folder = engines_folder(plan.bundle, plan.target.name)
-    check_destination(folder, force=force, is_ours=is_engines, noun=NOUN)
-    check_space(folder, disk_bytes(plan), what=f"the folder {folder.name}", do="free some space")
 
 
 def is_engines(folder: Path) -> bool:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from engines.targets import Target
 from engines.tensorrt.records import EngineGraph, EnginesRecord, WeightInput
 from engines.tensorrt.versions import Traits
+from graphs import names
 from graphs.tf32 import allows_tf32
 
 PLUGIN_LIBRARY = "plugins/libbtp_trt_dynamic.so"
@@ -39,7 +40,7 @@ def needs_plugins(record: EnginesRecord) -> bool:
 def build_script(record: EnginesRecord, target: Target, traits: Traits, *, inner: bool = False) -> str:
     """build.sh. `inner`: there is a folder of unpruned engines inside, which is built too."""
     lines = [
-        *_head(record, target, traits, "Builds the engines in this folder", "./build.sh [graph ...]"),
+        *_head(target, traits, "Builds the engines in this folder", "./build.sh [graph ...]"),
         *(_PLUGIN.splitlines() if needs_plugins(record) else []),
         *_BUILD.format(tool=traits.tool).splitlines(),
         "",
@@ -55,7 +56,7 @@ def profile_script(
     """profile.sh. `inside` is the way from this folder to the one that has the weight files: "../" in unpruned/."""
     shared = record.weights == "shared"
     lines = [
-        *_head(record, target, traits, "Measures the engines in this folder", "./profile.sh [graph ...]"),
+        *_head(target, traits, "Measures the engines in this folder", "./profile.sh [graph ...]"),
         *(_NEEDS_PLUGIN.splitlines() if needs_plugins(record) else []),
         *(_WEIGHTS.format(folder=f"{inside}inputs/weights").splitlines() if shared else []),
         *_PROFILE.format(tool=traits.tool).splitlines(),
@@ -97,7 +98,8 @@ def _build_options(record: EnginesRecord, graph: EngineGraph, traits: Traits) ->
             options.append("--stronglyTyped")
         if not allows_tf32(record.precision):
             options.append("--noTF32")
-    if record.opset >= 23 and graph.name.startswith(("vision", "prefill")) and DECOMPOSABLE in traits.options:
+    attends = names.parse_graph(graph.name).kind in ("vision", "prefill", "whole")
+    if record.opset >= 23 and attends and DECOMPOSABLE in traits.options:
         options.append(f"{DECOMPOSABLE}='*'")  # as in builder.py: not every type and head size has a fused kernel
     if graph.custom_nodes:
         options.append('--dynamicPlugins="$PLUGINS"')
@@ -133,7 +135,7 @@ def _call(function: str, name: str, arguments: Sequence[str]) -> list[str]:
 # -- the scripts' own functions --------------------------------------------------------------------------------------
 
 
-def _head(record: EnginesRecord, target: Target, traits: Traits, what: str, usage: str) -> list[str]:
+def _head(target: Target, traits: Traits, what: str, usage: str) -> list[str]:
     digits = "".join(f"{part:02}" if place else str(part) for place, part in enumerate(traits.number[:2]))
     tool = traits.tool
     return _HEAD.format(

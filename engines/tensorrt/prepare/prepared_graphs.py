@@ -27,6 +27,7 @@ import onnx_ir as ir
 from engines.tensorrt.prepare.opset18 import lower_to_primitives
 from engines.tensorrt.records import Assemble, EngineWeights, WeightInput, WeightSource
 from engines.tensorrt.versions import Traits
+from graphs import names
 from graphs.building.decoder_graphs import build_decoder_graphs
 from graphs.building.graph_builder import BTP_DOMAIN, NUMPY, PORTABLE_OPSET, WEIGHTS_FOLDER, BuiltGraph, dims, dtype_of
 from graphs.building.whole_graph import assemble_whole
@@ -131,14 +132,14 @@ def _prepare_profile(bundle: Bundle, profile: ShapeProfile, choices: Choices) ->
 
 
 def _build(bundle: Bundle, profile: ShapeProfile, plan: PruningPlan, choices: Choices) -> list[BuiltGraph]:
-    captured = ir.load(bundle.graph_path("vision", profile.name))
-    vision = BuiltGraph("vision", captured if choices.opset > 18 else lower_to_primitives(captured), None)
+    captured = ir.load(bundle.graph_path(names.VISION, profile.name))
+    vision = BuiltGraph(names.VISION, captured if choices.opset > 18 else lower_to_primitives(captured), None)
     spec, checkpoint, precision = bundle.spec, bundle.checkpoint(), bundle.manifest.build.precision
     graphs = build_decoder_graphs(spec, checkpoint, plan, profile, opset=choices.opset, precision=precision)
     if choices.assemble == "segments":
         return [vision, *graphs]
     whole = assemble_whole(vision, spec, checkpoint, plan, profile, opset=choices.opset, precision=precision)
-    return [whole, *(graph for graph in graphs if graph.name == "decode")]
+    return [whole, *(graph for graph in graphs if graph.name == names.DECODE)]
 
 
 def tensor(value: ir.Value) -> TensorRecord:

@@ -14,13 +14,13 @@ from btp_export.cli import main
 from btp_export.profiling.profile import profile_engines, saved_profiles
 from engines.targets import find_target
 from engines.tensorrt import trtexec
-from engines.tensorrt.kit.device_kit import write_kit
 from engines.tensorrt.prepare.build_plan import Wishes, outline
 from graphs.files.bundle import Bundle
 from graphs.pruning.operations import cost
 from graphs.records.errors import InputError, UnavailableError
 from graphs.records.plan import PruningPlan, Stage
 from tests.engines.tensorrt import trtexec_files
+from tests.engines.tensorrt.plans import prepared
 
 TARGET = "jetson-orin-jp6"
 STAGES = (
@@ -68,7 +68,7 @@ def times(bundle: Bundle) -> dict[str, float]:
 def kit(bundle: Bundle, **wishes: Any) -> Path:
     """The folder of engines as `build` writes it without TensorRT."""
     chosen = {"engine_weights": "baked", "unpruned": True} | wishes
-    return write_kit(outline(bundle, find_target(TARGET), Wishes(**chosen)), force=True, recorder=None)
+    return prepared(outline(bundle, find_target(TARGET), Wishes(**chosen)), force=True, recorder=None)
 
 
 def measured(bundle: Bundle, measured: Mapping[str, float] | None = None, **wishes: Any) -> Path:

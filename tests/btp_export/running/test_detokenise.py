@@ -5,9 +5,10 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from btp_export.demo import checkpoint_path
 from btp_export.running.detokenise import REPLACEMENT, Detokeniser
 
 
@@ -17,7 +18,7 @@ def byte_level() -> Any:
     tokenizer = Tokenizer(models.BPE(vocabulary, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>")
+    return finished(tokenizer)
 
 
 def byte_fallback() -> Any:
@@ -27,29 +28,59 @@ def byte_fallback() -> Any:
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>")
+    return finished(tokenizer)
 
 
-TOKENIZERS = {"byte-level": byte_level(), "byte-fallback": byte_fallback()}
+def words_with_clean_up() -> Any:
+    """Like the demo's, and spaces before punctuation go away when text is decoded."""
+    pieces = ["do", "n't", "n", "'", "t", "'s", "'ve", "'re", "'m", ".", ",", "!", "?", "a", "longer"]
+    tokenizer = Tokenizer(models.WordLevel({piece: n for n, piece in enumerate(pieces)}, "a"))
+    return finished(tokenizer, clean_up_tokenization_spaces=True)
+
+
+def finished(tokenizer: Any, **settings: Any) -> Any:
+    """With tokens added as checkpoints add them: special and not, and special ones in no list of special tokens."""
+    tokenizer.add_special_tokens([AddedToken("<|vision_pad|>"), AddedToken("<|vision_end|>")])
+    tokenizer.add_tokens([AddedToken("<tool_call>", special=False), AddedToken("日本", special=False)])
+    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", **settings)
+    assert made.convert_tokens_to_ids("<|vision_pad|>") not in made.all_special_ids
+    return made
+
+
+TOKENIZERS = {
+    "byte-level": byte_level(),
+    "byte-fallback": byte_fallback(),
+    "words with clean-up": words_with_clean_up(),
+    "demo": AutoTokenizer.from_pretrained(checkpoint_path()),
+}
 
 
 def stream(tokenizer: Any, ids: list[int]) -> tuple[list[str], str]:
     detokeniser = Detokeniser(tokenizer)
     pieces = [detokeniser.add(token) for token in ids] + [detokeniser.finish()]
     assert detokeniser.text == "".join(pieces)
-    return pieces, tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return pieces, tokenizer.decode(ids, skip_special_tokens=True)
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
 @given(data=st.data())
 def test_pieces_add_up(name: str, data: Any) -> None:
     tokenizer = TOKENIZERS[name]
-    ids = data.draw(st.lists(st.integers(0, len(tokenizer) - 1), max_size=30))
+    added = st.sampled_from(sorted(tokenizer.get_added_vocab().values()))
+    ids = data.draw(st.lists(st.integers(0, len(tokenizer) - 1) | added, max_size=30))
     pieces, text = stream(tokenizer, ids)
     assert "".join(pieces) == text
 
 
-@pytest.mark.parametrize("name", TOKENIZERS)
+def test_special_tokens_between_bytes_lose_nothing() -> None:
+    """An "A", a special token that is in no list of them, and half a character: only the whole run decides."""
+    tokenizer = TOKENIZERS["byte-fallback"]
+    ids = tokenizer.convert_tokens_to_ids(["<0x41>", "<|vision_pad|>", "<0xE2>"])
+    pieces, text = stream(tokenizer, ids)
+    assert "".join(pieces) == text == REPLACEMENT * 2
+
+
+@pytest.mark.parametrize("name", ["byte-level", "byte-fallback"])
 @given(text=st.text(max_size=12))
 def test_no_half_characters(name: str, text: str) -> None:
     tokenizer = TOKENIZERS[name]

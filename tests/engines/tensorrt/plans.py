@@ -1,7 +1,11 @@
 """Plans whose stages differ in what their selection reads: similarity and seeds, similarity, scores alone, nothing."""
 
+from pathlib import Path
 from typing import Any
 
+from engines.tensorrt.build.build import build
+from engines.tensorrt.kit.device_kit import Recorder
+from engines.tensorrt.prepare.build_plan import Outline
 from graphs.records.plan import PruningPlan, Stage
 
 STAGES = (
@@ -26,3 +30,8 @@ def staged_plan(spec: Any, *stages: Stage) -> PruningPlan:
 def staged_bundle(tiny_bundle: Any, **options: Any) -> Any:
     """The tiny model with all four forms of stages."""
     return tiny_bundle(staged_plan(tiny_bundle().spec), **options)
+
+
+def prepared(plan: Outline, *, force: bool = False, recorder: Recorder | None = None) -> Path:
+    """engines/<target>/ as `btp-export build` leaves it on a machine without TensorRT; the folder."""
+    return build(plan, None, reason="no TensorRT here", force=force, recorder=recorder).folder

@@ -69,11 +69,10 @@ def test_layers_written_anew_by_another_program(tmp_path: Path) -> None:
 @settings(max_examples=120, deadline=None)
 def test_damaged_files_are_named(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     """Cut off, or with bytes changed: read as something whole, or an InputError with the file's name; never a crash."""
-    kind = data.draw(st.sampled_from([trtexec.read_times, trtexec.read_layers, trtexec.read_layer_names]))
+    kind = data.draw(st.sampled_from([trtexec.read_times, trtexec.read_layers]))
     whole = {
         trtexec.read_times: files.times([1.5, 2.5, 3.5]),
         trtexec.read_layers: files.layers([("a", [1.0, 2.0]), ("b", [0.5, 0.5])]),
-        trtexec.read_layer_names: files.info(["a", "b"], detailed=True),
     }[kind].encode()
     cut = data.draw(st.integers(0, len(whole) - 3))
     changed = bytearray(whole[:cut] if data.draw(st.booleans()) else whole)
@@ -95,7 +94,6 @@ def test_cut_off(tmp_path: Path, length: int) -> None:
     for read, whole in (
         (trtexec.read_times, files.times([1.0] * 9)),
         (trtexec.read_layers, files.layers([("a" * 30, [1.0])] * 9)),
-        (trtexec.read_layer_names, files.info(["a" * 30] * 9, detailed=False)),
     ):
         path.write_text(whole[:length])
         with pytest.raises(InputError, match="cut off or damaged"):
@@ -112,13 +110,6 @@ def test_no_times(tmp_path: Path, text: str) -> None:
     path.write_text(text)
     with pytest.raises(InputError, match="computeMs"):
         trtexec.read_times(path)
-
-
-def test_layer_names(tmp_path: Path) -> None:
-    path = tmp_path / "a.json"
-    for detailed in (True, False):
-        path.write_text(files.info(["one", "two"], detailed=detailed))
-        assert trtexec.read_layer_names(path) == ("one", "two")
 
 
 # -- the program -----------------------------------------------------------------------------------------------------

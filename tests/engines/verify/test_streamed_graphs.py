@@ -16,6 +16,7 @@ import pytest
 from btp_export import cli
 from btp_export.measuring.verify import verify_bundle
 from engines.runners.onnxruntime import OrtLoader
+from engines.verify.gates import GATES
 from engines.verify.streamed_graphs import StreamedRunner
 from graphs.building.graph_parts import has_bfloat16, read_graph, split, wide_weights, widen
 from graphs.files.bundle import Bundle
@@ -116,6 +117,25 @@ def test_a_perturbed_weight_is_found_in_its_graph(tiny_bundle: Any, tmp_path: Pa
     assert not result["passed"]
     assert any(text.startswith("prefill_1") for text in result["failures"])
     assert not any(text.startswith(("prefill_0", "prefill_2", "decode")) for text in result["failures"])
+
+
+def test_widened_bfloat16_is_held_to_the_gates_it_reports(tiny_bundle: Any, tmp_path: Path) -> None:
+    """A fault between the two gates: far too large for float32, which it computes in, and small for bfloat16."""
+    bundle = tiny_bundle(PLAN, precision="bfloat16")
+    root = tmp_path / "bundle"
+    shutil.copytree(bundle.root, root)
+    model = onnx.load(root / "graphs" / "prefill_1.onnx", load_external_data=False)
+    norm = next(node for node in model.graph.node if node.op_type == "RMSNormalization")
+    epsilon = next(attribute for attribute in norm.attribute if attribute.name == "epsilon")
+    epsilon.f = 0.05  # the model's is 1e-5 or so
+    onnx.save(model, root / "graphs" / "prefill_1.onnx")
+    result = verify_bundle(Bundle(root, bundle.manifest, bundle.plan), samples=1, threads=1, tokens=2)
+    [check] = [graph for graph in result["graphs"] if graph["name"] == "prefill_1"]
+    gates = GATES["bfloat16"]
+    assert check["cosine"] > gates.cosine and abs(check["norm_ratio"] - 1) < gates.norm, "bfloat16's gates miss it"
+    assert result["gates"]["cosine"] == GATES["float32"].cosine > check["cosine"]
+    assert not result["passed"]
+    assert [text.split(":")[0] for text in result["failures"]] == ["prefill_1"]
 
 
 @pytest.mark.parametrize("phase", ["free run: decode", "reference"])

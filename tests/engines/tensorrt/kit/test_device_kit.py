@@ -17,7 +17,7 @@ from safetensors import safe_open
 from btp_export.engine_inputs import record_calibration
 from engines.targets import find_target, known_targets
 from engines.tensorrt.kit import scripts
-from engines.tensorrt.kit.device_kit import is_engines, plugin_sources, write_kit
+from engines.tensorrt.kit.device_kit import is_engines, plugin_sources
 from engines.tensorrt.prepare.build_plan import Wishes, outline
 from engines.tensorrt.prepare.lint import lint
 from engines.tensorrt.records import EnginesRecord
@@ -25,7 +25,7 @@ from engines.tensorrt.versions import traits
 from graphs.files.bundle import Bundle
 from graphs.records.errors import CheckError, InputError, UnavailableError
 from tests.engines.native import builds
-from tests.engines.tensorrt.plans import staged_bundle
+from tests.engines.tensorrt.plans import prepared, staged_bundle
 
 LISTS = Path(__file__).parents[1] / "trtexec"
 VERSIONS = {"jetson-orin-jp6": "10.3", "jetson-orin-jp7": "10.16", "h100": "11.1"}
@@ -61,7 +61,7 @@ def kit(tiny_bundle: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[
         if key not in made:
             bundle = copied(staged_bundle(tiny_bundle), tmp_path_factory.mktemp("kit") / "bundle")
             plan = outline(bundle, find_target(target), Wishes(**wishes))
-            made[key] = write_kit(plan, force=False, recorder=record_calibration)
+            made[key] = prepared(plan, recorder=record_calibration)
         return made[key]
 
     return make
@@ -150,8 +150,8 @@ def test_inputs_are_those_of_a_real_run(kit: Any) -> None:
 
 def test_several_profiles_have_their_own_files(tiny_bundle: Any, tmp_path: Path) -> None:
     bundle = copied(tiny_bundle(profiles=("text=16,new=12", "batch=2,text=20,new=4")), tmp_path / "bundle")
-    folder = write_kit(
-        outline(bundle, find_target("h200"), Wishes(engine_weights="shared")), force=False, recorder=record_calibration
+    folder = prepared(
+        outline(bundle, find_target("h200"), Wishes(engine_weights="shared")), recorder=record_calibration
     )
     record = EnginesRecord.load(folder)
     first, second = (profile.name for profile in bundle.manifest.profiles)
@@ -172,7 +172,7 @@ def test_every_option_exists_in_that_version(
     """Against the lists of the public tags; and none that does nothing there."""
     bundle = copied(staged_bundle(tiny_bundle), tmp_path / "bundle")
     wishes = Wishes(tensorrt=version, engine_weights=weights)
-    folder = write_kit(outline(bundle, find_target(target), wishes), force=False, recorder=None)
+    folder = prepared(outline(bundle, find_target(target), wishes), recorder=None)
     used, known = options_of(folder), set((LISTS / f"{version}.txt").read_text().split())
     assert used <= known, used - known
     assert {"--onnx", "--saveEngine", "--loadEngine", "--exportTimes", "--dynamicPlugins"} <= used
@@ -184,7 +184,7 @@ def test_every_option_exists_in_that_version(
 @pytest.mark.parametrize("target", known_targets())
 def test_scripts_are_sound_for_every_target(tiny_bundle: Any, tmp_path: Path, target: str) -> None:
     bundle = copied(staged_bundle(tiny_bundle), tmp_path / "bundle")
-    folder = write_kit(outline(bundle, find_target(target), Wishes()), force=False, recorder=None)
+    folder = prepared(outline(bundle, find_target(target), Wishes()), recorder=None)
     texts = sorted(folder.rglob("*.sh"))
     assert {"build.sh", "profile.sh"} <= {path.name for path in texts}
     subprocess.run(["bash", "-n", *texts], check=True)
@@ -301,7 +301,7 @@ def test_plugin_sources_include_only_what_is_there(kit: Any) -> None:
 
 def test_without_custom_nodes_no_plugin_is_asked_for(tiny_bundle: Any, tmp_path: Path) -> None:
     bundle = copied(tiny_bundle(), tmp_path / "bundle")
-    folder = write_kit(outline(bundle, find_target("l4"), Wishes()), force=False, recorder=None)
+    folder = prepared(outline(bundle, find_target("l4"), Wishes()), recorder=None)
     assert not (folder / "plugins").exists() and "plugins/build.sh" not in (folder / "build.sh").read_text()
     assert run(folder / "build.sh", fake_tool(tmp_path / "bin", "101600")).returncode == 0
 
@@ -309,24 +309,27 @@ def test_without_custom_nodes_no_plugin_is_asked_for(tiny_bundle: Any, tmp_path:
 # -- all or nothing --------------------------------------------------------------------------------------------------
 
 
-def test_engines_are_replaced_only_by_force(tiny_bundle: Any, tmp_path: Path) -> None:
+def files_of(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_folder_that_is_current_stays(tiny_bundle: Any, tmp_path: Path) -> None:
+    """Without force nothing is written anew; with it all is, but what is no engines folder is never touched."""
     bundle = copied(staged_bundle(tiny_bundle), tmp_path / "bundle")
     plan = outline(bundle, find_target("l4"), Wishes())
-    folder = write_kit(plan, force=False, recorder=None)
-    (folder / "head.engine").write_text("an engine")
-    before = {path: path.read_bytes() for path in bundle.root.rglob("*") if path.is_file()}
-    with pytest.raises(InputError, match="already holds a folder of engines") as error:
-        write_kit(plan, force=False, recorder=None)
-    assert error.value.do.startswith("--force")
-    assert before == {path: path.read_bytes() for path in bundle.root.rglob("*") if path.is_file()}
-    write_kit(plan, force=True, recorder=None)
-    assert not (folder / "head.engine").exists()
+    folder = prepared(plan, recorder=None)
+    (folder / "notes.txt").write_text("mine")
+    before, script = files_of(bundle.root), (folder / "build.sh").stat()
+    prepared(plan, recorder=None)
+    assert before == files_of(bundle.root) and (folder / "build.sh").stat().st_ino == script.st_ino
+    prepared(plan, force=True, recorder=None)
+    assert not (folder / "notes.txt").exists() and (folder / "build.sh").stat().st_ino != script.st_ino
     Bundle.open(bundle.root, check="full")
     stranger = bundle.root / "engines" / "h100"
     stranger.mkdir()
     (stranger / "notes.txt").write_text("mine")
     with pytest.raises(InputError, match="is no folder of engines"):
-        write_kit(outline(bundle, find_target("h100"), Wishes()), force=True, recorder=None)
+        prepared(outline(bundle, find_target("h100"), Wishes()), force=True, recorder=None)
     assert (stranger / "notes.txt").read_text() == "mine"
 
 
@@ -338,7 +341,7 @@ def test_a_failure_leaves_nothing(tiny_bundle: Any, tmp_path: Path) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        write_kit(plan, force=False, recorder=interrupted)
+        prepared(plan, recorder=interrupted)
     assert not (bundle.root / "engines").exists()
 
 
@@ -348,7 +351,7 @@ def test_without_inputs_a_note_says_why(tiny_bundle: Any, tmp_path: Path) -> Non
     def unable(*arguments: Any) -> None:
         raise UnavailableError("the machine is too small")
 
-    folder = write_kit(outline(bundle, find_target("l4"), Wishes()), force=False, recorder=unable)
+    folder = prepared(outline(bundle, find_target("l4"), Wishes()), recorder=unable)
     assert "the machine is too small" in EnginesRecord.load(folder).notes[-1]
     assert not (folder / "inputs").exists() and "--loadInputs=$inputs" in (folder / "profile.sh").read_text()
 
@@ -359,5 +362,5 @@ def test_findings_stop_the_kit(tiny_bundle: Any, tmp_path: Path) -> None:
     (bundle.root / "graphs" / "weights" / "model.safetensors").unlink()
     findings = tuple(lint(plan.graphs, plan.traits, folder=bundle.root / "graphs", plugins=True))
     with pytest.raises(CheckError, match=r"will not take .*model\.safetensors is missing"):
-        write_kit(replace(plan, findings=findings), force=False, recorder=None)
+        prepared(replace(plan, findings=findings), recorder=None)
     assert not (bundle.root / "engines").exists()
