@@ -183,7 +183,8 @@ def sparse_checkpoint(folder: Path, model: str, layers: int | None) -> None:
     """
     import numpy as np
 
-    from btp_export.dummy.checkpoints import DTYPES, configured, in_shards, save_processor, tensor_bits, tensor_shapes
+    from btp_export.dummy.checkpoints import DTYPES, configured, in_shards, tensor_bits, tensor_shapes
+    from btp_export.dummy.processor import save_processor
     from graphs.files.safetensors_file import header_bytes, tensor_offsets
 
     config, _ = configured(model, layers=layers)
@@ -213,7 +214,8 @@ def decoder_alone(folder: Path, model: str, layers: int, *, weights: bool) -> No
     from transformers import AutoModelForCausalLM
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    from btp_export.dummy.checkpoints import build_tokenizer, configured
+    from btp_export.dummy.checkpoints import configured
+    from btp_export.dummy.processor import build_tokenizer
     from graphs.files.safetensors_file import header_bytes
 
     config, _ = configured(model, layers=layers)

@@ -5,12 +5,14 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from btp_export.families import known_models
+
 if TYPE_CHECKING:
     from btp_export.exporting import Options
     from btp_export.model.open_model import DummyWeights, Model
     from btp_export.planning.study import CalibrationSettings
 
-MODEL_HELP = "demo, llava-1.5-7b, llava-1.5-13b, llava-1.6-7b, qwen2.5-vl-7b, a checkpoint folder, or a hub id."
+MODEL_HELP = f"demo, {', '.join(known_models())}, a checkpoint folder, or a hub id."
 
 ModelOption = Annotated[str, typer.Option("--model", metavar="NAME", help=MODEL_HELP)]
 OutOption = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="The bundle.  [default: ./NAME-bundle]")]

@@ -131,9 +131,16 @@ def _switched(plan: "PruningPlan", **switches: Any) -> "PruningPlan":
 
 
 def _presets() -> list[dict[str, str]]:
+    """Names and summaries; a preset that the families bring settings for names those families."""
+    from btp_export.families import family_for, known_families
     from calibrate.place.presets import PRESETS
 
-    listed = [{"name": entry.name, "summary": entry.summary} for entry in PRESETS.values()]
+    families = [name for name in known_families() if family_for({"model_type": name}).released is not None]
+    with_settings = f" ({', '.join(families)})"
+    listed = [
+        {"name": entry.name, "summary": entry.summary + (with_settings if entry.uses_released else "")}
+        for entry in PRESETS.values()
+    ]
     return [*listed, {"name": "btp", "summary": "made by `btp-export calibrate` from pictures"}]
 
 

@@ -23,21 +23,20 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import ml_dtypes
 import numpy as np
 from pydantic import Field
 
+from btp_export.dummy.processor import save_processor
+from btp_export.families import family_for, known_models
 from btp_export.model.cache_folder import cache_folder
 from graphs.files.atomic import check_space
 from graphs.files.safetensors_file import header_bytes, tensor_order
 from graphs.records.errors import InputError
 from graphs.records.progress import Report
 from graphs.records.record import Strict, parse_record
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
 
 MARKER = "btp-dummy.json"  # in the checkpoint's folder: these weights are made up
 SHARD_BYTES = 5 * 10**9  # as the hub's shards
@@ -101,15 +100,14 @@ def dummy_checkpoint(
 
 def configured(model: str, seed: int = 0, layers: int | None = None) -> tuple[dict[str, Any], DummyRecord]:
     """A known model's configuration with so many decoder layers, and the record of its dummy checkpoint."""
-    from btp_export.dummy.configs import CONFIGS
-
-    if model not in CONFIGS:
+    known = {name: entry for name, entry in known_models().items() if family_for(dict(entry.config)).dummy}
+    if model not in known:
         raise InputError(
-            f"--dummy-weights for {model!r}", wanted=f"one of {', '.join(CONFIGS)}", do="--model llava-1.5-7b"
+            f"--dummy-weights for {model!r}", wanted=f"one of {', '.join(known)}", do=f"--model {next(iter(known))}"
         )
     if not 0 <= seed < 2**32:
         raise InputError(f"seed {seed} of the dummy weights", wanted="0 to 4294967295", do="--seed 0")
-    config = copy.deepcopy(CONFIGS[model])
+    config = copy.deepcopy(dict(known[model].config))
     everything = config["text_config"]["num_hidden_layers"]
     chosen = everything if layers is None else layers
     if not 1 <= chosen <= everything:
@@ -241,173 +239,3 @@ def _exponent(name: str, shape: tuple[int, ...]) -> int:
         return -6
     gain = 2.0 if SHARP.search(name) else 0.5 if RESIDUAL.search(name) else 1.0
     return round(math.log2(gain / math.sqrt(math.prod(shape[1:])) / SPREAD))
-
-
-# -- tokenizer and processor -----------------------------------------------------------------------------------------
-#
-# The models' own tokenizers cannot be made up. This one splits known words whole and spells others in letters; special
-# tokens have their real ids, every other id is a made-up word, and the chat template's text before the picture is as
-# many tokens as the real one makes of it (35 for LLaVA, 15 for Qwen2.5-VL).
-
-VICUNA_TURNS = {
-    "llava": "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
-    "detailed, and polite answers to the user's questions. ",
-    "llava_next": "A chat between a curious human and an artificial intelligence assistant. The assistant gives "
-    "helpful, detailed, and polite answers to the human's questions. ",
-}
-VICUNA_SPECIAL = {"<unk>": 0, "<s>": 1, "</s>": 2, "<image>": 32000, "<pad>": 32001}
-QWEN_SPECIAL = {
-    "<|endoftext|>": 151643,
-    "<|im_start|>": 151644,
-    "<|im_end|>": 151645,
-    "<|vision_start|>": 151652,
-    "<|vision_end|>": 151653,
-    "<|vision_pad|>": 151654,
-    "<|image_pad|>": 151655,
-    "<|video_pad|>": 151656,
-}
-TEMPLATE_WORDS = (
-    "A chat between a curious user human and an intelligence assistant The gives helpful answers to the s questions"
-)
-PROMPT_WORDS = "USER ASSISTANT system You are Describe image What How many things there picture see do"
-SPLIT_WORDS = ("art", "##ificial", "detail", "##ed", "pol", "##ite")  # artificial, detailed and polite are two tokens
-MESSAGES = (
-    "{% for message in messages %}{{ START }}{% if message['content'] is string %}{{ message['content'] }}{% else %}"
-    "{% for part in message['content'] if part['type'] == 'image' %}{{ IMAGE }}{% endfor %}"
-    "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}{% endif %}"
-    "{{ END }}{% endfor %}{% if add_generation_prompt %}{{ ANSWER }}{% endif %}"
-)
-
-
-def chat_template(model_type: str) -> str:
-    """A template with the text of the model's published one."""
-    if model_type == "qwen2_5_vl":
-        parts = {
-            "START": "'<|im_start|>' + message['role'] + '\n'",
-            "IMAGE": "'<|vision_start|><|image_pad|><|vision_end|>'",
-            "END": "'<|im_end|>\n'",
-            "ANSWER": "'<|im_start|>assistant\n'",
-        }
-        opening = "{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}"
-    else:
-        parts = {"START": "message['role'].upper() + ': '", "IMAGE": "'<image>\n'", "END": "' '"}
-        parts["ANSWER"] = "'ASSISTANT:'"
-        opening = "{{ " + json.dumps(VICUNA_TURNS[model_type]) + " }}"
-    text = MESSAGES
-    for name, expression in parts.items():
-        text = text.replace(f"{{{{ {name} }}}}", "{{ " + expression.replace("\n", "\\n") + " }}")
-    return opening.replace("\n", "\\n") + text
-
-
-def build_tokenizer(config: dict[str, Any]) -> PreTrainedTokenizerFast:
-    """Words, letters, made-up words; special tokens at the model's own ids."""
-    from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers, processors
-    from tokenizers.models import WordPiece
-    from transformers import PreTrainedTokenizerFast
-
-    qwen = config["model_type"] == "qwen2_5_vl"
-    special = QWEN_SPECIAL if qwen else VICUNA_SPECIAL
-    unknown = "<|endoftext|>" if qwen else "<unk>"
-    tokenizer = Tokenizer(WordPiece(_vocabulary(config, special), unk_token=unknown))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(" +"), "removed"),
-            pre_tokenizers.Split(Regex(r"\n|[^\w\s]"), "isolated"),
-        ]
-    )
-    tokenizer.decoder = decoders.WordPiece(cleanup=False)
-    tokenizer.add_special_tokens(list(special))
-    named = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
-    extra = {"image_token": "<|image_pad|>", "video_token": "<|video_pad|>"}
-    if not qwen:
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", special["<s>"])]
-        )
-        named = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
-        extra = {"image_token": "<image>"}
-    positions = config["text_config"]["max_position_embeddings"]
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        unk_token=unknown,
-        padding_side="left",
-        model_max_length=positions,
-        extra_special_tokens=extra,
-        **named,
-    )
-
-
-def _vocabulary(config: dict[str, Any], special: Mapping[str, int]) -> dict[str, int]:
-    """Every id of the embedding has a token."""
-    from btp_export.demo.model_files import words as demo_words
-
-    letters = [chr(code) for code in range(33, 127)]
-    pieces = [
-        *TEMPLATE_WORDS.split(),
-        *PROMPT_WORDS.split(),
-        *SPLIT_WORDS,
-        *demo_words(),
-        "\n",
-        *letters,
-        *(f"##{letter}" for letter in letters),
-    ]
-    words = iter(dict.fromkeys(pieces))
-    by_id = {number: token for token, number in special.items()}
-    size = config["text_config"]["vocab_size"]
-    return {by_id.get(number) or next(words, f"word{number}"): number for number in range(size)}
-
-
-def save_processor(config: dict[str, Any], folder: Path) -> None:
-    """Tokenizer, image processor and chat template, of the model's own classes and settings."""
-    from transformers import GenerationConfig
-
-    tokenizer = build_tokenizer(config)
-    template = chat_template(config["model_type"])
-    if config["model_type"] == "qwen2_5_vl":
-        _save_qwen_processor(config, tokenizer, template, folder)
-    else:
-        _llava_processor(config, tokenizer, template).save_pretrained(folder)
-    generation = GenerationConfig(
-        do_sample=False, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
-    )
-    generation.save_pretrained(folder)
-
-
-def _llava_processor(config: dict[str, Any], tokenizer: PreTrainedTokenizerFast, template: str) -> Any:
-    from transformers import LlavaNextProcessor, LlavaProcessor
-    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-    from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
-
-    side = config["vision_config"]["image_size"]
-    size: dict[str, Any] = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
-    settings: dict[str, Any] = {
-        "tokenizer": tokenizer,
-        "patch_size": config["vision_config"]["patch_size"],
-        "vision_feature_select_strategy": config["vision_feature_select_strategy"],
-        "num_additional_image_tokens": 1,
-        "chat_template": template,
-    }
-    if config["model_type"] == "llava":
-        return LlavaProcessor(image_processor=CLIPImageProcessorPil(**size), **settings)
-    images = LlavaNextImageProcessorPil(**size, image_grid_pinpoints=config["image_grid_pinpoints"])
-    return LlavaNextProcessor(image_processor=images, **settings)
-
-
-def _save_qwen_processor(
-    config: dict[str, Any], tokenizer: PreTrainedTokenizerFast, template: str, folder: Path
-) -> None:
-    """The files as they are published; transformers builds a Qwen processor only where torchvision is installed."""
-    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-
-    vision = config["vision_config"]
-    images = Qwen2VLImageProcessorPil(
-        patch_size=vision["patch_size"],
-        temporal_patch_size=vision["temporal_patch_size"],
-        merge_size=vision["spatial_merge_size"],
-        size={"shortest_edge": 3136, "longest_edge": 12845056},  # pixels, as published
-    )
-    images.save_pretrained(folder)
-    document = json.loads((folder / "preprocessor_config.json").read_text(encoding="utf-8"))
-    document |= {"image_processor_type": "Qwen2VLImageProcessor", "processor_class": "Qwen2_5_VLProcessor"}
-    (folder / "preprocessor_config.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    tokenizer.save_pretrained(folder)
-    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")

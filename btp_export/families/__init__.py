@@ -1,10 +1,17 @@
-"""Model families: one file per transformers `model_type`. Adding a family is adding a file that defines FAMILY."""
+"""Model families: one file per transformers `model_type`. Adding a family is adding a file that defines FAMILY.
+
+All that is particular to a family stands in its file: what it computes, its published models with their names and
+shapes, the settings that were released for it. Files that begin with "_" are shared. May use `calibrate.place` for the
+form of released settings, and graphs.
+"""
 
 import importlib
 import pkgutil
 from typing import TYPE_CHECKING, Any, Protocol
 
+from btp_export.families._known import DummyProcessor, KnownModel
 from btp_export.families._vision import Layout
+from calibrate.place.presets import ReleasedSettings
 from graphs.files.checkpoint import Checkpoint
 from graphs.records.errors import InputError
 from graphs.records.shapes import ShapeProfile
@@ -20,6 +27,12 @@ class Family(Protocol):
     model_type: str
     renames: tuple[tuple[str, str], ...]
     """(stored prefix, canonical prefix) pairs for open_checkpoint, for every published weight-name layout."""
+    models: tuple[KnownModel, ...]
+    """Published models that have a name on the command line."""
+    released: ReleasedSettings | None
+    """What `btp-paper` is made from; None: the family has no such preset."""
+    dummy: DummyProcessor | None
+    """How `--dummy-weights` makes the text side of `models`; None: it does not."""
 
     def spec(self, checkpoint: Checkpoint, name: str) -> ModelSpec:
         """The model as data. Raises InputError for a configuration the graphs cannot express."""
@@ -58,6 +71,11 @@ def known_families() -> list[str]:
     return sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
 
 
+def known_models() -> dict[str, KnownModel]:
+    """Every family's published models by their names on the command line."""
+    return {model.name: model for name in known_families() for model in _family(name).models}
+
+
 def family_of(spec: ModelSpec) -> Family:
     """The family that made a spec."""
     return family_for({"model_type": spec.model_type})
@@ -72,5 +90,9 @@ def family_for(config: dict[str, Any]) -> Family:
             wanted=f"one of {', '.join(known_families())}",
             do="give a checkpoint in the transformers layout of one of these",
         )
+    return _family(model_type)
+
+
+def _family(model_type: str) -> Family:
     family: Family = importlib.import_module(f"{__name__}.{model_type}").FAMILY
     return family

@@ -3,9 +3,12 @@
 The image becomes rows x columns patches, one token each, put where the prompt has its image placeholder.
 """
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from btp_export.families._checkpoint import model_spec
+from btp_export.families._known import DummyProcessor, KnownModel
 from btp_export.families._vision import (
     Layout,
     PatchFeatures,
@@ -16,6 +19,7 @@ from btp_export.families._vision import (
     make_profile,
     vision_state,
 )
+from calibrate.place.presets import ReleasedSettings, ReleasedStage
 from graphs.files.checkpoint import Checkpoint
 from graphs.records.errors import InputError
 from graphs.records.shapes import ShapeProfile
@@ -23,12 +27,115 @@ from graphs.records.spec import ModelSpec, VisionSpec
 
 if TYPE_CHECKING:
     from torch import nn
+    from transformers import PreTrainedTokenizerFast
+
+CLIP_336: dict[str, Any] = {
+    "model_type": "clip_vision_model",
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "image_size": 336,
+    "patch_size": 14,
+    "projection_dim": 768,
+    "vocab_size": 32000,
+}
+VICUNA_7B: dict[str, Any] = {
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-05,
+    "vocab_size": 32064,
+}
+VICUNA_13B = VICUNA_7B | {
+    "hidden_size": 5120,
+    "intermediate_size": 13824,
+    "num_hidden_layers": 40,
+    "num_attention_heads": 40,
+    "num_key_value_heads": 40,
+}
+CONFIG: dict[str, Any] = {
+    "architectures": ["LlavaForConditionalGeneration"],
+    "model_type": "llava",
+    "ignore_index": -100,
+    "image_token_index": 32000,
+    "image_seq_length": 576,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 32001,
+    "projector_hidden_act": "gelu",
+    "vision_feature_layer": -2,
+    "vision_feature_select_strategy": "default",
+    "tie_word_embeddings": False,
+    "torch_dtype": "float16",
+    "vision_config": CLIP_336,
+}
+SPECIAL = {"<unk>": 0, "<s>": 1, "</s>": 2, "<image>": 32000, "<pad>": 32001}
+NAMED = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+
+
+def save_processor(
+    config: Mapping[str, Any], tokenizer: "PreTrainedTokenizerFast", template: str, folder: Path
+) -> None:
+    """Write transformers' own processor with the settings of the published files."""
+    from transformers import LlavaProcessor
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    images = CLIPImageProcessorPil(**picture_size(config))
+    LlavaProcessor(images, tokenizer, **counting(config), chat_template=template).save_pretrained(folder)
+
+
+def picture_size(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of an image processor that brings pictures to the tower's size."""
+    side = config["vision_config"]["image_size"]
+    return {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
+
+
+def counting(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a processor that decide how many image tokens a picture becomes."""
+    return {
+        "patch_size": config["vision_config"]["patch_size"],
+        "vision_feature_select_strategy": config.get("vision_feature_select_strategy", "default"),
+        "num_additional_image_tokens": 1,
+    }
+
+
+DUMMY = DummyProcessor(
+    special=SPECIAL,
+    named=NAMED,
+    extra={"image_token": "<image>"},
+    opening="A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
+    "detailed, and polite answers to the user's questions. ",
+    start="message['role'].upper() + ': '",
+    image="'<image>\n'",
+    end="' '",
+    answer="'ASSISTANT:'",
+    save=save_processor,
+)
 
 
 class Llava:
     """transformers' LlavaForConditionalGeneration."""
 
     model_type = "llava"
+    models: tuple[KnownModel, ...] = (
+        KnownModel("llava-1.5-7b", "llava-hf/llava-1.5-7b-hf", CONFIG | {"text_config": VICUNA_7B}),
+        KnownModel("llava-1.5-13b", "llava-hf/llava-1.5-13b-hf", CONFIG | {"text_config": VICUNA_13B}),
+    )
+    released: ReleasedSettings | None = ReleasedSettings(
+        (
+            ReleasedStage(layer=3, keep=1 / 2, attention=0.3, factor=3.7, diversity=0.3, seeds=1 / 4),
+            ReleasedStage(layer=6, keep=1 / 4, attention=0.9, factor=1.5, diversity=0.1),
+            ReleasedStage(layer=14, keep=1 / 12, attention=1.0, factor=1.2, diversity=0.0),
+        ),
+        drop_layer=22,
+        num_layers=32,
+    )
+    dummy: DummyProcessor | None = DUMMY
     renames: tuple[tuple[str, str], ...] = (
         ("language_model.model.", "language_model."),  # transformers 4
         ("language_model.lm_head.", "lm_head."),

@@ -6,9 +6,13 @@ the same number of patches. The tokens are those of the base view, then those of
 the rows or columns that are nothing but padding, and with a learned newline token at the end of each row.
 """
 
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from btp_export.families._checkpoint import model_spec
+from btp_export.families._known import DummyProcessor, KnownModel
 from btp_export.families._vision import (
     Layout,
     PatchFeatures,
@@ -19,7 +23,7 @@ from btp_export.families._vision import (
     make_profile,
     vision_state,
 )
-from btp_export.families.llava import Llava
+from btp_export.families.llava import CONFIG, DUMMY, VICUNA_7B, Llava, counting, picture_size
 from graphs.files.checkpoint import Checkpoint
 from graphs.records.errors import InputError
 from graphs.records.shapes import ShapeProfile
@@ -28,6 +32,7 @@ from graphs.records.token_layout import Grid
 
 if TYPE_CHECKING:
     from torch import nn
+    from transformers import PreTrainedTokenizerFast
 
 PINPOINTS = (
     (336, 672),
@@ -38,10 +43,40 @@ PINPOINTS = (
 )  # transformers' own where config.json has none
 
 
+VICUNA_1_6 = {
+    "architectures": ["LlavaNextForConditionalGeneration"],
+    "model_type": "llava_next",
+    "image_grid_pinpoints": [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]],
+    "use_image_newline_parameter": True,
+    "text_config": VICUNA_7B,
+}
+
+
+def save_processor(
+    config: Mapping[str, Any], tokenizer: "PreTrainedTokenizerFast", template: str, folder: Path
+) -> None:
+    """Write transformers' own processor with the settings of the published files."""
+    from transformers import LlavaNextProcessor
+    from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+
+    images = LlavaNextImageProcessorPil(**picture_size(config), image_grid_pinpoints=config["image_grid_pinpoints"])
+    LlavaNextProcessor(images, tokenizer, **counting(config), chat_template=template).save_pretrained(folder)
+
+
 class LlavaNext:
     """transformers' LlavaNextForConditionalGeneration."""
 
     model_type = "llava_next"
+    models: tuple[KnownModel, ...] = (
+        KnownModel("llava-1.6-7b", "llava-hf/llava-v1.6-vicuna-7b-hf", CONFIG | VICUNA_1_6),
+    )
+    released = Llava.released
+    dummy: DummyProcessor | None = replace(
+        DUMMY,
+        opening="A chat between a curious human and an artificial intelligence assistant. The assistant gives helpful, "
+        "detailed, and polite answers to the human's questions. ",
+        save=save_processor,
+    )
     renames: tuple[tuple[str, str], ...] = (*Llava.renames, ("model.image_newline", "image_newline"))
 
     def spec(self, checkpoint: Checkpoint, name: str) -> ModelSpec:

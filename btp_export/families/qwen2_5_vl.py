@@ -10,12 +10,16 @@ docs/decisions/qwen-vision-capture.md.
 """
 
 import copy
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from btp_export.families._checkpoint import model_spec
+from btp_export.families._known import DummyProcessor, KnownModel
 from btp_export.families._vision import Layout, load_vision, make_profile, vision_state
+from calibrate.place.presets import ReleasedSettings, ReleasedStage
 from graphs.files.checkpoint import Checkpoint
 from graphs.records.errors import InputError
 from graphs.records.shapes import ShapeProfile
@@ -23,15 +27,119 @@ from graphs.records.spec import ModelSpec, VisionSpec
 
 if TYPE_CHECKING:
     from torch import nn
+    from transformers import PreTrainedTokenizerFast
 
 DEFAULT_SIDE = 672  # 24 x 24 = 576 tokens, as many as LLaVA-1.5 has
 PIXEL_RANGE = (56 * 56, 28 * 28 * 1280)  # of transformers' image processor, where the checkpoint brings none
+
+DECODER_7B: dict[str, Any] = {
+    "model_type": "qwen2_5_vl_text",
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "hidden_act": "silu",
+    "max_position_embeddings": 128000,
+    "max_window_layers": 28,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 1000000.0,
+    "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
+    "sliding_window": 32768,
+    "use_sliding_window": False,
+    "tie_word_embeddings": False,
+    "vocab_size": 152064,
+}
+TOWER: dict[str, Any] = {
+    "model_type": "qwen2_5_vl",
+    "depth": 32,
+    "hidden_act": "silu",
+    "hidden_size": 1280,
+    "intermediate_size": 3420,
+    "num_heads": 16,
+    "in_channels": 3,
+    "out_hidden_size": 3584,
+    "patch_size": 14,
+    "spatial_merge_size": 2,
+    "spatial_patch_size": 14,
+    "temporal_patch_size": 2,
+    "tokens_per_second": 2,
+    "window_size": 112,
+    "fullatt_block_indexes": [7, 15, 23, 31],
+}
+CONFIG_7B: dict[str, Any] = {
+    "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+    "model_type": "qwen2_5_vl",
+    "bos_token_id": 151643,
+    "eos_token_id": 151645,
+    "vision_start_token_id": 151652,
+    "vision_end_token_id": 151653,
+    "vision_token_id": 151654,
+    "image_token_id": 151655,
+    "video_token_id": 151656,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "text_config": DECODER_7B,
+    "vision_config": TOWER,
+}
+SPECIAL = {
+    "<|endoftext|>": 151643,
+    "<|im_start|>": 151644,
+    "<|im_end|>": 151645,
+    "<|vision_start|>": 151652,
+    "<|vision_end|>": 151653,
+    "<|vision_pad|>": 151654,
+    "<|image_pad|>": 151655,
+    "<|video_pad|>": 151656,
+}
+
+
+def save_processor(
+    config: Mapping[str, Any], tokenizer: "PreTrainedTokenizerFast", template: str, folder: Path
+) -> None:
+    """Write the files as they are published; transformers builds a Qwen processor only where torchvision is."""
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    vision = config["vision_config"]
+    images = Qwen2VLImageProcessorPil(
+        patch_size=vision["patch_size"],
+        temporal_patch_size=vision["temporal_patch_size"],
+        merge_size=vision["spatial_merge_size"],
+        size={"shortest_edge": 3136, "longest_edge": 12845056},  # pixels, as published
+    )
+    images.save_pretrained(folder)
+    document = json.loads((folder / "preprocessor_config.json").read_text(encoding="utf-8"))
+    document |= {"image_processor_type": "Qwen2VLImageProcessor", "processor_class": "Qwen2_5_VLProcessor"}
+    (folder / "preprocessor_config.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    tokenizer.save_pretrained(folder)
+    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
 
 
 class Qwen2_5_VL:
     """transformers' Qwen2_5_VLForConditionalGeneration, pictures only."""
 
     model_type = "qwen2_5_vl"
+    models: tuple[KnownModel, ...] = (KnownModel("qwen2.5-vl-7b", "Qwen/Qwen2.5-VL-7B-Instruct", CONFIG_7B),)
+    released: ReleasedSettings | None = ReleasedSettings(
+        (
+            ReleasedStage(layer=3, keep=1 / 2, attention=0.1, factor=1.2, diversity=None),
+            ReleasedStage(layer=6, keep=1 / 4, attention=0.4, factor=1.2, diversity=None),
+            ReleasedStage(layer=15, keep=1 / 8, attention=1.0, factor=1.2, diversity=None),
+        ),
+        drop_layer=22,
+        num_layers=28,
+    )
+    dummy: DummyProcessor | None = DummyProcessor(
+        special=SPECIAL,
+        named={"unk_token": "<|endoftext|>", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"},
+        extra={"image_token": "<|image_pad|>", "video_token": "<|video_pad|>"},
+        opening="<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n",
+        start="'<|im_start|>' + message['role'] + '\n'",
+        image="'<|vision_start|><|image_pad|><|vision_end|>'",
+        end="'<|im_end|>\n'",
+        answer="'<|im_start|>assistant\n'",
+        save=save_processor,
+    )
     renames: tuple[tuple[str, str], ...] = (
         ("model.language_model.", "language_model."),  # transformers 5
         ("model.visual.", "visual."),

@@ -10,19 +10,13 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from btp_export.families import Family, family_for
+from btp_export.families import Family, family_for, known_models
 from graphs.files.checkpoint import Checkpoint, missing_shards, open_checkpoint, read_config
 from graphs.records.errors import InputError, UnavailableError
 from graphs.records.progress import Report
 from graphs.records.spec import ModelSpec
 
 DEMO = "demo"
-HUB_NAMES = {
-    "llava-1.5-7b": "llava-hf/llava-1.5-7b-hf",
-    "llava-1.5-13b": "llava-hf/llava-1.5-13b-hf",
-    "llava-1.6-7b": "llava-hf/llava-v1.6-vicuna-7b-hf",
-    "qwen2.5-vl-7b": "Qwen/Qwen2.5-VL-7B-Instruct",
-}
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -111,11 +105,13 @@ def find_model(name: str) -> Source:
         from btp_export.demo import checkpoint_path
 
         return Source(DEMO, DEMO, checkpoint_path(), is_demo=True)
-    folder = Path(name).expanduser()
-    if name and name not in HUB_NAMES and folder.is_dir():
+    folder, known = Path(name).expanduser(), known_models()
+    if name in known:
+        return _from_hub(name, known[name].repository)
+    if name and folder.is_dir():
         return _local(folder.resolve())
-    if name in HUB_NAMES or (HUB_ID.fullmatch(name) and not folder.parent.is_dir()):
-        return _from_hub(name, HUB_NAMES.get(name, name))
+    if HUB_ID.fullmatch(name) and not folder.parent.is_dir():
+        return _from_hub(name, name)
     if folder.is_file():
         raise InputError(f"{name} is a file", wanted="a checkpoint folder", do="give the folder that holds config.json")
     raise _unknown(name)
@@ -174,7 +170,7 @@ def _some(names: list[str]) -> str:
 
 
 def _unknown(name: str) -> InputError:
-    known = [DEMO, *HUB_NAMES]
+    known = [DEMO, *known_models()]
     close = difflib.get_close_matches(name.lower(), known, n=2, cutoff=0.5)
     return InputError(
         f"no model is called {name!r}, and it is no folder",

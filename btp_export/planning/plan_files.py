@@ -21,6 +21,7 @@ def plan_for(
     brings it to a profile. A budget goes with presets only. Raises InputError for an unknown name, an unreadable file
     or another model's plan.
     """
+    from btp_export.families import family_of
     from calibrate.place.presets import PRESETS, preset
 
     if name in PRESETS:
@@ -31,6 +32,7 @@ def plan_for(
             image_tokens=spec.vision.image_tokens,
             grid=spec.vision.grid,
             blocks=spec.vision.blocks,
+            released=family_of(spec).released,
             compression=compression,
             average_tokens=average_tokens,
         )

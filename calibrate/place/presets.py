@@ -1,5 +1,7 @@
 """Plans by name: the released settings of BTP, and the methods it is compared with as special cases of one plan.
 
+The released settings of a model are passed in: its family has them (btp_export/families/).
+
 Every preset is scaled to the model: published layers by L / L_published, counts by V. Asked for a compression, counts
 are solved so that the plan comes as near to it from below as integer counts allow. Asked for average tokens, to be
 compared with another plan, it comes as near as they allow from either side: within half a token, and within 1 % where
@@ -19,41 +21,41 @@ from graphs.records.plan import PruningPlan, Stage
 
 
 @dataclass(frozen=True)
-class Preset:
-    """A named recipe: `make(shape, budget)`; `budget` is in tokens summed over the layers, None for its own setting."""
+class ReleasedStage:
+    """One stage of released settings: counts as shares of `keep`, and keep and seeds as shares of V.
 
-    name: str
-    summary: str
-    make: Callable[[Shape, int | None], PruningPlan]
-
-
-@dataclass(frozen=True)
-class _Released:
-    """One stage of released settings, counts as shares of `keep` and V (`seeds`)."""
+    `factor` is pool / attention quota. `diversity` None: all that the attention quota leaves.
+    """
 
     layer: int
     keep: float
     attention: float
     factor: float
-    diversity: float | None  # None: all that attention leaves
+    diversity: float | None
     seeds: float = 0.0
 
 
-REST = None  # the diversity quota is all that the attention quota leaves
+@dataclass(frozen=True)
+class ReleasedSettings:
+    """What the authors of BTP released for one model: stages, the layer that drops everything, and its layers L."""
 
-# (stage layer, keep / V, attention quota / keep, pool / quota, diversity quota / keep, spatial set / V)
-_LLAVA = (
-    _Released(3, 1 / 2, 0.3, 3.7, 0.3, 1 / 4),
-    _Released(6, 1 / 4, 0.9, 1.5, 0.1),
-    _Released(14, 1 / 12, 1.0, 1.2, 0.0),
-)
-_QWEN2_5_VL = (
-    _Released(3, 1 / 2, 0.1, 1.2, REST),
-    _Released(6, 1 / 4, 0.4, 1.2, REST),
-    _Released(15, 1 / 8, 1.0, 1.2, REST),
-)
-_RELEASED: dict[str, tuple[tuple[_Released, ...], int, int]] = {"qwen2_5_vl": (_QWEN2_5_VL, 22, 28)}
-_RELEASED_DEFAULT = (_LLAVA, 22, 32)  # stages, layer that drops all, layers of the model
+    stages: tuple[ReleasedStage, ...]
+    drop_layer: int
+    num_layers: int
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A named recipe: `make(shape, budget, released)`.
+
+    `budget` is in tokens summed over the layers, None for the recipe's own setting. `released` are the settings that
+    the model's family brings, which only a recipe with `uses_released` looks at.
+    """
+
+    name: str
+    summary: str
+    make: Callable[[Shape, int | None, ReleasedSettings | None], PruningPlan]
+    uses_released: bool = False
 
 
 def preset(
@@ -64,13 +66,14 @@ def preset(
     image_tokens: int,
     grid: tuple[int, int],
     blocks: tuple[tuple[int, int], ...] = (),
+    released: ReleasedSettings | None = None,
     average_tokens: float | None = None,
     compression: float | None = None,
 ) -> PruningPlan:
     """The plan of that name for a decoder of L layers and V image tokens on `grid` (or in `blocks`).
 
-    Without a budget it has its method's own published setting. Raises InputError for an unknown name, for two budgets,
-    and for a budget that the method cannot reach.
+    Without a budget it has its method's own published setting; `btp-paper` takes it from `released`. Raises InputError
+    for an unknown name, `btp-paper` without settings, two budgets, and a budget that the method cannot reach.
     """
     if name not in PRESETS:
         raise InputError(f"no preset is called {name!r}", wanted=", ".join(PRESETS), do="btp-export plan --list")
@@ -78,16 +81,16 @@ def preset(
         raise InputError("both an average and a compression", wanted="one of them", do="leave one out")
     shape = Shape(model_type, num_layers, image_tokens, grid, blocks)
     if average_tokens is not None:
-        return _nearest(PRESETS[name], shape, average_tokens)
-    return PRESETS[name].make(shape, None if compression is None else _budget(compression, shape))
+        return _nearest(PRESETS[name], shape, released, average_tokens)
+    return PRESETS[name].make(shape, None if compression is None else _budget(compression, shape), released)
 
 
-def _nearest(entry: Preset, shape: Shape, average_tokens: float) -> PruningPlan:
+def _nearest(entry: Preset, shape: Shape, released: ReleasedSettings | None, average_tokens: float) -> PruningPlan:
     """The plan from below, or the one for half a token more, whichever average is nearer."""
     budget = _budget(1.0 - average_tokens / shape.image_tokens, shape)
-    below = entry.make(shape, budget)
+    below = entry.make(shape, budget, released)
     half = min(budget + -(-shape.num_layers // 2), shape.num_layers * shape.image_tokens)
-    return min((below, entry.make(shape, half)), key=lambda plan: abs(plan.average_tokens - average_tokens))
+    return min((below, entry.make(shape, half, released)), key=lambda plan: abs(plan.average_tokens - average_tokens))
 
 
 def _budget(compression: float, shape: Shape) -> int:
@@ -112,31 +115,38 @@ def scaled_layers(layers: Sequence[int], published: int, num_layers: int) -> tup
     return tuple(layer for layer in scaled if layer >= 1)
 
 
-def _none(shape: Shape, budget: int | None) -> PruningPlan:
+def _none(shape: Shape, budget: int | None, _: ReleasedSettings | None) -> PruningPlan:
     """Nothing is pruned, whatever the budget: the plan the others are measured against."""
     return shape.plan(())
 
 
-def _btp_paper(shape: Shape, budget: int | None) -> PruningPlan:
-    released, drop, published = _RELEASED.get(shape.model_type, _RELEASED_DEFAULT)
-    layers = scaled_layers([*(stage.layer for stage in released), drop], published, shape.num_layers)
-    released = released[len(released) + 1 - len(layers) :] if len(layers) > 1 else ()
+def _btp_paper(shape: Shape, budget: int | None, released: ReleasedSettings | None) -> PruningPlan:
+    if released is None:
+        raise InputError(
+            f"btp-paper for {shape.model_type}",
+            wanted="a model whose family has released settings",
+            do="another preset, or btp-export calibrate",
+        )
+    layers = scaled_layers(
+        [*(stage.layer for stage in released.stages), released.drop_layer], released.num_layers, shape.num_layers
+    )
+    settings = released.stages[len(released.stages) + 1 - len(layers) :] if len(layers) > 1 else ()
     # A count of 1 is the least a stage can keep, and counts must fall.
     keeps = [
-        max(len(released) - n, math.floor(shape.image_tokens * stage.keep + 1e-9)) for n, stage in enumerate(released)
+        max(len(settings) - n, math.floor(shape.image_tokens * stage.keep + 1e-9)) for n, stage in enumerate(settings)
     ]
     if budget is not None and layers:
-        exponents = [-math.log2(stage.keep) for stage in released]
+        exponents = [-math.log2(stage.keep) for stage in settings]
         layers, keeps = _fit(layers, exponents, shape, budget, drops=True, name="btp-paper")
-        released = released[len(released) - len(keeps) :]
+        settings = settings[len(settings) - len(keeps) :]
     stages, tokens = [], shape.image_tokens
-    for n, (layer, keep, stage) in enumerate(zip(layers, keeps, released, strict=False)):
+    for n, (layer, keep, stage) in enumerate(zip(layers, keeps, settings, strict=False)):
         stages.append(_released_stage(layer, keep, stage, tokens, shape, first=n == 0))
         tokens = keep
     return shape.plan([*stages, *(Stage(layer=layer, keep=0) for layer in layers[len(keeps) :])])
 
 
-def _released_stage(layer: int, keep: int, settings: _Released, tokens: int, shape: Shape, *, first: bool) -> Stage:
+def _released_stage(layer: int, keep: int, settings: ReleasedStage, tokens: int, shape: Shape, *, first: bool) -> Stage:
     """Shares to integers as the released code does: quotas are cut, pool = factor x cut quota, cut."""
     quota, share = math.floor(settings.attention * keep + 1e-9), settings.diversity
     seeds = min(keep, shape.grid[0] * shape.grid[1], math.floor(settings.seeds * shape.image_tokens))
@@ -194,7 +204,7 @@ def _attention_stage(layer: int, keep: int) -> Stage:
     return Stage(layer=layer, keep=keep, attention_quota=keep, pool=keep, boundary=keep)
 
 
-def _fastv(shape: Shape, budget: int | None) -> PruningPlan:
+def _fastv(shape: Shape, budget: int | None, _: ReleasedSettings | None) -> PruningPlan:
     """One early stage by attention (published: layer 2 of 32, half kept)."""
     layers = scaled_layers((2,), 32, shape.num_layers)
     keeps = [shape.image_tokens // 2]
@@ -203,7 +213,7 @@ def _fastv(shape: Shape, budget: int | None) -> PruningPlan:
     return shape.plan([_attention_stage(layer, keep) for layer, keep in zip(layers, keeps, strict=True)])
 
 
-def _pyramiddrop(shape: Shape, budget: int | None) -> PruningPlan:
+def _pyramiddrop(shape: Shape, budget: int | None, _: ReleasedSettings | None) -> PruningPlan:
     """Half of the tokens again and again, by attention (published: at layers 8, 16 and 24 of 32)."""
     layers = scaled_layers((8, 16, 24), 32, shape.num_layers)
     exponents = (1.0, 2.0, 3.0)[: len(layers)]
@@ -214,13 +224,13 @@ def _pyramiddrop(shape: Shape, budget: int | None) -> PruningPlan:
     return shape.plan([_attention_stage(layer, keep) for layer, keep in zip(layers, keeps, strict=True)])
 
 
-def _divprune(shape: Shape, budget: int | None) -> PruningPlan:
+def _divprune(shape: Shape, budget: int | None, _: ReleasedSettings | None) -> PruningPlan:
     """Farthest-point selection before layer 0 (published: 9.8 % kept)."""
     keep = _keep_from_start(shape, budget, 0.098)
     return shape.plan([Stage(layer=0, keep=keep, boundary=keep, diversity_quota=keep)])
 
 
-def _vtw(shape: Shape, budget: int | None) -> PruningPlan:
+def _vtw(shape: Shape, budget: int | None, _: ReleasedSettings | None) -> PruningPlan:
     """Everything is dropped at one layer (published: half way); a fixed lot goes one layer early to meet a budget."""
     if budget is None:
         return shape.plan([Stage(layer=max(1, shape.num_layers // 2), keep=0)])
@@ -231,13 +241,13 @@ def _vtw(shape: Shape, budget: int | None) -> PruningPlan:
     return shape.plan(stages, importance="random" if rest else "last-token")
 
 
-def _random(shape: Shape, budget: int | None) -> PruningPlan:
+def _random(shape: Shape, budget: int | None, _: ReleasedSettings | None) -> PruningPlan:
     """Tokens drawn by lot before layer 0 (a fixed lot: static graphs)."""
     keep = _keep_from_start(shape, budget, 0.22)
     return shape.plan([_attention_stage(0, keep)], importance="random")
 
 
-def _dart(shape: Shape, budget: int | None) -> PruningPlan:
+def _dart(shape: Shape, budget: int | None, _: ReleasedSettings | None) -> PruningPlan:
     """A few pivots and the tokens least similar to them, before layer 0."""
     keep = _keep_from_start(shape, budget, 0.22)
     return shape.plan([_attention_stage(0, keep)], importance="pivot-distance")
@@ -252,7 +262,12 @@ PRESETS: dict[str, Preset] = {
     entry.name: entry
     for entry in (
         Preset("none", "nothing is pruned", _none),
-        Preset("btp-paper", "the released settings of Balanced Token Pruning, scaled to the model", _btp_paper),
+        Preset(
+            "btp-paper",
+            "the released settings of Balanced Token Pruning, scaled to the model",
+            _btp_paper,
+            uses_released=True,
+        ),
         Preset("fastv", "one early stage by attention", _fastv),
         Preset("pyramiddrop", "several stages by attention", _pyramiddrop),
         Preset("divprune", "the most spread-out tokens, before layer 0", _divprune),

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ from safetensors import safe_open
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from btp_export import cli
-from btp_export.dummy import checkpoints, configs
+from btp_export.dummy import checkpoints
 from btp_export.dummy.checkpoints import DTYPES, configured, dummy_checkpoint, read_marker, tensor_bits, tensor_shapes
+from btp_export.dummy.processor import save_processor
+from btp_export.families import llava
 from btp_export.families._processor import load_processor
 from btp_export.model.open_model import DummyWeights, open_model
 from graphs.files.bundle import Bundle
@@ -27,11 +30,12 @@ SMALL_VISION |= {"image_size": 84}
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """llava-1.5-7b with few and narrow layers, made in the cache folder that is given back."""
-    config = json.loads(json.dumps(configs.CONFIGS["llava-1.5-7b"]))
+    config = json.loads(json.dumps(llava.FAMILY.models[0].config))
     config["text_config"] |= SMALL_TEXT | {"num_hidden_layers": 6}
     config["vision_config"] |= SMALL_VISION
     config["image_seq_length"] = 36
-    monkeypatch.setitem(configs.CONFIGS, "llava-1.5-7b", config)
+    model = replace(llava.FAMILY.models[0], config=config)
+    monkeypatch.setattr(llava.FAMILY, "models", (model, *llava.FAMILY.models[1:]))
     monkeypatch.setattr(checkpoints, "SHARD_BYTES", 3_000_000)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path / "cache" / "btp-export" / "dummy"
@@ -63,7 +67,7 @@ def test_the_processor_puts_the_picture_where_the_real_one_does(
     model: str, prefix: int, image_token: int, eos: int, tmp_path: Path
 ) -> None:
     config, _ = configured(model)
-    checkpoints.save_processor(config, tmp_path)
+    save_processor(config, tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(config))
     processor = load_processor(tmp_path)
     content = [{"type": "image"}, {"type": "text", "text": "What is there?"}]

@@ -431,7 +431,10 @@ def test_a_picture_of_another_grid_is_refused_or_scaled(bundles):
 
 
 def test_paper_preset_is_the_released_setting():
-    plan = preset("btp-paper", model_type="qwen2_5_vl", num_layers=28, image_tokens=576, grid=(24, 24))
+    released = family_for({"model_type": "qwen2_5_vl"}).released
+    plan = preset(
+        "btp-paper", model_type="qwen2_5_vl", num_layers=28, image_tokens=576, grid=(24, 24), released=released
+    )
     assert [(stage.layer, stage.keep) for stage in plan.stages] == [(3, 288), (6, 144), (15, 72), (22, 0)]
     first, second, third = plan.stages[:3]
     assert (first.attention_quota, first.pool, first.diversity_quota) == (28, 33, 260)

@@ -14,13 +14,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from btp_export import cli
-from btp_export.model.open_model import HUB_NAMES, find_model, open_model
+from btp_export.families import known_models
+from btp_export.model.open_model import find_model, open_model
 from graphs.files.atomic import hub_sha256, sha256
 from graphs.files.checkpoint import open_checkpoint
 from graphs.records.errors import InputError, UnavailableError
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
-REPOSITORY = HUB_NAMES["llava-1.5-7b"]
+REPOSITORY = known_models()["llava-1.5-7b"].repository
 
 
 @pytest.fixture

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from btp_export.model.open_model import HUB_NAMES, find_model, open_model
+from btp_export.families import known_models
+from btp_export.model.open_model import find_model, open_model
 from graphs.records.errors import InputError, UnavailableError
 
 
@@ -47,7 +48,7 @@ def test_a_file_is_no_model(tmp_path: Path) -> None:
         find_model(str(tmp_path / "model.safetensors"))
 
 
-@pytest.mark.parametrize("name", [*HUB_NAMES, "somebody/something"])
+@pytest.mark.parametrize("name", [*known_models(), "somebody/something"])
 def test_without_a_network_it_says_what_to_put_where(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -55,7 +56,7 @@ def test_without_a_network_it_says_what_to_put_where(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(UnavailableError) as caught:
         find_model(name)
-    repository = HUB_NAMES.get(name, name)
+    repository = known_models()[name].repository if name in known_models() else name
     assert repository in caught.value.got and "config.json" in caught.value.wanted
     assert "--model FOLDER" in caught.value.do
 

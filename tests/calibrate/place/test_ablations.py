@@ -2,6 +2,7 @@
 
 import pytest
 
+from btp_export.families.llava import FAMILY
 from calibrate.place.ablations import ablations, balance_of, switched, with_layers
 from calibrate.place.balance import Recipe
 from calibrate.place.counts import Shape
@@ -49,7 +50,9 @@ def test_all_keep_the_average_tokens(shape: Shape) -> None:
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_other_plans_have_those_ablations_that_change_them(name: str) -> None:
-    plan = preset(name, model_type="llava", num_layers=32, image_tokens=576, grid=(24, 24))
+    plan = preset(
+        name, model_type="llava", num_layers=32, image_tokens=576, grid=(24, 24), released=FAMILY.released
+    )  # fmt: skip
     found = variants(plan)
     digests = {variant.model_copy(update={"calibration": {}}).digest() for variant in found.values()}
     assert len(digests) == len(found)

@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from btp_export.families import family_for
 from calibrate.place.balance import Recipe
 from calibrate.place.counts import EXPONENTS, Shape, counts_for, refitted
 from calibrate.place.presets import PRESETS, preset
@@ -40,7 +41,7 @@ def test_a_budget_that_the_layers_cannot_meet_is_refused() -> None:
 def make(name: str, shape: Shape = LLAVA, **budget: float):
     return preset(
         name, model_type=shape.model_type, num_layers=shape.num_layers, image_tokens=shape.image_tokens,
-        grid=shape.grid, blocks=shape.blocks, **budget,
+        grid=shape.grid, blocks=shape.blocks, released=family_for({"model_type": shape.model_type}).released, **budget,
     )  # fmt: skip
 
 
@@ -132,6 +133,11 @@ def test_vtw_between_two_layers_withdraws_a_fixed_part_early() -> None:
     whole = make("vtw", average_tokens=144.0)
     assert [(stage.layer, stage.keep) for stage in whole.stages] == [(8, 0)]
     assert [(stage.layer, stage.keep) for stage in make("vtw").stages] == [(16, 0)]  # its own setting
+
+
+def test_btp_paper_needs_released_settings() -> None:
+    with pytest.raises(InputError, match="btp-paper for another"):
+        preset("btp-paper", model_type="another", num_layers=32, image_tokens=576, grid=(24, 24))
 
 
 def test_unknown_presets_and_two_budgets_are_refused() -> None:

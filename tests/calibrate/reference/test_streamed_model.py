@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from btp_export.families.llava import FAMILY
 from calibrate.place.counts import Shape
 from calibrate.place.presets import preset
 from calibrate.reference.records import ReferenceInput
@@ -68,7 +69,8 @@ def test_pruned_runs_equal_a_second_implementation(
     name: str, model: tuple[Any, Path], reference: StreamedReference
 ) -> None:
     plan = BALANCED if name == "balanced" else preset(
-        name, model_type="llava", num_layers=LAYERS, image_tokens=SIDE * SIDE, grid=(SIDE, SIDE)
+        name, model_type="llava", num_layers=LAYERS, image_tokens=SIDE * SIDE, grid=(SIDE, SIDE),
+        released=FAMILY.released,
     )  # fmt: skip
     inputs = [make_input(model[0], text=4 + seed, seed=seed)[0] for seed in range(3)]
     for given, run in zip(inputs, reference.run(inputs, plan, record_segments=True), strict=True):
