@@ -138,7 +138,7 @@ def _refuse_features(config: dict[str, Any], text: "PreTrainedConfig") -> None:
 def _refuse_tensors(checkpoint: Checkpoint, spec: DecoderSpec) -> None:
     """A tensor the block does not read (a query norm, an expert, a bias) means the block is not this model's.
 
-    Nor is it if the block reads a tensor of another shape.
+    Nor is it if the block reads a tensor of another shape, or one that is not there.
     """
     known = _shapes(spec)
     for name, ref in checkpoint.tensors.items():
@@ -157,6 +157,13 @@ def _refuse_tensors(checkpoint: Checkpoint, spec: DecoderSpec) -> None:
                 wanted=f"{list(known[within])}, as config.json says",
                 do="use the config.json and the safetensors files of the same model",
             )
+    outside = {"norm.weight", "embed_tokens.weight"}
+    for within in known:
+        layers = [""] if within in outside else [f"layers.{layer}." for layer in range(spec.num_layers)]
+        for prefix in layers:
+            checkpoint[f"language_model.{prefix}{within}"]  # raises for one that is not there
+    if not spec.tie_word_embeddings:
+        checkpoint["lm_head.weight"]
 
 
 def _shapes(spec: DecoderSpec) -> dict[str, tuple[int, ...]]:

@@ -96,7 +96,22 @@ def open_model(name: str, dummy: DummyWeights | None = None, *, report: Report |
     family = family_for(read_config(source.folder))
     _check_parts(source)
     checkpoint = open_checkpoint(source.folder, family.renames)
-    return Model(source, family, checkpoint, family.spec(checkpoint, source.name))
+    return Model(source, family, checkpoint, _spec(family, checkpoint, source.name))
+
+
+def _spec(family: Family, checkpoint: Checkpoint, name: str) -> ModelSpec:
+    """The model as data; an error names both sets of weights where the folder has two."""
+    try:
+        return family.spec(checkpoint, name)
+    except InputError as error:
+        if not checkpoint.not_read:
+            raise
+        read = ", ".join(checkpoint.shards)
+        raise InputError(
+            f"{error.got} ({read} is what transformers loads; {checkpoint.not_read} beside it names other weights)",
+            wanted=error.wanted,
+            do=f"remove {read}, or {checkpoint.not_read} and its shards, whichever is not this model's",
+        ) from error
 
 
 def find_model(name: str) -> Source:

@@ -31,7 +31,8 @@ NUMPY_DTYPES: dict[str, np.dtype[Any]] = {
     "BOOL": np.dtype(np.bool_),
 }
 
-
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+INDEX_ENDING = ".safetensors.index.json"
 HEADER_BYTES = 100_000_000  # the format's own limit
 
 
@@ -70,6 +71,7 @@ class Checkpoint:
     tensors: Mapping[str, TensorRef]
     files: tuple[Path, ...]  # safetensors files, real paths, symbolic links resolved
     shards: tuple[str, ...]  # their names in the folder, in the order of `files`
+    not_read: str = ""  # an index beside them that is not followed, because transformers does not
 
     def __getitem__(self, name: str) -> TensorRef:
         try:
@@ -103,13 +105,14 @@ def read_config(folder: Path) -> dict[str, Any]:
 def open_checkpoint(
     folder: Path, renames: Sequence[tuple[str, str]] = (), *, weights: Path | None = None
 ) -> Checkpoint:
-    """Read config.json and every shard's header; the shards lie in `weights` if that is another folder.
+    """Read config.json and every shard's header; the shards lie in `weights` if that is another folder, of a bundle.
 
     `renames` are (stored prefix, canonical prefix) pairs; the first prefix that fits a stored name is replaced.
     Raises InputError for a missing, truncated or corrupt file, a missing shard, or one tensor stored twice.
     """
     config = read_config(folder)
-    paths = _shards(weights or folder)
+    entry = weights_entry(folder) if weights is None else _bundle_entry(weights)
+    paths = _shards(entry)
     tensors: dict[str, TensorRef] = {}
     for path in paths:
         for ref in _read_header(path, renames):
@@ -121,7 +124,37 @@ def open_checkpoint(
                 )
             tensors[ref.name] = ref
     files = tuple(path.resolve() for path in paths)
-    return Checkpoint(folder, config, tensors, files, tuple(path.name for path in paths))
+    single = entry.name == SINGLE and (entry.parent / INDEX).is_file()
+    shards = tuple(path.name for path in paths)
+    return Checkpoint(folder, config, tensors, files, shards, not_read=INDEX if single else "")
+
+
+def weights_entry(folder: Path) -> Path:
+    """The file that transformers' from_pretrained begins with: weights, or the index of shards; it need not be there.
+
+    Its order of choice: what config.json names as `transformers_weights`, model.safetensors, the index. An index beside
+    model.safetensors is not looked at: save_pretrained leaves one behind when it writes over a sharded folder.
+    """
+    named = read_config(folder).get("transformers_weights") if (folder / "config.json").is_file() else None
+    if named is not None:
+        if (
+            not isinstance(named, str)
+            or Path(named).name != named
+            or not named.endswith((".safetensors", INDEX_ENDING))
+        ):
+            raise InputError(
+                f"config.json sets transformers_weights to {named!r}",
+                wanted=f"a file in the folder that ends with .safetensors or {INDEX_ENDING}",
+                do="restore config.json",
+            )
+        return folder / named
+    has_index = (folder / INDEX).is_file() and not (folder / SINGLE).is_file()
+    return folder / (INDEX if has_index else SINGLE)
+
+
+def _bundle_entry(folder: Path) -> Path:
+    """The same for the weights of a bundle, which have an index unless model.safetensors is all there is."""
+    return folder / (INDEX if (folder / INDEX).is_file() else SINGLE)
 
 
 def missing_shards(folder: Path) -> list[str]:
@@ -129,13 +162,13 @@ def missing_shards(folder: Path) -> list[str]:
 
     Raises InputError for an index that cannot be read.
     """
-    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    if index.is_file():
-        return [name for name in _indexed_files(index) if not (folder / name).is_file()]
-    stray = sorted(path.name for path in folder.glob("*.safetensors") if path != single)
-    if single.is_file() or any(folder.glob("*.bin")):  # pickles have an error of their own
+    entry = weights_entry(folder)
+    if entry.is_file():
+        return [name for name in _files_of(entry) if not (folder / name).is_file()]
+    if any(folder.glob("*.bin")) and entry.name == SINGLE:  # pickles have an error of their own
         return []
-    return ["model.safetensors.index.json" if stray else "model.safetensors"]
+    stray = any(path.is_file() for path in folder.glob("*.safetensors"))
+    return [INDEX if stray and entry.name == SINGLE else entry.name]
 
 
 def open_tensors(path: Path) -> dict[str, TensorRef]:
@@ -145,27 +178,29 @@ def open_tensors(path: Path) -> dict[str, TensorRef]:
     return {ref.name: ref for ref in _read_header(path, ())}
 
 
-def _shards(folder: Path) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
-    single = folder / "model.safetensors"
-    if index.is_file():
-        names = _indexed_files(index)
-        missing = missing_shards(folder)
-        if missing:
-            raise InputError(
-                f"{len(missing)} of {len(names)} shards are missing in {folder}: {', '.join(missing[:3])}",
-                wanted="every shard named in model.safetensors.index.json",
-                do="download the missing files",
-            )
-        return [folder / name for name in names]
-    if single.is_file():
-        return [single]
-    pickles = sorted(p.name for p in folder.glob("*.bin"))
-    raise InputError(
-        f"{folder} has no safetensors weights" + (f", only pickles ({pickles[0]})" if pickles else ""),
-        wanted="model.safetensors, or shards with model.safetensors.index.json (pickles are never read)",
-        do="download the safetensors version of the checkpoint",
-    )
+def _shards(entry: Path) -> list[Path]:
+    folder = entry.parent
+    if not entry.is_file():
+        pickles = sorted(p.name for p in folder.glob("*.bin"))
+        raise InputError(
+            f"{folder} has no {entry.name}" + (f", only pickles ({pickles[0]})" if pickles else ""),
+            wanted="model.safetensors, or shards with model.safetensors.index.json (pickles are never read)",
+            do="download the safetensors version of the checkpoint",
+        )
+    names = _files_of(entry)
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise InputError(
+            f"{len(missing)} of {len(names)} shards are missing in {folder}: {', '.join(missing[:3])}",
+            wanted=f"every shard named in {entry.name}",
+            do="download the missing files",
+        )
+    return [folder / name for name in names]
+
+
+def _files_of(entry: Path) -> list[str]:
+    """Names of the files with weights: those in the index, or the one file itself."""
+    return _indexed_files(entry) if entry.name.endswith(INDEX_ENDING) else [entry.name]
 
 
 def _indexed_files(index: Path) -> list[str]:

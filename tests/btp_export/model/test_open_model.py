@@ -1,9 +1,13 @@
 """What a user may call a model, and what is said when it cannot be had."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
+from safetensors.numpy import load_file, save_file
 
+from btp_export import cli
 from btp_export.families import known_models
 from btp_export.model.open_model import find_model, open_model
 from graphs.records.errors import InputError, UnavailableError
@@ -65,3 +69,24 @@ def test_a_family_that_is_not_there(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "blip"}')
     with pytest.raises(InputError, match="model type 'blip'"):
         open_model(str(tmp_path))
+
+
+def test_two_sets_of_weights_that_disagree_are_both_named(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """model.safetensors is what transformers loads; a part of the model in it is not the model."""
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_checkpoint, folder)
+    tensors = load_file(folder / "model.safetensors")
+    save_file(tensors, folder / "model-00001-of-00001.safetensors")
+    index = {"weight_map": dict.fromkeys(tensors, "model-00001-of-00001.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert open_model(str(folder)).checkpoint.shards == ("model.safetensors",)
+    half = {name: tensor for name, tensor in tensors.items() if "layers.3." not in name}
+    save_file(half, folder / "model.safetensors")
+    assert cli.main(["export", "--model", str(folder), "--plan", "none", "--out", str(tmp_path / "out")]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) <= 3 and "layers.3." in lines[0]
+    assert "model.safetensors is what transformers loads" in lines[0] and "model.safetensors.index.json" in lines[0]
+    (folder / "model.safetensors").unlink()
+    assert open_model(str(folder)).checkpoint.shards == ("model-00001-of-00001.safetensors",)

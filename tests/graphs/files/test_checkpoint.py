@@ -1,14 +1,17 @@
 """Reading safetensors headers: against the safetensors library, and every kind of damage."""
 
 import json
+import shutil
 import struct
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import save_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from graphs.files.checkpoint import open_checkpoint
+from graphs.files.checkpoint import INDEX, SINGLE, missing_shards, open_checkpoint
 from graphs.records.errors import InputError
 
 TENSORS = {
@@ -115,3 +118,84 @@ def test_one_tensor_in_two_shards(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(InputError, match="stored twice"):
         open_checkpoint(tmp_path)
+
+
+# -- which weights a folder means: what transformers' from_pretrained loads ------------------------------------------
+
+
+class Tiny:
+    """A small Llama whose every weight has one value, so that it is seen which file was read."""
+
+    def __init__(self, value: float) -> None:
+        config = LlamaConfig(
+            vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
+        )  # fmt: skip
+        self.model = LlamaForCausalLM(config)
+        with torch.no_grad():
+            for parameter in self.model.parameters():
+                parameter.fill_(value)
+
+    def save(self, folder: Path, *, shards: bool) -> None:
+        self.model.save_pretrained(folder, max_shard_size="1KB" if shards else "1GB")
+
+
+def values(folder: Path) -> dict[str, float]:
+    """What we read; the same must be what transformers loads."""
+    ours = {name: float(ref.read().ravel()[0]) for name, ref in open_checkpoint(folder).tensors.items()}
+    loaded = LlamaForCausalLM.from_pretrained(folder).state_dict()
+    assert {name: float(tensor.ravel()[0]) for name, tensor in loaded.items()} == ours
+    assert missing_shards(folder) == []
+    return ours
+
+
+def test_a_single_file_beside_an_older_index_and_its_shards(tmp_path: Path) -> None:
+    Tiny(1.0).save(tmp_path, shards=True)
+    Tiny(2.0).save(tmp_path / "new", shards=False)
+    shutil.copyfile(tmp_path / "new" / SINGLE, tmp_path / SINGLE)
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
+    assert set(values(tmp_path).values()) == {2.0}
+    assert open_checkpoint(tmp_path).not_read == INDEX
+
+
+def test_the_index_that_save_pretrained_leaves_behind(tmp_path: Path) -> None:
+    Tiny(1.0).save(tmp_path, shards=True)
+    Tiny(2.0).save(tmp_path, shards=False)
+    assert (tmp_path / INDEX).is_file() and not list(tmp_path.glob("model-*.safetensors"))
+    assert set(values(tmp_path).values()) == {2.0}
+
+
+@pytest.mark.parametrize("shards", [True, False])
+def test_the_file_that_the_configuration_names(tmp_path: Path, shards: bool) -> None:
+    Tiny(1.0).save(tmp_path, shards=False)
+    Tiny(2.0).save(tmp_path / "other", shards=shards)
+    for path in (tmp_path / "other").glob("*safetensors*"):
+        shutil.copyfile(path, tmp_path / path.name.replace(SINGLE, "second.safetensors"))
+    config = json.loads((tmp_path / "config.json").read_text())
+    named = "second.safetensors.index.json" if shards else "second.safetensors"
+    (tmp_path / "config.json").write_text(json.dumps(config | {"transformers_weights": named}))
+    assert set(values(tmp_path).values()) == {2.0}
+    (tmp_path / named).unlink()
+    assert missing_shards(tmp_path) == [named]
+    with pytest.raises(InputError, match=f"has no {named}"):
+        open_checkpoint(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config | {"transformers_weights": "../x.safetensors"}))
+    with pytest.raises(InputError, match="transformers_weights"):
+        open_checkpoint(tmp_path)
+
+
+def test_other_shards_in_the_folder_are_not_read(tmp_path: Path) -> None:
+    """Shards of an interrupted download, and the single-file form that Mistral publishes beside them."""
+    Tiny(1.0).save(tmp_path, shards=True)
+    save_file({"stray": np.ones(1, np.float32)}, tmp_path / "consolidated.safetensors")
+    save_file({"stray": np.ones(1, np.float32)}, tmp_path / "model-00001-of-00099.safetensors")
+    assert set(values(tmp_path).values()) == {1.0}
+
+
+def test_weights_of_a_bundle_have_an_index_unless_they_are_one_file(folder: Path) -> None:
+    """There a shard may be called like the single file."""
+    weights = folder / "weights"
+    weights.mkdir()
+    for name, tensor in (("model.safetensors", "a"), ("more.safetensors", "b")):
+        save_file({tensor: np.ones(1, np.float32)}, weights / name)
+    (weights / INDEX).write_text(json.dumps({"weight_map": {"a": "model.safetensors", "b": "more.safetensors"}}))
+    assert set(open_checkpoint(folder, weights=weights).tensors) == {"a", "b"}
