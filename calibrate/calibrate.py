@@ -1,14 +1,17 @@
 """Calibration: measure the unpruned model on a small set, and make the balanced plan for a budget.
 
 1. One pass of the streamed reference counts changed image tokens per layer and measures what dropping every image
-   token before each layer does to the next token (calibrate/measure/statistics.py). Its result can be kept and used
+   token before each layer does to the answer (calibrate/measure/statistics.py). Its result can be kept and used
    again.
 2. The counts propose a few placements of the stages for the budget (calibrate/place/candidates.py), for two bounds on
 the drop,
    with token counts that fall like the released ones and with flat ones.
-3. A second pass runs them all on part of the set, and a third the best few on all of it. The one whose next-token
-   distribution stays nearest to the full model's (mean KL divergence) becomes the plan.
-4. If it is asked for, counts and balance are then searched by the real objective (calibrate/place/search.py).
+3. Plans of other kinds join them where only a budget is asked for (calibrate/place/alternatives.py): before layer 0,
+   mixtures, remainders and every baseline.
+4. All run on a few of the samples, the better ones on more, the best few on all. The one that stays nearest to the full
+   model's own answers, token by token (mean KL divergence), becomes the plan. One that loses a kind of picture is
+   refused, however good its mean.
+5. If it is asked for, counts and balance are then searched by the real objective (calibrate/place/search.py).
 
 The plan's `calibration` record holds what all this was computed from. Same inputs, same settings, same plan.
 """
@@ -31,13 +34,16 @@ from calibrate.place.counts import Shape
 from calibrate.place.rank_by_divergence import judge
 from calibrate.place.search import check_tuning, tune
 from calibrate.place.stages import is_dead
+from calibrate.reference.answers import greedy_answers
 from calibrate.reference.records import ReferenceInput
 from calibrate.reference.streamed_model import StreamedReference
-from graphs.records.errors import InputError
+from graphs.records.errors import CheckError, InputError
 from graphs.records.plan import PruningPlan
 from graphs.records.progress import Report, labelled
 
 DROPPED_SAMPLES = 24  # at most so many samples measure what dropping does
+_BOOTSTRAP = 1000
+KIND_BOUND = 1.0  # nats a token, mean over a kind of picture: beyond it the answers are no longer the model's
 TAU_LADDER = (0.95, 0.97, 0.98, 0.99)  # tried where the model's own threshold finds nothing
 
 
@@ -53,7 +59,8 @@ class Threshold:
 class Study:
     """A model on its calibration samples, `inputs`, with what was measured on them.
 
-    `source` says where they came from and goes into every plan's record.
+    `kinds` say for each what kind of picture it is, `source` where they came from; it goes into every plan's record.
+    A plan may move the answers on no kind by more than `kind_bound` nats a token.
     """
 
     reference: StreamedReference
@@ -64,6 +71,8 @@ class Study:
     cost: PrefillCost | None = None
     seed: int = 0
     source: dict[str, Any] = field(default_factory=dict)
+    kinds: Sequence[str] = ()
+    kind_bound: float = KIND_BOUND
 
     @property
     def dead(self) -> bool:
@@ -94,12 +103,23 @@ def measure_statistics(
     *,
     tau: float | None = None,
     model_tau: float = 0.93,
+    answer_tokens: int = 1,
+    ends: Sequence[int] = (),
     progress: Report | None = None,
 ) -> Statistics:
-    """The first pass. `tau` is the threshold the user asked for, `model_tau` the model's own."""
-    told = labelled(progress, "measuring the layers")
+    """The first passes. `tau` is the threshold the user asked for, `model_tau` the model's own.
+
+    `answer_tokens` of the model's own answer are looked at, at most, until one of the ids `ends`. Inputs that carry an
+    answer already keep it.
+    """
+    unpruned = shape.plan(())
+    if answer_tokens > 1 and not any(prompt.new_tokens for prompt in inputs):
+        asked = labelled(progress, "asking the model")
+        answers = greedy_answers(reference, inputs, unpruned, tokens=answer_tokens, ends=ends, progress=asked)
+        inputs = [replace(prompt, new_tokens=answer[:-1]) for prompt, answer in zip(inputs, answers, strict=True)]
     taus = taus_for(tau, model_tau)
-    return measure(reference, inputs, shape.plan(()), taus=taus, dropped=DROPPED_SAMPLES, progress=told)
+    told = labelled(progress, "measuring the layers")
+    return measure(reference, inputs, unpruned, taus=taus, dropped=DROPPED_SAMPLES, progress=told)
 
 
 def threshold_of(statistics: Statistics, shape: Shape, *, tau: float | None, model_tau: float) -> Threshold:
@@ -128,7 +148,7 @@ def calibrate(
         check_tuning(study.statistics.samples, counts=request.budget.keep is None, shares=_free_balance(request))
     candidates = propose(study.evidence, study.shape, request, study.cost)
     told = labelled(progress, "trying placements")
-    (candidates,) = judge(study.reference, study.inputs, [candidates], study.statistics.logits, progress=told)
+    (candidates,) = judge(study.reference, study.inputs, [candidates], study.statistics.logits_of(), progress=told)
     plan, _ = planned(study, request, candidates)
     return _tuned(study, request, plan, progress) if tuned else plan
 
@@ -153,21 +173,51 @@ def _tuned(study: Study, request: Request, plan: PruningPlan, progress: Report |
 
 def planned(study: Study, request: Request, candidates: Sequence[Candidate]) -> tuple[PruningPlan, int]:
     """The best of the judged candidates with its record, and its number."""
-    best, notes = choose(candidates)
+    best, notes = choose(candidates, study.kinds, study.kind_bound)
     if study.dead:
         notes.insert(0, "hardly any image token changes at this threshold: all layers were taken to change alike")
     record = _record(study, request, candidates, best, notes)
     return candidates[best].plan.model_copy(update={"calibration": record}), best
 
 
-def choose(candidates: Sequence[Candidate]) -> tuple[int, list[str]]:
+def choose(
+    candidates: Sequence[Candidate], kinds: Sequence[str] = (), kind_bound: float = KIND_BOUND
+) -> tuple[int, list[str]]:
     """The number of the judged candidate whose answers are nearest to the full model's, and notes on the choice.
 
-    It is one of those that were judged on the most samples.
+    It is one of those that were judged on the most samples. Raises CheckError if each of those moves the answers on
+    some kind of picture by more than `kind_bound`.
     """
     if len(candidates) > 1 and not np.ptp([candidate.mean for candidate in candidates]) > 1e-6:
         return 0, ["no candidate changes the model's answers: the cheapest placement by the counts was taken"]
-    return min(range(len(candidates)), key=lambda n: (-len(candidates[n].divergence), candidates[n].mean)), []
+    most = max(len(candidate.divergence) for candidate in candidates)
+    finalists = [number for number, one in enumerate(candidates) if len(one.divergence) == most]
+    held = [number for number in finalists if not _lost(candidates[number], kinds, kind_bound)]
+    notes = [
+        f"{candidates[number].method} was refused: {_lost(candidates[number], kinds, kind_bound)}"
+        for number in finalists
+        if number not in held
+    ]
+    if not held:
+        best = min(finalists, key=lambda number: candidates[number].mean)
+        raise CheckError(
+            f"no plan within the budget keeps the answers; the best loses {_lost(candidates[best], kinds, kind_bound)}",
+            wanted=f"at most {kind_bound:g} nats a token on every kind of picture",
+            do=f"less --compression, or --kind-bound {_worst(candidates[best], kinds)[1] * 1.1:.2g} to accept the loss",
+        )
+    return min(held, key=lambda number: candidates[number].mean), notes
+
+
+def _worst(candidate: Candidate, kinds: Sequence[str]) -> tuple[str, float]:
+    """The kind of picture on which the answers move most, and by how much."""
+    by_kind = candidate.by_kind(kinds or [""] * len(candidate.divergence))
+    return max(by_kind.items(), key=lambda item: item[1])
+
+
+def _lost(candidate: Candidate, kinds: Sequence[str], bound: float) -> str:
+    """What the candidate loses beyond the bound, in words; empty if it loses nothing."""
+    kind, divergence = _worst(candidate, kinds)
+    return f"{kind or 'pictures'}, {divergence:.3g} nats a token" if divergence > bound else ""
 
 
 def _free_balance(request: Request) -> bool:
@@ -201,7 +251,9 @@ def _record(
         "balance": list(request.recipe.shares(sum(stage.keep > 0 for stage in plan.stages))),
         "candidates": [candidate.summary() for candidate in candidates],
         "chosen": best,
-        "stage_spread": _spread(study, request, candidates),
+        "answers": _answers(study, candidates[best]),
+        "beaten": _beaten(candidates, best),
+        "stage_spread": _spread(study, request, candidates, plan),
         "notes": list(notes),
         "tools": {
             "python": platform.python_version(),
@@ -210,9 +262,47 @@ def _record(
     }
 
 
-def _spread(study: Study, request: Request, candidates: Sequence[Candidate]) -> dict[str, dict[str, Any]]:
+def _answers(study: Study, chosen: Candidate) -> dict[str, Any]:
+    """What the chosen plan does to the model's answers: the mean, the tail, and each kind of picture."""
+    lengths, values = study.statistics.lengths, chosen.divergence
+    rng = np.random.default_rng(study.seed)
+    means = values[rng.integers(len(values), size=(_BOOTSTRAP, len(values)))].mean(axis=1)
+    kinds = study.kinds or [""] * len(values)
+    return {
+        "tokens": int(lengths.sum()),
+        "longest": int(lengths.max()),
+        "divergence": round(chosen.mean, 6),
+        "interval": rounded(np.quantile(means, (0.025, 0.975))),
+        "divergence_90": round(float(np.quantile(values, 0.9)), 6),
+        "divergence_worst": round(float(values.max()), 6),
+        "agreement": round(float(chosen.agreement.mean()), 6),
+        "exact": round(float(chosen.exact.mean()), 6),
+        "kind_bound": study.kind_bound,
+        "by_kind": {kind: round(value, 6) for kind, value in chosen.by_kind(kinds).items()},
+    }
+
+
+def _beaten(candidates: Sequence[Candidate], best: int) -> list[dict[str, Any]]:
+    """The best plan of every other method, and by how much it is further from the model's answers.
+
+    On the samples that both ran on: a method that was left early ran on few.
+    """
+    chosen, rows = candidates[best], []
+    for method in dict.fromkeys(candidate.method for candidate in candidates):
+        if method == chosen.method:
+            continue
+        mine = [candidate for candidate in candidates if candidate.method == method]
+        most = max(len(candidate.divergence) for candidate in mine)
+        other = min((one for one in mine if len(one.divergence) == most), key=lambda one: one.mean)
+        further = other.mean - float(chosen.divergence[:most].mean())
+        rows.append({"method": method, "samples": most, "further": round(further, 6)})
+    return sorted(rows, key=lambda row: row["further"])
+
+
+def _spread(
+    study: Study, request: Request, candidates: Sequence[Candidate], chosen: PruningPlan
+) -> dict[str, dict[str, Any]]:
     """The same choice on bootstrap samples. For a share the compression that the choice came to stands for it."""
-    chosen = candidates[choose(candidates)[0]].plan
     if request.budget.share is not None and chosen.compression < 1.0 - 1.0 / chosen.num_layers:
         request = replace(request, budget=Budget(compression=chosen.compression))
     request = replace(request, drop_bounds=request.drop_bounds[:1])

@@ -7,13 +7,15 @@ Two observers of the streamed reference, both finished in the one pass over the 
 - `DropObserver`: for each layer the model's answer if every image token were dropped right before that layer. Only the
   text rows are needed for that, so all layers together cost about as much as a few more tokens.
 
+Both look at whole answers: the full model's own, whose tokens ride behind the prompt (calibrate/reference/answers.py).
+
 `Statistics` is what they found, as plain arrays: all that the rest of the calibration looks at, and what is cached.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -28,7 +30,7 @@ from graphs.records.progress import Report
 TOP_SHARES = (0.05, 0.1, 0.25, 0.5)
 BOOTSTRAP_SIZES = (16, 64, 256)
 BOOTSTRAP_ROUNDS = 200
-_RUNS_A_HEAD = 8  # runs whose branches go through the output matrix together; all at once would be hundreds of MB
+_BRANCHES_A_HEAD = 8  # go through the output matrix together: 16 tokens of each are 33 MB a thousand words
 
 
 @dataclass(frozen=True)
@@ -37,8 +39,9 @@ class Statistics:
 
     `counts` [n, L, taus] changed image tokens at each of `taus`; `attention` [n, L] attention mass of the prompt's last
     token on the image; `top_shares` [n, L, 4] the share of it that the best tokens hold (TOP_SHARES of them).
-    `logits` [n, vocabulary] are the unpruned model's next token, float32. Of the first m samples: `divergence` [m, L]
-    and `agreement` [m, L] as DropObserver measures them.
+    `answers` [positions] are the ids of the answers, one after another, `lengths` [n] how many each sample has;
+    `logits` [positions, vocabulary] float32 the unpruned model's at each of them. Of the first m samples: `divergence`
+    [m, L] and `agreement` [m, L] as DropObserver measures them.
     """
 
     taus: tuple[float, ...]
@@ -48,11 +51,23 @@ class Statistics:
     divergence: np.ndarray
     agreement: np.ndarray
     logits: np.ndarray
+    answers: np.ndarray
+    lengths: np.ndarray
 
     @property
     def samples(self) -> int:
         """n, the samples that were looked at."""
         return len(self.counts)
+
+    def logits_of(self) -> list[np.ndarray]:
+        """The logits [answer, vocabulary] of each sample."""
+        return np.split(self.logits, np.cumsum(self.lengths)[:-1])
+
+    def answered(self, inputs: Sequence[ReferenceInput]) -> list[ReferenceInput]:
+        """The samples with their answers behind them: each token but the last, which nothing follows."""
+        ids = np.split(self.answers, np.cumsum(self.lengths)[:-1])
+        pairs = zip(inputs, ids, strict=True)
+        return [replace(prompt, new_tokens=tuple(int(token) for token in answer[:-1])) for prompt, answer in pairs]
 
     def counts_at(self, tau: float) -> np.ndarray:
         """Changed tokens [n, L] at one of `taus`."""
@@ -74,7 +89,10 @@ def measure(
     dropped: int,
     progress: Report | None = None,
 ) -> Statistics:
-    """One unpruned pass over all inputs; dropping is measured on the first `dropped` of them."""
+    """One unpruned pass over all inputs, whose `new_tokens` are their answers but for the last token.
+
+    Dropping is measured on the first `dropped` of them.
+    """
     change, drop = ChangeObserver(taus), DropObserver(min(dropped, len(inputs)))
     runs = reference.run(inputs, unpruned, observers=(change, drop), progress=progress)
     order = range(len(inputs))
@@ -85,7 +103,9 @@ def measure(
         top_shares=np.array([change.top_shares[run] for run in order], dtype=np.float64),
         divergence=drop.divergence.astype(np.float64),
         agreement=drop.agreement.astype(bool),
-        logits=np.stack([run.logits[0] for run in runs]).astype(np.float32),
+        logits=np.concatenate([run.logits for run in runs]).astype(np.float32),
+        answers=np.concatenate([[*one.new_tokens, run.next_tokens[-1]] for one, run in zip(inputs, runs, strict=True)]),
+        lengths=np.array([len(run.logits) for run in runs]),
     )
 
 
@@ -128,13 +148,14 @@ class ChangeObserver:
 class DropObserver:
     """Per run the branches that lost every image token before layer 1, 2, ..., L-1, run on as text only.
 
-    Afterwards `divergence` [samples, L]: KL(full || dropped before that layer) of the next-token distribution in nats
-    (entry 0: before layer 0, that is without the picture), and `agreement`, whether the likeliest token is the same.
+    Afterwards `divergence` [samples, L]: KL(full || dropped before that layer) in nats, mean over the answer's tokens
+    (entry 0: before layer 0, that is without the picture), and `agreement`, whether the likeliest token is the same at
+    all of them.
     """
 
     runs: int  # only the first so many runs are measured
-    branches: dict[int, torch.Tensor] = field(default_factory=dict)  # by run: [branches, P + T, C]
-    full: dict[int, torch.Tensor] = field(default_factory=dict)  # by run: hidden of the last token, [C]
+    branches: dict[int, torch.Tensor] = field(default_factory=dict)  # by run: [branches, P + T + answer - 1, C]
+    full: dict[int, torch.Tensor] = field(default_factory=dict)  # by run: hidden from the last token on, [answer, C]
     lasts: dict[int, int] = field(default_factory=dict)
     divergence: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))
     agreement: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))
@@ -143,13 +164,13 @@ class DropObserver:
         """Run the branches of one run through the layer, and branch off before the next one."""
         if view.run >= self.runs:
             return
-        text = _text_rows(view.last, view.image_start, view.image_tokens, view.hidden_in.device)
+        text = _text_rows(view.hidden_in.shape[1], view.image_start, view.image_tokens, view.hidden_in.device)
         branches = [] if view.run not in self.branches else [self.branches[view.run]]
         branches.append(view.hidden_in[:, text])
         stepped = forward(view.module, torch.cat(branches), view.cos[:, text], view.sin[:, text])
         self.branches[view.run] = stepped
-        self.full[view.run] = view.hidden_out[0, view.last]
-        self.lasts[view.run] = len(text) - 1
+        self.full[view.run] = view.hidden_out[0, view.last :]
+        self.lasts[view.run] = view.last - view.image_tokens
 
     def state(self) -> tuple[dict[str, torch.Tensor], Any]:
         """The branches so far, see calibrate/reference/pass_checkpoints.py."""
@@ -165,17 +186,16 @@ class DropObserver:
 
     def finish(self, head: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Compare the next-token distributions of the branches with the full model's."""
-        rows = [
-            torch.cat([self.full[run][None], self.branches[run][:, self.lasts[run]]]) for run in sorted(self.branches)
-        ]  # per run [1 + branches, C], row 0 is the full model
         divergence, agreement = [], []
-        for first in range(0, len(rows), _RUNS_A_HEAD):
-            part = rows[first : first + _RUNS_A_HEAD]
-            logits = head(torch.stack(part)).double()  # every run has as many branches as there are layers
-            for logs in torch.log_softmax(logits, dim=-1):
-                kl = (logs[0].exp() * (logs[0] - logs[1:])).sum(-1).clamp_min(0)
-                divergence.append(kl.cpu().numpy())
-                agreement.append((logs[1:].argmax(-1) == logs[0].argmax(-1)).cpu().numpy())
+        for run in sorted(self.branches):
+            full = torch.log_softmax(head(self.full[run]).double(), dim=-1)  # [answer, vocabulary]
+            kl, same = [], []
+            for branches in torch.split(self.branches[run][:, self.lasts[run] :], _BRANCHES_A_HEAD):
+                logs = torch.log_softmax(head(branches).double(), dim=-1)  # [branches, answer, vocabulary]
+                kl.append((full.exp() * (full - logs)).sum(-1).clamp_min(0).mean(-1))
+                same.append((logs.argmax(-1) == full.argmax(-1)).all(-1))
+            divergence.append(torch.cat(kl).cpu().numpy())
+            agreement.append(torch.cat(same).cpu().numpy())
         self.branches.clear()
         self.divergence, self.agreement = np.array(divergence), np.array(agreement)
 
@@ -201,9 +221,9 @@ def bootstrap_spread(
     return spread
 
 
-def _text_rows(last: int, image_start: int, image_tokens: int, device: torch.device) -> torch.Tensor:
-    """Rows of the prompt that are not image: the prefix, and the text up to `last`."""
-    after = torch.arange(image_start + image_tokens, last + 1)
+def _text_rows(rows: int, image_start: int, image_tokens: int, device: torch.device) -> torch.Tensor:
+    """Rows that are not image: the prefix, the text and the answer."""
+    after = torch.arange(image_start + image_tokens, rows)
     return torch.cat([torch.arange(image_start), after]).to(device)
 
 

@@ -25,7 +25,7 @@ from graphs.files.atomic import SMALL_FILE, hub_sha256, sha256
 from graphs.files.checkpoint import Checkpoint
 from graphs.records.progress import Note
 
-FORMAT = "btp-statistics/1"  # raise it when what is measured, or how, changes
+FORMAT = "btp-statistics/2"  # raise it when what is measured, or how, changes
 _SAMPLED = 4096  # bytes at the start of each tensor of a big file
 
 
@@ -130,7 +130,9 @@ def _read(path: Path, key: str) -> Statistics:
         "top_shares": (samples, layers, len(TOP_SHARES)),
         "divergence": (measured, layers),
         "agreement": (measured, layers),
-        "logits": (samples, *found.logits.shape[1:2]),
+        "logits": (int(found.lengths.sum()), *found.logits.shape[1:2]),
+        "answers": (int(found.lengths.sum()),),
+        "lengths": (samples,),
     }
     wrong = [name for name, shape in wanted.items() if getattr(found, name).shape != shape]
     if wrong or taus != len(found.taus) or not 0 < measured <= samples:

@@ -3,17 +3,20 @@
 The budget is a compression, given counts, or a share of the unpruned prefill's cost (calibrate/place/cost.py). For a
 share the stages are placed as for the compression that comes nearest to it, and each candidate's counts are then solved
 so that its own cost meets the share.
+
+Where the user asks for nothing but a budget, plans of other kinds are candidates too (calibrate/place/alternatives.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from calibrate.measure.statistics import Statistics
+from calibrate.place.alternatives import alternatives
 from calibrate.place.balance import Recipe
 from calibrate.place.cost import PrefillCost
 from calibrate.place.counts import (
@@ -26,12 +29,14 @@ from calibrate.place.counts import (
     exponents_of,
     token_budget,
 )
+from calibrate.place.presets import ReleasedSettings
 from calibrate.place.stages import Placement, check_keeps, check_layers, counts_at, final_layer, layers_for, placements
 from graphs.records.errors import InputError
 from graphs.records.plan import PruningPlan
 
 DROP_BOUNDS = (0.02, 0.1)  # nats; the stage that drops all comes where the mean divergence stays within one of them
 PLACEMENTS = 4  # candidates for each bound, and each way in which counts fall
+STAGES = "stages"  # the method of plans whose layers follow the changed tokens
 _STEPS = 24  # of a bisection
 
 
@@ -54,12 +59,22 @@ class Budget:
 
 @dataclass(frozen=True)
 class Request:
-    """What plan is asked for: a budget, stage `layers` if they are given, the recipe, the bounds on dropping all."""
+    """What plan is asked for: a budget, stage `layers` if they are given, the recipe, the bounds on dropping all.
+
+    `released` are the settings of the model's family, which the preset `btp-paper` is made of.
+    """
 
     budget: Budget = field(default_factory=Budget)
     layers: tuple[int, ...] | None = None
     recipe: Recipe = field(default_factory=Recipe)
     drop_bounds: tuple[float, ...] = DROP_BOUNDS
+    released: ReleasedSettings | None = None
+
+    @property
+    def is_free(self) -> bool:
+        """Whether nothing but a budget is asked for, so that a plan of any kind will do."""
+        chosen = self.layers is not None or self.budget.keep is not None or self.recipe != Recipe()
+        return not chosen and self.drop_bounds == DROP_BOUNDS
 
     def check(self, shape: Shape, cost: PrefillCost | None = None) -> None:
         """Raise InputError for what no plan of this shape can have."""
@@ -119,27 +134,43 @@ class Evidence:
 
 @dataclass(frozen=True, eq=False)
 class Candidate:
-    """A plan under consideration, with `divergence` (KL in nats) and `agreement` of each sample it was judged on."""
+    """A plan under consideration, and what it did to the answers of the samples it was judged on.
+
+    `method` is its kind, `bound` the one on dropping all where the placement went by it. `divergence` (KL in nats, mean
+    over the answer's tokens), `agreement` (share of them with the same likeliest token) and `exact` (1.0 where that is
+    all of them), [samples] each.
+    """
 
     plan: PruningPlan
-    bound: float
+    method: str = STAGES
+    bound: float | None = None
     divergence: np.ndarray = field(default_factory=lambda: np.zeros(0))
     agreement: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    exact: np.ndarray = field(default_factory=lambda: np.zeros(0))
 
     @property
     def mean(self) -> float:
         """Mean divergence."""
         return float(self.divergence.mean())
 
+    def by_kind(self, kinds: Sequence[str]) -> dict[str, float]:
+        """Mean divergence for each kind of picture; `kinds` name those of the samples, in their order."""
+        mine = np.array(kinds[: len(self.divergence)])
+        return {kind: float(self.divergence[mine == kind].mean()) for kind in sorted(set(mine.tolist()))}
+
     def summary(self) -> dict[str, Any]:
         """As the plan's record holds it."""
         return {
+            "method": self.method,
             "layers": [stage.layer for stage in self.plan.stages],
             "keep": [stage.keep for stage in self.plan.stages],
             "drop_bound": self.bound,
             "samples": len(self.divergence),
             "divergence": round(self.mean, 6),
+            "divergence_90": round(float(np.quantile(self.divergence, 0.9)), 6),
+            "divergence_worst": round(float(self.divergence.max()), 6),
             "agreement": round(float(self.agreement.mean()), 6),
+            "exact": round(float(self.exact.mean()), 6),
         }
 
 
@@ -160,7 +191,10 @@ def propose(
                 least = min(least, share)
                 if share > request.budget.share + 1e-9:
                     continue
-            candidates.setdefault(plan.stages, Candidate(plan, bound))
+            candidates.setdefault(plan.stages, Candidate(plan, bound=bound))
+    if request.is_free and limit == PLACEMENTS:
+        for candidate in _others(evidence, shape, request, cost):
+            candidates.setdefault((candidate.plan.importance, *candidate.plan.stages), candidate)
     if not candidates:
         raise InputError(
             f"--latency-share {request.budget.share}: the least found is {least:.3f}",
@@ -168,6 +202,35 @@ def propose(
             do=f"--latency-share {least + 0.01:.2f}",
         )
     return list(candidates.values())
+
+
+def _others(evidence: Evidence, shape: Shape, request: Request, cost: PrefillCost | None) -> Iterator[Candidate]:
+    """The plans of other kinds that there are at this budget."""
+    final = evidence.final(request.drop_bounds[0])
+    share = request.budget.share
+    most = shape.num_layers * shape.image_tokens
+    for alternative in alternatives(shape, final=final, released=request.released):
+        if share is None or cost is None:
+            plan = alternative.make(token_budget(request.budget.requested, shape.num_layers, shape.image_tokens))
+        else:
+            plan = _most_within(alternative.make, most, share, cost)
+        if plan is not None and plan.stages:
+            yield Candidate(plan, alternative.method)
+
+
+def _most_within(
+    make: Callable[[int], PruningPlan | None], most: int, share: float, cost: PrefillCost
+) -> PruningPlan | None:
+    """The plan of the most tokens, at most `most` summed over the layers, whose prefill costs at most that share."""
+    best, low, high = None, 0, most
+    while low < high:
+        middle = (low + high + 1) // 2
+        plan = make(middle)
+        if plan is None or cost.share(plan) <= share:
+            best, low = plan or best, middle
+        else:
+            high = middle - 1
+    return best
 
 
 def _placements(

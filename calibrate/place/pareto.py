@@ -62,7 +62,7 @@ def front(
     asked = requests(request, study.shape, study.cost, budgets)
     proposed = [propose(study.evidence, study.shape, one, study.cost) for one in asked]
     told = labelled(progress, "trying placements")
-    groups = judge(study.reference, study.inputs, proposed, study.statistics.logits, progress=told)
+    groups = judge(study.reference, study.inputs, proposed, study.statistics.logits_of(), progress=told)
     points = []
     for one, group in zip(asked, groups, strict=True):
         plan, best = planned(study, one, group)

@@ -1,7 +1,7 @@
-"""How far plans move a model's answers: KL divergence of the next token from the unpruned model's.
+"""How far plans move a model's answers: divergence from the full model's at every token of its own answer.
 
 The divergence has a long tail: most pictures lose nothing, and the few whose answer turns decide the mean. So all
-candidates run on some of the samples, and the best few then on all of them.
+candidates run on a few of the samples, the better ones on more, and the best few on all of them.
 """
 
 from __future__ import annotations
@@ -11,14 +11,16 @@ from dataclasses import replace
 
 import numpy as np
 
+from calibrate.measure.divergence import change
 from calibrate.place.candidates import Candidate
 from calibrate.reference.records import ReferenceInput, RunRecord
 from calibrate.reference.streamed_model import StreamedReference
 from graphs.records.plan import PruningPlan
 from graphs.records.progress import Report, part_of
 
-JUDGED_SAMPLES = 24  # on which every candidate is run
-FINALISTS = 3  # candidates that are then run on all samples
+# (samples, candidates of a group that go on to more of them): sample sets interleave their kinds, so that the first few
+# hold each kind.
+ROUNDS = ((12, 12), (32, 4))
 PASS_BYTES = 3 * 2**29  # of hidden states, queries and keys that one streamed pass may hold
 _ROWS_A_TOKEN = 3  # hidden state, query and key
 
@@ -27,37 +29,47 @@ def judge(
     reference: StreamedReference,
     inputs: Sequence[ReferenceInput],
     groups: Sequence[Sequence[Candidate]],
-    logits: np.ndarray,
+    logits: Sequence[np.ndarray],
     *,
     progress: Report | None = None,
 ) -> list[list[Candidate]]:
-    """The candidates with their divergence and agreement, in groups of which one will be chosen each.
+    """The candidates with what they do to the answers, in groups of which one will be chosen each.
 
-    `logits` [n, vocabulary] are the unpruned model's on `inputs`. Every candidate runs on the first JUDGED_SAMPLES, the
-    best FINALISTS of each group then on all. Groups share the streamed passes.
+    `inputs` carry the full model's answers, `logits` [answer, vocabulary] of each are the unpruned model's. Candidates
+    run on more and more samples as ROUNDS says; groups share the streamed passes.
     """
-    few = min(JUDGED_SAMPLES, len(inputs))
-    rounds = 2 if few < len(inputs) else 1
-    judged = _run(reference, inputs[:few], groups, logits[:few], part_of(progress, 0, rounds))
-    if rounds == 1:
-        return judged
-    finalists = [sorted(group, key=lambda candidate: candidate.mean)[:FINALISTS] for group in judged]
-    rest = _run(reference, inputs[few:], finalists, logits[few:], part_of(progress, 1, rounds))
-    for group, best, more in zip(judged, finalists, rest, strict=True):
-        for candidate, seen in zip(best, more, strict=True):
-            group[group.index(candidate)] = replace(
-                candidate,
-                divergence=np.concatenate([candidate.divergence, seen.divergence]),
-                agreement=np.concatenate([candidate.agreement, seen.agreement]),
-            )
+    ends = [end for end, _ in ROUNDS if end < len(inputs)] + [len(inputs)]
+    judged = [list(group) for group in groups]
+    running = [list(range(len(group))) for group in groups]  # of each group, the candidates that are still run
+    begin = 0
+    for number, end in enumerate(ends):
+        part = [[judged[group][place] for place in places] for group, places in enumerate(running)]
+        told = part_of(progress, number, len(ends))
+        seen = _run(reference, inputs[begin:end], part, logits[begin:end], told)
+        for group, places in enumerate(running):
+            for place, more in zip(places, seen[group], strict=True):
+                judged[group][place] = _joined(judged[group][place], more)
+            if number + 1 < len(ends):
+                running[group] = sorted(places, key=lambda place: judged[group][place].mean)[: ROUNDS[number][1]]
+        begin = end
     return judged
+
+
+def _joined(before: Candidate, more: Candidate) -> Candidate:
+    """The candidate with the samples of both."""
+    return replace(
+        before,
+        divergence=np.concatenate([before.divergence, more.divergence]),
+        agreement=np.concatenate([before.agreement, more.agreement]),
+        exact=np.concatenate([before.exact, more.exact]),
+    )
 
 
 def _run(
     reference: StreamedReference,
     inputs: Sequence[ReferenceInput],
     groups: Sequence[Sequence[Candidate]],
-    logits: np.ndarray,
+    logits: Sequence[np.ndarray],
     progress: Report | None,
 ) -> list[list[Candidate]]:
     """Every candidate on every input, in as few streamed passes as memory allows."""
@@ -69,10 +81,14 @@ def _run(
     return [[_judged(candidate, next(each), logits) for candidate in group] for group in groups]
 
 
-def _judged(candidate: Candidate, runs: Sequence[RunRecord], logits: np.ndarray) -> Candidate:
-    kl = [divergence(full, run.logits[0]) for full, run in zip(logits, runs, strict=True)]
-    same = [int(full.argmax()) == run.next_tokens[0] for full, run in zip(logits, runs, strict=True)]
-    return replace(candidate, divergence=np.array(kl), agreement=np.array(same, dtype=np.float64))
+def _judged(candidate: Candidate, runs: Sequence[RunRecord], logits: Sequence[np.ndarray]) -> Candidate:
+    changes = [change(full, run.logits) for full, run in zip(logits, runs, strict=True)]
+    return replace(
+        candidate,
+        divergence=np.array([found.divergence for found in changes]),
+        agreement=np.array([found.agreement for found in changes]),
+        exact=np.array([float(found.exact) for found in changes]),
+    )
 
 
 def passes(plans: Sequence[PruningPlan], inputs: Sequence[ReferenceInput]) -> list[Sequence[PruningPlan]]:
@@ -80,19 +96,8 @@ def passes(plans: Sequence[PruningPlan], inputs: Sequence[ReferenceInput]) -> li
     if not inputs or not plans:
         return [plans]
     hidden = inputs[0].image_features.shape[1]
-    text = max(len(one.input_ids) for one in inputs) - plans[0].image_tokens
+    text = max(len(one.input_ids) + len(one.new_tokens) for one in inputs) - plans[0].image_tokens
     kept = max((plan.stages[0].keep for plan in plans if plan.stages), default=0)
     each = len(inputs) * (text + kept) * hidden * 4 * _ROWS_A_TOKEN
     room = max(1, PASS_BYTES // max(1, each))
     return [plans[first : first + room] for first in range(0, len(plans), room)]
-
-
-def divergence(full: np.ndarray, pruned: np.ndarray) -> float:
-    """KL(full || pruned) in nats between the softmax distributions of two rows of logits [vocabulary]."""
-    log_p, log_q = _log_softmax(full), _log_softmax(pruned)
-    return max(0.0, float(np.sum(np.exp(log_p) * (log_p - log_q))))
-
-
-def _log_softmax(logits: np.ndarray) -> np.ndarray:
-    shifted = logits.astype(np.float64) - logits.max()
-    return np.asarray(shifted - np.log(np.exp(shifted).sum()))

@@ -5,7 +5,7 @@ taken, so that the default scores 1:
 
 - **error**: sum over the stages of how far the hidden states are from the unpruned model's at the end of the layers the
   stage feeds, mean over the image and text rows still there of |pruned - full| / |full|;
-- **divergence**: KL of the next token's distribution from the unpruned model's.
+- **divergence**: KL from the unpruned model's distribution, mean over the tokens of its answer.
 
 Coordinates are each stage's count and lambda. A round polls every coordinate in both directions, and some seeded random
 combinations, in one streamed pass; the next pass tries the moves that helped together. Steps halve when nothing helps.
@@ -24,11 +24,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from calibrate.measure.divergence import divergence
 from calibrate.place.balance import Recipe
 from calibrate.place.candidates import largest_within
 from calibrate.place.cost import PrefillCost
 from calibrate.place.counts import Shape
-from calibrate.place.rank_by_divergence import divergence, passes
+from calibrate.place.rank_by_divergence import passes
 from calibrate.place.stages import Placement
 from calibrate.reference.records import ReferenceInput
 from calibrate.reference.streamed_model import LayerView, StreamedReference
@@ -147,9 +148,9 @@ def measure_plans(
         probe = ErrorProbe(frozenset(segment.stop - 1 for plan in part for segment in plan.segments()))
         told = part_of(progress, number, len(parts))
         runs = reference.run(inputs, [unpruned, *part], probes=(probe,), progress=told)
-        full = [run.logits[0] for run in runs[: len(inputs)]]
+        full = [run.logits for run in runs[: len(inputs)]]
         for n, plan in enumerate(part, 1):
-            mine = [run.logits[0] for run in runs[n * len(inputs) : (n + 1) * len(inputs)]]
+            mine = [run.logits for run in runs[n * len(inputs) : (n + 1) * len(inputs)]]
             error = np.array([probe.total(plan, sample) for sample in range(len(inputs))])
             measured.append(Measurement(error, np.array(list(map(divergence, full, mine)))))
     return measured

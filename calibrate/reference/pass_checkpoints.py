@@ -32,7 +32,7 @@ class Resumable(Protocol):
         """Tensors by name, and the rest as JSON types."""
 
     def restore(self, tensors: Mapping[str, torch.Tensor], rest: Any) -> None:
-        """Take up such a state."""
+        """Take up such a state; ValueError if it is damaged, and then nothing is taken up."""
 
 
 class PassCheckpoints:
@@ -52,14 +52,14 @@ class PassCheckpoints:
         pool = _Loaded(latest.tensors, self._device, self._work.folder)
         try:
             states = [_run_fields(pool, part) for part in latest.meta["runs"]]
+            for observer, part in zip(self._observers, latest.meta["observers"], strict=True):
+                observer.restore({name: pool.tensor(ref) for name, ref in part["tensors"].items()}, part["rest"])
         except (OSError, KeyError, ValueError, TypeError) as error:
             self._work.note(f"a checkpoint of an interrupted run is damaged ({error}) and is not used")
             return 0
         for run, state in zip(runs, states, strict=True):
             for name, value in state.items():
                 setattr(run, name, value)
-        for observer, part in zip(self._observers, latest.meta["observers"], strict=True):
-            observer.restore({name: pool.tensor(ref) for name, ref in part["tensors"].items()}, part["rest"])
         self._work.note(f"resumed after layer {latest.number - 1} of an interrupted run")
         self._written = True
         return latest.number

@@ -50,8 +50,8 @@ _VOCABULARY_ROWS = 16384  # rows of the output matrix in memory at a time
 class LayerView:
     """One layer of one run as observers see it: [1, S_i, C] before and after, query and key after RoPE.
 
-    `query` [1, H, S_i, D], `key` [1, K, S_i, D], `cos` and `sin` [1, S_i, D]; `kept` [V_i] are the image tokens there
-    are, in the picture's numbering.
+    `query` [1, H, S_i, D], `key` and `value` [1, K, S_i, D], `cos` and `sin` [1, S_i, D]; `kept` [V_i] are the image
+    tokens there are, in the picture's numbering.
     """
 
     run: int
@@ -61,6 +61,7 @@ class LayerView:
     hidden_out: torch.Tensor
     query: torch.Tensor
     key: torch.Tensor
+    value: torch.Tensor
     cos: torch.Tensor
     sin: torch.Tensor
     last: int
@@ -131,7 +132,7 @@ class StreamedReference:
         device: str | torch.device = "cpu",
         work: Work | None = None,
     ) -> None:
-        self._work = work
+        self.work = work
         AttentionInterface.register(_ATTENTION, _capturing_attention)
         self._checkpoint, self._dtype, self._device = checkpoint, dtype, torch.device(device)
         config = _whole_config(checkpoint.config)
@@ -177,7 +178,7 @@ class StreamedReference:
                 asked = any(stage.layer == layer + 1 and stage.keep for plan in plans for stage in plan.stages)
                 # Plans that have pruned alike so far have the same rows: those are computed once.
                 leaders: dict[Any, _Run] = {}
-                with self._loaded(layer) as module:
+                with self.loaded(layer) as module:
                     for number, run in enumerate(runs):
                         past = number if recorder or observers else _past(run, layer)
                         if past in leaders:
@@ -193,23 +194,17 @@ class StreamedReference:
                 if checkpoints is not None:
                     checkpoints.save(layer + 1, runs, last=layer + 1 == self.num_layers)
             for observer in seen:
-                observer.finish(self._head)
+                observer.finish(self.head)
             return self._finish(runs, recorder)
 
     def _recorder(self, runs: Sequence[_Run]) -> Recorder:
         """Records on disk if there is a work folder and they are large: keys and values of every layer."""
-        config = self._model.config
-        heads = (
-            2
-            * config.num_key_value_heads
-            * getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)
-        )
         rows = sum(
             len(run.plan.tokens_per_layer()) * (run.hidden.shape[1] - run.plan.image_tokens)
             + sum(run.plan.tokens_per_layer())
             for run in runs
         )
-        return Recorder(self._work if 4 * heads * rows > SPILL_BYTES else None)
+        return Recorder(self.work if 4 * self.key_value_width * rows > SPILL_BYTES else None)
 
     def _checkpoints(
         self,
@@ -220,7 +215,7 @@ class StreamedReference:
         observers: Sequence[Observer],
     ) -> PassCheckpoints | None:
         """Where this pass leaves checkpoints, by what decides its numbers (the model decides the work folder)."""
-        if self._work is None:
+        if self.work is None:
             return None
         settings = [str(self._dtype), self._device.type, record, [type(observer).__name__ for observer in observers]]
         kept = None if forced is None else [[[int(token) for token in stage] for stage in run] for run in forced]
@@ -231,13 +226,44 @@ class StreamedReference:
             if array is not None
         ]
         name = digest(settings, [plan.digest() for plan in plans], kept, *(array.cpu().numpy() for array in arrays))
-        return PassCheckpoints(self._work, f"pass-{name[:16]}", observers, self._device)
+        return PassCheckpoints(self.work, f"pass-{name[:16]}", observers, self._device)
 
     def rotary_tables(self, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin [1, n, D] of `position_ids` [1, n] (or [3, 1, n]) from transformers' own rotary module."""
         like = torch.empty(0, dtype=self._dtype, device=self._device)
         cos, sin = self._rotary(like, position_ids.to(self._device))
         return cos, sin
+
+    @property
+    def key_value_width(self) -> int:
+        """Values that one token's key and value have in a layer, 2 K D."""
+        config = self._model.config
+        head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return int(2 * config.num_key_value_heads * head)
+
+    def rotary_after(
+        self, sample: ReferenceInput, grid: tuple[int, int], tokens: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin [1, tokens, D] of the tokens that follow a prompt."""
+        positions = self._positions(sample.input_ids, tokens, grid)
+        cos, sin = self.rotary_tables(positions[..., len(sample.input_ids) :].unsqueeze(-2))
+        return cos, sin
+
+    def decode(
+        self, module: nn.Module, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor,
+        key: torch.Tensor, value: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+        """One loaded layer on one new row of each sample: hidden [B,1,C] after keys and values [B,K,S,D].
+
+        Gives hidden [B,1,C] and the new key and value [B,K,1,D].
+        """
+        attention: Any = module.self_attn
+        attention.btp_past = (key.to(hidden), value.to(hidden))
+        try:
+            output, _, new_key, new_value = _forward(module, hidden, cos, sin)
+        finally:
+            del attention.btp_past
+        return output, new_key, new_value
 
     def _start_all(self, inputs: Sequence[ReferenceInput], plans: Sequence[PruningPlan]) -> list[_Run]:
         """Plan by plan, then prompt by prompt; the plans share the embedded rows."""
@@ -258,7 +284,7 @@ class StreamedReference:
         # be the placeholder too, and is then a word like any other.
         words = torch.where(sample.input_ids == self._image_token, 0, sample.input_ids)
         ids = torch.cat([words, torch.tensor(sample.new_tokens, dtype=torch.int64)])
-        hidden = self._embed(ids)
+        hidden = self.embed(ids)
         if sample.image_features.shape != (plan.image_tokens, hidden.shape[1]):
             raise InputError(
                 f"image features have shape {list(sample.image_features.shape)}",
@@ -301,7 +327,7 @@ class StreamedReference:
         for observer in observers:
             observer.see(
                 LayerView(
-                    number, layer, module, before, run.hidden, query, key, run.cos, run.sin, run.last,
+                    number, layer, module, before, run.hidden, query, key, value, run.cos, run.sin, run.last,
                     run.image_start, len(run.kept), run.sample, run.plan, run.kept,
                 )
             )  # fmt: skip
@@ -329,7 +355,7 @@ class StreamedReference:
         for number, run in enumerate(runs):
             if recorder is not None:
                 _close_segment(run, number, recorder)
-        logits = self._head(torch.cat([run.hidden[0, run.last :] for run in runs])).float().cpu()
+        logits = self.head(torch.cat([run.hidden[0, run.last :] for run in runs])).float().cpu()
         records = []
         ends = itertools.accumulate(run.new_tokens + 1 for run in runs)
         for run, end in zip(runs, ends, strict=True):
@@ -339,7 +365,7 @@ class StreamedReference:
             records.append(RunRecord(run.plan, run.sample, start, prompt, part.numpy(), stages, segments, run.embedded))
         return records
 
-    def _embed(self, ids: torch.Tensor) -> torch.Tensor:
+    def embed(self, ids: torch.Tensor) -> torch.Tensor:
         """Embedding rows [n, C] of `ids` [n]; only these rows are read."""
         table = self._checkpoint["language_model.embed_tokens.weight"]
         rows = ids.numpy()
@@ -352,7 +378,8 @@ class StreamedReference:
         return _to_torch(table.read()[rows], table).to(self._device, self._dtype)
 
     @contextmanager
-    def _loaded(self, layer: int) -> Iterator[nn.Module]:
+    def loaded(self, layer: int) -> Iterator[nn.Module]:
+        """A decoder layer with its weights in memory as long as the block lasts."""
         module = self._model.layers[layer]
         self._materialise(module, f"language_model.layers.{layer}.")
         try:
@@ -373,7 +400,7 @@ class StreamedReference:
             state[name] = _to_torch(ref.read(), ref).to(self._device, self._dtype)
         module.load_state_dict(state, assign=True)
 
-    def _head(self, hidden: torch.Tensor) -> torch.Tensor:
+    def head(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits [..., vocabulary] of hidden [..., C]: final norm and output matrix, a block of rows at a time."""
         norm = self._model.norm
         self._materialise(norm, "language_model.norm.")
@@ -448,8 +475,14 @@ def _capturing_attention(
     attention_mask: torch.Tensor | None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """transformers' sdpa attention; leaves query, key and value, as the layer made them, on the module."""
+    """transformers' sdpa attention; leaves query, key and value, as the layer made them, on the module.
+
+    Where the module carries keys and values of earlier tokens (`btp_past`), the rows look at those too.
+    """
     module.btp_captured = (query, key, value)  # type: ignore[assignment]
+    past: Any = getattr(module, "btp_past", None)
+    if past is not None:
+        key, value = torch.cat([past[0], key], dim=2), torch.cat([past[1], value], dim=2)
     output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     return output, None
 

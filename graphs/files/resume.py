@@ -75,6 +75,11 @@ class Work:
         part.replace(path)
         return KeptArray(path)
 
+    def kept(self, name: str) -> "KeptArray | None":
+        """An array that `keep` wrote, None if it is not there."""
+        path = self.folder / f"{name}.npy"
+        return KeptArray(path) if path.is_file() else None
+
 
 @dataclass(frozen=True)
 class KeptArray:

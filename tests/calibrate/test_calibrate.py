@@ -8,10 +8,10 @@ import pytest
 from calibrate.calibrate import Study, calibrate, measure_statistics, threshold_of
 from calibrate.data.samples import Sample
 from calibrate.measure.accuracy import Score, exact, score, scores_by_kind
+from calibrate.measure.divergence import change, divergence
 from calibrate.place.balance import Recipe
 from calibrate.place.candidates import Budget, Request
 from calibrate.place.counts import Shape
-from calibrate.place.rank_by_divergence import divergence
 from calibrate.reference.streamed_model import StreamedReference
 from graphs.records.errors import InputError
 from graphs.records.plan import PruningPlan
@@ -155,6 +155,9 @@ def test_divergence() -> None:
     wanted = 0.5 * np.log(2) - 0.25 * np.log(2)
     assert divergence(np.log(p) + 3, np.log(q)) == pytest.approx(wanted)
     assert divergence(np.log(p), np.log(p)) == 0.0
+    answer, other = np.log(np.stack([p, q])), np.log(np.stack([q, q]))
+    found = change(answer, other)
+    assert found.divergence == pytest.approx(wanted / 2) and (found.agreement, found.exact) == (0.5, False)
 
 
 # Scores

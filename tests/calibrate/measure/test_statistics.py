@@ -1,5 +1,6 @@
 """Changed tokens, dropping and spread, on hand-made cases and against the whole model."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,22 @@ def test_dropping_before_layer_0_is_no_picture_at_all(run: dict[str, Any]) -> No
     full = run["reference"].run([given], SHAPE.plan(()))[0]
     p = torch.log_softmax(torch.tensor(full.logits[0]).double(), 0)
     assert run["found"].divergence[0, 0] == pytest.approx(float((p.exp() * (p - q)).sum()), abs=1e-6)
+
+
+def test_dropping_is_measured_at_every_token_of_the_answer(run: dict[str, Any]) -> None:
+    """The mean over the answer's tokens, and agreement only where all of them stay."""
+    inputs = [replace(run["inputs"][0], new_tokens=(7, 9, 11)), replace(run["inputs"][1], new_tokens=(3,))]
+    found = measure(run["reference"], inputs, SHAPE.plan(()), taus=(0.93,), dropped=2)
+    assert found.lengths.tolist() == [4, 2] and [len(logits) for logits in found.logits_of()] == [4, 2]
+    assert found.answered([replace(one, new_tokens=()) for one in inputs])[0].new_tokens == (7, 9, 11)
+    full = run["reference"].run(inputs, SHAPE.plan(()))
+    for layer in (1, 3):
+        dropped = run["reference"].run(inputs, SHAPE.plan((Stage(layer=layer, keep=0),)))
+        for number in range(2):
+            p, q = (torch.log_softmax(torch.tensor(r[number].logits).double(), -1) for r in (full, dropped))
+            wanted = float((p.exp() * (p - q)).sum(-1).mean())
+            assert found.divergence[number, layer] == pytest.approx(wanted, abs=1e-6)
+            assert bool(found.agreement[number, layer]) == (full[number].next_tokens == dropped[number].next_tokens)
 
 
 def test_bootstrap_spread_shrinks_with_the_sample() -> None:

@@ -18,14 +18,15 @@ def statistics() -> Statistics:
     return Statistics(
         taus=(0.93, 0.95), counts=rng.integers(0, 36, (6, 4, 2)), attention=rng.random((6, 4)),
         top_shares=rng.random((6, 4, 4)), divergence=rng.random((3, 4)), agreement=rng.random((3, 4)) < 0.5,
-        logits=rng.random((6, 64)).astype(np.float32),
+        logits=rng.random((9, 64)).astype(np.float32),
+        answers=rng.integers(0, 64, 9), lengths=np.array([1, 2, 1, 3, 1, 1]),
     )  # fmt: skip
 
 
 def equal(one: Statistics, other: Statistics) -> bool:
     return one.taus == other.taus and all(
         np.array_equal(getattr(one, name), getattr(other, name))
-        for name in ("counts", "attention", "top_shares", "divergence", "agreement", "logits")
+        for name in ("counts", "attention", "top_shares", "divergence", "agreement", "logits", "answers", "lengths")
     )
 
 
