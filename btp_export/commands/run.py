@@ -101,8 +101,7 @@ def _check_show(path: Path, samples: int) -> None:
 def _draw(model: "BundleModel", picture: Any, answer: "Generation", path: Path) -> None:
     from btp_export.drawing.kept_tokens import draw_kept
 
-    kept = iter(answer.kept)
-    stages = [next(kept).tolist() if stage.keep else [] for stage in model.plan.stages]
+    stages = [indices.tolist() for indices in answer.kept]
     layers = [stage.layer for stage in model.plan.stages]
     plan = model.plan
     drawn = draw_kept(picture, plan.grid, stages, layers=layers, total=plan.image_tokens, blocks=plan.blocks)

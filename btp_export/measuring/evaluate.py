@@ -235,10 +235,9 @@ def _attention_kept(model: BundleModel, prefill: Prefill) -> dict[int, list[floa
     """
     from graphs.pruning.torch_scores import uses_attention
 
-    with_kept = [number for number, stage in enumerate(model.plan.stages) if stage.keep]
     scored = model.chain.stage_scores
     found: dict[int, list[float]] = {}
-    for number, indices in zip(with_kept, prefill.kept_relative, strict=True):
+    for number, indices in enumerate(prefill.kept_relative):
         if number in scored and uses_attention(model.plan, number):
             scores = scored[number][: len(indices)].astype(np.float64)
             held = np.take_along_axis(scores, indices, axis=1).sum(axis=1)

@@ -14,6 +14,7 @@ from btp_export.console import Phases
 from btp_export.model.cache_folder import cache_folder
 from graphs.files.bundle import Bundle, tool_versions
 from graphs.files.resume import Work, digest, work_folder
+from graphs.pruning import kept_tokens
 from graphs.records.errors import InputError
 from graphs.records.progress import Note, Report
 from graphs.records.shapes import ShapeProfile
@@ -235,9 +236,7 @@ def _answers(job: _Job, samples: Sequence[Sample]) -> list[FreeRun]:
     for answer in model.generate(
         [one.image for one in samples], [one.prompt for one in samples], max_new_tokens=job.tokens
     ):
-        kept = iter(answer.kept)
-        stages: list[Any] = [next(kept) if stage.keep else [] for stage in model.plan.stages]
-        free.append(FreeRun(answer.token_ids, stages))
+        free.append(FreeRun(answer.token_ids, answer.kept))
     return free
 
 
@@ -270,18 +269,8 @@ def _forced_where_needed(
     keeps = [stage.keep for stage in runs[0].plan.stages]
     if any([len(kept) for kept in mine.kept] != keeps for mine in free):
         return None
-    return reference.run(inputs, runs[0].plan, forced_kept=[_relative(mine) for mine in free])
-
-
-def _relative(free: FreeRun) -> list[list[int]]:
-    """Kept tokens of each stage as indices among those the stage chose from."""
-    relative: list[list[int]] = []
-    before: list[int] | None = None
-    for kept in free.kept:
-        absolute = [int(token) for token in kept]
-        relative.append(absolute if before is None else [before.index(token) for token in absolute])
-        before = absolute
-    return relative
+    forced = [[indices.tolist() for indices in kept_tokens.relative(run.kept)] for run in free]
+    return reference.run(inputs, runs[0].plan, forced_kept=forced)
 
 
 def _verify_samples(prepared: list[Prepared], runs: list[RunRecord]) -> list[Any]:

@@ -6,7 +6,7 @@
 """
 
 from btp_export.drawing.kept_tokens import draw_kept
-from btp_export.report.data import Machine, Picture, ReportData, machine, original_indices
+from btp_export.report.data import Machine, Picture, ReportData, machine
 from btp_export.report.write import write_report
 
-__all__ = ["Machine", "Picture", "ReportData", "draw_kept", "machine", "original_indices", "write_report"]
+__all__ = ["Machine", "Picture", "ReportData", "draw_kept", "machine", "write_report"]

@@ -119,8 +119,7 @@ def scene_pictures(
     answers = model.generate([one.image for one in chosen], [one.prompt for one in chosen], resize=True)
     pictures = []
     for one, answer in zip(chosen, answers, strict=True):
-        found = iter(answer.kept)  # the graphs give indices only for stages that keep tokens
-        kept = [[int(index) for index in next(found)] if stage.keep else [] for stage in bundle.plan.stages]
+        kept = [indices.tolist() for indices in answer.kept]
         profile = model.profile
         pictures.append(
             Picture(one.image, one.prompt, answer.text, profile.grid, kept, one.answer, blocks=profile.blocks)

@@ -38,8 +38,7 @@ class Machine(Strict):
 class Picture:
     """One picture as the model saw it, and the image tokens kept at each stage.
 
-    `grid` is (rows, columns). `kept[j]` are the tokens that stage j leaves, as indices into the grid, ascending (the
-    graphs count within the survivors of the stage before: `original_indices` turns one into the other).
+    `grid` is (rows, columns). `kept[j]` are the tokens that stage j leaves, as indices into the grid, ascending.
     """
 
     image: "Image.Image"
@@ -96,14 +95,6 @@ def _processor() -> str:
             if name.strip() == key and value.strip():
                 return " ".join(value.split())
     return platform.processor() or platform.machine() or "unknown"
-
-
-def original_indices(indices: Sequence[Sequence[int]]) -> list[list[int]]:
-    """Indices of each stage in the unpruned grid, from indices into the tokens that the stage before left."""
-    kept: list[list[int]] = []
-    for stage in indices:
-        kept.append([kept[-1][index] for index in stage] if kept else list(stage))
-    return kept
 
 
 def document(data: ReportData) -> dict[str, Any]:

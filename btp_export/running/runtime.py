@@ -27,6 +27,7 @@ from graphs import names
 from graphs.building.rope import token_tables
 from graphs.files.bundle import ROPE_WEIGHTS, Bundle, Check
 from graphs.files.checkpoint import open_tensors
+from graphs.pruning import kept_tokens
 from graphs.records.errors import InputError
 from graphs.tf32 import allows_tf32
 
@@ -44,7 +45,7 @@ class Prefill:
     """A batch of n samples after its prefill; the model's caches hold it until the next one.
 
     logits: [n, vocab] float32 of each sample's last token.
-    kept: for each stage with keep > 0, [n, k] indices into the V image tokens, ascending.
+    kept: for each stage, [n, k] indices into the V image tokens, ascending; [n, 0] where it keeps none.
     kept_relative: the same as indices into the tokens that the stage chose from.
     lengths: for each segment, [n] valid cache rows.
     prefill_ms: the decoder chain with selection and head, without vision (with it if the bundle is one whole graph).
@@ -66,7 +67,7 @@ class Generation:
     """One answer. Times are those of the batch it was part of.
 
     text: what was generated, without special tokens. token_ids: all ids, the end token included if it came.
-    tokens_kept: image tokens kept by each stage. kept: for each stage with keep > 0, indices into the V image tokens.
+    tokens_kept: image tokens kept by each stage. kept: for each stage, indices into the V image tokens.
     decode_ms_per_token: mean over the decode steps, None if the answer was a single token.
     unknown_tokens: how many tokens of the prompt the tokenizer does not know.
     """
@@ -231,13 +232,14 @@ class BundleModel:
         last = np.array([encoded.lengths[place] - 1 for place in filled], np.int32)
         run = self.chain.prefill(encoded.pixels(filled), prefix, text, last, features=features)
         self._prefills += 1
-        relative = tuple(run.kept[stage][:count] for stage in sorted(run.kept))
+        given = {stage: indices[:count] for stage, indices in run.kept.items()}
+        relative = kept_tokens.every_stage(given, [stage.keep for stage in self.plan.stages], samples=count)
         segmented = names.WHOLE not in run.milliseconds
         stages = range(len(self.plan.stages)) if segmented else range(0)
         return Prefill(
             logits=run.logits[:count],
-            kept=_absolute(relative),
-            kept_relative=relative,
+            kept=tuple(kept_tokens.absolute(relative)),
+            kept_relative=tuple(relative),
             lengths=tuple(lengths[:count] for lengths in run.lengths),
             prefill_ms=run.milliseconds["total"],
             select_ms=tuple(run.milliseconds[names.select(stage)] for stage in stages),
@@ -346,14 +348,6 @@ class _Answer:
             piece += self.detokeniser.finish()
         if piece and on_text is not None:
             on_text(self.sample, piece)
-
-
-def _absolute(relative: Sequence[Array]) -> tuple[Array, ...]:
-    """Indices into the tokens each stage chose from [n, k] -> indices into the V image tokens."""
-    absolute: list[Array] = []
-    for indices in relative:
-        absolute.append(np.take_along_axis(absolute[-1], indices, axis=1) if absolute else indices)
-    return tuple(absolute)
 
 
 def _samples(images: "Pictures", prompts: Sequence[str] | str) -> "tuple[list[Image.Image], list[str]]":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from graphs.files.bundle import ROPE_WEIGHTS, Bundle
 from graphs.files.checkpoint import open_tensors
 from graphs.files.memory import available_memory
 from graphs.files.resume import Sequence as Steps
+from graphs.pruning import kept_tokens
 from graphs.records.errors import InputError
 from graphs.records.progress import Report
 
@@ -148,12 +149,7 @@ def _until_end(ids: Sequence[int], ends: Sequence[int]) -> tuple[int, ...]:
     return tuple(ids)
 
 
-def _kept(run: BatchRun, place: int, keeps: Sequence[int]) -> list[Any]:
+def _kept(run: BatchRun, place: int, keeps: Sequence[int]) -> list[kept_tokens.Indices]:
     """For each stage indices into all V image tokens."""
-    kept: list[Any] = []
-    before: np.ndarray | None = None
-    for stage, keep in enumerate(keeps):
-        indices = run.kept[stage][place] if keep else np.empty(0, np.int64)
-        before = indices if before is None else before[indices]
-        kept.append(before)
-    return kept
+    given = {stage: indices[place] for stage, indices in run.kept.items()}
+    return kept_tokens.absolute(kept_tokens.every_stage(given, keeps))

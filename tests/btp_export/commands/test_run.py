@@ -67,7 +67,7 @@ def test_json_is_one_document(run: Run, bundle: Path, picture: Path) -> None:
     assert document["text"] == answer.text
     assert document["tokens_kept"] == [18, 0]
     assert document["token_ids"] == list(answer.token_ids)
-    assert document["kept"] == [answer.kept[0].tolist()]
+    assert document["kept"] == [answer.kept[0].tolist(), []]
     assert document["prefill_ms"] > 0 and document["decode_ms_per_token"] > 0
     assert len(document["select_ms"]) == 2
 

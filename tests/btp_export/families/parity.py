@@ -146,7 +146,7 @@ def check_pruned(subject: Subject, model: BundleModel, pictures: Sequence[Image.
         made = list(answer.token_ids)
         logits, kept = pruned_run(subject, subject.inputs(picture, prompt), model.plan, made[:-1])
         assert logits.argmax(dim=1).tolist() == made, prompt
-        assert [indices.tolist() for indices in answer.kept] == [stage for stage in kept if stage], prompt
+        assert [indices.tolist() for indices in answer.kept] == [list(stage) for stage in kept], prompt
     return [list(answer.token_ids) for answer in answers]
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from btp_export.report import ReportData, machine, original_indices, write_report
+from btp_export.report import ReportData, machine, write_report
 from btp_export.report.page import count, data_uri, headlines, percent, size
 from btp_export.report.write import document
 
@@ -257,15 +257,6 @@ def test_a_report_is_replaced_whole_and_other_files_stay(
     write_report(tmp_path, data)
     assert (tmp_path / "index.html").read_bytes() != before["index.html"]
     assert (tmp_path / "notes.txt").read_text() == "mine" and len(list(tmp_path.iterdir())) == 3
-
-
-def test_original_indices_compose_the_stages() -> None:
-    rng = np.random.default_rng(1)
-    first = np.sort(rng.permutation(576)[:288])
-    second = np.sort(rng.permutation(288)[:144])
-    third = np.sort(rng.permutation(144)[:48])
-    got = original_indices([first.tolist(), second.tolist(), third.tolist(), []])
-    assert got == [first.tolist(), first[second].tolist(), first[second][third].tolist(), []]
 
 
 def test_units_of_numbers() -> None:

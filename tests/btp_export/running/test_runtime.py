@@ -172,7 +172,7 @@ def test_a_stage_before_the_first_layer(keep: int, tiny_bundle: Any, pictures: l
     stage = Stage(layer=0, keep=keep, **({"diversity_quota": keep} if keep else {}))
     answer = btp_export.load(tiny_bundle(tiny_plan(stages=(stage,))), threads=1).generate(pictures[0], PROMPTS[0])[0]
     assert answer.tokens_kept == (keep,)
-    assert [len(indices) for indices in answer.kept] == ([keep] if keep else [])
+    assert [len(indices) for indices in answer.kept] == [keep]
     assert len(answer.select_ms) == 1
 
 
