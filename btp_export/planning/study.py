@@ -37,6 +37,8 @@ TUNED_SAMPLES = 128  # for a search, which a handful of samples would lead astra
 LARGE = 2**30  # bytes of weights over which an interrupted calibration is worth resuming
 LIBRARIES = 600 * 2**20  # what Python, torch and transformers take by themselves
 TYPICAL_TEXT = 24  # tokens of a prompt after the picture
+ANSWER_TOKENS = 16  # of the model's own answer to each prompt
+MOST_ANSWER_TOKENS = 128
 
 Check = Callable[["Request", "Shape", "PrefillCost"], object]
 
@@ -45,14 +47,19 @@ Check = Callable[["Request", "Shape", "PrefillCost"], object]
 class CalibrationSettings:
     """What the user may choose.
 
-    The samples: `images` None are generated scenes, else a folder, a JSONL file or `hf:owner/name[:split]`.
+    The samples: `images` None are drawn pictures in the shares of `mix` (None: all kinds that the model's picture size
+    can hold), else a folder, a JSONL file or `hf:owner/name[:split]`. Of each answer at most `answer_tokens` are looked
+    at; a plan that moves a kind of picture by more than `kind_bound` nats a token is refused.
     The budget: a compression, counts `keep` or a latency share, else a compression of 0.78; `latency_from` is a
     measurement that the share and the cost are taken from. Everything else are the switches of the method.
     """
 
     images: str | None = None
     prompts: Path | None = None
+    mix: str | None = None
     samples: int = DEFAULT_SAMPLES
+    answer_tokens: int = ANSWER_TOKENS
+    kind_bound: float | None = None
     compression: float | None = None
     keep: tuple[int, ...] | None = None
     latency_share: float | None = None
@@ -163,9 +170,9 @@ def open_study(
     shape = Shape(spec.model_type, spec.decoder.num_layers, profile.image_tokens, profile.grid, profile.blocks)
     measured = settings.latency_from
     cost = PrefillCost(spec.decoder, profile) if measured is None else measured_cost(measured, spec.decoder, profile)
-    request = request_of(settings)
+    request = replace(request_of(settings), released=model.family.released)
     (check or type(request).check)(request, shape, cost)
-    chosen = calibration_samples(settings, note)
+    chosen = calibration_samples(settings, note, profile.image_size)
     check_memory(
         needed_bytes(model, profile, len(chosen.samples), settings.maths),
         f"calibrating {spec.name} on {len(chosen.samples)} samples",
@@ -176,24 +183,33 @@ def open_study(
     prompter = Prompter(model.source.folder, spec)
     cache = StatisticsCache(cache_folder("statistics") if settings.cache else None, note)
     taus = calibration.taus_for(settings.tau, spec.change_threshold)
-    key = _cache_key(model, profile, chosen.digest(), taus, settings.maths, device)
+    key = _cache_key(model, profile, chosen.digest(), taus, settings, device)
     statistics = cache.get(key)
     inputs = _inputs(model, prompter, profile, chosen.samples, report)
     reference = StreamedReference(model.checkpoint, dtype=getattr(torch, settings.maths), device=device, work=work)
     if statistics is None:
         statistics = calibration.measure_statistics(
-            reference, inputs, shape, tau=settings.tau, model_tau=spec.change_threshold, progress=report
+            reference,
+            inputs,
+            shape,
+            tau=settings.tau,
+            model_tau=spec.change_threshold,
+            answer_tokens=settings.answer_tokens,
+            ends=spec.eos_token_ids,
+            progress=report,
         )
         cache.put(key, statistics)
     study = calibration.Study(
         reference=reference,
-        inputs=inputs,
+        inputs=statistics.answered(inputs),
         shape=shape,
         statistics=statistics,
         threshold=calibration.threshold_of(statistics, shape, tau=settings.tau, model_tau=spec.change_threshold),
         cost=cost,
         seed=settings.seed,
         source=_source(chosen, spec, profile),
+        kinds=[sample.kind for sample in chosen.samples],
+        kind_bound=calibration.KIND_BOUND if settings.kind_bound is None else settings.kind_bound,
     )
     return study, request
 
@@ -246,7 +262,12 @@ def _inputs(
 
 
 def _cache_key(
-    model: Model, profile: ShapeProfile, pictures: str, taus: Sequence[float], maths: str, device: str
+    model: Model,
+    profile: ShapeProfile,
+    pictures: str,
+    taus: Sequence[float],
+    settings: CalibrationSettings,
+    device: str,
 ) -> str:
     """Everything that decides the statistics; see calibrate/measure/statistics_cache.py."""
     import importlib.metadata
@@ -263,7 +284,14 @@ def _cache_key(
             "processor": {path.name: sha256(path) for path in model.processor_files},
             "pictures": pictures,
             "profile": profile.model_dump(mode="json", include=picture),
-            "settings": {"taus": list(taus), "dropped": DROPPED_SAMPLES, "maths": maths, "device": device},
+            "settings": {
+                "taus": list(taus),
+                "dropped": DROPPED_SAMPLES,
+                "answer_tokens": settings.answer_tokens,
+                "ends": list(model.spec.eos_token_ids),
+                "maths": settings.maths,
+                "device": device,
+            },
             "versions": {
                 "btp-export": __version__,
                 **{name: importlib.metadata.version(name) for name in ("torch", "transformers")},
@@ -312,6 +340,14 @@ def check_settings(settings: CalibrationSettings) -> None:
         raise InputError(f"--tau {settings.tau}", wanted="a cosine between -1 and 1", do="--tau 0.93")
     if settings.drop_bound is not None and not settings.drop_bound > 0.0:
         raise InputError(f"--drop-bound {settings.drop_bound}", wanted="nats above 0", do="--drop-bound 0.02")
+    if settings.mix is not None and settings.images is not None:
+        raise InputError("--mix with --images", wanted="drawn pictures, or your own", do="leave one of them out")
+    if not 1 <= settings.answer_tokens <= MOST_ANSWER_TOKENS:
+        raise InputError(
+            f"--answer-tokens {settings.answer_tokens}", wanted=f"1 to {MOST_ANSWER_TOKENS}", do="--answer-tokens 16"
+        )
+    if settings.kind_bound is not None and not settings.kind_bound > 0.0:
+        raise InputError(f"--kind-bound {settings.kind_bound}", wanted="nats above 0", do="--kind-bound 1")
     if settings.prompts is not None and settings.images is None:
         raise InputError("--prompts without --images", wanted="pictures to ask about", do="--images DIR --prompts FILE")
     if not 0 <= settings.seed < 2**24:
@@ -331,10 +367,13 @@ def _check_budget(settings: CalibrationSettings) -> None:
         raise InputError(f"both {' and '.join(given[:2])}", wanted="one of them", do="leave one out")
 
 
-def calibration_samples(settings: CalibrationSettings, note: Note | None = None) -> SampleSet:
-    """Generated scenes of the calibration split, or what `images` names."""
-    from calibrate.data import samples
+def calibration_samples(settings: CalibrationSettings, note: Note | None, image_size: tuple[int, int]) -> SampleSet:
+    """Drawn pictures of that size (height, width) in the shares of the mix, or what `images` names."""
+    from calibrate.data import mix, samples
 
+    if settings.images is None:
+        shares = None if settings.mix is None else mix.parse_mix(settings.mix)
+        return mix.mixed_samples(settings.samples, seed=settings.seed, size=image_size, shares=shares)
     return samples.calibration_samples(
         settings.images, prompts=settings.prompts, count=settings.samples, seed=settings.seed, note=note
     )
