@@ -13,11 +13,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from calibrate.place.counts import Shape, counts_for
 from graphs.records.errors import InputError
 from graphs.records.plan import PruningPlan, Stage
+
+REMAINDER = 1 / 8  # of the tokens, kept to the last layer where pictures are read
 
 
 @dataclass(frozen=True)
@@ -37,11 +39,15 @@ class ReleasedStage:
 
 @dataclass(frozen=True)
 class ReleasedSettings:
-    """What the authors of BTP released for one model: stages, the layer that drops everything, and its layers L."""
+    """What the authors of BTP released for one model: stages, the layer that drops everything, and its layers L.
+
+    `caution` says what others found the settings to lose, in a sentence for whoever uses them.
+    """
 
     stages: tuple[ReleasedStage, ...]
     drop_layer: int
     num_layers: int
+    caution: str = ""
 
 
 @dataclass(frozen=True)
@@ -120,13 +126,18 @@ def _none(shape: Shape, budget: int | None, _: ReleasedSettings | None) -> Pruni
     return shape.plan(())
 
 
-def _btp_paper(shape: Shape, budget: int | None, released: ReleasedSettings | None) -> PruningPlan:
+def _settings_of(released: ReleasedSettings | None, shape: Shape, name: str) -> ReleasedSettings:
     if released is None:
         raise InputError(
-            f"btp-paper for {shape.model_type}",
+            f"{name} for {shape.model_type}",
             wanted="a model whose family has released settings",
             do="another preset, or btp-export calibrate",
         )
+    return released
+
+
+def _btp_paper(shape: Shape, budget: int | None, released: ReleasedSettings | None) -> PruningPlan:
+    released = _settings_of(released, shape, "btp-paper")
     layers = scaled_layers(
         [*(stage.layer for stage in released.stages), released.drop_layer], released.num_layers, shape.num_layers
     )
@@ -144,6 +155,24 @@ def _btp_paper(shape: Shape, budget: int | None, released: ReleasedSettings | No
         stages.append(_released_stage(layer, keep, stage, tokens, shape, first=n == 0))
         tokens = keep
     return shape.plan([*stages, *(Stage(layer=layer, keep=0) for layer in layers[len(keeps) :])])
+
+
+def _btp_paper_corrected(shape: Shape, budget: int | None, released: ReleasedSettings | None) -> PruningPlan:
+    """The released stages with 12.5 % of the tokens kept to the end, as the paper's appendix has it."""
+    released = _settings_of(released, shape, "btp-paper-corrected")
+    *first, last = released.stages
+    stages = (*first, replace(last, keep=max(last.keep, REMAINDER)))
+    layers = scaled_layers([stage.layer for stage in stages], released.num_layers, shape.num_layers)
+    settings = stages[len(stages) - len(layers) :]
+    keeps = [max(len(settings) - n, math.floor(shape.image_tokens * stage.keep)) for n, stage in enumerate(settings)]
+    if budget is not None:
+        exponents = [-math.log2(stage.keep) for stage in settings]
+        layers, keeps = _fit(layers, exponents, shape, budget, drops=False, name="btp-paper-corrected")
+    made, tokens = [], shape.image_tokens
+    for n, (layer, keep, stage) in enumerate(zip(layers, keeps, settings, strict=True)):
+        made.append(_released_stage(layer, keep, stage, tokens, shape, first=n == 0))
+        tokens = keep
+    return shape.plan(made)
 
 
 def _released_stage(layer: int, keep: int, settings: ReleasedStage, tokens: int, shape: Shape, *, first: bool) -> Stage:
@@ -230,6 +259,14 @@ def _divprune(shape: Shape, budget: int | None, _: ReleasedSettings | None) -> P
     return shape.plan([Stage(layer=0, keep=keep, boundary=keep, diversity_quota=keep)])
 
 
+def _scope(shape: Shape, budget: int | None, _: ReleasedSettings | None) -> PruningPlan:
+    """Coverage before layer 0, gains weighed by saliency (published: 64 of 576 tokens, saliency from the tower)."""
+    keep = _keep_from_start(shape, budget, 1 / 9)
+    return shape.plan(
+        [Stage(layer=0, keep=keep, importance="norm", diversity="coverage", features="centred", weights="scores")]
+    )
+
+
 def _vtw(shape: Shape, budget: int | None, _: ReleasedSettings | None) -> PruningPlan:
     """Everything is dropped at one layer (published: half way); a fixed lot goes one layer early to meet a budget."""
     if budget is None:
@@ -268,9 +305,16 @@ PRESETS: dict[str, Preset] = {
             _btp_paper,
             uses_released=True,
         ),
+        Preset(
+            "btp-paper-corrected",
+            "the released stages, but 12.5 % of the tokens stay to the end",
+            _btp_paper_corrected,
+            uses_released=True,
+        ),
         Preset("fastv", "one early stage by attention", _fastv),
         Preset("pyramiddrop", "several stages by attention", _pyramiddrop),
         Preset("divprune", "the most spread-out tokens, before layer 0", _divprune),
+        Preset("scope", "the tokens that cover the picture, weighed by their norm, before layer 0", _scope),
         Preset("vtw", "all tokens until one layer, none after it", _vtw),
         Preset("random", "tokens by lot, before layer 0", _random),
         Preset("dart", "pivots and the tokens least like them, before layer 0", _dart),
