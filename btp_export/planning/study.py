@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from btp_export.model.cache_folder import cache_folder
 from btp_export.model.pictures import fits, fitted
+from graphs import dtypes
 from graphs.files.atomic import size_text
 from graphs.files.bundle import tool_versions
 from graphs.files.memory import check_memory
@@ -147,7 +148,6 @@ def open_study(
     it. Raises as `calibrate_model`.
     """
     check_settings(settings)
-    import torch
 
     from btp_export.model.prompting import Prompter
     from calibrate import calibrate as calibration
@@ -179,7 +179,9 @@ def open_study(
     key = _cache_key(model, profile, chosen.digest(), taus, settings.maths, device)
     statistics = cache.get(key)
     inputs = _inputs(model, prompter, profile, chosen.samples, report)
-    reference = StreamedReference(model.checkpoint, dtype=getattr(torch, settings.maths), device=device, work=work)
+    reference = StreamedReference(
+        model.checkpoint, dtype=dtypes.BY_NAME[settings.maths].torch, device=device, work=work
+    )
     if statistics is None:
         statistics = calibration.measure_statistics(
             reference, inputs, shape, tau=settings.tau, model_tau=spec.change_threshold, progress=report

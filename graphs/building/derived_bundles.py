@@ -7,9 +7,9 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from graphs import names
+from graphs import dtypes, names
 from graphs.building.decoder_graphs import build_decoder_graphs
-from graphs.building.graph_builder import NUMPY, BuiltGraph, dims, dtype_of, serialize
+from graphs.building.graph_builder import BuiltGraph, dims, dtype_of, serialize
 from graphs.files.atomic import record, staged
 from graphs.files.bundle import Bundle, write_manifest, write_plans
 from graphs.records.manifest import GraphRecord, TensorRecord
@@ -115,6 +115,6 @@ def _graph_record(root: Path, file: str, graph: BuiltGraph, profile: str) -> Gra
 
 def _tensors(values: Sequence[object]) -> tuple[TensorRecord, ...]:
     return tuple(
-        TensorRecord(name=str(value.name), dtype=str(NUMPY[dtype_of(value)]), shape=dims(value))  # type: ignore[attr-defined, arg-type]
+        TensorRecord(name=str(value.name), dtype=dtypes.BY_ONNX[dtype_of(value)].name, shape=dims(value))  # type: ignore[attr-defined, arg-type]
         for value in values
     )
