@@ -99,7 +99,7 @@ def measure_statistics(
     """The first pass. `tau` is the threshold the user asked for, `model_tau` the model's own."""
     told = labelled(progress, "measuring the layers")
     taus = taus_for(tau, model_tau)
-    return measure(reference, inputs, shape.plan(()), taus=taus, dropped=DROPPED_SAMPLES, progress=told)
+    return measure(reference, inputs, shape.unpruned, taus=taus, dropped=DROPPED_SAMPLES, progress=told)
 
 
 def threshold_of(statistics: Statistics, shape: Shape, *, tau: float | None, model_tau: float) -> Threshold:

@@ -194,3 +194,16 @@ def test_element_types_have_one_table() -> None:
         for said in type_tables(path)
     ]
     assert not wrong
+
+
+def test_the_plan_without_stages_has_one_spelling() -> None:
+    """Others would keep settings that only stages read, and so have other digests for the same graphs."""
+    pattern = re.compile(r"""["']?stages["']?[:=] ?\(\)(?! *$)|\.plan\(\(\)\)""")
+    homes = [ROOT / "graphs" / "records" / "plan.py", ROOT / "calibrate" / "place" / "counts.py"]
+    wrong = [
+        str(path.relative_to(ROOT))
+        for folder in (*MAY_IMPORT, "benchmarks")
+        for path in python_files(folder)
+        if path not in homes and pattern.search(path.read_text(encoding="utf-8"))
+    ]
+    assert not wrong

@@ -117,7 +117,7 @@ def scaled_layers(layers: Sequence[int], published: int, num_layers: int) -> tup
 
 def _none(shape: Shape, budget: int | None, _: ReleasedSettings | None) -> PruningPlan:
     """Nothing is pruned, whatever the budget: the plan the others are measured against."""
-    return shape.plan(())
+    return shape.unpruned
 
 
 def _btp_paper(shape: Shape, budget: int | None, released: ReleasedSettings | None) -> PruningPlan:

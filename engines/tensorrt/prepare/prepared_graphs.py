@@ -112,7 +112,7 @@ def prepare(bundle: Bundle, choices: Choices, *, profiles: Sequence[str] | None 
 def without_pruning(bundle: Bundle) -> Bundle:
     """The bundle as if its plans had no stages: what the pruned engines are measured beside."""
     plans = {profile.name: bundle.plan_for(profile.name) for profile in bundle.manifest.profiles}
-    bare = {name: plan.model_copy(update={"stages": ()}) for name, plan in plans.items()}
+    bare = {name: plan.without_stages() for name, plan in plans.items()}
     return replace(bundle, plan=bare[bundle.manifest.profiles[0].name], profile_plans=bare)
 
 
