@@ -207,3 +207,28 @@ def test_the_plan_without_stages_has_one_spelling() -> None:
         if path not in homes and pattern.search(path.read_text(encoding="utf-8"))
     ]
     assert not wrong
+
+
+def renames_and_links(path: Path) -> Iterator[str]:
+    """Where a file is renamed, replaced or hard-linked; str.replace and dataclasses.replace take more than a place."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        match node:
+            case ast.Call(func=ast.Attribute(ast.Name("os"), "replace" | "rename" | "renames" | "link")):
+                yield f"{node.lineno}: os"
+            case ast.Call(func=ast.Attribute(ast.Name("shutil"), "move")):
+                yield f"{node.lineno}: shutil.move"
+            case ast.Call(func=ast.Attribute(attr="replace" | "rename" | "hardlink_to"), args=[_], keywords=[]):
+                yield f"{node.lineno}: {node.func.attr}"
+
+
+def test_files_are_put_in_their_place_by_one_module() -> None:
+    home = ROOT / "graphs" / "files" / "atomic.py"
+    wrong = [
+        f"{path.relative_to(ROOT)}:{said}"
+        for folder in (*MAY_IMPORT, "benchmarks")
+        for path in python_files(folder)
+        if path != home
+        for said in renames_and_links(path)
+    ]
+    assert not wrong
+    assert len(list(renames_and_links(home))) >= 5, "the rule finds nothing where it is done"

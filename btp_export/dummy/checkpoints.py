@@ -18,9 +18,7 @@ import fcntl
 import hashlib
 import json
 import math
-import os
 import re
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -32,7 +30,7 @@ from btp_export.dummy.processor import save_processor
 from btp_export.families import family_for, known_models
 from btp_export.model.cache_folder import cache_folder
 from graphs import dtypes
-from graphs.files.atomic import check_space
+from graphs.files.atomic import check_space, put_in_place, replacing
 from graphs.files.safetensors_file import header_bytes, tensor_order
 from graphs.records.errors import InputError
 from graphs.records.progress import Report
@@ -172,9 +170,7 @@ def _make(
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
     save_processor(config, folder)
     (folder / MARKER).write_text(record.model_dump_json(indent=1) + "\n", encoding="utf-8")
-    if place.exists():
-        shutil.rmtree(place)  # without its marker it is not whole
-    folder.rename(place)
+    put_in_place(folder, place)  # what is there without its marker is not whole
 
 
 def in_shards(tensors: Mapping[str, tuple[int, ...]], dtype: np.dtype[Any]) -> dict[str, dict[str, tuple[int, ...]]]:
@@ -199,16 +195,12 @@ def _write_shard(path: Path, shapes: Mapping[str, tuple[int, ...]], kind: str, s
     if path.is_file() and path.stat().st_size == len(header) + size:
         yield size
         return
-    part = path.with_suffix(".part")
-    with part.open("wb") as stream:
+    with replacing(path) as stream:
         stream.write(header)
         for name in tensor_order(stand_ins):
             for piece in tensor_bits(name, shapes[name], kind, seed):
                 stream.write(piece.data)
                 yield piece.nbytes
-        stream.flush()
-        os.fsync(stream.fileno())
-    part.rename(path)
 
 
 def tensor_bits(name: str, shape: tuple[int, ...], kind: str, seed: int) -> Iterator[np.ndarray]:

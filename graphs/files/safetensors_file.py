@@ -8,6 +8,7 @@ import json
 import struct
 from collections.abc import Mapping
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -47,9 +48,14 @@ def tensor_offsets(tensors: Mapping[str, np.ndarray]) -> dict[str, int]:
 def write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
     """Write the file, one tensor after another. The same arrays give the same bytes."""
     with path.open("wb") as stream:
-        stream.write(header_bytes(tensors))
-        for name in tensor_order(tensors):
-            np.ascontiguousarray(tensors[name]).tofile(stream)
+        write_stream(stream, tensors)
+
+
+def write_stream(stream: BinaryIO, tensors: Mapping[str, np.ndarray]) -> None:
+    """The same into an open file."""
+    stream.write(header_bytes(tensors))
+    for name in tensor_order(tensors):
+        np.ascontiguousarray(tensors[name]).tofile(stream)
 
 
 def tensor_order(tensors: Mapping[str, np.ndarray]) -> list[str]:
