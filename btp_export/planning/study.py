@@ -14,7 +14,7 @@ from btp_export.model.pictures import fits, fitted
 from graphs import dtypes
 from graphs.files.atomic import size_text
 from graphs.files.bundle import tool_versions
-from graphs.files.memory import check_memory
+from graphs.files.memory import LIBRARIES, check_memory
 from graphs.files.resume import Work, digest, work_folder
 from graphs.records.errors import InputError
 from graphs.records.plan import Importance, PruningPlan, SpatialMetric
@@ -36,7 +36,6 @@ MOST_SAMPLES = 4096
 DEFAULT_SAMPLES = 64
 TUNED_SAMPLES = 128  # for a search, which a handful of samples would lead astray
 LARGE = 2**30  # bytes of weights over which an interrupted calibration is worth resuming
-LIBRARIES = 600 * 2**20  # what Python, torch and transformers take by themselves
 TYPICAL_TEXT = 24  # tokens of a prompt after the picture
 
 Check = Callable[["Request", "Shape", "PrefillCost"], object]
@@ -204,11 +203,10 @@ def needed_bytes(model: Model, profile: ShapeProfile, samples: int, maths: Preci
     """About how much memory a calibration takes at its highest: the vision tower, or a layer and all samples' rows."""
     from calibrate.calibrate import DROPPED_SAMPLES
 
-    decoder, size = model.spec.decoder, 4 if maths == "float32" else 2
+    decoder, size = model.spec.decoder, dtypes.BY_NAME[maths].nbytes
     own = ("language_model.", "lm_head.")
     vision = sum(math.prod(ref.shape) for ref in model.checkpoint.tensors.values() if not ref.name.startswith(own))
-    projections = 2 * decoder.head_dim * (decoder.num_heads + decoder.num_kv_heads)
-    layer = size * decoder.hidden_size * (3 * decoder.intermediate_size + projections)
+    layer = size * decoder.layer_elements
     tokens = profile.prefix_tokens + profile.image_tokens + TYPICAL_TEXT
     rows = size * decoder.hidden_size * samples * tokens
     text = profile.prefix_tokens + TYPICAL_TEXT
