@@ -183,12 +183,13 @@ def sparse_checkpoint(folder: Path, model: str, layers: int | None) -> None:
     """
     import numpy as np
 
-    from btp_export.dummy.checkpoints import DTYPES, configured, in_shards, tensor_bits, tensor_shapes
+    from btp_export.dummy.checkpoints import configured, in_shards, tensor_bits, tensor_shapes
     from btp_export.dummy.processor import save_processor
+    from graphs import dtypes
     from graphs.files.safetensors_file import header_bytes, tensor_offsets
 
     config, _ = configured(model, layers=layers)
-    dtype = DTYPES[config["torch_dtype"]]
+    dtype = dtypes.numpy_of(config["torch_dtype"])
     weight_map: dict[str, str] = {}
     for name, shapes in in_shards(tensor_shapes(config), dtype).items():
         arrays = {tensor: np.broadcast_to(np.zeros((), dtype), shape) for tensor, shape in shapes.items()}

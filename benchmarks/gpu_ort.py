@@ -11,6 +11,7 @@ import onnxruntime as ort
 import torch
 from onnx import helper
 
+from graphs import dtypes
 from graphs.ops import gather_tokens, select_tokens
 from graphs.records.errors import CheckError, UnavailableError
 
@@ -89,7 +90,7 @@ def verify(ops: CustomOps) -> int:
 
 def _floats(bits: torch.dtype) -> torch.dtype:
     """A float type of the same size: the operator moves bits, whatever they mean."""
-    return {torch.int16: torch.float16, torch.int32: torch.float32, torch.int64: torch.float64}[bits]
+    return dtypes.BY_NAME[f"float{8 * bits.itemsize}"].torch
 
 
 def _require_equal(got: Array, wanted: Array, name: str) -> None:

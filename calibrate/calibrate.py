@@ -112,7 +112,7 @@ def measure_statistics(
     `answer_tokens` of the model's own answer are looked at, at most, until one of the ids `ends`. Inputs that carry an
     answer already keep it.
     """
-    unpruned = shape.plan(())
+    unpruned = shape.unpruned
     if answer_tokens > 1 and not any(prompt.new_tokens for prompt in inputs):
         asked = labelled(progress, "asking the model")
         answers = greedy_answers(reference, inputs, unpruned, tokens=answer_tokens, ends=ends, progress=asked)

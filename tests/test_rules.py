@@ -150,3 +150,85 @@ def test_names_are_made_and_taken_apart_in_one_place() -> None:
     ]
     assert not wrong
     assert len(list(name_makers(ROOT / "graphs" / "names.py"))) >= 9, "the rule finds nothing where names are made"
+
+
+FOREIGN_TYPES = {"F16", "F32", "BF16", "HALF", "FLOAT", "FLOAT16", "BFLOAT16", "tensor(float)", "tensor(float16)"}
+OWN_TYPES = {"float16", "float32", "bfloat16"}
+
+
+def type_tables(path: Path) -> Iterator[str]:
+    """Where a file has a table of element types of its own, or looks one up in torch: graphs/dtypes.py is for that."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        match node:
+            case ast.Dict(keys=keys, values=values):
+                names = {text for entry in (*keys, *values) if entry for text in type_words(entry)}
+                if len(names) > 1 or gives_bytes(node):
+                    yield f"{node.lineno}: a table of element types"
+            case ast.Call(func=ast.Name("getattr"), args=[ast.Name("torch"), *_]):
+                yield f"{node.lineno}: looks a type up in torch"
+            case ast.Import(names=[ast.alias("ml_dtypes")]):
+                yield f"{node.lineno}: imports ml_dtypes"
+
+
+def gives_bytes(table: ast.Dict) -> bool:
+    pairs = zip(table.keys, table.values, strict=True)
+    entries = [(k.value, v.value) for k, v in pairs if isinstance(k, ast.Constant) and isinstance(v, ast.Constant)]
+    return len(entries) > 1 and ("float32", 4) in entries
+
+
+def type_words(node: ast.expr) -> Iterator[str]:
+    """Names of element types in an entry: a foreign name as text, or an attribute such as np.float16."""
+    for part in ast.walk(node):
+        if isinstance(part, ast.Constant) and part.value in FOREIGN_TYPES:
+            yield str(part.value)
+        elif isinstance(part, ast.Attribute) and part.attr in FOREIGN_TYPES | OWN_TYPES:
+            yield part.attr
+
+
+def test_element_types_have_one_table() -> None:
+    wrong = [
+        f"{path.relative_to(ROOT)}:{said}"
+        for folder in (*MAY_IMPORT, "benchmarks")
+        for path in python_files(folder)
+        if path != ROOT / "graphs" / "dtypes.py"
+        for said in type_tables(path)
+    ]
+    assert not wrong
+
+
+def test_the_plan_without_stages_has_one_spelling() -> None:
+    """Others would keep settings that only stages read, and so have other digests for the same graphs."""
+    pattern = re.compile(r"""["']?stages["']?[:=] ?\(\)(?! *$)|\.plan\(\(\)\)""")
+    homes = [ROOT / "graphs" / "records" / "plan.py", ROOT / "calibrate" / "place" / "counts.py"]
+    wrong = [
+        str(path.relative_to(ROOT))
+        for folder in (*MAY_IMPORT, "benchmarks")
+        for path in python_files(folder)
+        if path not in homes and pattern.search(path.read_text(encoding="utf-8"))
+    ]
+    assert not wrong
+
+
+def renames_and_links(path: Path) -> Iterator[str]:
+    """Where a file is renamed, replaced or hard-linked; str.replace and dataclasses.replace take more than a place."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        match node:
+            case ast.Call(func=ast.Attribute(ast.Name("os"), "replace" | "rename" | "renames" | "link")):
+                yield f"{node.lineno}: os"
+            case ast.Call(func=ast.Attribute(ast.Name("shutil"), "move")):
+                yield f"{node.lineno}: shutil.move"
+            case ast.Call(func=ast.Attribute(attr="replace" | "rename" | "hardlink_to"), args=[_], keywords=[]):
+                yield f"{node.lineno}: {node.func.attr}"
+
+
+def test_files_are_put_in_their_place_by_one_module() -> None:
+    home = ROOT / "graphs" / "files" / "atomic.py"
+    wrong = [
+        f"{path.relative_to(ROOT)}:{said}"
+        for folder in (*MAY_IMPORT, "benchmarks")
+        for path in python_files(folder)
+        if path != home
+        for said in renames_and_links(path)
+    ]
+    assert not wrong
+    assert len(list(renames_and_links(home))) >= 5, "the rule finds nothing where it is done"

@@ -36,6 +36,7 @@ def command(as_json: JsonOption = False) -> None:
     """Show what is installed, what is missing and how to get it, and the cores, memory and disk there are."""
     from engines.native.libraries import survey
     from engines.tensorrt import installed
+    from graphs.files.memory import available_memory
 
     packages = [_package(need) for need in NEEDS]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -49,7 +50,7 @@ def command(as_json: JsonOption = False) -> None:
         "gpu_compute_capability": installed.gpu_capability(),
         "onnxruntime_providers": _providers(),
         "cores": cores,
-        "memory_bytes": _memory(),
+        "memory_bytes": available_memory(),
         "free_disk_bytes": shutil.disk_usage(Path.cwd()).free,
         "demo_model": _demo_model(),
     }
@@ -78,16 +79,6 @@ def _providers() -> list[str]:
         return []
     remote = "AzureExecutionProvider"  # sends pictures to a service; built in, never used here
     return [name for name in onnxruntime.get_available_providers() if name != remote]
-
-
-def _memory() -> int | None:
-    """Bytes that are available now, None where the system does not say."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
-    found = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
-    return int(found[0]) * 1024 if found else None
 
 
 def _demo_model() -> bool:

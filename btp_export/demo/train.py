@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import time
 from collections.abc import Callable, Iterator
@@ -33,6 +32,7 @@ from btp_export.demo.evaluate import evaluate
 from btp_export.demo.forward import BlockForward
 from btp_export.demo.optimiser import Optimiser
 from calibrate.data import scenes
+from graphs.files.atomic import replacing
 
 HELD_OUT = 1000  # scenes of the final table
 _END_WEIGHT = 0.4  # end-of-text is nearly always right, and at full weight it drowns the answers
@@ -188,9 +188,8 @@ class Trainer:
             "optimiser": self.optimiser.state_dict(),
             "progress": asdict(self.progress),
         }
-        partial = path.with_suffix(".partial")
-        torch.save(state, partial)
-        os.replace(partial, path)
+        with replacing(path) as stream:
+            torch.save(state, stream)
 
     def load(self, path: Path) -> None:
         """Go on from a saved state."""

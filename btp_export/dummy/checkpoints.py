@@ -18,21 +18,19 @@ import fcntl
 import hashlib
 import json
 import math
-import os
 import re
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import ml_dtypes
 import numpy as np
 from pydantic import Field
 
 from btp_export.dummy.processor import save_processor
 from btp_export.families import family_for, known_models
 from btp_export.model.cache_folder import cache_folder
-from graphs.files.atomic import check_space
+from graphs import dtypes
+from graphs.files.atomic import check_space, put_in_place, replacing
 from graphs.files.safetensors_file import header_bytes, tensor_order
 from graphs.records.errors import InputError
 from graphs.records.progress import Report
@@ -43,7 +41,6 @@ SHARD_BYTES = 5 * 10**9  # as the hub's shards
 PIECE = 2**23  # elements made and written at a time
 SENTENCE = "DUMMY WEIGHTS: the weights are random numbers; times and sizes are real, text and accuracy mean nothing"
 
-DTYPES: dict[str, np.dtype[Any]] = {"float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 # Sign and mantissa bits of each type, where its exponent begins, and the exponent's bias.
 LAYOUT = {"float16": (0x83FF, 10, 15), "bfloat16": (0x807F, 7, 127)}
 
@@ -154,8 +151,8 @@ def _make(
     """Write beside the place, shard by shard, and rename when all is there."""
     kind = str(config["torch_dtype"])
     folder = place.with_name(f".{place.name}.partial")
-    shards = in_shards(tensors, DTYPES[kind])
-    total = sum(math.prod(shape) for shape in tensors.values()) * DTYPES[kind].itemsize
+    shards = in_shards(tensors, dtypes.numpy_of(kind))
+    total = sum(math.prod(shape) for shape in tensors.values()) * dtypes.BY_NAME[kind].nbytes
     there = sum(path.stat().st_size for path in folder.glob("*.safetensors")) if folder.is_dir() else 0
     check_space(place, total - there, what=f"the dummy checkpoint of {record.model}", do="set XDG_CACHE_HOME elsewhere")
     folder.mkdir(exist_ok=True)
@@ -173,9 +170,7 @@ def _make(
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
     save_processor(config, folder)
     (folder / MARKER).write_text(record.model_dump_json(indent=1) + "\n", encoding="utf-8")
-    if place.exists():
-        shutil.rmtree(place)  # without its marker it is not whole
-    folder.rename(place)
+    put_in_place(folder, place)  # what is there without its marker is not whole
 
 
 def in_shards(tensors: Mapping[str, tuple[int, ...]], dtype: np.dtype[Any]) -> dict[str, dict[str, tuple[int, ...]]]:
@@ -194,22 +189,18 @@ def in_shards(tensors: Mapping[str, tuple[int, ...]], dtype: np.dtype[Any]) -> d
 
 def _write_shard(path: Path, shapes: Mapping[str, tuple[int, ...]], kind: str, seed: int) -> Iterator[int]:
     """Write one shard if it is not there; gives the bytes of each piece as it is written."""
-    stand_ins = {name: np.broadcast_to(np.zeros((), DTYPES[kind]), shape) for name, shape in shapes.items()}
+    stand_ins = {name: np.broadcast_to(np.zeros((), dtypes.numpy_of(kind)), shape) for name, shape in shapes.items()}
     size = sum(array.nbytes for array in stand_ins.values())
     header = header_bytes(stand_ins)
     if path.is_file() and path.stat().st_size == len(header) + size:
         yield size
         return
-    part = path.with_suffix(".part")
-    with part.open("wb") as stream:
+    with replacing(path) as stream:
         stream.write(header)
         for name in tensor_order(stand_ins):
             for piece in tensor_bits(name, shapes[name], kind, seed):
                 stream.write(piece.data)
                 yield piece.nbytes
-        stream.flush()
-        os.fsync(stream.fileno())
-    part.rename(path)
 
 
 def tensor_bits(name: str, shape: tuple[int, ...], kind: str, seed: int) -> Iterator[np.ndarray]:

@@ -9,13 +9,13 @@ from pydantic import Field
 from btp_export.families._decoder import decoder_spec
 from btp_export.families._keys import refuse_unknown_keys
 from btp_export.families._processor import load_processor
+from graphs import dtypes
 from graphs.files.checkpoint import Checkpoint
 from graphs.records.errors import InputError
 from graphs.records.record import Strict, parse_record
-from graphs.records.spec import ModelSpec, Precision, VisionSpec
+from graphs.records.spec import ModelSpec, VisionSpec
 
 SETTINGS_FILE = "btp.json"
-PRECISION_OF: dict[str, Precision] = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 class Settings(Strict):
@@ -48,7 +48,7 @@ def model_spec(
         image_token_id=image_token_id,
         eos_token_ids=eos,
         pad_token_id=pad,
-        weight_dtype=PRECISION_OF[stored],
+        weight_dtype=dtypes.BY_SAFETENSORS[stored].precision,
         **extra,
     )
 

@@ -22,7 +22,6 @@ from graphs.building.derived_bundles import derive, scratch_folder
 from graphs.files.bundle import Bundle
 from graphs.pruning.operations import cost
 from graphs.records.errors import InputError
-from graphs.records.plan import PruningPlan
 from graphs.records.progress import Report
 
 DECODE_STEPS = 16  # at most, in each round
@@ -82,7 +81,7 @@ def measure(
 
 def _open_graphs(bundle: Bundle, folder: Path, **options: Any) -> dict[str, BundleModel]:
     """The bundle and the same model without pruning, derived into `folder`."""
-    bundles = {"full": derive(bundle, unpruned(bundle.plan), folder / "full"), "pruned": bundle}
+    bundles = {"full": derive(bundle, bundle.plan.without_stages(), folder / "full"), "pruned": bundle}
     if bundle.manifest.build.assemble == "whole":
         bundles["pruned"] = derive(bundle, bundle.plan, folder / "pruned")
     return {name: load(made, **options) for name, made in bundles.items()}
@@ -106,17 +105,6 @@ def _open_engines(
     without = without_pruning(bundle)
     loader, graphs = open_graphs(without, chosen.name, device=device, engine=target, part=UNPRUNED)
     return {"full": BundleModel(without, loader, profile=chosen.name, graphs=graphs), "pruned": model}
-
-
-def unpruned(plan: PruningPlan) -> PruningPlan:
-    """The plan of the same model without stages."""
-    return PruningPlan(
-        model_type=plan.model_type,
-        num_layers=plan.num_layers,
-        image_tokens=plan.image_tokens,
-        grid=plan.grid,
-        blocks=plan.blocks,
-    )
 
 
 def random_samples(model: BundleModel, seed: int = 0) -> Encoded:

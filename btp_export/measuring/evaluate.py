@@ -90,7 +90,7 @@ def evaluate_plans(
     from graphs.pruning.operations import cost
 
     chosen = _samples(samples, seed, data)
-    full = _full(bundle)
+    full = bundle.plan.without_stages()
     digests = [plan.digest() for _, plan in planned]
     unpruned = full.digest()
     different = {unpruned: (FULL, full)}
@@ -169,10 +169,6 @@ def resolve_plans(bundle: Bundle, names: Sequence[str], compression: float | Non
             budget = average if average < own.image_tokens else None  # an unpruned bundle asks for nothing
             resolved[name] = plan_for(name, spec, average_tokens=budget)
     return resolved
-
-
-def _full(bundle: Bundle) -> PruningPlan:
-    return bundle.plan.model_copy(update={"stages": (), "importance": "last-token", "calibration": {}})
 
 
 def _samples(count: int, seed: int, data: Path | None) -> SampleSet:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from btp_export.console import Phases
 from btp_export.model.cache_folder import cache_folder
+from graphs import dtypes
 from graphs.files.bundle import Bundle, tool_versions
 from graphs.files.resume import Work, digest, work_folder
 from graphs.pruning import kept_tokens
@@ -175,7 +176,6 @@ def _work(job: _Job, note: Note) -> Iterator[Work | None]:
 
 
 def _verify(job: _Job, work: Work | None) -> tuple[Findings, bool]:
-    import torch
 
     from calibrate.reference.streamed_model import StreamedReference
     from engines.verify.streamed_graphs import Shares, StreamedRunner
@@ -188,7 +188,7 @@ def _verify(job: _Job, work: Work | None) -> tuple[Findings, bool]:
     # Every free token but the last is appended: the row of each then predicts the next one.
     inputs = [replace(one.input, new_tokens=tuple(run.tokens[:-1])) for one, run in zip(prepared, free, strict=True)]
     checkpoint = job.bundle.checkpoint()
-    reference = StreamedReference(checkpoint, dtype=getattr(torch, job.maths), device=job.device, work=work)
+    reference = StreamedReference(checkpoint, dtype=dtypes.BY_NAME[job.maths].torch, device=job.device, work=work)
     runs = reference.run(inputs, plan, record_segments=True, progress=job.phases.named("reference"))
     forced = _forced_where_needed(reference, inputs, runs, free)
     told = job.phases.named("graphs")

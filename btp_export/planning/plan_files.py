@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from graphs.files.atomic import write_text
 from graphs.records.errors import InputError
 from graphs.records.plan import PruningPlan
 from graphs.records.spec import ModelSpec
@@ -115,12 +116,7 @@ def check_out(out: Path, *, force: bool) -> None:
 def write_plan_file(plan: PruningPlan, out: Path, *, force: bool = False) -> None:
     """Write a plan beside its place and rename it into it. Raises InputError as `check_out`."""
     check_out(out, force=force)
-    part = out.with_name(f".{out.name}.part")
-    try:
-        part.write_text(plan.to_json(), encoding="utf-8")
-        part.replace(out)
-    finally:
-        part.unlink(missing_ok=True)
+    write_text(out, plan.to_json())
 
 
 def _words(model_type: str, layers: int, tokens: int, grid: tuple[int, ...]) -> str:

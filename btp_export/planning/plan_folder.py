@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from graphs.files.atomic import write_texts
 from graphs.records.errors import InputError
 
 if TYPE_CHECKING:
@@ -57,19 +55,13 @@ def write_front(points: Sequence[Point], out: Path, *, force: bool = False) -> N
     check_folder(out, force=force)
     out = out.resolve()
     document = front_document(points)
-    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
-    try:
-        for point, row in zip(points, document["rows"], strict=True):
-            (folder / row["file"]).write_text(point.plan.to_json(), encoding="utf-8")
-        (folder / INDEX).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-        out.mkdir(exist_ok=True)
-        stale = _files_of(out) if _is_front(out) else []
-        for path in sorted(folder.iterdir(), key=lambda path: path.name == INDEX):  # the index last
-            os.replace(path, out / path.name)
-        for name in set(stale) - {row["file"] for row in document["rows"]}:
-            (out / name).unlink(missing_ok=True)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    texts = {row["file"]: point.plan.to_json() for point, row in zip(points, document["rows"], strict=True)}
+    index = json.dumps(document, indent=1) + "\n"
+    out.mkdir(exist_ok=True)
+    stale = _files_of(out) if _is_front(out) else []
+    write_texts(out, texts | {INDEX: index})  # the index last
+    for name in set(stale) - texts.keys():
+        (out / name).unlink(missing_ok=True)
 
 
 def _is_front(folder: Path) -> bool:

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from btp_export.model.cache_folder import cache_folder
 from btp_export.model.pictures import fits, fitted
+from graphs import dtypes
 from graphs.files.atomic import size_text
 from graphs.files.bundle import tool_versions
-from graphs.files.memory import check_memory
+from graphs.files.memory import LIBRARIES, check_memory
 from graphs.files.resume import Work, digest, work_folder
 from graphs.records.errors import InputError
 from graphs.records.plan import Importance, PruningPlan, SpatialMetric
@@ -35,7 +36,6 @@ MOST_SAMPLES = 4096
 DEFAULT_SAMPLES = 64
 TUNED_SAMPLES = 128  # for a search, which a handful of samples would lead astray
 LARGE = 2**30  # bytes of weights over which an interrupted calibration is worth resuming
-LIBRARIES = 600 * 2**20  # what Python, torch and transformers take by themselves
 TYPICAL_TEXT = 24  # tokens of a prompt after the picture
 ANSWER_TOKENS = 16  # of the model's own answer to each prompt
 MOST_ANSWER_TOKENS = 128
@@ -154,7 +154,6 @@ def open_study(
     it. Raises as `calibrate_model`.
     """
     check_settings(settings)
-    import torch
 
     from btp_export.model.prompting import Prompter
     from calibrate import calibrate as calibration
@@ -186,7 +185,9 @@ def open_study(
     key = _cache_key(model, profile, chosen.digest(), taus, settings, device)
     statistics = cache.get(key)
     inputs = _inputs(model, prompter, profile, chosen.samples, report)
-    reference = StreamedReference(model.checkpoint, dtype=getattr(torch, settings.maths), device=device, work=work)
+    reference = StreamedReference(
+        model.checkpoint, dtype=dtypes.BY_NAME[settings.maths].torch, device=device, work=work
+    )
     if statistics is None:
         statistics = calibration.measure_statistics(
             reference,
@@ -218,11 +219,10 @@ def needed_bytes(model: Model, profile: ShapeProfile, samples: int, maths: Preci
     """About how much memory a calibration takes at its highest: the vision tower, or a layer and all samples' rows."""
     from calibrate.calibrate import DROPPED_SAMPLES
 
-    decoder, size = model.spec.decoder, 4 if maths == "float32" else 2
+    decoder, size = model.spec.decoder, dtypes.BY_NAME[maths].nbytes
     own = ("language_model.", "lm_head.")
     vision = sum(math.prod(ref.shape) for ref in model.checkpoint.tensors.values() if not ref.name.startswith(own))
-    projections = 2 * decoder.head_dim * (decoder.num_heads + decoder.num_kv_heads)
-    layer = size * decoder.hidden_size * (3 * decoder.intermediate_size + projections)
+    layer = size * decoder.layer_elements
     tokens = profile.prefix_tokens + profile.image_tokens + TYPICAL_TEXT
     rows = size * decoder.hidden_size * samples * tokens
     text = profile.prefix_tokens + TYPICAL_TEXT

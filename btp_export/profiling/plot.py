@@ -13,6 +13,7 @@ from markupsafe import Markup
 from btp_export.drawing.figures import WIDE, milliseconds
 from btp_export.drawing.svg import Canvas, Scale, text_width
 from btp_export.profiling.rows import part_rows
+from graphs.files.atomic import write_text
 
 ROW, BAR, TOP = 34.0, 11.0, 44.0  # pixels: a part's height, a bar's, and above the first
 # Of a file of its own; the report's page has rules of the same names.
@@ -52,9 +53,7 @@ def write_svg(document: Mapping[str, Any], path: Path) -> None:
     head, rest = str(part_bars(document)).split(">", 1)
     width, height = head.split('viewBox="0 0 ')[1].split('"')[0].split()
     opened = head.replace("<svg ", f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" ')
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(f"{opened}><style>{STYLE}</style>{rest}\n", encoding="utf-8")
-    partial.replace(path)
+    write_text(path, f"{opened}><style>{STYLE}</style>{rest}\n")
 
 
 def _legend(canvas: Canvas, left: float, *, full: bool) -> None:

@@ -20,6 +20,7 @@ from engines.tensorrt import trtexec
 from engines.tensorrt.kit.scripts import stem
 from engines.tensorrt.records import EngineGraph, EnginesRecord, EngineWeights
 from graphs import names
+from graphs.files.atomic import write_json
 from graphs.files.bundle import Bundle
 from graphs.records.errors import InputError
 from graphs.records.plan import PruningPlan
@@ -78,7 +79,7 @@ def profile_engines(
     document["compare"] = _compare(document, other, device)
     document["notes"] = _notes(document)
     path = sources[""].folder / _file(record.weights, chosen, several=several)
-    _write(path, document)
+    write_json(path, plain(document))
     return document | {"file": path}
 
 
@@ -282,12 +283,6 @@ def _other(weights: EngineWeights) -> EngineWeights:
 
 def _file(weights: EngineWeights, profile: ShapeProfile, *, several: bool) -> str:
     return f"profile.{weights}.{profile.name}.json" if several else f"profile.{weights}.json"
-
-
-def _write(path: Path, document: Mapping[str, Any]) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(plain(document), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(path)
 
 
 def _read_document(path: Path) -> dict[str, Any] | None:

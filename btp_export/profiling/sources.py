@@ -45,7 +45,7 @@ def find_sources(bundle: Bundle, target: Target, profile: ShapeProfile, results:
         _require_made_from(bundle, other, inner)
         where = _results(inner, results, UNPRUNED)
         if results is None or where.is_dir():
-            sources[UNPRUNED] = Source(inner, where, other, plan.model_copy(update={"stages": ()}))
+            sources[UNPRUNED] = Source(inner, where, other, plan.without_stages())
     if results is not None and not results.is_dir():
         raise InputError(
             f"no folder {results}", wanted="the folder profile/ that profile.sh wrote", do="copy it from the device"

@@ -131,7 +131,7 @@ def costs(plan: PruningPlan, manifest: Manifest) -> dict[str, dict[str, int]]:
     graphs/pruning/operations.py.
     """
     profile, decoder, precision = manifest.profiles[0], manifest.spec.decoder, manifest.build.precision
-    full = cost(decoder, plan.model_copy(update={"stages": ()}), profile, precision)
+    full = cost(decoder, plan.without_stages(), profile, precision)
     pruned = cost(decoder, plan, profile, precision)
     return {
         "operations": {"full": full.decoder, "pruned": pruned.decoder, "selection": sum(pruned.selection)},

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from btp_export.report.data import ReportData, document
-from graphs.files.atomic import uninterrupted
+from graphs.files.atomic import write_texts
 
 
 def write_report(folder: Path, data: ReportData) -> None:
@@ -21,13 +21,4 @@ def write_report(folder: Path, data: ReportData) -> None:
         "index.html": render(contents, data.pictures),
     }
     folder.mkdir(parents=True, exist_ok=True)
-    parts = {folder / name: folder / f".{name}.part" for name in texts}
-    try:
-        for part, text in zip(parts.values(), texts.values(), strict=True):
-            part.write_text(text, encoding="utf-8")
-        with uninterrupted():
-            for path, part in parts.items():
-                part.replace(path)
-    finally:
-        for part in parts.values():
-            part.unlink(missing_ok=True)
+    write_texts(folder, texts)

@@ -15,7 +15,7 @@ from graphs.building.rope import token_tables
 from graphs.files.atomic import size_text
 from graphs.files.bundle import ROPE_WEIGHTS, Bundle
 from graphs.files.checkpoint import open_tensors
-from graphs.files.memory import available_memory
+from graphs.files.memory import LIBRARIES, available_memory
 from graphs.files.resume import Sequence as Steps
 from graphs.pruning import kept_tokens
 from graphs.records.errors import InputError
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from engines.verify.verification import FreeRun
 
 STREAM_ABOVE = 3 * 2**30  # bytes of weights in float32 over which graphs are opened part by part
-LIBRARIES = 700 * 2**20  # what Python, torch, transformers and ONNX Runtime take by themselves
 
 
 def open_bytes(files: Mapping[str, Path]) -> int:
@@ -68,10 +67,7 @@ def check_fits_memory(bundle: Bundle, profile: str | None, device: str, *, model
 def streaming_bytes(bundle: Bundle, profile: str, samples: int) -> int:
     """About how much memory verifying with one layer at a time takes: a layer twice, and what flows."""
     spec, shape = bundle.spec.decoder, bundle.profile(profile)
-    layer = 4 * spec.hidden_size * (
-        3 * spec.intermediate_size + 2 * spec.head_dim * (spec.num_heads + spec.num_kv_heads)
-    )  # fmt: skip
-    head = 4 * spec.hidden_size * spec.vocab_size
+    layer, head = 4 * spec.layer_elements, 4 * spec.head_elements
     caches = 2 * 4 * spec.head_dim * spec.num_kv_heads * sum(
         shape.capacity_with(tokens) for tokens in bundle.plan_for(profile).tokens_per_layer()
     )  # fmt: skip

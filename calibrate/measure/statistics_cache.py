@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -21,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from calibrate.measure.statistics import TOP_SHARES, Statistics
-from graphs.files.atomic import SMALL_FILE, hub_sha256, sha256
+from graphs.files.atomic import SMALL_FILE, hub_sha256, replacing, sha256
 from graphs.files.checkpoint import Checkpoint
 from graphs.records.progress import Note
 
@@ -61,18 +59,12 @@ class StatisticsCache:
         path = self._path(key)
         if path is None:
             return
-        part = None
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            handle, part = tempfile.mkstemp(prefix=".", suffix=".part", dir=path.parent)
-            with os.fdopen(handle, "wb") as stream:
+            with replacing(path, sync=False) as stream:
                 _write(stream, key, statistics)
-            os.replace(part, path)
         except OSError as error:
             self._tell(f"statistics are not cached: {path.parent}: {error.strerror or error}")
-        finally:
-            if part is not None and os.path.exists(part):
-                os.unlink(part)
 
     def _path(self, key: str) -> Path | None:
         return None if self.folder is None else self.folder / f"{key}.npz"

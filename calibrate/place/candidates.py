@@ -255,7 +255,7 @@ def _placements(
         middle = (low + high) / 2
         low, high = (low, middle) if met(middle) else (middle, high)
     found = _placed(evidence, final, shape, request, high, limit)
-    ceiling = share * cost.of(shape.plan(()))
+    ceiling = share * cost.of(shape.unpruned)
     solved = [largest_within(placement, shape, request.recipe, cost, ceiling) for placement in found]
     return [fitted or placement for fitted, placement in zip(solved, found, strict=True)]
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from calibrate.place.counts import Shape
 from graphs.pruning import operations
 from graphs.records.errors import InputError
 from graphs.records.plan import PruningPlan
@@ -48,7 +49,7 @@ class PrefillCost:
 
     def share(self, plan: PruningPlan) -> float:
         """The cost as a share of the unpruned model's."""
-        return self.of(plan) / self.of(plan.model_copy(update={"stages": ()}))
+        return self.of(plan) / self.of(plan.without_stages())
 
     def summary(self) -> dict[str, Any]:
         """As a plan's record holds it."""
@@ -167,14 +168,8 @@ def fit_line(work: Sequence[float], times: Sequence[float]) -> tuple[float, floa
 
 
 def _check_same(full: float, path: Path, decoder: DecoderSpec, profile: ShapeProfile) -> None:
-    unpruned = PruningPlan(
-        model_type="any",
-        num_layers=decoder.num_layers,
-        image_tokens=profile.image_tokens,
-        grid=profile.grid,
-        blocks=profile.blocks,
-    )
-    mine = operations.cost(decoder, unpruned, profile).decoder / profile.batch
+    shape = Shape("any", decoder.num_layers, profile.image_tokens, profile.grid, profile.blocks)
+    mine = operations.cost(decoder, shape.unpruned, profile).decoder / profile.batch
     if not mine / _SAME <= full <= mine * _SAME:
         raise InputError(
             f"{path} measures a prefill of {full:.3g} operations",

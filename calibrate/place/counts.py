@@ -44,6 +44,11 @@ class Shape:
         placed = sum(rows * columns for rows, columns in self.blocks or (self.grid,))
         return min(self.image_tokens // 4, placed)
 
+    @property
+    def unpruned(self) -> PruningPlan:
+        """The plan that keeps every token, as PruningPlan.without_stages gives it."""
+        return self.plan(())
+
     def plan(self, stages: Sequence[Stage], **settings: object) -> PruningPlan:
         """A plan of `stages` for this shape."""
         return PruningPlan.model_validate(

@@ -142,7 +142,7 @@ def measure_plans(
     progress: Report | None = None,
 ) -> list[Measurement]:
     """Both parts of the objective of every plan on every input, in one streamed pass where memory allows it."""
-    unpruned = plans[0].model_copy(update={"stages": ()})
+    unpruned = plans[0].without_stages()
     parts, measured = passes(plans, inputs), []
     for number, part in enumerate(parts):
         probe = ErrorProbe(frozenset(segment.stop - 1 for plan in part for segment in plan.segments()))

@@ -10,13 +10,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-import ml_dtypes
 import numpy as np
 import torch
 
 from calibrate.reference.pruning_stage import StageRecord
 from calibrate.reference.recording import Kept, OpenSegment, make_segment, segment_arrays
 from calibrate.reference.records import EmbeddedRecord
+from graphs import dtypes
 from graphs.files.atomic import sha256
 from graphs.files.resume import KeptArray, Work
 from graphs.files.resume import Sequence as Steps
@@ -93,7 +93,7 @@ class _Pool:
             name = f"t{len(self._names)}"
             self._names[id(value)] = name
             self._alive.append(value)
-            self.arrays[name] = value if isinstance(value, np.ndarray) else _array(value)
+            self.arrays[name] = value if isinstance(value, np.ndarray) else dtypes.numpy_of_torch(value)
         return self._names[id(value)]
 
 
@@ -107,7 +107,7 @@ class _Loaded:
 
     def tensor(self, name: str) -> torch.Tensor:
         if name not in self._tensors:
-            self._tensors[name] = _tensor(self._arrays[name]).to(self._device)
+            self._tensors[name] = dtypes.torch_of_numpy(self._arrays[name]).to(self._device)
         return self._tensors[name]
 
     def array(self, name: str) -> np.ndarray:
@@ -182,16 +182,3 @@ def _run_fields(pool: _Loaded, state: Mapping[str, Any]) -> dict[str, Any]:
 
 def _taken(pool: _Loaded, arrays: Mapping[str, Any]) -> dict[str, Kept]:
     return {name: pool.kept(ref) for name, ref in arrays.items()}
-
-
-def _array(tensor: torch.Tensor) -> np.ndarray:
-    tensor = tensor.detach().contiguous().cpu()
-    if tensor.dtype == torch.bfloat16:  # NumPy has no such type: its bits are carried as integers
-        return np.asarray(tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16))
-    return np.asarray(tensor.numpy())
-
-
-def _tensor(array: np.ndarray) -> torch.Tensor:
-    if array.dtype == ml_dtypes.bfloat16:
-        return torch.from_numpy(np.array(array.view(np.int16))).view(torch.bfloat16)
-    return torch.from_numpy(np.array(array))

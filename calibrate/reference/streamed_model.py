@@ -23,7 +23,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import nn
 from transformers import AttentionInterface, AutoModel
@@ -35,7 +34,8 @@ from calibrate.reference.positions import position_rule
 from calibrate.reference.pruning_stage import StageRecord, apply_stage
 from calibrate.reference.recording import SPILL_BYTES, KeptSegment, OpenSegment, Recorder
 from calibrate.reference.records import EmbeddedRecord, ReferenceInput, RunRecord, SegmentRecord
-from graphs.files.checkpoint import Checkpoint, TensorRef
+from graphs import dtypes
+from graphs.files.checkpoint import Checkpoint
 from graphs.files.resume import Work, digest
 from graphs.records.errors import InputError, UnavailableError
 from graphs.records.plan import PruningPlan
@@ -375,7 +375,7 @@ class StreamedReference:
                 wanted="ids of this model's tokenizer",
                 do="use the processor files of the same checkpoint",
             )
-        return _to_torch(table.read()[rows], table).to(self._device, self._dtype)
+        return dtypes.torch_of_numpy(table.read()[rows]).to(self._device, self._dtype)
 
     @contextmanager
     def loaded(self, layer: int) -> Iterator[nn.Module]:
@@ -397,7 +397,7 @@ class StreamedReference:
                     wanted=f"{list(parameter.shape)}, as config.json says",
                     do="restore config.json or the weights, so that both are of the same model",
                 )
-            state[name] = _to_torch(ref.read(), ref).to(self._device, self._dtype)
+            state[name] = dtypes.torch_of_numpy(ref.read()).to(self._device, self._dtype)
         module.load_state_dict(state, assign=True)
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -409,7 +409,7 @@ class StreamedReference:
         matrix = self._checkpoint["language_model.embed_tokens.weight" if tied else "lm_head.weight"]
         weights, normed = matrix.read(), norm(hidden)
         blocks = [
-            normed @ _to_torch(weights[row : row + _VOCABULARY_ROWS], matrix).to(self._device, self._dtype).T
+            normed @ dtypes.torch_of_numpy(weights[row : row + _VOCABULARY_ROWS]).to(self._device, self._dtype).T
             for row in range(0, matrix.shape[0], _VOCABULARY_ROWS)
         ]
         norm.to("meta")
@@ -458,13 +458,6 @@ def _whole_config(config: Mapping[str, Any]) -> Any:
             f"config.json has model_type {model_type!r}", wanted="a model type of transformers", do="check config.json"
         )
     return CONFIG_MAPPING[model_type].from_dict(copy.deepcopy(dict(config)))  # transformers writes into it
-
-
-def _to_torch(array: np.ndarray, ref: TensorRef) -> torch.Tensor:
-    """A private copy of a (memory-mapped) array; NumPy has no bfloat16, so its bits are carried as 16-bit integers."""
-    if ref.dtype == "BF16":
-        return torch.from_numpy(np.array(array.view(np.uint16))).view(torch.bfloat16)
-    return torch.from_numpy(np.array(array))
 
 
 def _capturing_attention(

@@ -6,12 +6,12 @@ from math import prod
 from pathlib import Path
 
 from engines.native.libraries import find, open_library
+from graphs import dtypes
 from graphs.ops.common.trt_python import Tensor
 from graphs.records.errors import CheckError, InputError
 
 COUNTS = ("keep", "attention_quota", "diversity_quota", "pool", "boundary")
 SIMILARITY = {"float32": 1, "float16": 2}  # kernel.h: BTP_FLOAT32, BTP_FLOAT16
-ITEM_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "int32": 4}
 
 
 class _Select(ctypes.Structure):
@@ -77,7 +77,7 @@ class Kernels:
         Raises InputError for sizes that break the rules, CheckError if the launch fails.
         """
         tokens, indices = inputs
-        row_bytes = prod(tokens.shape[2:]) * ITEM_BYTES[tokens.dtype]
+        row_bytes = prod(tokens.shape[2:]) * dtypes.BY_NAME[tokens.dtype].nbytes
         gather = _Gather(*tokens.shape[:2], start, count, indices.shape[1], row_bytes)
         self._require(self._library.btp_gather_tokens_problem(ctypes.byref(gather)))
         self._check(

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import ml_dtypes
 import numpy as np
 import onnxruntime as ort
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
@@ -17,21 +16,9 @@ from engines.native import libraries
 from engines.runners import Array, Bound, Buffer, Dtype, TensorSpec
 from engines.runners.binding import check_arrays, check_names, check_tensor
 from engines.runners.host import HostBuffer
+from graphs import dtypes
 from graphs.records.errors import BtpError, CheckError, InputError, UnavailableError
 
-# ONNX Runtime's type names -> (numpy dtype, ONNX TensorProto element type).
-ELEMENTS: dict[str, tuple[Dtype, int]] = {
-    "tensor(float)": (np.dtype(np.float32), 1),
-    "tensor(uint8)": (np.dtype(np.uint8), 2),
-    "tensor(int8)": (np.dtype(np.int8), 3),
-    "tensor(int32)": (np.dtype(np.int32), 6),
-    "tensor(int64)": (np.dtype(np.int64), 7),
-    "tensor(bool)": (np.dtype(np.bool_), 9),
-    "tensor(float16)": (np.dtype(np.float16), 10),
-    "tensor(double)": (np.dtype(np.float64), 11),
-    "tensor(bfloat16)": (np.dtype(ml_dtypes.bfloat16), 16),
-}
-ELEMENT_TYPES = dict(ELEMENTS.values())
 ORT_ERRORS: tuple[type[Exception], ...] = tuple(
     value for value in vars(ort_errors).values() if isinstance(value, type) and issubclass(value, Exception)
 )
@@ -182,7 +169,7 @@ class _OrtBound:
         for name, buffer in self._inputs.items():
             self._bind_input(name, buffer)
         for name, buffer in self._outputs.items():
-            element = ELEMENT_TYPES[buffer.dtype]
+            element = dtypes.BY_NUMPY[buffer.dtype].onnx
             self._binding.bind_output(name, self._kind, self._number, element, buffer.shape, buffer.pointer)
         # On a GPU, ONNX Runtime places small integer arithmetic on the CPU and copies such an input over when it is
         # bound, not when the graph runs: bind these again before every run. (Not yet run on a GPU.)
@@ -193,7 +180,7 @@ class _OrtBound:
         }
 
     def _bind_input(self, name: str, buffer: Buffer) -> None:
-        element = ELEMENT_TYPES[buffer.dtype]
+        element = dtypes.BY_NUMPY[buffer.dtype].onnx
         self._binding.bind_input(name, self._kind, self._number, element, buffer.shape, buffer.pointer)
 
     def __call__(self) -> None:
@@ -266,10 +253,10 @@ def _require_cuda() -> None:
 
 
 def _spec(node: Any, path: Path) -> TensorSpec:
-    if node.type not in ELEMENTS or not all(isinstance(size, int) for size in node.shape):
+    if node.type not in dtypes.BY_ONNXRUNTIME or not all(isinstance(size, int) for size in node.shape):
         raise InputError(
             f"{path.name}: {node.name} is {node.type} {list(node.shape)}",
             wanted="tensors of static shape",
             do="export the bundle again",
         )
-    return TensorSpec(node.name, ELEMENTS[node.type][0], tuple(node.shape))
+    return TensorSpec(node.name, dtypes.BY_ONNXRUNTIME[node.type].numpy, tuple(node.shape))

@@ -17,31 +17,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
-import ml_dtypes
-import numpy as np
-
 from engines.runners import Array, Buffer, Dtype, TensorSpec, cuda
 from engines.runners.binding import check_arrays, check_names, check_tensor
 from engines.tensorrt.records import BuiltEngine, EngineGraph, EnginesRecord, bundle_digest
 from engines.tensorrt.run.session import Session, build_again, explain
-from engines.tensorrt.run.weights import np_dtype
-from graphs import names
+from graphs import dtypes, names
 from graphs.files.atomic import SMALL_FILE, sha256
 from graphs.files.bundle import Bundle, Check
 from graphs.records.errors import BtpError, InputError
+from graphs.records.manifest import TensorRecord
 
 CAPTURED: Final = frozenset({names.DECODE})  # graphs replayed as CUDA graphs: many short kernels, run again and again
-# Names of TensorRT's element types -> numpy's.
-DTYPES: Final[dict[str, Dtype]] = {
-    "FLOAT": np.dtype(np.float32),
-    "HALF": np.dtype(np.float16),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-    "INT32": np.dtype(np.int32),
-    "INT64": np.dtype(np.int64),
-    "INT8": np.dtype(np.int8),
-    "UINT8": np.dtype(np.uint8),
-    "BOOL": np.dtype(np.bool_),
-}
 
 
 def open_engines(
@@ -140,8 +126,8 @@ class TrtRunner:
         self, engine: Any, path: Path, graph: EngineGraph, weights: Mapping[str, Buffer], loader: TrtLoader
     ) -> None:
         self.path, self.graph = path, graph
-        self.inputs = {spec.name: TensorSpec(spec.name, np_dtype(spec.dtype), spec.shape) for spec in graph.inputs}
-        self.outputs = {spec.name: TensorSpec(spec.name, np_dtype(spec.dtype), spec.shape) for spec in graph.outputs}
+        self.inputs = {record.name: _spec(record) for record in graph.inputs}
+        self.outputs = {record.name: _spec(record) for record in graph.outputs}
         self._weights = dict(weights)
         self._session = loader.session
         matrices = {name: TensorSpec(name, buffer.dtype, buffer.shape) for name, buffer in weights.items()}
@@ -179,6 +165,10 @@ class TrtRunner:
         return buffers, self.bind(inputs, outputs)
 
 
+def _spec(record: TensorRecord) -> TensorSpec:
+    return TensorSpec(record.name, dtypes.numpy_of(record.dtype), record.shape)
+
+
 def _difference(
     trt: Any, engine: Any, inputs: Mapping[str, TensorSpec], outputs: Mapping[str, TensorSpec]
 ) -> str | None:
@@ -189,9 +179,9 @@ def _difference(
         kind = engine.get_tensor_dtype(name).name
         if engine.get_tensor_location(name) != trt.TensorLocation.DEVICE:
             return f"{name} is in host memory"
-        if kind not in DTYPES:
+        if kind not in dtypes.BY_TENSORRT:
             return f"{name} is {kind}"
-        spec = TensorSpec(name, DTYPES[kind], tuple(engine.get_tensor_shape(name)))
+        spec = TensorSpec(name, dtypes.BY_TENSORRT[kind].numpy, tuple(engine.get_tensor_shape(name)))
         found[engine.get_tensor_mode(name)][name] = spec
     for word, there, wanted in zip(("input", "output"), found.values(), (inputs, outputs), strict=True):
         for name in sorted(there.keys() ^ wanted.keys()):

@@ -12,7 +12,7 @@ from typing import Final, Literal
 
 from pydantic import Field, model_validator
 
-from graphs.files.atomic import sha256
+from graphs.files.atomic import sha256, write_text
 from graphs.files.bundle import Bundle
 from graphs.records.errors import InputError
 from graphs.records.manifest import FileRecord, RelativePath, Sha256, TensorRecord
@@ -143,9 +143,7 @@ class EnginesRecord(Strict):
 
     def save(self, folder: Path) -> None:
         """Write engines.json in one step: a reader sees the old or the new one."""
-        partial = folder / f".{FILE}.partial"
-        partial.write_text(self.to_json(), encoding="utf-8")
-        partial.replace(folder / FILE)
+        write_text(folder / FILE, self.to_json())
 
     @staticmethod
     def load(folder: Path) -> "EnginesRecord":

@@ -15,11 +15,10 @@ from typing import Any, Protocol
 
 import numpy as np
 import onnx
-from onnx import TensorProto
 
-from engines.runners import Dtype, Runner, TensorSpec
+from engines.runners import Runner, TensorSpec
 from engines.verify.protocol import Array
-from graphs import names
+from graphs import dtypes, names
 from graphs.building.graph_parts import Part, has_bfloat16, read_graph, split, wide_weights, widen
 from graphs.files.resume import Sequence as Steps
 from graphs.records.errors import InputError
@@ -29,11 +28,7 @@ from graphs.records.shapes import ShapeProfile
 
 PART_BYTES = 2**30  # weights in float32 that are open at a time: one layer of a 7B
 
-NUMPY: dict[int, Dtype] = {
-    TensorProto.FLOAT: np.dtype(np.float32),
-    TensorProto.FLOAT16: np.dtype(np.float16),
-    TensorProto.INT32: np.dtype(np.int32),
-}
+STREAMED_TYPES = ("float32", "float16", "int32")  # what the parts of a graph compute in on a CPU
 
 Seen = Callable[[int, Mapping[str, Array]], None]
 Feeds = Sequence[Mapping[str, Array]]
@@ -117,13 +112,15 @@ class StreamedRunner:
 
 def _spec(value: onnx.ValueInfoProto, path: Path) -> TensorSpec:
     kind = value.type.tensor_type
-    if kind.elem_type not in NUMPY or not all(dim.HasField("dim_value") for dim in kind.shape.dim):
+    element = dtypes.BY_ONNX.get(kind.elem_type)
+    static = all(dim.HasField("dim_value") for dim in kind.shape.dim)
+    if element is None or element.name not in STREAMED_TYPES or not static:
         raise InputError(
             f"{path.name}: {value.name} has no static shape or a type that is not float32, float16 or int32",
             wanted="graphs as exported",
             do="export the bundle again",
         )
-    return TensorSpec(value.name, NUMPY[kind.elem_type], tuple(dim.dim_value for dim in kind.shape.dim))
+    return TensorSpec(value.name, element.numpy, tuple(dim.dim_value for dim in kind.shape.dim))
 
 
 # -- generation ------------------------------------------------------------------------------------------------------

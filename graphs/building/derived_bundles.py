@@ -2,15 +2,14 @@
 
 import contextlib
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from graphs import names
+from graphs import dtypes, names
 from graphs.building.decoder_graphs import build_decoder_graphs
-from graphs.building.graph_builder import NUMPY, BuiltGraph, dims, dtype_of, serialize
-from graphs.files.atomic import record, staged
+from graphs.building.graph_builder import BuiltGraph, dims, dtype_of, serialize
+from graphs.files.atomic import link_or_copy, record, staged
 from graphs.files.bundle import Bundle, write_manifest, write_plans
 from graphs.records.manifest import GraphRecord, TensorRecord
 from graphs.records.match_plan import plan_for_profile
@@ -42,7 +41,8 @@ def derive_into(bundle: Bundle, plan: PruningPlan, root: Path) -> None:
         suffix = f".{profile.name}" if len(manifest.profiles) > 1 else ""
         graphs += _derived_graphs(bundle, plans[profile.name], profile, root, suffix)
     for entry in (*manifest.weights, *manifest.processor):
-        _link_or_copy(bundle.root / entry.file, root / entry.file)
+        (root / entry.file).parent.mkdir(parents=True, exist_ok=True)
+        link_or_copy(bundle.root / entry.file, root / entry.file)
     first_plan, profile_plans = write_plans(root, plans)
     write_manifest(
         root,
@@ -64,19 +64,12 @@ def _derived_graphs(
 ) -> list[GraphRecord]:
     build = bundle.manifest.build
     vision = bundle.graph(names.VISION, profile.name)
-    _link_or_copy(bundle.root / vision.file, root / vision.file)
+    (root / vision.file).parent.mkdir(parents=True, exist_ok=True)
+    link_or_copy(bundle.root / vision.file, root / vision.file)
     built = build_decoder_graphs(
         bundle.spec, bundle.checkpoint(), plan, profile, opset=build.opset, precision=build.precision
     )
     return [vision, *write_graphs(root, built, profile.name, suffix=suffix)]
-
-
-def _link_or_copy(source: Path, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        target.hardlink_to(source)
-    except OSError:
-        shutil.copyfile(source, target)
 
 
 @contextlib.contextmanager
@@ -115,6 +108,6 @@ def _graph_record(root: Path, file: str, graph: BuiltGraph, profile: str) -> Gra
 
 def _tensors(values: Sequence[object]) -> tuple[TensorRecord, ...]:
     return tuple(
-        TensorRecord(name=str(value.name), dtype=str(NUMPY[dtype_of(value)]), shape=dims(value))  # type: ignore[attr-defined, arg-type]
+        TensorRecord(name=str(value.name), dtype=dtypes.BY_ONNX[dtype_of(value)].name, shape=dims(value))  # type: ignore[attr-defined, arg-type]
         for value in values
     )

@@ -11,11 +11,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import onnx
 import onnx_ir as ir
 
+from graphs import dtypes
 from graphs.files.checkpoint import Checkpoint
 from graphs.records.errors import InputError
 from graphs.records.spec import Precision
@@ -26,20 +26,6 @@ IR_VERSIONS = {PORTABLE_OPSET: 8, FUSED_OPSET: 11}
 BTP_DOMAIN = "btp"
 WEIGHTS_FOLDER = "weights"  # beside the .onnx files
 
-PRECISIONS: dict[Precision, ir.DataType] = {
-    "float32": ir.DataType.FLOAT,
-    "float16": ir.DataType.FLOAT16,
-    "bfloat16": ir.DataType.BFLOAT16,
-}
-STORED = {"F32": ir.DataType.FLOAT, "F16": ir.DataType.FLOAT16, "BF16": ir.DataType.BFLOAT16}
-NUMPY: dict[ir.DataType, np.dtype[Any]] = {
-    ir.DataType.FLOAT: np.dtype(np.float32),
-    ir.DataType.FLOAT16: np.dtype(np.float16),
-    ir.DataType.BFLOAT16: np.dtype(ml_dtypes.bfloat16),
-    ir.DataType.INT32: np.dtype(np.int32),
-    ir.DataType.INT64: np.dtype(np.int64),
-    ir.DataType.BOOL: np.dtype(np.bool_),
-}
 
 Dims = tuple[int, ...]
 
@@ -91,7 +77,7 @@ class GraphBuilder:
         self.name, self.opset = name, opset
         self.fused = opset >= FUSED_OPSET
         self.precision: Precision = precision
-        self.dtype = PRECISIONS[precision]
+        self.dtype = dtypes.BY_NAME[precision].ir
         self._checkpoint = checkpoint
         self._scope: list[str] = []
         self._named: dict[str, ir.Value] = {}
@@ -222,7 +208,7 @@ class GraphBuilder:
 
     def scalar(self, name: str, number: float, dtype: ir.DataType) -> ir.Value:
         """A 0-d constant of the given type."""
-        return self.constant(f"constant.{name}.{dtype.name.lower()}", np.array(number, NUMPY[dtype]))
+        return self.constant(f"constant.{name}.{dtype.name.lower()}", np.array(number, dtypes.BY_ONNX[dtype].numpy))
 
     def integers(self, *numbers: int) -> ir.Value:
         """An int64 [n] constant: a shape, axes, starts, ..."""
@@ -240,13 +226,13 @@ class GraphBuilder:
         if known is not None:
             return known
         ref = self._checkpoint[name]
-        if ref.shape != shape or ref.dtype not in STORED:
+        if ref.shape != shape or not dtypes.BY_SAFETENSORS[ref.dtype].is_precision:
             raise InputError(
                 f"{ref.shard}: {ref.stored_name} is {ref.dtype} {list(ref.shape)}",
                 wanted=f"{list(shape)} in F32, F16 or BF16, as config.json says",
                 do="use the config.json and the safetensors files of the same model",
             )
-        stored = STORED[ref.dtype]
+        stored = dtypes.BY_SAFETENSORS[ref.dtype].ir
         value = self._initializer(name, external(name, ref.shard, ref.offset, ref.nbytes, stored, shape))
         if stored == self.dtype:
             return value

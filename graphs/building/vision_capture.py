@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx_ir as ir
 
-from graphs import names
-from graphs.building.graph_builder import IR_VERSIONS, NUMPY, PRECISIONS, BuiltGraph, GraphBuilder, external
+from graphs import dtypes, names
+from graphs.building.graph_builder import IR_VERSIONS, BuiltGraph, GraphBuilder, external
 from graphs.files.safetensors_file import tensor_offsets
 from graphs.records.errors import InputError
 from graphs.records.spec import Precision
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 VISION_FILE = "btp-vision.safetensors"
 INLINE_BYTES = 1024  # smaller constants, and those that are not floats (shapes, positions), stay in the graph
-FLOATS = tuple(PRECISIONS.values())
 
 
 def capture_vision(
@@ -96,7 +95,7 @@ def _in_precision(module: "nn.Module", precision: Precision, in_place: bool) -> 
 
     if precision == "float32":
         return module
-    dtype = getattr(torch, precision)
+    dtype = dtypes.BY_NAME[precision].torch
     floats = [one for one in (*module.parameters(), *module.buffers()) if one.is_floating_point()]
     if in_place:
         for one in floats:
@@ -182,7 +181,7 @@ def _name_constants(model: ir.Model, parameters: Collection[str]) -> None:
 
 
 def _is_large(tensor: ir.TensorProtocol) -> bool:
-    return tensor.dtype in FLOATS and tensor.nbytes >= INLINE_BYTES
+    return dtypes.BY_ONNX[tensor.dtype].is_precision and tensor.nbytes >= INLINE_BYTES
 
 
 def _take_weights(model: ir.Model) -> dict[str, np.ndarray]:
@@ -201,10 +200,9 @@ def _take_weights(model: ir.Model) -> dict[str, np.ndarray]:
 def _point(model: ir.Model, names: Iterable[str], weights: dict[str, np.ndarray]) -> None:
     """Make the named initialisers pointers into the file that holds `weights`."""
     offsets = tensor_offsets(weights)
-    types = {dtype: code for code, dtype in NUMPY.items()}
     for name in names:
         array = weights[name]
-        pointer = external(name, VISION_FILE, offsets[name], array.nbytes, types[array.dtype], array.shape)
+        pointer = external(name, VISION_FILE, offsets[name], array.nbytes, dtypes.BY_NUMPY[array.dtype].ir, array.shape)
         model.graph.initializers[name].const_value = pointer
 
 

@@ -1,6 +1,11 @@
-"""Putting a bundle in its place as a whole: assembled beside the destination, renamed when complete, else removed.
+"""Putting files and folders in their place as a whole: written beside the destination and renamed when complete.
 
-Also the means for its files: space checked beforehand, links or copies, sizes and hashes.
+    staged          a folder (a bundle, a kit), refused where something else is
+    replacing       one file, as a stream;  write_bytes, write_text, write_json, write_texts: its contents
+    move            something that is complete already
+    link_or_copy    a file that is somewhere else, without a second copy where the file system allows it
+
+Also what these need: space checked beforehand, sizes and hashes. No other file of the project renames or links.
 """
 
 import concurrent.futures
@@ -9,13 +14,14 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
 import signal
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, BinaryIO, Literal
 
 from graphs.records.errors import InputError
 from graphs.records.manifest import FORMAT, FileRecord
@@ -28,6 +34,7 @@ SMALL_FILE = 64 * 2**20
 RESERVE = 64 * 2**20  # bytes left free besides the bundle itself
 CHUNK = 8 * 2**20
 HASH_THREADS = 2
+PARTIAL = ".partial"  # how the names of files and folders end that are not complete
 
 
 @contextlib.contextmanager
@@ -51,7 +58,7 @@ def staged(
         _sync_tree(folder)
         check_destination(destination, force=force, is_ours=is_ours, noun=noun)  # it may have appeared while we worked
         with uninterrupted():
-            _put_in_place(folder, destination)
+            put_in_place(folder, destination)
     except BaseException:
         with uninterrupted():
             shutil.rmtree(folder, ignore_errors=True)
@@ -92,6 +99,101 @@ def is_bundle(folder: Path) -> bool:
         return False
     family = FORMAT.split("/")[0] + "/"
     return isinstance(manifest, dict) and str(manifest.get("format", "")).startswith(family)
+
+
+# -- single files ----------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def replacing(path: Path, *, sync: bool = True) -> Iterator[BinaryIO]:
+    """Yield a stream into a new file beside `path`; when the block ends well it becomes `path`, else it is removed.
+
+    The file has a name of its own, so that two writers do not meet, and is made anew: a link that somebody has put
+    there is never written through. Its permissions are those of any new file. `sync` waits until the contents are on
+    the disk; leave it out only for what can be made again. Raises OSError where nothing can be written.
+    """
+    handle, partial = _open_partial(path)
+    try:
+        with os.fdopen(handle, "wb") as stream:
+            yield stream
+            stream.flush()
+            if sync:
+                os.fsync(stream.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        with uninterrupted():
+            partial.unlink(missing_ok=True)
+        raise
+    if sync:
+        _sync_folder(path.parent)
+
+
+def write_bytes(path: Path, content: bytes, *, sync: bool = True) -> None:
+    """Write or replace a file in one step: a reader sees the old one or the new one."""
+    with replacing(path, sync=sync) as stream:
+        stream.write(content)
+
+
+def write_text(path: Path, text: str, *, sync: bool = True) -> None:
+    """Text in UTF-8, as `write_bytes`."""
+    write_bytes(path, text.encode(), sync=sync)
+
+
+def write_json(path: Path, document: Any, *, sync: bool = True) -> None:
+    """JSON types as all our files hold them, as `write_bytes`."""
+    write_text(path, json.dumps(document, indent=1, ensure_ascii=False) + "\n", sync=sync)
+
+
+def write_texts(folder: Path, texts: Mapping[str, str]) -> None:
+    """Files that belong together: all are complete before the first takes its place, in the order given."""
+    with uninterrupted(), contextlib.ExitStack() as stack:
+        for name in reversed(list(texts)):  # the stack ends with what came last
+            stream = stack.enter_context(replacing(folder / name))
+            stream.write(texts[name].encode())
+
+
+def move(source: Path, target: Path) -> None:
+    """Give a complete file or folder of the same file system its place, in one step; a file there is replaced."""
+    os.replace(source, target)
+
+
+def put_in_place(folder: Path, destination: Path) -> None:
+    """Give a complete folder its place; an old one steps aside first and comes back if that fails."""
+    if not destination.exists() or not any(destination.iterdir()):
+        folder.rename(destination)  # an empty folder is replaced in one step
+        _sync_folder(destination.parent)
+        return
+    aside = folder.with_suffix(".old")
+    destination.rename(aside)
+    try:
+        folder.rename(destination)
+    except OSError:
+        aside.rename(destination)
+        raise
+    _sync_folder(destination.parent)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _open_partial(path: Path) -> tuple[int, Path]:
+    """A new file beside `path`, open for writing; O_EXCL never opens what is there, a link included."""
+    while True:
+        partial = path.with_name(f".{path.name[:200]}.{secrets.token_hex(6)}{PARTIAL}")
+        with contextlib.suppress(FileExistsError):
+            return os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666), partial
+
+
+# -- links and copies ------------------------------------------------------------------------------------------------
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Put `source` (symbolic links resolved) at `target`, which must be free: linked if possible, else copied."""
+    source = source.resolve()
+    try:
+        os.link(source, target)
+    except FileExistsError:
+        raise
+    except OSError:
+        _copy(source, target)
 
 
 def check_space(
@@ -229,7 +331,7 @@ def _remove_empty(folders: Sequence[Path]) -> None:
 
 def _temporary_sibling(destination: Path, made: Sequence[Path]) -> Path:
     try:
-        folder = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", suffix=".partial", dir=destination.parent))
+        folder = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", suffix=PARTIAL, dir=destination.parent))
     except OSError as error:
         _remove_empty(made)
         raise _cannot_write(destination.parent, error) from error
@@ -267,23 +369,6 @@ def uninterrupted() -> Iterator[None]:
             signal.signal(number, saved)
         if held:
             signal.raise_signal(held[0])
-
-
-def _put_in_place(folder: Path, destination: Path) -> None:
-    """Rename; an old bundle steps aside first and comes back if the rename fails."""
-    if not destination.exists() or not any(destination.iterdir()):
-        folder.rename(destination)  # an empty folder is replaced in one step
-        _sync_folder(destination.parent)
-        return
-    aside = folder.with_suffix(".old")
-    destination.rename(aside)
-    try:
-        folder.rename(destination)
-    except OSError:
-        aside.rename(destination)
-        raise
-    _sync_folder(destination.parent)
-    shutil.rmtree(aside, ignore_errors=True)
 
 
 def _sync_tree(folder: Path) -> None:

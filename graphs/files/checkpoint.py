@@ -14,22 +14,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
+from graphs import dtypes
 from graphs.records.errors import InputError
-
-NUMPY_DTYPES: dict[str, np.dtype[Any]] = {
-    "F64": np.dtype(np.float64),
-    "F32": np.dtype(np.float32),
-    "F16": np.dtype(np.float16),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-    "I64": np.dtype(np.int64),
-    "I32": np.dtype(np.int32),
-    "I8": np.dtype(np.int8),
-    "U8": np.dtype(np.uint8),
-    "BOOL": np.dtype(np.bool_),
-}
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 INDEX_ENDING = ".safetensors.index.json"
@@ -43,17 +31,22 @@ class TensorRef:
     name: str  # canonical name, see Checkpoint
     stored_name: str  # name in the file
     file: Path
-    dtype: str  # safetensors' code, a key of NUMPY_DTYPES
+    dtype: str  # safetensors' code, see graphs/dtypes.py
     shape: tuple[int, ...]
     offset: int
     nbytes: int
     shard: str  # the file's name in the checkpoint folder (`file` may be a link's target with another name)
 
+    @property
+    def element(self) -> dtypes.ElementType:
+        """What it is made of."""
+        return dtypes.BY_SAFETENSORS[self.dtype]
+
     def read(self) -> np.ndarray:
         """The tensor, memory-mapped read-only; nothing is loaded until it is touched."""
         if math.prod(self.shape) == 0:
-            return np.empty(self.shape, NUMPY_DTYPES[self.dtype])
-        return np.memmap(self.file, NUMPY_DTYPES[self.dtype], "r", offset=self.offset, shape=self.shape)
+            return np.empty(self.shape, self.element.numpy)
+        return np.memmap(self.file, self.element.numpy, "r", offset=self.offset, shape=self.shape)
 
 
 @dataclass(frozen=True)
@@ -258,9 +251,11 @@ def _tensor_ref(
         raise _damaged(file, f"the entry of {name} is not valid") from error
     if begin < 0 or min(shape, default=0) < 0:
         raise _damaged(file, f"the entry of {name} has a negative size")
-    if dtype not in NUMPY_DTYPES:
-        raise InputError(f"{file.name}: {name} has dtype {dtype}", wanted=", ".join(NUMPY_DTYPES), do="convert it")
-    if end - begin != math.prod(shape) * NUMPY_DTYPES[dtype].itemsize:
+    if dtype not in dtypes.BY_SAFETENSORS:
+        raise InputError(
+            f"{file.name}: {name} has dtype {dtype}", wanted=", ".join(dtypes.BY_SAFETENSORS), do="convert it"
+        )
+    if end - begin != math.prod(shape) * dtypes.BY_SAFETENSORS[dtype].nbytes:
         raise _damaged(file, f"{name} {list(shape)} {dtype} does not take {end - begin} bytes")
     if data_start + end > size:
         raise _damaged(file, f"{name} ends at byte {data_start + end}, the file has {size}")

@@ -8,6 +8,8 @@ from pathlib import Path
 from graphs.files.atomic import size_text
 from graphs.records.errors import InputError
 
+LIBRARIES = 700 * 2**20  # bytes that Python, torch, transformers and ONNX Runtime take by themselves
+
 
 def available_memory(root: Path = Path("/")) -> int | None:
     """Bytes this process may still take without swapping, None where the system does not say.

@@ -24,9 +24,9 @@ from typing import Any
 
 import numpy as np
 
-from graphs.files.atomic import sha256
+from graphs.files.atomic import replacing, sha256, write_text
 from graphs.files.checkpoint import open_tensors
-from graphs.files.safetensors_file import write_tensors
+from graphs.files.safetensors_file import write_stream
 from graphs.records.errors import InputError
 from graphs.records.progress import Note
 
@@ -69,10 +69,8 @@ class Work:
         """Write an array to the folder, to be read back when it is asked for."""
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"{name}.npy"
-        part = path.with_suffix(".part")
-        with part.open("wb") as stream:
+        with replacing(path, sync=False) as stream:
             np.save(stream, array, allow_pickle=False)
-        part.replace(path)
         return KeptArray(path)
 
     def kept(self, name: str) -> "KeptArray | None":
@@ -127,12 +125,11 @@ class Sequence:
         name = f"{number:06d}"
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            data, part = self._folder / f"{name}.safetensors", self._folder / f"{name}.part"
-            write_tensors(part, tensors)
-            record = {"sha256": sha256(part), "meta": meta}
-            part.replace(data)
-            part.write_text(json.dumps(record), encoding="utf-8")
-            part.replace(self._folder / f"{name}.json")
+            data = self._folder / f"{name}.safetensors"
+            with replacing(data, sync=False) as stream:
+                write_stream(stream, tensors)
+            record = {"sha256": sha256(data), "meta": meta}
+            write_text(self._folder / f"{name}.json", json.dumps(record), sync=False)
         except OSError as error:
             self._note(f"no checkpoint is written: {error.strerror or error}")
         else:

@@ -8,14 +8,14 @@ import json
 import struct
 from collections.abc import Mapping
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
-from graphs.files.checkpoint import NUMPY_DTYPES
+from graphs import dtypes
 
 # The library sorts by its own list of types, backwards.
 ORDER = ("I64", "F64", "F32", "I32", "BF16", "F16", "I8", "U8", "BOOL")
-CODES = {dtype: code for code, dtype in NUMPY_DTYPES.items()}
 
 
 def header_bytes(tensors: Mapping[str, np.ndarray]) -> bytes:
@@ -25,7 +25,7 @@ def header_bytes(tensors: Mapping[str, np.ndarray]) -> bytes:
     for name in tensor_order(tensors):
         array = tensors[name]
         entries[name] = {
-            "dtype": CODES[array.dtype],
+            "dtype": dtypes.BY_NUMPY[array.dtype].safetensors,
             "shape": list(array.shape),
             "data_offsets": [position, position + array.nbytes],
         }
@@ -48,11 +48,16 @@ def tensor_offsets(tensors: Mapping[str, np.ndarray]) -> dict[str, int]:
 def write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
     """Write the file, one tensor after another. The same arrays give the same bytes."""
     with path.open("wb") as stream:
-        stream.write(header_bytes(tensors))
-        for name in tensor_order(tensors):
-            np.ascontiguousarray(tensors[name]).tofile(stream)
+        write_stream(stream, tensors)
+
+
+def write_stream(stream: BinaryIO, tensors: Mapping[str, np.ndarray]) -> None:
+    """The same into an open file."""
+    stream.write(header_bytes(tensors))
+    for name in tensor_order(tensors):
+        np.ascontiguousarray(tensors[name]).tofile(stream)
 
 
 def tensor_order(tensors: Mapping[str, np.ndarray]) -> list[str]:
     """The names in the order of their data in the file."""
-    return sorted(tensors, key=lambda name: (ORDER.index(CODES[tensors[name].dtype]), name))
+    return sorted(tensors, key=lambda name: (ORDER.index(dtypes.BY_NUMPY[tensors[name].dtype].safetensors), name))

@@ -16,13 +16,12 @@ are small beside them. Vision is no part of it, as pruning does not change it.
 
 from dataclasses import dataclass
 
+from graphs import dtypes
 from graphs.pruning.spatial_set import stage_pivots
 from graphs.pruning.torch_scores import query_rows, uses_attention
 from graphs.records.plan import PruningPlan, Segment
 from graphs.records.shapes import ShapeProfile
 from graphs.records.spec import DecoderSpec, Precision
-
-BYTES: dict[Precision, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
 @dataclass(frozen=True)
@@ -54,9 +53,11 @@ class Cost:
 def cost(decoder: DecoderSpec, plan: PruningPlan, profile: ShapeProfile, precision: Precision = "float32") -> Cost:
     """The cost of a plan on one profile, for its whole batch."""
     segments, batch = plan.segments(), profile.batch
-    row = 2 * decoder.num_kv_heads * decoder.head_dim * BYTES[precision]  # a token's key and value in one layer
+    row = (
+        2 * decoder.num_kv_heads * decoder.head_dim * dtypes.BY_NAME[precision].nbytes
+    )  # a token's key and value in one layer
     rows = sum(_layers(segment) * profile.capacity_with(segment.image_tokens) for segment in segments)
-    head = 2 * decoder.hidden_size * decoder.vocab_size
+    head = 2 * decoder.head_elements
     return Cost(
         segments=tuple(batch * _layers(s) * layer(decoder, profile.tokens_with(s.image_tokens)) for s in segments),
         selection=tuple(batch * selection(decoder, plan, n, profile) for n in range(len(plan.stages))),
@@ -69,11 +70,9 @@ def cost(decoder: DecoderSpec, plan: PruningPlan, profile: ShapeProfile, precisi
 
 def layer(decoder: DecoderSpec, tokens: int, context: int | None = None) -> int:
     """One layer on `tokens` tokens that look at `context` tokens (the same ones if None), for one sample."""
-    hidden, width = decoder.hidden_size, decoder.num_heads * decoder.head_dim
-    keys = decoder.num_kv_heads * decoder.head_dim
-    projections = 2 * tokens * hidden * (width + 2 * keys) + 2 * tokens * width * hidden
+    width = decoder.num_heads * decoder.head_dim
     attention = 2 * (2 * tokens * (tokens if context is None else context) * width)
-    return projections + attention + 3 * 2 * tokens * hidden * decoder.intermediate_size
+    return 2 * tokens * decoder.layer_elements + attention
 
 
 def selection(decoder: DecoderSpec, plan: PruningPlan, stage: int, profile: ShapeProfile) -> int:

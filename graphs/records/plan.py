@@ -156,6 +156,20 @@ class PruningPlan(Strict):
         """Image tokens that stage number `stage` chooses from."""
         return self.stages[stage - 1].keep if stage else self.image_tokens
 
+    def without_stages(self) -> "PruningPlan":
+        """The plan that prunes nothing, of the same model and image tokens.
+
+        What only stages read (importance, metric) and the calibration record go too, so that all plans of one model and
+        shape give the same one, with one digest.
+        """
+        return PruningPlan(
+            model_type=self.model_type,
+            num_layers=self.num_layers,
+            image_tokens=self.image_tokens,
+            grid=self.grid,
+            blocks=self.blocks,
+        )
+
     def to_json(self) -> str:
         """The contents of plan.json; the same plan gives the same bytes."""
         document = {"format": self.format} | self.model_dump(mode="json")

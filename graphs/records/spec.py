@@ -34,6 +34,17 @@ class DecoderSpec(Strict):
     rope_sections: tuple[int, ...] | None = Field(default=None, exclude_if=lambda sections: sections is None)
     max_positions: int
 
+    @property
+    def layer_elements(self) -> int:
+        """Elements of one layer's matrices: q, k, v and o, gate, up and down."""
+        attention = 2 * self.head_dim * (self.num_heads + self.num_kv_heads)
+        return self.hidden_size * (attention + 3 * self.intermediate_size)
+
+    @property
+    def head_elements(self) -> int:
+        """Elements of the output matrix, and of the embedding."""
+        return self.hidden_size * self.vocab_size
+
     @model_validator(mode="after")
     def _check(self) -> "DecoderSpec":
         if self.rope_sections is not None and 2 * sum(self.rope_sections) != self.head_dim:

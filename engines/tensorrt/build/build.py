@@ -37,7 +37,7 @@ from engines.tensorrt.records import (
 from engines.tensorrt.build.worker import build_in_child
 from graphs.records.manifest import TensorRecord
 from graphs.files.memory import available_memory
-from graphs.files.atomic import check_destination, check_space, sha256, uninterrupted
+from graphs.files.atomic import check_destination, check_space, sha256, uninterrupted, move
 
 LOGS: Final = "logs"
 TIMING_CACHE: Final = "timing.cache"
@@ -172,7 +172,7 @@ def _build_pending(
             graphs[number] = graphs[number].model_copy(update={"engine": engine})
             records[index] = records[index].model_copy(update={"graphs": tuple(graphs)})
             with uninterrupted():
-                (scratch / engine.file).replace(part.folder / engine.file)
+                move(scratch / engine.file, part.folder / engine.file)
                 records[index].save(part.folder)
         built.append(_file(parts[0].folder, part, engine))
     return built

@@ -15,6 +15,7 @@ from typing import Any, Final, Literal
 from engines.tensorrt.build.engine_checks import custom_layer, require_plugins, require_tensors
 from engines.tensorrt.installed import Library, gpu_capability, load
 from engines.tensorrt.records import EngineLayer, Flavour, PluginForm
+from graphs import dtypes
 from graphs.records.errors import BtpError, CheckError, InputError, UnavailableError
 from graphs.records.manifest import TensorRecord
 from graphs.records.record import Strict
@@ -26,10 +27,6 @@ from graphs.tf32 import allows_tf32
 
 Report = Callable[[float], None]  # share of the build that is done, 0 to 1
 
-DTYPES: Final = {
-    "FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT8": "int8", "INT32": "int32", "INT64": "int64",
-    "BOOL": "bool", "UINT8": "uint8",
-}  # fmt: skip
 # What TensorRT says in the log when memory of the host or the GPU is used up.
 OUT_OF_MEMORY: Final = re.compile(r"out of memory|OutOfMemory|bad_alloc|insufficient memory", re.IGNORECASE)
 UNOPENED: Final = re.compile(r"Failed to open file: (.*?)(?:\s\S+\.cpp:\d+:|$)")
@@ -249,7 +246,7 @@ def _check_network(trt: Any, network: Any, job: Job) -> None:
 
 
 def _tensor(value: Any) -> TensorRecord:
-    return TensorRecord(name=value.name, dtype=DTYPES.get(value.dtype.name, value.dtype.name), shape=tuple(value.shape))
+    return TensorRecord(name=value.name, dtype=dtypes.name_of_tensorrt(value.dtype.name), shape=tuple(value.shape))
 
 
 def _build(library: Library, builder: Any, network: Any, log: Log, job: Job, report: Report) -> Any:
@@ -363,7 +360,7 @@ def _deserialized(trt: Any, engine: Any, log: Log, job: Job) -> list[tuple[str, 
         name = loaded.get_tensor_name(number)
         dtype = loaded.get_tensor_dtype(name).name
         shape = tuple(loaded.get_tensor_shape(name))
-        record = TensorRecord(name=name, dtype=DTYPES.get(dtype, dtype), shape=shape)
+        record = TensorRecord(name=name, dtype=dtypes.name_of_tensorrt(dtype), shape=shape)
         tensors[loaded.get_tensor_mode(name)].append(record)
     require_tensors(f"{job.graph}: inputs of the engine", job.inputs, tensors[trt.TensorIOMode.INPUT])
     require_tensors(f"{job.graph}: outputs of the engine", job.outputs, tensors[trt.TensorIOMode.OUTPUT])

@@ -17,7 +17,7 @@ from engines.tensorrt.build.machine import INSTEAD, Plugins
 from engines.tensorrt.prepare.build_plan import Outline
 from engines.tensorrt.records import UNPRUNED, BuiltEngine, EnginesRecord
 from graphs.records.errors import InputError
-from graphs.files.atomic import existing_parent, staged
+from graphs.files.atomic import existing_parent, staged, link_or_copy
 
 SCRATCH: Final = ".building-"  # prefix of the folder in which an engine is made
 # What the kit writes; anything else in the folder, engines apart, is a measurement, a log or the user's own.
@@ -94,7 +94,7 @@ def write_kit(parts: Sequence[Part], recorder: Recorder | None, say: Note, *, ca
         for part in parts:
             place = root / part.folder.relative_to(folder)
             for engine in part.kept.values():
-                _link(part.folder / engine.file, place / engine.file)
+                link_or_copy(part.folder / engine.file, place / engine.file)
             _name_engines(part, EnginesRecord.load(place)).save(place)
             if carry and part.folder.is_dir():
                 _carry(part.folder, place)
@@ -132,13 +132,10 @@ def _carry(folder: Path, root: Path) -> None:
         if path.name in WRITTEN or target.exists() or path.suffix in (".engine", ".partial") or path.is_symlink():
             continue
         if path.is_dir():
-            shutil.copytree(path, target, copy_function=_link, symlinks=True)
+            shutil.copytree(path, target, copy_function=_linked, symlinks=True)
         else:
-            _link(path, target)
+            link_or_copy(path, target)
 
 
-def _link(source: str | Path, target: str | Path) -> None:
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
+def _linked(source: str, target: str) -> None:
+    link_or_copy(Path(source), Path(target))

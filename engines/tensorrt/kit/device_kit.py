@@ -11,7 +11,6 @@ build/target_folder.py assembles the folder beside its place and renames it when
 files are written first, and the engines beside them.
 """
 
-import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -33,7 +32,7 @@ from engines.tensorrt.records import (
     bundle_digest,
 )
 from engines.tensorrt.run.weights import packed
-from graphs.files.atomic import record
+from graphs.files.atomic import link_or_copy, move, record
 from graphs.files.bundle import Bundle
 from graphs.records.errors import UnavailableError
 from graphs.records.manifest import FileRecord
@@ -164,10 +163,7 @@ def _can_link(bundle: Bundle, files: set[Path]) -> bool:
 def _link_weights(bundle: Bundle, graphs: Sequence[PreparedGraph], root: Path) -> None:
     (root / "graphs" / "weights").mkdir(parents=True, exist_ok=True)
     for file in _weight_files(graphs):
-        try:
-            os.link((bundle.root / file).resolve(), root / file)
-        except OSError:
-            shutil.copyfile(bundle.root / file, root / file)
+        link_or_copy(bundle.root / file, root / file)
 
 
 # -- inputs ----------------------------------------------------------------------------------------------------------
@@ -208,7 +204,7 @@ def _record_profile(plan: Outline, root: Path, profile: str, recorder: Recorder)
         for graph in graphs:
             target = root / INPUTS / plan.file_stem(graph)
             target.parent.mkdir(exist_ok=True)
-            (folder / INPUTS / graph.name).rename(target)
+            move(folder / INPUTS / graph.name, target)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

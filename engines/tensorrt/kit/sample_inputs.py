@@ -11,7 +11,8 @@ import numpy as np
 import onnx_ir as ir
 
 from engines.runners import Array, Bound, Buffer, Dtype, Loader, TensorSpec
-from graphs.building.graph_builder import NUMPY, dims, dtype_of
+from graphs import dtypes
+from graphs.building.graph_builder import dims, dtype_of
 
 
 class RecordingLoader:
@@ -73,7 +74,7 @@ def constant_bytes(path: Path) -> int:
 
 
 def _spec(value: ir.Value) -> TensorSpec:
-    return TensorSpec(str(value.name), NUMPY[dtype_of(value)], dims(value))
+    return TensorSpec(str(value.name), dtypes.BY_ONNX[dtype_of(value)].numpy, dims(value))
 
 
 def _write(folder: Path, tensors: Mapping[str, Array]) -> None:

@@ -17,7 +17,8 @@ import onnx_ir as ir
 from engines.targets import GIB, Target
 from engines.tensorrt.prepare.prepared_graphs import PreparedGraph
 from engines.tensorrt.records import Estimate, WeightInput
-from graphs.building.graph_builder import BTP_DOMAIN, NUMPY, dims, dtype_of
+from graphs import dtypes
+from graphs.building.graph_builder import BTP_DOMAIN, dims, dtype_of
 from graphs.ops import select_tokens
 from graphs.records.manifest import TensorRecord
 
@@ -27,7 +28,6 @@ BUILD_BASE: Final = 350_000_000  # memory of a build without constants
 BUILD_FACTOR: Final = 4  # memory of a build, in units of the constants it bakes
 RESERVE_UNIFIED: Final = 6 * GIB  # the system's and the CUDA context's on a board that shares its memory
 RESERVE_DISCRETE: Final = 1 * GIB  # the CUDA context's
-ITEM_BYTES: Final = {str(dtype): dtype.itemsize for dtype in NUMPY.values()}
 ORIGIN: Final = (
     f"engine: its constants + {ENGINE_BASE / 1e6:.1f} MB + {ENGINE_LAYER / 1e6:.1f} MB a layer "
     "(sizes seen with TensorRT for RTX 1.7.1)",
@@ -85,7 +85,7 @@ def usable_memory(target: Target, memory_bytes: int | None = None) -> int:
 
 def tensor_bytes(tensor: TensorRecord) -> int:
     """Bytes of a tensor."""
-    return prod(tensor.shape) * ITEM_BYTES[tensor.dtype]
+    return prod(tensor.shape) * dtypes.BY_NAME[tensor.dtype].nbytes
 
 
 def weight_bytes(weight: WeightInput) -> int:
@@ -100,7 +100,7 @@ def _constant_bytes(graph: ir.Graph) -> int:
         users = value.consumers()
         cast = len(users) == 1 and users[0].op_type == "Cast"
         dtype = dtype_of(users[0].outputs[0]) if cast else dtype_of(value)
-        total += prod(dims(value)) * NUMPY[dtype].itemsize
+        total += prod(dims(value)) * dtypes.BY_ONNX[dtype].nbytes
     return total
 
 
@@ -123,7 +123,7 @@ def _peak_activations(nodes: Sequence[ir.Node]) -> int:
 
 
 def _value_bytes(value: ir.Value) -> int:
-    return prod(dims(value)) * NUMPY[dtype_of(value)].itemsize
+    return prod(dims(value)) * dtypes.BY_ONNX[dtype_of(value)].nbytes
 
 
 def _selection_bytes(node: ir.Node) -> int:

@@ -18,7 +18,6 @@ from onnx import (
     NodeProto,
     TensorProto,
     ValueInfoProto,
-    helper,
     inliner,
     numpy_helper,
     shape_inference,
@@ -26,7 +25,7 @@ from onnx import (
 
 from engines.tensorrt.prepare.prepared_graphs import PreparedGraph
 from engines.tensorrt.versions import TOPK_LIMIT, Traits
-from graphs import ops
+from graphs import dtypes, ops
 from graphs.building.graph_builder import BTP_DOMAIN
 from graphs.records.errors import CheckError
 from graphs.records.record import Strict
@@ -297,7 +296,7 @@ def _external(context: _Context, graph: onnx.GraphProto, folder: Path) -> Iterat
             file = folder / location
             sizes[location] = file.stat().st_size if file.is_file() else -1
         length = int(fields.get("length", "-1"))
-        needed = prod(tensor.dims) * helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+        needed = prod(tensor.dims) * dtypes.BY_ONNX[tensor.data_type].nbytes
         if sizes[location] < 0:
             yield context.finding(tensor.name, f"{location} is missing", wanted, "restore the bundle's weights")
         elif length != needed or offset + needed > sizes[location]:

@@ -9,13 +9,13 @@ from collections.abc import Callable, Sequence
 import onnx
 import onnx_ir as ir
 
+from graphs import dtypes
 from graphs.building.attention import minus_infinity, softmax
-from graphs.building.graph_builder import IR_VERSIONS, PORTABLE_OPSET, PRECISIONS, GraphBuilder, dims, dtype_of
+from graphs.building.graph_builder import IR_VERSIONS, PORTABLE_OPSET, GraphBuilder, dims, dtype_of
 from graphs.building.layers import activation
 from graphs.records.errors import InputError
 
 FLOAT = ir.DataType.FLOAT
-PRECISION_OF = {dtype: name for name, dtype in PRECISIONS.items()}
 Inputs = Sequence[ir.Value | None]
 
 
@@ -39,7 +39,7 @@ def lower_to_primitives(model: ir.Model) -> ir.Model:
 def _expand(graph: ir.Graph, node: ir.Node, build: Callable[[GraphBuilder, ir.Node, Inputs], ir.Value]) -> None:
     """Replace the node by what `build` makes of its inputs; new names begin with the node's."""
     (output,) = node.outputs
-    b = GraphBuilder(node.op_type, opset=PORTABLE_OPSET, precision=PRECISION_OF[dtype_of(output)])
+    b = GraphBuilder(node.op_type, opset=PORTABLE_OPSET, precision=dtypes.BY_ONNX[dtype_of(output)].precision)
     outer = [value for value in node.inputs if value is not None]
     inner = iter([b.input(f"input_{n}", dims(value), dtype_of(value)) for n, value in enumerate(outer)])
     b.output(build(b, node, [value if value is None else next(inner) for value in node.inputs]), "result")

@@ -27,9 +27,9 @@ import onnx_ir as ir
 from engines.tensorrt.prepare.opset18 import lower_to_primitives
 from engines.tensorrt.records import Assemble, EngineWeights, WeightInput, WeightSource
 from engines.tensorrt.versions import Traits
-from graphs import names
+from graphs import dtypes, names
 from graphs.building.decoder_graphs import build_decoder_graphs
-from graphs.building.graph_builder import BTP_DOMAIN, NUMPY, PORTABLE_OPSET, WEIGHTS_FOLDER, BuiltGraph, dims, dtype_of
+from graphs.building.graph_builder import BTP_DOMAIN, PORTABLE_OPSET, WEIGHTS_FOLDER, BuiltGraph, dims, dtype_of
 from graphs.building.whole_graph import assemble_whole
 from graphs.files.bundle import Bundle
 from graphs.ops import gather_tokens, select_tokens
@@ -39,7 +39,6 @@ from graphs.records.plan import PruningPlan
 from graphs.records.shapes import ShapeProfile
 
 MATRIX_BYTES = 4096  # smaller matrices stay constants: an input costs more than it saves
-FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
 
 @dataclass(frozen=True)
@@ -113,7 +112,7 @@ def prepare(bundle: Bundle, choices: Choices, *, profiles: Sequence[str] | None 
 def without_pruning(bundle: Bundle) -> Bundle:
     """The bundle as if its plans had no stages: what the pruned engines are measured beside."""
     plans = {profile.name: bundle.plan_for(profile.name) for profile in bundle.manifest.profiles}
-    bare = {name: plan.model_copy(update={"stages": ()}) for name, plan in plans.items()}
+    bare = {name: plan.without_stages() for name, plan in plans.items()}
     return replace(bundle, plan=bare[bundle.manifest.profiles[0].name], profile_plans=bare)
 
 
@@ -144,7 +143,7 @@ def _build(bundle: Bundle, profile: ShapeProfile, plan: PruningPlan, choices: Ch
 
 def tensor(value: ir.Value) -> TensorRecord:
     """Name, type and static shape of a value."""
-    return TensorRecord(name=str(value.name), dtype=str(NUMPY[dtype_of(value)]), shape=dims(value))
+    return TensorRecord(name=str(value.name), dtype=dtypes.BY_ONNX[dtype_of(value)].name, shape=dims(value))
 
 
 # -- 1. custom operators ---------------------------------------------------------------------------------------------
@@ -251,7 +250,7 @@ def _products(graph: ir.Graph) -> Iterator[_Product]:
 def _behind_cast(value: ir.Value) -> ir.Value | None:
     producer = value.producer()
     stored = producer.inputs[0] if producer is not None and producer.op_type == "Cast" else value
-    if stored is None or not stored.is_initializer() or dtype_of(value) not in FLOATS:
+    if stored is None or not stored.is_initializer() or not dtypes.BY_ONNX[dtype_of(value)].is_precision:
         return None
     matrix = stored.const_value
     big = isinstance(matrix, ir.ExternalTensor) and len(matrix.shape) == 2 and matrix.nbytes >= MATRIX_BYTES
@@ -350,7 +349,7 @@ def _source(stored: ir.Value) -> WeightSource:
         file=f"graphs/{WEIGHTS_FOLDER}/{Path(matrix.location).name}",
         offset=matrix.offset,
         nbytes=matrix.nbytes,
-        dtype=str(NUMPY[matrix.dtype]),
+        dtype=dtypes.BY_ONNX[matrix.dtype].name,
         shape=matrix.shape.numpy(),
     )
 

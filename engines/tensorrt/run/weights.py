@@ -12,11 +12,11 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from engines.runners import Array, Buffer, Dtype
 from engines.tensorrt.records import EngineGraph, WeightInput, WeightSource
+from graphs import dtypes
 from graphs.records.errors import InputError
 
 # What a buffer is made of: type and shape, and for each source the file (device, inode), place and stored type.
@@ -50,7 +50,7 @@ class SharedWeights:
     def _buffer(self, folder: Path, weight: WeightInput) -> Buffer:
         key = _key(folder, weight)
         if key not in self._buffers:
-            buffer = self._allocate(np_dtype(weight.dtype), weight.shape)
+            buffer = self._allocate(dtypes.numpy_of(weight.dtype), weight.shape)
             for start, rows in _parts(folder, weight):
                 buffer.view(rows.shape, offset=start).write(rows)
                 self._finish()  # the host copy of one matrix is gone before the next is made
@@ -60,25 +60,20 @@ class SharedWeights:
 
 def packed(folder: Path, weight: WeightInput) -> Array:
     """The whole input in host memory, as it is uploaded."""
-    whole = np.empty(weight.shape, np_dtype(weight.dtype))
+    whole = np.empty(weight.shape, dtypes.numpy_of(weight.dtype))
     flat = whole.reshape(-1)
     for start, rows in _parts(folder, weight):
         flat[start : start + rows.size] = rows.reshape(-1)
     return whole
 
 
-def np_dtype(name: str) -> Dtype:
-    """numpy's dtype of that name; bfloat16 is ml_dtypes'."""
-    return np.dtype(ml_dtypes.bfloat16) if name == "bfloat16" else np.dtype(name)
-
-
 def _parts(folder: Path, weight: WeightInput) -> Iterable[tuple[int, Array]]:
     """(first element, rows) of each source, in the order in which they are packed."""
     _check_shapes(weight)
-    start = 0
+    start, dtype = 0, dtypes.numpy_of(weight.dtype)
     for source in weight.sources:
         rows = _mapped(folder, source)
-        yield start, np.asarray(rows if rows.dtype == np_dtype(weight.dtype) else rows.astype(np_dtype(weight.dtype)))
+        yield start, np.asarray(rows.astype(dtype, copy=False))
         start += rows.size
 
 
@@ -97,7 +92,7 @@ def _check_shapes(weight: WeightInput) -> None:
 
 def _mapped(folder: Path, source: WeightSource) -> np.ndarray[Any, Any]:
     """The stored matrix, memory-mapped read-only."""
-    path, dtype = folder / source.file, np_dtype(source.dtype)
+    path, dtype = folder / source.file, dtypes.numpy_of(source.dtype)
     size = path.stat().st_size if path.is_file() else -1
     whole = prod(source.shape) * dtype.itemsize == source.nbytes
     if not whole or size < source.offset + source.nbytes:
@@ -123,4 +118,4 @@ def _place(folder: Path, source: WeightSource) -> tuple[int, int, int, int, str]
 
 
 def _nbytes(weight: WeightInput) -> int:
-    return prod(weight.shape) * np_dtype(weight.dtype).itemsize
+    return prod(weight.shape) * dtypes.numpy_of(weight.dtype).itemsize

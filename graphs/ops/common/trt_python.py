@@ -10,9 +10,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
+from graphs import dtypes
 from graphs.records.errors import InputError
 
 Shape = Sequence[int | None]  # None: a dimension that is open
+
+OPERATOR_TYPES = ("float32", "float16", "bfloat16", "int32")
 
 
 @dataclass(frozen=True)
@@ -121,7 +124,7 @@ def _creator(trt: Any, operator: type[Operator], kernels: Callable[[], Launcher]
 
 
 def _plugin_class(trt: Any, operator: type[Operator], kernels: Callable[[], Launcher]) -> type[Any]:
-    types = {"float32": trt.float32, "float16": trt.float16, "bfloat16": trt.bfloat16, "int32": trt.int32}
+    types = {name: getattr(trt.DataType, dtypes.BY_NAME[name].tensorrt) for name in OPERATOR_TYPES}
     names = {value: name for name, value in types.items()}
 
     class Plugin(trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuild, trt.IPluginV3OneRuntime):  # type: ignore[misc]

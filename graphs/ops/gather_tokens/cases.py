@@ -3,9 +3,10 @@
 from dataclasses import dataclass
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import numpy.typing as npt
+
+from graphs import dtypes
 
 Array = npt.NDArray[Any]
 
@@ -31,11 +32,11 @@ def cases() -> list[Case]:
         _case("released-1", (1, 640, 64), 35, 576, 288),
         _case("batch", (3, 20, 8), 4, 12, 5),
         _case("float16", (2, 20, 8), 4, 12, 5, np.float16),
-        _case("bfloat16", (2, 20, 8), 4, 12, 5, ml_dtypes.bfloat16),
+        _case("bfloat16", (2, 20, 8), 4, 12, 5, dtypes.BFLOAT16),
         _case("float64", (2, 20, 8), 4, 12, 5, np.float64),
         _case("rank-2", (2, 20), 4, 12, 5),
         _case("rank-4", (2, 20, 3, 4), 4, 12, 5),
-        _case("rank-4-bfloat16", (2, 20, 3, 4), 4, 12, 5, ml_dtypes.bfloat16),
+        _case("rank-4-bfloat16", (2, 20, 3, 4), 4, 12, 5, dtypes.BFLOAT16),
         _case("image-first", (2, 20, 8), 0, 12, 5),
         _case("image-last", (2, 20, 8), 8, 12, 5),
         _case("image-only", (2, 12, 8), 0, 12, 5),

@@ -14,11 +14,12 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from btp_export import cli
 from btp_export.dummy import checkpoints
-from btp_export.dummy.checkpoints import DTYPES, configured, dummy_checkpoint, read_marker, tensor_bits, tensor_shapes
+from btp_export.dummy.checkpoints import configured, dummy_checkpoint, read_marker, tensor_bits, tensor_shapes
 from btp_export.dummy.processor import save_processor
 from btp_export.families import llava
 from btp_export.families._processor import load_processor
 from btp_export.model.open_model import DummyWeights, open_model
+from graphs import dtypes
 from graphs.files.bundle import Bundle
 from graphs.records.errors import InputError
 
@@ -91,7 +92,7 @@ def test_values_are_sound_and_repeat(kind: str) -> None:
     name, shape = "model.language_model.layers.3.mlp.up_proj.weight", (300, 4096)
 
     def values(seed: int = 0, name: str = name) -> np.ndarray:
-        return np.concatenate(list(tensor_bits(name, shape, kind, seed))).view(DTYPES[kind]).astype(np.float32)
+        return np.concatenate(list(tensor_bits(name, shape, kind, seed))).view(dtypes.numpy_of(kind)).astype(np.float32)
 
     first = values()
     assert np.isfinite(first).all() and abs(first.mean()) < 1e-4
@@ -100,7 +101,7 @@ def test_values_are_sound_and_repeat(kind: str) -> None:
     assert magnitudes.max() / magnitudes.min() <= 2.0
     np.testing.assert_array_equal(first, values())
     assert not np.array_equal(first, values(seed=1)) and not np.array_equal(first, values(name=name + "2"))
-    norm = np.concatenate(list(tensor_bits("model.norm.weight", (8,), kind, 0))).view(DTYPES[kind])
+    norm = np.concatenate(list(tensor_bits("model.norm.weight", (8,), kind, 0))).view(dtypes.numpy_of(kind))
     assert (norm.astype(np.float32) == 1).all()
 
 

@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import re
+import resource
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -237,22 +238,20 @@ def test_failed_verification_cannot_be_overlooked(data: ReportData, tmp_path: Pa
     assert contents["verification"]["graphs"][0]["cosine"] is None
 
 
-def test_a_report_is_replaced_whole_and_other_files_stay(
-    data: ReportData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_report_is_replaced_whole_and_other_files_stay(data: ReportData, tmp_path: Path) -> None:
     write_report(tmp_path, replace(data, evaluation=None))
     (tmp_path / "notes.txt").write_text("mine")
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
-    def full_disk(self: Path, text: str, **options: Any) -> int:
-        if self.name == ".index.html.part":
-            raise OSError(28, "No space left on device", str(self))
-        return real(self, text, **options)
-
-    real = Path.write_text
-    with monkeypatch.context() as patched, pytest.raises(OSError, match="No space"):
-        patched.setattr(Path, "write_text", full_disk)
-        write_report(tmp_path, data)
+    largest = len(before["report.json"])
+    assert largest < len(before["index.html"])
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (largest, limits[1]))  # the page does not get that far
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            write_report(tmp_path, data)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
     write_report(tmp_path, data)
     assert (tmp_path / "index.html").read_bytes() != before["index.html"]

@@ -13,7 +13,7 @@ from typing import Any
 
 import onnxruntime as ort
 
-from engines.runners.onnxruntime import ELEMENTS
+from graphs import dtypes
 from tests.engines.runners.host_cuda import HostCuda
 
 MAGIC = b"host-engine\n"
@@ -130,7 +130,7 @@ class Engine:
         return tuple(self.tensors[name][0].shape)
 
     def get_tensor_dtype(self, name: str) -> DataType:
-        return NAMES[str(ELEMENTS[self.tensors[name][0].type][0])]
+        return NAMES[dtypes.BY_ONNXRUNTIME[self.tensors[name][0].type].name]
 
     def create_execution_context(self, strategy: Any = ExecutionContextAllocationStrategy.STATIC) -> "Context":
         assert strategy is ExecutionContextAllocationStrategy.USER_MANAGED
@@ -172,7 +172,7 @@ class Context:
     def _compute(self, addresses: dict[str, int]) -> None:
         binding = self.engine.session.io_binding()
         for name, (node, mode) in self.engine.tensors.items():
-            element = ELEMENTS[node.type][1]
+            element = dtypes.BY_ONNXRUNTIME[node.type].onnx
             bind = binding.bind_input if mode is TensorIOMode.INPUT else binding.bind_output
             bind(name, "cpu", 0, element, node.shape, addresses[name])
         self.engine.session.run_with_iobinding(binding)

@@ -10,7 +10,8 @@ import pytest
 from onnx import TensorProto, helper
 
 from engines.runners.host import HostBuffer
-from engines.runners.onnxruntime import ELEMENT_TYPES, OrtLoader, explain, ort_errors
+from engines.runners.onnxruntime import OrtLoader, explain, ort_errors
+from graphs import dtypes
 from graphs.records.errors import CheckError, InputError, UnavailableError
 
 FLOAT = np.dtype(np.float32)
@@ -34,7 +35,7 @@ def adder(folder: Path, element: int = TensorProto.FLOAT) -> Path:
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, np.float64, np.int32, np.int64])
 def test_run_computes_in_the_declared_dtype(tmp_path: Path, dtype: Any) -> None:
-    runner = OrtLoader(threads=1)(adder(tmp_path, ELEMENT_TYPES[np.dtype(dtype)]))
+    runner = OrtLoader(threads=1)(adder(tmp_path, dtypes.BY_NUMPY[np.dtype(dtype)].onnx))
     a, b = np.arange(6, dtype=dtype).reshape(2, 3), np.full((2, 3), 7, dtype)
     result = runner.run({"a": a, "b": b})
     assert list(result) == ["c"]

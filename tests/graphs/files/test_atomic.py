@@ -8,7 +8,19 @@ from pathlib import Path
 import pytest
 
 from graphs.files import atomic
-from graphs.files.atomic import check_space, copied_bytes, place, sha256, staged, uninterrupted
+from graphs.files.atomic import (
+    check_space,
+    copied_bytes,
+    link_or_copy,
+    place,
+    replacing,
+    sha256,
+    staged,
+    uninterrupted,
+    write_json,
+    write_text,
+    write_texts,
+)
 from graphs.records.errors import InputError
 
 
@@ -186,3 +198,94 @@ def test_signals_are_held_back_and_then_delivered(own_handler: list[int]) -> Non
         signal.raise_signal(signal.SIGTERM)
         assert own_handler == []
     assert own_handler == [signal.SIGTERM]
+
+
+# -- single files ----------------------------------------------------------------------------------------------------
+
+
+def test_a_file_is_the_old_one_until_the_new_one_is_whole(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    with replacing(path) as stream:
+        stream.write(b"new")
+        stream.flush()
+        assert path.read_text() == "old"
+    assert path.read_text() == "new" and names(tmp_path) == ["a.txt"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
+def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path: Path, error: type[BaseException]) -> None:
+    write_text(tmp_path / "a.txt", "old")
+    with pytest.raises(error), replacing(tmp_path / "a.txt") as stream:
+        stream.write(b"half of the n")
+        raise error
+    assert names(tmp_path) == ["a.txt"] and (tmp_path / "a.txt").read_text() == "old"
+
+
+def test_a_link_at_the_temporary_name_is_never_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever can write in the folder could guess a name and lay a link there: another name is taken."""
+    guesses = iter(["guessed", "another"])
+    monkeypatch.setattr(atomic.secrets, "token_hex", lambda count: next(guesses))
+    victim, trap = tmp_path / "victim", tmp_path / ".a.txt.guessed.partial"
+    victim.write_text("theirs")
+    trap.symlink_to(victim)
+    write_text(tmp_path / "a.txt", "ours")
+    assert victim.read_text() == "theirs" and trap.is_symlink()
+    assert (tmp_path / "a.txt").read_text() == "ours" and not (tmp_path / "a.txt").is_symlink()
+
+
+def test_two_writers_do_not_meet(tmp_path: Path) -> None:
+    with replacing(tmp_path / "a") as one, replacing(tmp_path / "a") as other:
+        one.write(b"one")
+        other.write(b"other")
+    assert (tmp_path / "a").read_bytes() == b"one"  # whose block ends last, and whole
+    assert names(tmp_path) == ["a"]
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
+def test_permissions_are_those_of_any_new_file(tmp_path: Path, mask: int) -> None:
+    before = os.umask(mask)
+    try:
+        (tmp_path / "ordinary").write_text("")
+        write_text(tmp_path / "a", "")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a").stat().st_mode == (tmp_path / "ordinary").stat().st_mode
+
+
+def test_a_long_name_leaves_room_for_the_temporary_one(tmp_path: Path) -> None:
+    path = tmp_path / ("n" * 255)
+    write_text(path, "text")
+    assert path.read_text() == "text"
+
+
+def test_json_is_written_as_all_our_files(tmp_path: Path) -> None:
+    write_json(tmp_path / "a.json", {"b": "ä", "a": 1})
+    assert (tmp_path / "a.json").read_bytes() == '{\n "b": "ä",\n "a": 1\n}\n'.encode()
+
+
+def test_files_that_belong_together_appear_in_order_or_not_at_all(tmp_path: Path) -> None:
+    (tmp_path / "b").mkdir()  # in the way of the second
+    (tmp_path / "b" / "full").write_text("")
+    with pytest.raises(OSError, match="directory"):
+        write_texts(tmp_path, {"b": "2", "a": "1"})
+    assert names(tmp_path) == ["b"], "the first could not take its place, so the second does not"
+    write_texts(tmp_path, {"c": "3", "a": "1"})
+    assert names(tmp_path) == ["a", "b", "c"] and (tmp_path / "c").read_text() == "3"
+
+
+def test_a_link_is_made_where_it_can_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tmp_path / "source"
+    source.write_text("bytes")
+    (tmp_path / "soft").symlink_to(source)
+    link_or_copy(tmp_path / "soft", tmp_path / "linked")
+    assert (tmp_path / "linked").samefile(source) and not (tmp_path / "linked").is_symlink()
+
+    def refuse(*args: object) -> None:
+        raise PermissionError("no hard links here")
+
+    monkeypatch.setattr(atomic.os, "link", refuse)
+    link_or_copy(source, tmp_path / "copied")
+    assert (tmp_path / "copied").read_text() == "bytes" and not (tmp_path / "copied").samefile(source)
+    with pytest.raises(FileExistsError):
+        link_or_copy(source, tmp_path / "copied")

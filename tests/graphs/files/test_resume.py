@@ -105,7 +105,7 @@ def test_a_full_disk_is_said_and_the_work_goes_on(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("graphs.files.resume.write_tensors", full)
+    monkeypatch.setattr("graphs.files.resume.write_stream", full)
     save(Work(tmp_path / "w", notes.append))
     assert notes == ["no checkpoint is written: No space left on device"]
 

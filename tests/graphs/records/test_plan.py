@@ -250,3 +250,28 @@ def test_places_that_were_full_stay_full() -> None:
         made = rescale(plan, image_tokens=tokens, grid=(1, tokens)).stages[0]
         assert made.attention_quota + made.diversity_quota + made.seeds == made.keep
         assert made.pool >= made.attention_quota
+
+
+def test_all_plans_of_a_shape_are_one_without_stages() -> None:
+    stage = Stage(layer=1, keep=4, attention_quota=4, pool=4)
+    shape = {"model_type": "llava", "num_layers": 4, "image_tokens": 16, "grid": (4, 4)}
+    bare = PruningPlan.model_validate(shape)
+    others = [
+        PruningPlan.model_validate(shape | {"stages": (stage,), **settings})
+        for settings in ({}, {"importance": "mean-text"}, {"spatial_metric": "manhattan"}, {"calibration": {"a": 1}})
+    ]
+    assert {plan.without_stages().digest() for plan in (bare, *others)} == {bare.digest()}
+    assert all(plan.without_stages() == bare for plan in (bare, *others))
+    assert len({plan.digest() for plan in others}) == 3, (
+        "the settings count where there are stages; the record does not"
+    )
+
+
+def test_without_stages_the_tokens_lie_as_before() -> None:
+    plan = PruningPlan(
+        model_type="llava_next", num_layers=2, image_tokens=24, grid=(4, 4), blocks=((2, 2), (4, 5)),
+        stages=(Stage(layer=1, keep=0),),
+    )  # fmt: skip
+    bare = plan.without_stages()
+    assert (bare.grid, bare.blocks, bare.image_tokens, bare.stages) == (plan.grid, plan.blocks, 24, ())
+    assert bare.compression == 0.0
