@@ -26,8 +26,9 @@ from graphs.records.plan import Importance, PruningPlan, Stage
 # The layers of a mixture's stages by attention, as shares of the decoder's depth.
 MIXTURE_DEPTHS: tuple[tuple[float, ...], ...] = ((0.25,), (0.375,), (0.5,), (0.3, 0.6))
 # How the counts fall: exponents to one base, the first of which is the count before layer 0.
-MIXTURE_EXPONENTS = ((1.0, 1.5, 2.0), (1.0, 2.5, 4.0))
-REMAINDER_LAYERS = ((3, 6, 14), (2, 6, 16))  # of 32; the released ones, and ones that leave more for the end
+MIXTURE_EXPONENTS = (1.0, 1.5, 2.0)
+REMAINDER_LAYERS = (3, 6, 14)  # of 32: the released ones
+REMAINDER_EXPONENTS = (EXPONENTS, (1.0, 1.6, 2.4))
 
 
 @dataclass(frozen=True)
@@ -80,12 +81,10 @@ def _before_the_decoder(shape: Shape, saliency: Sequence[Importance]) -> Iterato
 def _mixtures(shape: Shape, final: int, saliency: Importance) -> Iterator[Alternative]:
     for depths in MIXTURE_DEPTHS:
         layers = (0, *(max(n + 1, round(depth * shape.num_layers)) for n, depth in enumerate(depths)))
-        for exponents in MIXTURE_EXPONENTS:
-            for drop in (final, None):
-                end = shape.num_layers if drop is None else drop
-                if any(a >= b for a, b in zip(layers, (*layers[1:], end), strict=True)):
-                    continue
-                yield Alternative("mixture", _mixture(shape, layers, exponents[: len(layers)], drop, saliency))
+        for drop in (final, None):
+            end = shape.num_layers if drop is None else drop
+            if all(a < b for a, b in zip(layers, (*layers[1:], end), strict=True)):
+                yield Alternative("mixture", _mixture(shape, layers, MIXTURE_EXPONENTS[: len(layers)], drop, saliency))
 
 
 def _mixture(
@@ -112,10 +111,9 @@ def by_attention(layer: int, keep: int) -> Stage:
 
 
 def _remainders(shape: Shape) -> Iterator[Alternative]:
-    for published in REMAINDER_LAYERS:
-        layers = scaled_layers(published, 32, shape.num_layers)
-        for exponents in (EXPONENTS, (1.0, 1.6, 2.4)):
-            yield Alternative("remainder", _remainder(shape, layers, exponents[: len(layers)]))
+    layers = scaled_layers(REMAINDER_LAYERS, 32, shape.num_layers)
+    for exponents in REMAINDER_EXPONENTS:
+        yield Alternative("remainder", _remainder(shape, layers, exponents[: len(layers)]))
 
 
 def _remainder(shape: Shape, layers: Sequence[int], exponents: Sequence[float]) -> Callable[[int], PruningPlan | None]:

@@ -28,6 +28,7 @@ from calibrate.place.counts import (
     exponents_for,
     exponents_of,
     token_budget,
+    tokens_within,
 )
 from calibrate.place.presets import ReleasedSettings
 from calibrate.place.stages import Placement, check_keeps, check_layers, counts_at, final_layer, layers_for, placements
@@ -76,13 +77,19 @@ class Request:
         chosen = self.layers is not None or self.budget.keep is not None or self.recipe != Recipe()
         return not chosen and self.drop_bounds == DROP_BOUNDS
 
+    def before_the_decoder(self, shape: Shape) -> bool:
+        """Whether only plans that prune before layer 0 can meet the budget."""
+        if not self.is_free or self.budget.share is not None:
+            return False
+        return tokens_within(self.budget.requested, shape.num_layers, shape.image_tokens) < shape.image_tokens
+
     def check(self, shape: Shape, cost: PrefillCost | None = None) -> None:
         """Raise InputError for what no plan of this shape can have."""
         budget = self.budget
         if sum(value is not None for value in (budget.compression, budget.keep, budget.share)) > 1:
             raise InputError("more than one budget", wanted="a compression, counts, or a share", do="leave others out")
         if budget.keep is None and budget.share is None:
-            token_budget(budget.requested, shape.num_layers, shape.image_tokens)
+            (tokens_within if self.is_free else token_budget)(budget.requested, shape.num_layers, shape.image_tokens)
         if budget.keep is not None:
             check_keeps(budget.keep, shape)
             self.recipe.shares(sum(keep > 0 for keep in budget.keep))
@@ -183,7 +190,7 @@ def propose(
     """
     candidates: dict[tuple[Any, ...], Candidate] = {}
     least = 1.0
-    for bound in request.drop_bounds:
+    for bound in () if request.before_the_decoder(shape) else request.drop_bounds:
         for placement in _placements(evidence, evidence.final(bound), shape, request, cost, limit):
             plan = request.recipe.plan(shape, placement.layers, placement.keeps)
             if request.budget.share is not None and cost is not None:
@@ -211,7 +218,7 @@ def _others(evidence: Evidence, shape: Shape, request: Request, cost: PrefillCos
     most = shape.num_layers * shape.image_tokens
     for alternative in alternatives(shape, final=final, released=request.released):
         if share is None or cost is None:
-            plan = alternative.make(token_budget(request.budget.requested, shape.num_layers, shape.image_tokens))
+            plan = alternative.make(tokens_within(request.budget.requested, shape.num_layers, shape.image_tokens))
         else:
             plan = _most_within(alternative.make, most, share, cost)
         if plan is not None and plan.stages:

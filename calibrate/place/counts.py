@@ -76,14 +76,29 @@ def exponents_of(keeps: Sequence[int], image_tokens: int) -> tuple[float, ...]:
     return tuple(max(1e-6, -math.log2(keep / image_tokens)) for keep in keeps)
 
 
-def token_budget(compression: float, num_layers: int, image_tokens: int) -> int:
+def tokens_within(compression: float, num_layers: int, image_tokens: int) -> int:
     """The most image tokens, summed over the layers, that a plan of `compression` (0 <= c < 1) may see.
 
-    Raises InputError for a compression that no plan can reach, whose first layer sees the whole picture.
+    Raises InputError for a compression that leaves no token a layer, which no plan can reach.
     """
     if not 0.0 <= compression < 1.0:
         raise InputError(f"compression {compression}", wanted="a number from 0 to below 1", do="--compression 0.78")
     budget = math.floor((1.0 - compression) * num_layers * image_tokens + 1e-6)
+    if budget < num_layers:
+        raise InputError(
+            f"compression {compression} leaves less than one image token",
+            wanted=f"at most {1 - 1 / image_tokens:.4f}",
+            do="ask for less",
+        )
+    return budget
+
+
+def token_budget(compression: float, num_layers: int, image_tokens: int) -> int:
+    """The same for a plan whose stages lie inside the decoder: its first layer sees the whole picture.
+
+    Raises InputError for a compression that no such plan can reach.
+    """
+    budget = tokens_within(compression, num_layers, image_tokens)
     if budget < image_tokens:
         raise InputError(
             f"compression {compression} leaves less than one of {num_layers} layers",

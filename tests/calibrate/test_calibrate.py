@@ -136,7 +136,8 @@ def test_a_model_that_does_not_see_gets_a_plan_and_a_note(tmp_path: Path) -> Non
 def test_what_cannot_be_is_refused_before_any_work(study: Study) -> None:
     blind = Study(None, [], SHAPE, study.statistics, study.threshold)  # type: ignore[arg-type]  # nothing may be run
     for request, words in [
-        (Request(Budget(compression=0.95)), r"at most 0\.875"),
+        (Request(Budget(compression=0.95), recipe=Recipe(spatial=False)), r"at most 0\.875"),
+        (Request(Budget(compression=0.99)), "less than one image token"),
         (Request(Budget(keep=(10, 20))), "falling counts"),
         (Request(Budget(compression=0.5, keep=(10, 0))), "more than one budget"),
         (Request(layers=(3, 3, 5)), "rising layers"),
