@@ -303,11 +303,11 @@ def _spread(
     study: Study, request: Request, candidates: Sequence[Candidate], chosen: PruningPlan
 ) -> dict[str, dict[str, Any]]:
     """The same choice on bootstrap samples. For a share the compression that the choice came to stands for it."""
+    if request.before_the_decoder(study.shape):
+        return {}  # nothing inside the decoder was proposed
     if request.budget.share is not None and chosen.compression < 1.0 - 1.0 / chosen.num_layers:
         request = replace(request, budget=Budget(compression=chosen.compression))
     request = replace(request, drop_bounds=request.drop_bounds[:1])
-    if request.before_the_decoder(study.shape):
-        return {}  # nothing inside the decoder was proposed
 
     def place(evidence: Evidence) -> tuple[int, ...]:
         first, *_ = propose(evidence, study.shape, request, limit=1)
