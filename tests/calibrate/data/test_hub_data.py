@@ -66,7 +66,7 @@ def test_unreadable_pictures_are_named_and_skipped(tmp_path: Path) -> None:
     assert len(found.samples) == 6 and len(found.skipped) == len(said) == 3
     assert all(name.startswith("row ") for name in found.skipped)
     assert {one.prompt for one in found.samples} == set(samples.DEFAULT_PROMPTS)
-    with pytest.raises(InputError, match=r"0 readable .*\(5 unreadable, 5 found\)"):
+    with pytest.raises(InputError, match=r"0 usable .*\(5 skipped, 5 found\)"):
         samples.calibration_samples(str(saved(tmp_path / "bad", {"picture": pictures[:1] * 5})), count=9, seed=0)
 
 
