@@ -8,6 +8,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field
 
+from btp_export.model.check_processor import check_processor
 from btp_export.model.open_model import Model
 from graphs import names
 from graphs.building.decoder_graphs import build_decoder_graphs
@@ -125,6 +126,7 @@ def check_target(model: Model, out: Path, options: Options, *, force: bool) -> l
             f"opset {options.opset}", wanted=f"one of {', '.join(map(str, sorted(IR_VERSIONS)))}", do="--opset 23"
         )
     profiles = make_profiles(model, options)
+    check_processor(model, profiles)
     check_space(out, copied_bytes(model.checkpoint.files, out, options.link) + _made_bytes(model, len(profiles)))
     return profiles
 
