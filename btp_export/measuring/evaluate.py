@@ -22,7 +22,7 @@ from graphs.records.progress import Report
 if TYPE_CHECKING:
     from btp_export.model.prompting import Encoded
     from btp_export.running.runtime import BundleModel, Prefill
-    from calibrate.data.samples import SampleSet
+    from calibrate.data.samples import Sample, SampleSet
     from calibrate.measure.accuracy import Score
 
 FULL = "none"
@@ -198,11 +198,29 @@ class _Questions:
 
 
 def _ask(model: BundleModel, chosen: SampleSet) -> _Questions:
-    pictures = fitted([one.image for one in chosen.samples], model.spec, model.profile)
-    encoded = model.encode(pictures, [one.prompt for one in chosen.samples])
+    encoded = _encode(model, chosen)
     tokenizer = model.prompter.tokenizer
     longest = max(len(tokenizer(one.answer or "", add_special_tokens=False)["input_ids"]) for one in chosen.samples)
     return _Questions(encoded, min(model.profile.new_tokens, longest + 2), {})
+
+
+def _encode(model: BundleModel, chosen: SampleSet) -> Encoded:
+    """All samples in one. Raises InputError with file and line of the first that the model cannot take."""
+    from calibrate.data.text_files import at
+
+    def encode(samples: Sequence[Sample]) -> Encoded:
+        pictures = fitted([one.image for one in samples], model.spec, model.profile)
+        return model.encode(pictures, [one.prompt for one in samples])
+
+    try:
+        return encode(chosen.samples)
+    except InputError:
+        for one in chosen.samples:
+            try:
+                encode([one])
+            except InputError as error:
+                raise at(one.where, error) from error
+        raise
 
 
 def _answer(model: BundleModel, questions: _Questions, report: Report | None) -> Answers:

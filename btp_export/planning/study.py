@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from btp_export.model.cache_folder import cache_folder
-from btp_export.model.pictures import fits, fitted
+from btp_export.model.pictures import fits, fitted, to_rgb
 from graphs import dtypes
 from graphs.files.atomic import size_text
 from graphs.files.bundle import tool_versions
@@ -164,7 +164,8 @@ def open_study(
     cost = PrefillCost(spec.decoder, profile) if measured is None else measured_cost(measured, spec.decoder, profile)
     request = request_of(settings)
     (check or type(request).check)(request, shape, cost)
-    chosen = calibration_samples(settings, note)
+    prompter = Prompter(model.source.folder, spec)
+    chosen = calibration_samples(settings, prompter, note)
     check_memory(
         needed_bytes(model, profile, len(chosen.samples), settings.maths),
         f"calibrating {spec.name} on {len(chosen.samples)} samples",
@@ -172,7 +173,6 @@ def open_study(
     )
     if settings.tune:
         check_tuning(len(chosen.samples), counts=settings.keep is None, shares=settings.balance is None)
-    prompter = Prompter(model.source.folder, spec)
     cache = StatisticsCache(cache_folder("statistics") if settings.cache else None, note)
     taus = calibration.taus_for(settings.tau, spec.change_threshold)
     key = _cache_key(model, profile, chosen.digest(), taus, settings.maths, device)
@@ -331,10 +331,16 @@ def _check_budget(settings: CalibrationSettings) -> None:
         raise InputError(f"both {' and '.join(given[:2])}", wanted="one of them", do="leave one out")
 
 
-def calibration_samples(settings: CalibrationSettings, note: Note | None = None) -> SampleSet:
-    """Generated scenes of the calibration split, or what `images` names."""
+def calibration_samples(
+    settings: CalibrationSettings, prompter: Prompter | None = None, note: Note | None = None
+) -> SampleSet:
+    """Generated scenes of the calibration split, or what `images` names.
+
+    Pictures and prompts that the prompter does not take are treated as calibrate.data.samples says.
+    """
     from calibrate.data import samples
 
+    checks = samples.NO_CHECKS if prompter is None else samples.Checks(picture=to_rgb, prompt=prompter.text)
     return samples.calibration_samples(
-        settings.images, prompts=settings.prompts, count=settings.samples, seed=settings.seed, note=note
+        settings.images, prompts=settings.prompts, count=settings.samples, seed=settings.seed, note=note, checks=checks
     )

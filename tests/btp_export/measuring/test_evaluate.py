@@ -174,3 +174,23 @@ def test_the_command_prints_the_contract(tiny_bundle: Any, capsys: pytest.Captur
 def test_bad_input(arguments: list[str], tiny_bundle: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["eval", str(tiny_bundle(PLAN).root), *arguments]) == 2
     assert len(capsys.readouterr().err.strip().splitlines()) <= 3
+
+
+@pytest.mark.parametrize(
+    ("prompt", "words"),
+    [
+        ("what is <image>?", "the question alone: the chat template puts the picture in by itself"),
+        (" ", "the prompt is empty"),
+        ("word " * 60, "tokens after the image"),
+    ],
+)
+def test_a_question_that_cannot_be_asked_names_file_and_line(
+    prompt: str, words: str, tiny_bundle: Any, questions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad = questions.with_name("bad.jsonl")
+    lines = questions.read_text().splitlines()[:1]
+    bad.write_text("\n".join([*lines, json.dumps({"image": "0.png", "prompt": prompt, "answer": "x"})]))
+    assert cli.main(["eval", str(tiny_bundle().root), "--data", str(bad), "--plans", "none", "--threads", "1"]) == 2
+    error = capsys.readouterr().err
+    assert f"{bad} line 2: " in error and words in error
+    assert len(error.strip().splitlines()) <= 3
