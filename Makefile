@@ -11,7 +11,7 @@ OUT ?= demo-bundle
 
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test table lint format native gpu-check clean
+.PHONY: demo test table schemas lint format native gpu-check clean
 
 demo: $(VENV)/.ready
 	$(BIN)/btp-export --model demo --out $(OUT) --force
@@ -24,6 +24,10 @@ test: $(VENV)/.ready-dev
 # The accuracy tables of the README, measured again (about ten minutes on two idle cores).
 table: $(VENV)/.ready-dev
 	$(BIN)/python -m benchmarks.table
+
+# docs/schemas/: JSON schemas of what the commands print, from the types in btp_export/results/.
+schemas: $(VENV)/.ready-dev
+	$(BIN)/python -m btp_export.results.schemas
 
 lint: $(VENV)/.ready-dev
 	$(BIN)/ruff check .

@@ -149,6 +149,7 @@ def open_study(
     check_settings(settings)
 
     from btp_export.model.prompting import Prompter
+    from btp_export.planning.latency import read_latency
     from calibrate import calibrate as calibration
     from calibrate.measure.statistics_cache import StatisticsCache
     from calibrate.place.cost import PrefillCost, measured_cost
@@ -160,8 +161,9 @@ def open_study(
     device = torch_device(settings.device)
     profile = profile or default_profile(model)
     shape = Shape(spec.model_type, spec.decoder.num_layers, profile.image_tokens, profile.grid, profile.blocks)
-    measured = settings.latency_from
-    cost = PrefillCost(spec.decoder, profile) if measured is None else measured_cost(measured, spec.decoder, profile)
+    cost = PrefillCost(spec.decoder, profile)
+    if settings.latency_from is not None:
+        cost = measured_cost(read_latency(settings.latency_from), settings.latency_from, spec.decoder, profile)
     request = request_of(settings)
     (check or type(request).check)(request, shape, cost)
     prompter = Prompter(model.source.folder, spec)

@@ -12,7 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from pydantic import Field, ModelWrapValidatorHandler, ValidationInfo, computed_field, model_validator
+from pydantic import (
+    Field,
+    GetJsonSchemaHandler,
+    ModelWrapValidatorHandler,
+    SerializerFunctionWrapHandler,
+    ValidationInfo,
+    computed_field,
+    model_serializer,
+    model_validator,
+)
+from pydantic_core import CoreSchema
 
 from graphs.records.errors import InputError
 from graphs.records.record import FROM_FILE, Strict, parse_record
@@ -56,6 +66,16 @@ class Stage(Strict):
         """Whether the stage says what format 1 cannot."""
         plain = (self.importance, self.diversity, self.features, self.weights) == (None, "farthest", "raw", "none")
         return not plain
+
+    @model_serializer(mode="wrap")
+    def _written(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A stage that drops everything has no counts."""
+        return {"layer": self.layer, "keep": 0} if self.keep == 0 else write(self)
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        """Of the fields: pydantic takes what a serializer gives for any dictionary."""
+        return handler({name: part for name, part in schema.items() if name != "serialization"})
 
     @property
     def needs_similarity(self) -> bool:
@@ -173,10 +193,6 @@ class PruningPlan(Strict):
     def to_json(self) -> str:
         """The contents of plan.json; the same plan gives the same bytes."""
         document = {"format": self.format} | self.model_dump(mode="json")
-        document["stages"] = [
-            {"layer": stage.layer, "keep": 0} if stage.keep == 0 else stage.model_dump(mode="json")
-            for stage in self.stages
-        ]
         return json.dumps(document, indent=1, ensure_ascii=False) + "\n"
 
     def digest(self) -> str:

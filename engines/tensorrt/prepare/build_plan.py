@@ -6,13 +6,14 @@ did not choose is chosen here, with the reason in `notes`; what cannot fit is re
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 from engines.targets import Target
 from engines.tensorrt.prepare.estimate import ORIGIN, Totals, estimate, totals, usable_memory
-from engines.tensorrt.prepare.lint import Finding, lint
+from engines.tensorrt.prepare.lint import lint
 from engines.tensorrt.prepare.prepared_graphs import Choices, PreparedGraph, prepare, suited_opset, without_pruning
 from engines.tensorrt.records import Assemble, EngineWeights, Estimate, PluginForm
+from engines.tensorrt.summaries import Finding, PlannedEngines, PlannedGraph, PlannedTotal
 from engines.tensorrt.versions import Traits, traits
 from graphs.files.atomic import size_text
 from graphs.files.bundle import Bundle
@@ -63,41 +64,41 @@ class Outline:
         """`head`, or `head.<profile>` where there are several profiles."""
         return f"{graph.name}.{graph.profile}" if self.several_profiles else graph.name
 
-    def document(self) -> dict[str, Any]:
-        """For --json and the table of --dry-run."""
-        return {
-            "target": self.target.name,
-            "tensorrt": self.traits.version,
-            "flavour": self.traits.flavour,
-            "compute_capability": self.target.compute_capability,
-            "opset": self.choices.opset,
-            "precision": self.bundle.manifest.build.precision,
-            "assemble": self.choices.assemble,
-            "engine_weights": self.choices.weights,
-            "plugins": self.plugins,
-            "graphs": [
-                {
-                    "name": graph.name,
-                    "profile": graph.profile,
-                    "nodes": len(graph.model.graph),
-                    "custom_nodes": len(graph.custom_nodes),
-                    "weight_inputs": len(graph.weight_inputs),
-                    **one.model_dump(),
-                }
-                for graph, one in zip(self.graphs, self.estimates, strict=True)
-            ],
-            "total": {
-                "run_bytes": self.totals.run_bytes,
-                "build_peak_bytes": self.totals.build_peak_bytes,
-                "disk_bytes": self.totals.disk_bytes,
-                "shared_weight_bytes": self.totals.weight_bytes,
-                "usable_bytes": self.usable_bytes,
-            },
-            "findings": [finding.model_dump() for finding in self.findings],
-            "notes": list(self.notes),
-            "unpruned": None if self.unpruned is None else self.unpruned.document(),
-            "estimates_from": list(ORIGIN),
-        }
+    def summary(self) -> PlannedEngines:
+        """What will be built, with its estimates."""
+        return PlannedEngines(
+            target=self.target.name,
+            tensorrt=self.traits.version,
+            flavour=self.traits.flavour,
+            compute_capability=self.target.compute_capability,
+            opset=self.choices.opset,
+            precision=self.bundle.manifest.build.precision,
+            assemble=self.choices.assemble,
+            engine_weights=self.choices.weights,
+            plugins=self.plugins,
+            graphs=tuple(
+                PlannedGraph(
+                    name=graph.name,
+                    profile=graph.profile,
+                    nodes=len(graph.model.graph),
+                    custom_nodes=len(graph.custom_nodes),
+                    weight_inputs=len(graph.weight_inputs),
+                    **dict(needed),
+                )
+                for graph, needed in zip(self.graphs, self.estimates, strict=True)
+            ),
+            total=PlannedTotal(
+                run_bytes=self.totals.run_bytes,
+                build_peak_bytes=self.totals.build_peak_bytes,
+                disk_bytes=self.totals.disk_bytes,
+                shared_weight_bytes=self.totals.weight_bytes,
+                usable_bytes=self.usable_bytes,
+            ),
+            findings=self.findings,
+            notes=self.notes,
+            unpruned=None if self.unpruned is None else self.unpruned.summary(),
+            estimates_from=ORIGIN,
+        )
 
 
 def outline(bundle: Bundle, target: Target, wishes: Wishes) -> Outline:

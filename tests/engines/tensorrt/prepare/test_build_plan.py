@@ -77,7 +77,7 @@ def test_shared_weights_are_chosen_and_said_where_both_copies_cannot_fit(tiny_bu
     between = small(find_target("h100"), (baked.run_bytes + shared.run_bytes) // 2)
     made = outline(bundle, between, Wishes())
     assert made.choices.weights == "shared" and made.notes[0].startswith("engine weights shared: baked ones need")
-    assert made.document()["engine_weights"] == "shared"
+    assert made.summary().engine_weights == "shared"
     roomy = outline(bundle, small(find_target("h100"), baked.run_bytes), Wishes())
     assert roomy.choices.weights == "baked" and "shared" not in "".join(roomy.notes)
 
@@ -148,8 +148,8 @@ def test_defaults_and_notes(tiny_bundle: Any) -> None:
 
 def test_the_document_has_every_graph(tiny_bundle: Any) -> None:
     bundle = staged_bundle(tiny_bundle)
-    document = outline(bundle, find_target("jetson-orin-jp6"), Wishes(unpruned=True)).document()
-    assert [graph["name"] for graph in document["graphs"]] == [record.name for record in bundle.graphs()]
-    assert [graph["name"] for graph in document["unpruned"]["graphs"]] == ["vision", "prefill_0", "head", "decode"]
-    assert document["total"]["run_bytes"] < document["total"]["usable_bytes"] and document["findings"] == []
-    assert document["estimates_from"] and document["compute_capability"] == "8.7"
+    document = outline(bundle, find_target("jetson-orin-jp6"), Wishes(unpruned=True)).summary()
+    assert [graph.name for graph in document.graphs] == [record.name for record in bundle.graphs()]
+    assert [graph.name for graph in document.unpruned.graphs] == ["vision", "prefill_0", "head", "decode"]
+    assert document.total.run_bytes < document.total.usable_bytes and document.findings == ()
+    assert document.estimates_from and document.compute_capability == "8.7"
