@@ -20,7 +20,6 @@ from pathlib import Path
 from btp_export import console
 from btp_export.dummy.checkpoints import dummy_checkpoint
 from btp_export.exporting import Options, export_bundle
-from btp_export.model.cache_folder import cache_folder
 from btp_export.model.open_model import open_model
 from engines.targets import GIB, find_target
 from engines.tensorrt.build.build import build
@@ -30,6 +29,7 @@ from engines.tensorrt.records import EngineWeights
 from engines.tensorrt.summaries import BuiltEngines
 from graphs import names
 from graphs.files.bundle import Bundle
+from graphs.files.cache_folder import cache_folder
 from graphs.files.memory import available_memory
 from graphs.records.plan import PruningPlan, Stage
 

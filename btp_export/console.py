@@ -150,9 +150,9 @@ class _LiveBar(Bar):
 
 def dummy_lines(dummy_weights: bool) -> list[str]:
     """What must stand above the results of a bundle with made-up weights; nothing for any other."""
-    from btp_export.dummy.checkpoints import SENTENCE
+    from graphs.records.manifest import DUMMY_WEIGHTS
 
-    return [SENTENCE] if dummy_weights else []
+    return [DUMMY_WEIGHTS] if dummy_weights else []
 
 
 def table(columns: list[str], rows: list[list[str]], *, title: str = "", text: int = 1) -> Any:

@@ -9,6 +9,7 @@ import numpy as np
 from pydantic import Field
 
 from btp_export.model.check_processor import check_processor
+from btp_export.model.defaults import default_shapes
 from btp_export.model.open_model import Model
 from graphs import names
 from graphs.building.decoder_graphs import build_decoder_graphs
@@ -39,8 +40,6 @@ from graphs.records.record import Strict
 from graphs.records.shapes import ShapeProfile
 from graphs.records.spec import Precision
 
-DEMO_SHAPES = (32, 8)  # text bucket and new tokens of the demo, whose prompts and answers are short
-SHAPES = (64, 128)
 GRAPH_BYTES = 4 * 2**20  # more than the .onnx files of one profile take
 
 
@@ -88,7 +87,7 @@ def make_profiles(model: Model, options: Options) -> list[ShapeProfile]:
 
     Raises InputError for one given twice, or an image size that the model cannot take.
     """
-    text, new = DEMO_SHAPES if model.source.is_demo else SHAPES
+    text, new = default_shapes(model)
     defaults: dict[str, Any] = {
         "batch": options.batch,
         "text_tokens": options.text_tokens or text,

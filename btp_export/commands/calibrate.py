@@ -188,8 +188,9 @@ def _one(
     force: bool,
     as_json: bool,
 ) -> None:
+    from btp_export.model.defaults import default_profile
     from btp_export.planning.plan_files import check_out, write_plan_file
-    from btp_export.planning.study import calibrate_model, default_profile
+    from btp_export.planning.study import calibrate_model
     from btp_export.planning.study_tables import show_calibration
     from btp_export.results.plans import PlanSummary
 
@@ -216,10 +217,11 @@ def _front(
     force: bool,
     as_json: bool,
 ) -> None:
+    from btp_export.model.defaults import default_profile
     from btp_export.planning.plan_folder import check_folder, front_of, write_front
-    from btp_export.planning.study import calibration_work, default_profile, open_study
+    from btp_export.planning.study import calibration_work, open_study
     from btp_export.planning.study_tables import show_front
-    from calibrate.place.pareto import front, requests
+    from calibrate.pareto import front, requests
 
     opened = options.open_chosen(model, weights)
     if out is not None:

@@ -109,9 +109,9 @@ def _plan(name: str, model: str | None, compression: float | None, image_size: t
 def _plan_for_model(
     choice: str, model: str, compression: float | None, image_size: tuple[int, int] | None
 ) -> "PruningPlan":
+    from btp_export.model.defaults import default_profile
     from btp_export.model.open_model import open_model
     from btp_export.planning.plan_files import plan_for
-    from btp_export.planning.study import default_profile
     from graphs.records.match_plan import plan_for_profile, spec_at
 
     opened = open_model(model)

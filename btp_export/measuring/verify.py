@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from btp_export.console import Phases
-from btp_export.model.cache_folder import cache_folder
 from btp_export.results.verification import AppliedGates, GateValues, GraphParity, Verification, joined
 from graphs import dtypes
 from graphs.files.bundle import Bundle, tool_versions
+from graphs.files.cache_folder import cache_folder
 from graphs.files.resume import Work, digest, work_folder
 from graphs.pruning import kept_tokens
 from graphs.records.errors import InputError
@@ -219,8 +219,8 @@ def _verify(job: _Job, work: Work | None) -> tuple[Findings, bool]:
 def _prepared(job: _Job) -> tuple[list[Sample], list[Prepared]]:
     """The samples at the profile's size, and as the reference takes them: with features of transformers' own tower."""
     from btp_export.families import family_of
+    from btp_export.model.defaults import fitted_samples
     from btp_export.model.prompting import Prompter
-    from btp_export.planning.study import fitted_samples
     from calibrate.data.samples import prepare, scene_samples
 
     bundle, spec = job.bundle, job.bundle.spec

@@ -12,7 +12,7 @@ from graphs.files.atomic import write_texts
 from graphs.records.errors import InputError
 
 if TYPE_CHECKING:
-    from calibrate.place.pareto import Point
+    from calibrate.pareto import Point
 
 INDEX: Final = "front.json"
 

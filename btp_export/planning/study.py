@@ -5,15 +5,16 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from btp_export.model.cache_folder import cache_folder
-from btp_export.model.pictures import fits, fitted, to_rgb
+from btp_export.model.defaults import default_profile, fitted_samples
+from btp_export.model.pictures import fits, to_rgb
 from graphs import dtypes
 from graphs.files.atomic import size_text
 from graphs.files.bundle import tool_versions
+from graphs.files.cache_folder import cache_folder
 from graphs.files.memory import LIBRARIES, check_memory
 from graphs.files.resume import Work, digest, work_folder
 from graphs.records.errors import InputError
@@ -288,24 +289,6 @@ def _source(chosen: SampleSet, spec: ModelSpec, profile: ShapeProfile) -> dict[s
     return source
 
 
-def default_profile(model: Model, image_size: tuple[int, int] | None = None) -> ShapeProfile:
-    """That image size, the model's own if there is none, with the text bucket of an export's default.
-
-    Raises InputError for a size that the model cannot take.
-    """
-    from btp_export.exporting import DEMO_SHAPES, SHAPES
-
-    text, _ = DEMO_SHAPES if model.source.is_demo else SHAPES
-    return model.family.profile(model.spec, batch=1, image_size=image_size, text_tokens=text, new_tokens=1)
-
-
-def fitted_samples(samples: Sequence[Sample], spec: ModelSpec, profile: ShapeProfile) -> tuple[list[Sample], int]:
-    """The samples with pictures that fit the profile, and how many were scaled for it."""
-    pictures = fitted([one.image for one in samples], spec, profile)
-    resized = sum(not fits(one.image, spec, profile) for one in samples)
-    return [replace(one, image=picture) for one, picture in zip(samples, pictures, strict=True)], resized
-
-
 def check_settings(settings: CalibrationSettings) -> None:
     """Raise InputError for settings out of range."""
     if not 1 <= settings.samples <= MOST_SAMPLES:
@@ -340,9 +323,9 @@ def calibration_samples(
 
     Pictures and prompts that the prompter does not take are treated as calibrate.data.samples says.
     """
-    from calibrate.data import samples
+    from calibrate.data import samples, sources
 
     checks = samples.NO_CHECKS if prompter is None else samples.Checks(picture=to_rgb, prompt=prompter.text)
-    return samples.calibration_samples(
+    return sources.calibration_samples(
         settings.images, prompts=settings.prompts, count=settings.samples, seed=settings.seed, note=note, checks=checks
     )

@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from calibrate.measure.divergence import divergence
 from calibrate.place.candidates import Candidate
 from calibrate.reference.records import ReferenceInput, RunRecord
 from calibrate.reference.streamed_model import StreamedReference
@@ -85,14 +86,3 @@ def passes(plans: Sequence[PruningPlan], inputs: Sequence[ReferenceInput]) -> li
     each = len(inputs) * (text + kept) * hidden * 4 * _ROWS_A_TOKEN
     room = max(1, PASS_BYTES // max(1, each))
     return [plans[first : first + room] for first in range(0, len(plans), room)]
-
-
-def divergence(full: np.ndarray, pruned: np.ndarray) -> float:
-    """KL(full || pruned) in nats between the softmax distributions of two rows of logits [vocabulary]."""
-    log_p, log_q = _log_softmax(full), _log_softmax(pruned)
-    return max(0.0, float(np.sum(np.exp(log_p) * (log_p - log_q))))
-
-
-def _log_softmax(logits: np.ndarray) -> np.ndarray:
-    shifted = logits.astype(np.float64) - logits.max()
-    return np.asarray(shifted - np.log(np.exp(shifted).sum()))

@@ -24,11 +24,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from calibrate.measure.divergence import divergence
 from calibrate.place.balance import Recipe
 from calibrate.place.candidates import largest_within
 from calibrate.place.cost import PrefillCost
 from calibrate.place.counts import Shape
-from calibrate.place.rank_by_divergence import divergence, passes
+from calibrate.place.rank_by_divergence import passes
 from calibrate.place.stages import Placement
 from calibrate.reference.records import ReferenceInput
 from calibrate.reference.streamed_model import LayerView, StreamedReference

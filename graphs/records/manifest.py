@@ -10,6 +10,9 @@ from graphs.records.shapes import ShapeProfile
 from graphs.records.spec import ModelSpec, Precision
 
 FORMAT: Final = "btp-bundle/1"
+DUMMY_WEIGHTS: Final = (
+    "DUMMY WEIGHTS: the weights are random numbers; times and sizes are real, text and accuracy mean nothing"
+)
 
 
 def _relative(path: str) -> str:

@@ -8,10 +8,10 @@ import pytest
 from calibrate.calibrate import Study, calibrate, measure_statistics, threshold_of
 from calibrate.data.samples import Sample
 from calibrate.measure.accuracy import Score, exact, score, scores_by_kind
+from calibrate.measure.divergence import divergence
 from calibrate.place.balance import Recipe
 from calibrate.place.candidates import Budget, Request
 from calibrate.place.counts import Shape
-from calibrate.place.rank_by_divergence import divergence
 from calibrate.reference.streamed_model import StreamedReference
 from graphs.records.errors import InputError
 from graphs.records.plan import PruningPlan

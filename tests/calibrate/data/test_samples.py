@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from calibrate.data import samples
+from calibrate.data import samples, sources
 from graphs.records.errors import InputError
 
 
@@ -63,29 +63,29 @@ def test_image_and_prompt_by_line(folder: Path) -> None:
     (folder / "broken.png").write_bytes(b"no picture")
     path.write_text("\n".join(json.dumps({"image": name, "prompt": f"about {name}?"}) for name in names))
     notes: list[str] = []
-    found = samples.calibration_samples(str(path), count=64, seed=0, note=notes.append)
+    found = sources.calibration_samples(str(path), count=64, seed=0, note=notes.append)
     assert sorted(found.skipped) == ["broken.png", "missing.png"] and len(notes) == 2
     assert {(one.name, one.prompt) for one in found.samples} == {
         (name, f"about {name}?") for name in names if name not in found.skipped
     }
     assert found.source == "lines of samples.jsonl"
-    assert samples.calibration_samples(str(path), count=64, seed=0).digest() == found.digest()
+    assert sources.calibration_samples(str(path), count=64, seed=0).digest() == found.digest()
     (folder / "prompts.txt").write_text("what else?\n")
-    asked = samples.calibration_samples(str(path), prompts=folder / "prompts.txt", count=64, seed=0)
+    asked = sources.calibration_samples(str(path), prompts=folder / "prompts.txt", count=64, seed=0)
     assert {one.prompt for one in asked.samples} == {"what else?"}
     path.write_text("\n".join(json.dumps({"image": name, "prompt": "?"}) for name in names[:3]))
     with pytest.raises(InputError, match=r"2 usable .* \(1 skipped, 3 found\)"):
-        samples.calibration_samples(str(path), count=64, seed=0)
+        sources.calibration_samples(str(path), count=64, seed=0)
     path.write_text('{"image": "picture0.png"}')
     with pytest.raises(InputError, match="line 1: no key 'prompt'"):
-        samples.calibration_samples(str(path), count=64, seed=0)
+        sources.calibration_samples(str(path), count=64, seed=0)
 
 
 def test_where_samples_come_from(folder: Path) -> None:
-    assert samples.calibration_samples(None, count=4, seed=0).source.startswith("generated scenes, split calibration")
-    assert samples.calibration_samples(str(folder), count=4, seed=0).source == "pictures of a folder"
+    assert sources.calibration_samples(None, count=4, seed=0).source.startswith("generated scenes, split calibration")
+    assert sources.calibration_samples(str(folder), count=4, seed=0).source == "pictures of a folder"
     with pytest.raises(InputError, match="is not there"):
-        samples.calibration_samples(str(folder / "nowhere"), count=4, seed=0)
+        sources.calibration_samples(str(folder / "nowhere"), count=4, seed=0)
 
 
 def test_prompts_file(tmp_path: Path) -> None:
@@ -202,7 +202,7 @@ def test_a_picture_that_cannot_be_used_never_ends_a_calibration(folder: Path) ->
         for part in (9, 40, len(data) // 2):
             (bad / f"cut{part}.{suffix}").write_bytes(data[:part])
     notes: list[str] = []
-    found = samples.calibration_samples(str(folder), count=64, seed=0, note=notes.append, checks=CHECKS)
+    found = sources.calibration_samples(str(folder), count=64, seed=0, note=notes.append, checks=CHECKS)
     usable = {one.name for one in found.samples}
     assert {name for name in usable if not name.startswith("bad/")} == {
         path.relative_to(folder).as_posix() for path in folder.rglob("picture*.png")
@@ -218,11 +218,11 @@ def test_prompts_that_the_model_cannot_take_name_their_line(folder: Path) -> Non
     path = folder / "pictures.jsonl"
     path.write_text("\n".join(json.dumps(line) for line in lines))
     with pytest.raises(InputError, match=r"pictures.jsonl line 2: the prompt holds <image>"):
-        samples.calibration_samples(str(path), count=2, seed=0, checks=CHECKS)
+        sources.calibration_samples(str(path), count=2, seed=0, checks=CHECKS)
     prompts = folder / "prompts.txt"
     prompts.write_text("What?\n\nWhat is <image>?\n")
     with pytest.raises(InputError, match=r"prompts.txt line 3: the prompt holds <image>"):
-        samples.calibration_samples(str(folder), prompts=prompts, count=2, seed=0, checks=CHECKS)
+        sources.calibration_samples(str(folder), prompts=prompts, count=2, seed=0, checks=CHECKS)
 
 
 def test_subfolders_behind_links_are_followed_once(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
@@ -244,7 +244,7 @@ def test_subfolders_behind_links_are_followed_once(folder: Path, tmp_path_factor
 
 def test_an_address_in_place_of_pictures_says_what_is_taken() -> None:
     with pytest.raises(InputError, match="is an address") as caught:
-        samples.calibration_samples("https://example.com/pictures", count=4, seed=0)
+        sources.calibration_samples("https://example.com/pictures", count=4, seed=0)
     assert "download" in caught.value.do
 
 

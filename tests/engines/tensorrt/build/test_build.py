@@ -200,10 +200,10 @@ def test_too_little_disk_is_said(bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 
 def test_another_version_than_the_installed_one_is_refused(bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
     building.need_rtx()
-    installed = installed.load("rtx")
-    older = f"{installed.version.split('.')[0]}.6.0"
+    library = installed.load("rtx")
+    older = f"{library.version.split('.')[0]}.6.0"
     assert main(["build", str(bundle.root), "--target", "rtx-ada", "--tensorrt", older]) == 3
-    assert f"{installed.title} is installed here" in capsys.readouterr().err
+    assert f"{library.title} is installed here" in capsys.readouterr().err
     assert not (bundle.root / "engines").exists()
 
 
