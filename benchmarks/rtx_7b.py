@@ -23,8 +23,8 @@ from btp_export.exporting import Options, export_bundle
 from btp_export.model.open_model import open_model
 from engines.targets import GIB, find_target
 from engines.tensorrt.build.build import build
-from engines.tensorrt.build.machine import builder_for
-from engines.tensorrt.prepare.build_plan import Outline, Wishes, outline
+from engines.tensorrt.build.machine import machine_for
+from engines.tensorrt.prepare.build_plan import BuildPlan, Wishes, plan_build
 from engines.tensorrt.records import EngineWeights
 from engines.tensorrt.summaries import BuiltEngines
 from graphs import names
@@ -51,7 +51,7 @@ class Built:
     """All engines with one kind of weights. `skipped`: graph -> why it was left out."""
 
     weights: EngineWeights
-    plan: Outline
+    plan: BuildPlan
     summary: BuiltEngines
     skipped: dict[str, str]
 
@@ -71,10 +71,10 @@ def build_all(bundle: Bundle, target: str, weights: EngineWeights, memory: int) 
     """Every engine whose build fits the memory; the target's own memory does not count here."""
     chosen = find_target(target)
     wishes = Wishes(assemble="segments", engine_weights=weights, memory_bytes=10 * memory)
-    builder = builder_for(chosen, wishes)
+    builder = machine_for(chosen, wishes)
     if builder.library is None:
         raise SystemExit(builder.reason)
-    plan = outline(bundle, chosen, builder.wishes)
+    plan = plan_build(bundle, chosen, builder.wishes)
     skipped = {
         graph.name: f"its build is estimated at {_gib(one.build_peak_bytes)}, more than {_gib(memory)}"
         for graph, one in zip(plan.graphs, plan.estimates, strict=True)

@@ -36,14 +36,14 @@ from graphs.records.manifest import BuildRecord, FileRecord, GraphRecord, ModelR
 from graphs.records.match_plan import check_fits, plan_for_profile
 from graphs.records.plan import PruningPlan
 from graphs.records.progress import Note, Report
-from graphs.records.record import Strict
+from graphs.records.record import Record
 from graphs.records.shapes import ShapeProfile
 from graphs.records.spec import Precision
 
 GRAPH_BYTES = 4 * 2**20  # more than the .onnx files of one profile take
 
 
-class Options(Strict):
+class Options(Record):
     """How to export. None stands for the model's default; a profile is "batch=2,text=64,new=128,image=336x336".
 
     `image_sizes` are heights and widths in pixels: a profile for each, of every other shape that is asked for.

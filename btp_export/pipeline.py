@@ -21,8 +21,8 @@ from btp_export.results.engines import BuildResult
 from btp_export.results.job import JobResult
 from btp_export.results.verification import Verification
 from engines.targets import Target, find_target
-from engines.tensorrt.build.machine import Builder, builder_for
-from engines.tensorrt.prepare.build_plan import Wishes, outline
+from engines.tensorrt.build.machine import BuildMachine, machine_for
+from engines.tensorrt.prepare.build_plan import Wishes, plan_build
 from graphs.files.atomic import staged
 from graphs.files.bundle import Bundle
 from graphs.records.errors import BtpError, CheckError
@@ -68,7 +68,7 @@ def run_job(job: Job) -> JobResult:
     """
     clock = Clock()
     with clock.phase("open", say=False) as report:  # what fails here should stand alone
-        builder = None if job.target is None else Engines.check(job.target)
+        engines = None if job.target is None else Engines.check(job.target)
         model = open_model(job.model, job.dummy, report=report)
         profiles = check_target(model, job.out, job.export, force=job.force)
     for line in console.dummy_lines(model.source.is_dummy):
@@ -83,9 +83,9 @@ def run_job(job: Job) -> JobResult:
         with clock.phase("report"):
             write_report(root / "report", measured)
     built = None
-    if builder is not None:
+    if engines is not None:
         with clock.phase("engines") as report:
-            built = builder.build(job.out, report)
+            built = engines.build(job.out, report)
     assert measured.verification is not None, "collect verifies first"
     return JobResult(
         bundle=job.out,
@@ -107,21 +107,21 @@ class Engines:
     """Engines of a bundle for a target, with the target's own choices."""
 
     target: Target
-    builder: Builder
+    machine: BuildMachine
 
     @staticmethod
     def check(name: str) -> "Engines":
         """What can be known to be wrong before there is a bundle. Raises InputError or UnavailableError."""
         target = find_target(name)
-        return Engines(target, builder_for(target, Wishes()))
+        return Engines(target, machine_for(target, Wishes()))
 
     def build(self, out: Path, report: Report) -> BuildResult:
         """Build them in the bundle at `out`."""
         from btp_export.engine_inputs import build_engines
 
         try:
-            plan = outline(Bundle.open(out), self.target, self.builder.wishes)
-            built = build_engines(plan, self.builder, force=False, report=report)
+            plan = plan_build(Bundle.open(out), self.target, self.machine.wishes)
+            built = build_engines(plan, self.machine, force=False, report=report)
             return BuildResult.of(plan.summary(), built)
         except BtpError:
             console.note(f"the bundle is whole: {out}; what failed are its engines: btp-export build goes on with them")

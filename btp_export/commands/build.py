@@ -47,8 +47,8 @@ def command(
     from btp_export.engine_inputs import build_engines
     from btp_export.results.engines import BuildResult
     from engines.targets import find_target
-    from engines.tensorrt.build.machine import builder_for
-    from engines.tensorrt.prepare.build_plan import Wishes, outline
+    from engines.tensorrt.build.machine import machine_for
+    from engines.tensorrt.prepare.build_plan import Wishes, plan_build
     from graphs.files.bundle import Bundle
 
     chosen = find_target(target)
@@ -62,13 +62,13 @@ def command(
     )
     opened = Bundle.open(bundle)
     if dry_run:
-        plan = outline(opened, chosen, wishes)
+        plan = plan_build(opened, chosen, wishes)
         emit(BuildResult.of(plan.summary()), as_json=as_json, render=show)
         return 1 if plan.findings else 0
-    builder = builder_for(chosen, wishes)
-    plan = outline(opened, chosen, builder.wishes)
+    machine = machine_for(chosen, wishes)
+    plan = plan_build(opened, chosen, machine.wishes)
     with progress("building") as bar:
-        built = build_engines(plan, builder, force=force, report=bar)
+        built = build_engines(plan, machine, force=force, report=bar)
     emit(BuildResult.of(plan.summary(), built), as_json=as_json, render=show_built)
     return 0
 

@@ -35,7 +35,7 @@ from graphs.files.safetensors_file import header_bytes, tensor_order
 from graphs.records.errors import InputError
 from graphs.records.manifest import DUMMY_WEIGHTS
 from graphs.records.progress import Report
-from graphs.records.record import Strict, parse_record
+from graphs.records.record import Record, parse_record
 
 MARKER = "btp-dummy.json"  # in the checkpoint's folder: these weights are made up
 SHARD_BYTES = 5 * 10**9  # as the hub's shards
@@ -51,7 +51,7 @@ RESIDUAL = re.compile(r"(o_proj|down_proj|out_proj|fc2|attn\.proj)\.weight$")  #
 SPREAD = math.sqrt(7 / 3)  # root mean square of magnitudes spread evenly over [1, 2)
 
 
-class DummyRecord(Strict):
+class DummyRecord(Record):
     """btp-dummy.json: which model's shapes a checkpoint has, and that nothing else of it is real."""
 
     format: Literal["btp-dummy/1"] = "btp-dummy/1"

@@ -13,13 +13,13 @@ from btp_export.families._processor import load_processor
 from graphs import dtypes
 from graphs.files.checkpoint import Checkpoint
 from graphs.records.errors import InputError
-from graphs.records.record import Strict, parse_record
+from graphs.records.record import Record, parse_record
 from graphs.records.spec import ModelSpec, VisionSpec
 
 SETTINGS_FILE = "btp.json"
 
 
-class Settings(Strict):
+class Settings(Record):
     """btp.json of a checkpoint folder: what the toolkit wants to know and transformers' files have no place for."""
 
     change_threshold: float | None = Field(default=None, gt=-1, lt=1)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from calibrate.data.samples import Prepared, Sample
     from calibrate.reference.records import RunRecord
     from calibrate.reference.streamed_model import StreamedReference
-    from engines.verify.gates import Findings, Gates
+    from engines.verify.gates import CheckResults, Gates
     from engines.verify.verification import FreeRun
 
 DEFAULT_SAMPLES = 4
@@ -81,7 +81,7 @@ def verify_bundle(
     return _document(job, findings, tokens_equal=tokens_equal, engine=engine)
 
 
-def _document(job: _Job, findings: Findings, *, tokens_equal: bool, engine: str | None) -> Verification:
+def _document(job: _Job, findings: CheckResults, *, tokens_equal: bool, engine: str | None) -> Verification:
     def gates_of(gates: Gates) -> dict[str, float]:
         return {"cosine": gates.cosine, "norm_ratio_within": gates.norm}
 
@@ -179,7 +179,7 @@ def _work(job: _Job, note: Note) -> Iterator[Work | None]:
         yield work
 
 
-def _verify(job: _Job, work: Work | None) -> tuple[Findings, bool]:
+def _verify(job: _Job, work: Work | None) -> tuple[CheckResults, bool]:
 
     from calibrate.reference.streamed_model import StreamedReference
     from engines.verify.streamed_graphs import Shares, StreamedRunner

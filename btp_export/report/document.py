@@ -13,11 +13,11 @@ from btp_export.results.timing import CacheBytes, Operations
 from graphs.pruning.operations import cost
 from graphs.records.manifest import Manifest
 from graphs.records.plan import PruningPlan
-from graphs.records.record import Strict
+from graphs.records.record import Record
 
 PLACES = frozenset({"bundle", "out", "path", "folder"})  # keys of a record that say where files lie on this machine
 
-Part = TypeVar("Part", bound=Strict)
+Part = TypeVar("Part", bound=Record)
 
 
 def document(data: ReportData) -> ReportDocument:

@@ -3,10 +3,10 @@
 from typing import Literal
 
 from btp_export.results.base import Result
-from graphs.records.record import Strict
+from graphs.records.record import Record
 
 
-class Answer(Strict):
+class Answer(Record):
     """One picture and prompt answered. Times are those of the batch it was part of."""
 
     text: str

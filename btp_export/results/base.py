@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator
 
-from graphs.records.record import Strict
+from graphs.records.record import Record
 
 
 def _finite(value: Any) -> Any:
@@ -17,7 +17,7 @@ def _finite(value: Any) -> Any:
 Number = Annotated[float | None, BeforeValidator(_finite)]
 
 
-class Result(Strict):
+class Result(Record):
     """A document that a command prints. Each has `format`, its name with a version."""
 
     def document(self) -> dict[str, Any]:

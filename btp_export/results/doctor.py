@@ -4,10 +4,10 @@ from pathlib import Path
 from typing import Literal
 
 from btp_export.results.base import Result
-from graphs.records.record import Strict
+from graphs.records.record import Record
 
 
-class Package(Strict):
+class Package(Record):
     """A Python package; `install` is what to type where it is missing."""
 
     package: str
@@ -16,7 +16,7 @@ class Package(Strict):
     install: str | None
 
 
-class NativeLibraryState(Strict):
+class NativeLibraryState(Record):
     """A library of the custom operators; `problem` says why one that is there cannot be used."""
 
     library: str
@@ -27,7 +27,7 @@ class NativeLibraryState(Strict):
     do: str | None
 
 
-class EngineBuilderState(Strict):
+class EngineBuilderState(Record):
     """A TensorRT."""
 
     library: str

@@ -3,10 +3,10 @@
 from typing import Literal
 
 from btp_export.results.base import Result
-from graphs.records.record import Strict
+from graphs.records.record import Record
 
 
-class EvaluatedPlan(Strict):
+class EvaluatedPlan(Record):
     """One plan's answers. `interval` is Wilson's at the document's confidence.
 
     `attention_kept`: by stage, the mean share of the stage's attention on the image that the kept tokens hold; null

@@ -7,7 +7,7 @@ from pydantic import Field
 
 from btp_export.results.base import Result
 from graphs.records.plan import PruningPlan
-from graphs.records.record import Strict
+from graphs.records.record import Record
 
 
 class PlanSummary(Result):
@@ -32,7 +32,7 @@ class PlanSummary(Result):
         )
 
 
-class Preset(Strict):
+class Preset(Record):
     """A plan that has a name."""
 
     name: str
@@ -46,7 +46,7 @@ class Presets(Result):
     presets: tuple[Preset, ...]
 
 
-class FrontRow(Strict):
+class FrontRow(Record):
     """The plan of one budget and what it is predicted to do.
 
     `divergence` (nats) and `agreement` compare the next token with the full model's; `cost_share` is the prefill's cost

@@ -8,21 +8,21 @@ from pydantic import Field
 from btp_export.results.base import Result
 from engines.tensorrt.records import Assemble, EngineWeights
 from graphs.names import GraphKind
-from graphs.records.record import Strict
+from graphs.records.record import Record
 from graphs.records.spec import Precision
 
 Kind = GraphKind
 Bound = Literal["compute", "memory"]
 
 
-class LayerMs(Strict):
+class LayerMs(Record):
     """One layer of an engine."""
 
     name: str
     ms: float
 
 
-class ProfiledPart(Strict):
+class ProfiledPart(Record):
     """One engine: what it computes, what it took (medians, milliseconds), and the least the device could need."""
 
     name: str
@@ -42,7 +42,7 @@ class ProfiledPart(Strict):
     slowest_layers: tuple[LayerMs, ...]
 
 
-class Totals(Strict):
+class Totals(Record):
     """Milliseconds by kind; null where a whole engine does not tell. `first_token_ms` is all but decoding."""
 
     vision_ms: float | None
@@ -54,14 +54,14 @@ class Totals(Strict):
     decode_ms: float
 
 
-class UnprunedProfile(Strict):
+class UnprunedProfile(Record):
     """The engines without pruning."""
 
     parts: tuple[ProfiledPart, ...]
     totals: Totals
 
 
-class DeviceLimits(Strict):
+class DeviceLimits(Record):
     """What the device can do. `measured_target`: whether the target's choices were confirmed on it."""
 
     peak_flops: float
@@ -70,7 +70,7 @@ class DeviceLimits(Strict):
     measured_target: bool
 
 
-class Speedup(Strict):
+class Speedup(Record):
     """How many times faster than without pruning; `prefill` counts selection and head, and not vision."""
 
     prefill: float | None
@@ -78,7 +78,7 @@ class Speedup(Strict):
     decode: float | None
 
 
-class BreakEven(Strict):
+class BreakEven(Record):
     """From how many image tokens pruning pays; `reason` where that cannot be stated."""
 
     image_tokens: int | None = None
@@ -92,7 +92,7 @@ class BreakEven(Strict):
     reason: str | None = None
 
 
-class WeightsMs(Strict):
+class WeightsMs(Record):
     """One part with both kinds of weights."""
 
     name: str
@@ -100,21 +100,21 @@ class WeightsMs(Strict):
     shared_ms: float
 
 
-class ByWeights(Strict):
+class ByWeights(Record):
     """A time of either kind of weights."""
 
     baked: float
     shared: float
 
 
-class Faster(Strict):
+class Faster(Record):
     """Which kind of weights takes less time."""
 
     first_token: EngineWeights
     decode: EngineWeights
 
 
-class WeightsComparison(Strict):
+class WeightsComparison(Record):
     """Baked against shared weights, measured with the same shapes and version."""
 
     parts: tuple[WeightsMs, ...]

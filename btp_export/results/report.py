@@ -12,12 +12,12 @@ from btp_export.results.timing import Bench, CacheBytes, Operations
 from btp_export.results.verification import Verification
 from graphs.records.manifest import BuildRecord, ModelRecord
 from graphs.records.plan import PruningPlan
-from graphs.records.record import Strict
+from graphs.records.record import Record
 from graphs.records.shapes import ShapeProfile
 from graphs.records.token_layout import Blocks, Grid, blocks_field
 
 
-class Machine(Strict):
+class Machine(Record):
     """The machine that measured. It has no name on purpose: a report is passed around."""
 
     cpu: str
@@ -26,21 +26,21 @@ class Machine(Strict):
     versions: dict[str, str]
 
 
-class TokensPerLayer(Strict):
+class TokensPerLayer(Record):
     """Image tokens that each decoder layer sees."""
 
     full: tuple[int, ...]
     pruned: tuple[int, ...]
 
 
-class Costs(Strict):
+class Costs(Record):
     """Prefill operations and cache bytes of the first profile, by arithmetic."""
 
     operations: Operations
     cache_bytes: CacheBytes
 
 
-class PictureRecord(Strict):
+class PictureRecord(Record):
     """A picture that was asked about; `kept` are the tokens of each stage as indices into the grid."""
 
     prompt: str

@@ -3,11 +3,11 @@
 from typing import Literal
 
 from btp_export.results.base import Result
-from graphs.records.record import Strict
+from graphs.records.record import Record
 from graphs.records.spec import Precision
 
 
-class PrefillTimes(Strict):
+class PrefillTimes(Record):
     """The decoder chain with selection and head. `flops_limit` is the speed-up that saved operations allow."""
 
     full_ms: float
@@ -17,7 +17,7 @@ class PrefillTimes(Strict):
     share_of_limit: float
 
 
-class DecodeTimes(Strict):
+class DecodeTimes(Record):
     """One token more."""
 
     ms_per_token: float
@@ -25,14 +25,14 @@ class DecodeTimes(Strict):
     speedup: float
 
 
-class CacheBytes(Strict):
+class CacheBytes(Record):
     """Key and value caches."""
 
     full: int
     pruned: int
 
 
-class Operations(Strict):
+class Operations(Record):
     """Operations in matrix products of one prefill."""
 
     full: int

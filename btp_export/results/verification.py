@@ -4,11 +4,11 @@ from collections.abc import Mapping
 from typing import Literal
 
 from btp_export.results.base import Number, Result
-from graphs.records.record import Strict
+from graphs.records.record import Record
 from graphs.records.spec import Precision
 
 
-class GateValues(Strict):
+class GateValues(Record):
     """What a graph had to hold: the least cosine, and how far the norm ratio may be from 1."""
 
     cosine: float
@@ -21,7 +21,7 @@ class AppliedGates(GateValues):
     kept_agreement: float
 
 
-class GraphParity(Strict):
+class GraphParity(Record):
     """One graph against the reference, the worst over samples and outputs; `worst` is where the cosine was lowest.
 
     Numbers that are not finite are null, and such a graph does not pass. `gates` are those it was judged by: a graph

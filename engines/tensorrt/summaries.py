@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Literal
 
 from engines.tensorrt.records import Assemble, EngineGraph, EnginesRecord, EngineWeights, Estimate, Flavour, PluginForm
-from graphs.records.record import Strict
+from graphs.records.record import Record
 from graphs.records.spec import Precision
 
 
-class Finding(Strict):
+class Finding(Record):
     """Something a version refuses: in which graph, at which node, what was got and wanted, and what to do."""
 
     graph: str
@@ -31,7 +31,7 @@ class PlannedGraph(Estimate):
     weight_inputs: int
 
 
-class PlannedTotal(Strict):
+class PlannedTotal(Record):
     """What all engines need together; `usable_bytes` is what the device has for them."""
 
     run_bytes: int
@@ -41,7 +41,7 @@ class PlannedTotal(Strict):
     usable_bytes: int
 
 
-class PlannedEngines(Strict):
+class PlannedEngines(Record):
     """What will be built for a target, and whether it suits it. `estimates_from` says how bytes are estimated."""
 
     target: str
@@ -61,7 +61,7 @@ class PlannedEngines(Strict):
     estimates_from: tuple[str, ...]
 
 
-class EngineState(Strict):
+class EngineState(Record):
     """One engine of the folder; everything from `size` on is null where it is not built."""
 
     name: str
@@ -76,7 +76,7 @@ class EngineState(Strict):
     plugin_layers: int | None = None
 
 
-class BuiltEngines(Strict):
+class BuiltEngines(Record):
     """What a build did. `not_built` says why no engine was built where this machine cannot."""
 
     folder: Path

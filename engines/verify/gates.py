@@ -62,7 +62,7 @@ class GraphCheck:
 
 
 @dataclass
-class Findings:
+class CheckResults:
     """What verification found so far; `failures` are sentences, empty if everything held.
 
     `gates` are the decoder's, by which kept tokens and free runs are judged too; a graph has its own.
@@ -79,10 +79,10 @@ class Findings:
         return asdict(self)
 
     @staticmethod
-    def restored(state: dict[str, Any]) -> Findings:
+    def restored(state: dict[str, Any]) -> CheckResults:
         """The findings that `state` was taken of."""
         graphs = [GraphCheck(**{**check, "gates": Gates(**check["gates"])}) for check in state["graphs"]]
-        return Findings(**{**state, "gates": Gates(**state["gates"]), "graphs": graphs})
+        return CheckResults(**{**state, "gates": Gates(**state["gates"]), "graphs": graphs})
 
     def kept_agreement(self) -> list[float]:
         """Mean agreement per stage."""

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from engines.runners import Runner
-from engines.verify.gates import GATES, Findings, Gates, agreement
+from engines.verify.gates import GATES, CheckResults, Gates, agreement
 from engines.verify.graph_checks import GraphVerifier
 from engines.verify.protocol import Array, ReferenceRun, VerifySample
 from graphs import names
@@ -29,7 +29,7 @@ from graphs.records.progress import Report
 from graphs.records.shapes import ShapeProfile
 from graphs.records.spec import Precision
 
-__all__ = ["GATES", "Findings", "FreeRun", "VerifySample", "same_kept", "verify_free", "verify_graphs"]
+__all__ = ["GATES", "CheckResults", "FreeRun", "VerifySample", "same_kept", "verify_free", "verify_graphs"]
 
 GraphOpener = Callable[[], Runner]
 
@@ -44,7 +44,7 @@ def verify_graphs(
     computed: Precision | None = None,
     steps: Steps | None = None,
     progress: Report | None = None,
-) -> Findings:
+) -> CheckResults:
     """Run every graph on the reference's inputs, one graph open at a time, and compare.
 
     `graphs` opens graphs by name, in the order in which they run; the samples are taken in batches of the profile's
@@ -54,9 +54,9 @@ def verify_graphs(
     gates = GATES[computed or precision]
     latest = steps.resume("the check of the graphs") if steps is not None else None
     if latest is not None:
-        findings, checked = Findings.restored(latest.meta), latest.number
+        findings, checked = CheckResults.restored(latest.meta), latest.number
     else:
-        findings, checked = Findings(gates=gates, kept=[[] for _ in plan.stages]), 0
+        findings, checked = CheckResults(gates=gates, kept=[[] for _ in plan.stages]), 0
     wanted = [*names.prefill_graphs(plan, whole=names.WHOLE in graphs), names.DECODE]
     missing = [name for name in wanted if name not in graphs]
     if missing and not checked:
@@ -80,7 +80,7 @@ def verify_graphs(
     return findings
 
 
-def _judge_agreement(findings: Findings) -> None:
+def _judge_agreement(findings: CheckResults) -> None:
     for number, share in enumerate(findings.kept_agreement() if all(findings.kept) else []):
         if share < findings.gates.agreement:
             findings.failures.append(
@@ -103,7 +103,7 @@ def same_kept(run: ReferenceRun, free: FreeRun) -> bool:
 
 
 def verify_free(
-    findings: Findings,
+    findings: CheckResults,
     plan: PruningPlan,
     runs: Sequence[ReferenceRun],
     free: Sequence[FreeRun],
@@ -133,7 +133,7 @@ def verify_free(
     return equal
 
 
-def _tokens_hold(findings: Findings, number: int, logits: Array, tokens: Sequence[int], gates: Gates) -> bool:
+def _tokens_hold(findings: CheckResults, number: int, logits: Array, tokens: Sequence[int], gates: Gates) -> bool:
     for place, token in enumerate(tokens):
         row = logits[place].astype(np.float64)
         best = int(row.argmax())

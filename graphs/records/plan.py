@@ -25,7 +25,7 @@ from pydantic import (
 from pydantic_core import CoreSchema
 
 from graphs.records.errors import InputError
-from graphs.records.record import FROM_FILE, Strict, parse_record
+from graphs.records.record import FROM_FILE, Record, parse_record
 from graphs.records.token_layout import Blocks, Grid, blocks_field, check_blocks
 
 FORMAT: Final = "btp-plan/1"
@@ -41,7 +41,7 @@ ATTENTION_RULES: Final = ("last-token", "mean-text", "similar-text")  # need the
 INPUT_RULES: Final = ("norm", "vision-cls")  # look at what enters the decoder, so only before layer 0
 
 
-class Stage(Strict):
+class Stage(Record):
     """One pruning stage; the counts are BtpSelectTokens' attributes of those names. keep 0 drops all image tokens.
 
     Format 2 adds: `importance`, where it is not the plan's; `diversity`, the rule by which diversity picks and the fill
@@ -97,7 +97,7 @@ class Segment:
     stage: int | None
 
 
-class PruningPlan(Strict):
+class PruningPlan(Record):
     """Stages by rising layer and falling keep, for a decoder of L layers and V image tokens."""
 
     model_type: str

@@ -23,7 +23,7 @@ from engines.tensorrt.kit.device_kit import NOUN, Recorder, disk_bytes, is_engin
 from engines.tensorrt.installed import Library
 from engines.tensorrt.prepare.lint import require_clean
 from engines.tensorrt.build.machine import Plugins, choose_plugins
-from engines.tensorrt.prepare.build_plan import Outline, require_build_memory
+from engines.tensorrt.prepare.build_plan import BuildPlan, require_build_memory
 from engines.tensorrt.build.target_folder import SCRATCH, Part, only_one, settle, survey_parts, sweep, write_kit
 from engines.tensorrt.summaries import BuiltEngines, engine_states
 from engines.tensorrt.records import (
@@ -58,7 +58,7 @@ class Result:
     not_built: str = ""
 
     def summary(self) -> BuiltEngines:
-        """What was built, beside what Outline.summary() says of the plan."""
+        """What was built, beside what BuildPlan.summary() says of the plan."""
         return BuiltEngines(
             folder=self.folder,
             plugins=self.record.plugins.form,
@@ -74,7 +74,7 @@ class Result:
 
 
 def build(
-    plan: Outline,
+    plan: BuildPlan,
     library: Library | None,
     *,
     wish: str = "auto",
@@ -112,7 +112,7 @@ def build(
     return Result(folder, records[0], unpruned, tuple(built), tuple(files), seconds, reason)
 
 
-def _require_means(plan: Outline, parts: Sequence[Part], *, build: bool) -> None:
+def _require_means(plan: BuildPlan, parts: Sequence[Part], *, build: bool) -> None:
     """Raise InputError unless disk and memory suffice for what will be written and built."""
     estimates = [part.plan.estimates[number] for part in parts for number in part.pending]
     kit = 0

@@ -39,7 +39,7 @@ class Wishes:
 
 
 @dataclass(frozen=True)
-class Outline:
+class BuildPlan:
     """All that is known before the build; `estimates` are those of `graphs`, in the same order."""
 
     bundle: Bundle
@@ -53,7 +53,7 @@ class Outline:
     findings: tuple[Finding, ...]
     usable_bytes: int
     notes: tuple[str, ...]
-    unpruned: "Outline | None" = None
+    unpruned: "BuildPlan | None" = None
 
     @property
     def several_profiles(self) -> bool:
@@ -101,11 +101,11 @@ class Outline:
         )
 
 
-def outline(bundle: Bundle, target: Target, wishes: Wishes) -> Outline:
+def plan_build(bundle: Bundle, target: Target, wishes: Wishes) -> BuildPlan:
     """Work everything out.
 
     Raises InputError for a version that does not fit the target, and for engines that cannot fit its memory, then with
-    the choice that would. Findings of the lint are in the result; `lint.require_clean` raises them.
+    the choice that would. CheckResults of the lint are in the result; `lint.require_clean` raises them.
     """
     version = traits(target.flavour, target.version(wishes.tensorrt))
     form = _plugin_form(wishes, version)
@@ -128,8 +128,8 @@ def outline(bundle: Bundle, target: Target, wishes: Wishes) -> Outline:
     beside = None
     if wishes.unpruned:
         same = Wishes(version.version, chosen.assemble, chosen.weights, "none", wishes.memory_bytes)
-        beside = outline(without_pruning(bundle), target, same)
-    return Outline(
+        beside = plan_build(without_pruning(bundle), target, same)
+    return BuildPlan(
         bundle=bundle,
         target=target,
         traits=version,
@@ -210,7 +210,7 @@ def _remedy(bundle: Bundle, choices: Choices, fits: Callable[[Totals], bool]) ->
     )
 
 
-def require_build_memory(plan: Outline, available: int) -> None:
+def require_build_memory(plan: BuildPlan, available: int) -> None:
     """Raise InputError unless this machine, with `available` bytes of memory free, can build every engine."""
     peak = plan.totals.build_peak_bytes
     if peak > available:

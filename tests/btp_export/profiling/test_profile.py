@@ -14,7 +14,7 @@ from btp_export.cli import main
 from btp_export.profiling.profile import profile_engines, saved_profiles
 from engines.targets import find_target
 from engines.tensorrt import trtexec
-from engines.tensorrt.prepare.build_plan import Wishes, outline
+from engines.tensorrt.prepare.build_plan import Wishes, plan_build
 from graphs.files.bundle import Bundle
 from graphs.pruning.operations import cost
 from graphs.records.errors import InputError, UnavailableError
@@ -68,7 +68,7 @@ def times(bundle: Bundle) -> dict[str, float]:
 def kit(bundle: Bundle, **wishes: Any) -> Path:
     """The folder of engines as `build` writes it without TensorRT."""
     chosen = {"engine_weights": "baked", "unpruned": True} | wishes
-    return prepared(outline(bundle, find_target(TARGET), Wishes(**chosen)), force=True, recorder=None)
+    return prepared(plan_build(bundle, find_target(TARGET), Wishes(**chosen)), force=True, recorder=None)
 
 
 def measured(bundle: Bundle, measured: Mapping[str, float] | None = None, **wishes: Any) -> Path:
