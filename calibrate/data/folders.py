@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from pathlib import Path
+
+from graphs.records.progress import Note
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
-def picture_files(folder: Path, note: Callable[[str], None] | None = None) -> list[Path]:
+def picture_files(folder: Path, note: Note | None = None) -> list[Path]:
     """Every file with a picture's suffix, sorted. A folder that is reached twice, also in a circle, counts once.
 
     Folders that lie there themselves come before those behind links, so that a picture has the shorter of its names.
