@@ -25,14 +25,16 @@ test: $(VENV)/.ready-dev
 table: $(VENV)/.ready-dev
 	$(BIN)/python -m benchmarks.table
 
-# docs/schemas/: JSON schemas of what the commands print, from the types in btp_export/results/.
+# docs/schemas/, JSON schemas of what the commands print, and the signatures in docs/api.md: both from the code.
 schemas: $(VENV)/.ready-dev
 	$(BIN)/python -m btp_export.results.schemas
+	$(BIN)/python -m btp_export.api_reference
 
 lint: $(VENV)/.ready-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy tests/btp_export/user_script.py
 
 format: $(VENV)/.ready-dev
 	$(BIN)/ruff check --fix .

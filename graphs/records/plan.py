@@ -206,10 +206,10 @@ class PruningPlan(Record):
         return parse_record(PruningPlan, text, source=source, noun="pruning plan")
 
     @staticmethod
-    def load(path: Path) -> "PruningPlan":
+    def load(path: Path | str) -> "PruningPlan":
         """Read plan.json. Raises InputError if it cannot be read or is not valid."""
         try:
-            text = path.read_bytes()
+            text = Path(path).read_bytes()
         except OSError as error:
             raise InputError(
                 f"cannot read the plan {path}: {error.strerror}",
