@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from graphs.files.bundle import Bundle
 from graphs.records.errors import InputError
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from graphs.records.spec import Precision
 
 PathLike = Path | str
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -174,28 +175,14 @@ def calibrate(
     from btp_export.model.open_model import open_model
     from btp_export.planning import study
 
+    usual = study.TUNED_SAMPLES if tune else study.DEFAULT_SAMPLES
     settings = study.CalibrationSettings(
-        images=images,
-        prompts=None if prompts is None else Path(prompts),
-        samples=samples if samples is not None else study.TUNED_SAMPLES if tune else study.DEFAULT_SAMPLES,
-        compression=compression,
-        keep=None if keep is None else tuple(keep),
-        latency_share=latency_share,
-        latency_from=None if latency_from is None else Path(latency_from),
-        stages=None if stages is None else tuple(stages),
-        balance=None if balance is None else tuple(balance),
-        importance=importance,
-        spatial_metric=spatial_metric,
-        rebalance=rebalance,
-        spatial=spatial,
-        drop_bound=drop_bound,
-        tune=tune,
-        tau=tau,
-        cache=cache,
-        seed=seed,
-        device=device,
-        maths=maths,
-    )
+        images=images, prompts=_path(prompts), samples=usual if samples is None else samples,
+        compression=compression, keep=_tuple(keep), latency_share=latency_share, latency_from=_path(latency_from),
+        stages=_tuple(stages), balance=_tuple(balance), importance=importance, spatial_metric=spatial_metric,
+        rebalance=rebalance, spatial=spatial, drop_bound=drop_bound, tune=tune, tau=tau, cache=cache, seed=seed,
+        device=device, maths=maths,
+    )  # fmt: skip
     study.check_settings(settings)
     opened = open_model(model, report=report)
     profile = study.default_profile(opened, image_size)
@@ -274,7 +261,7 @@ def evaluate(
         compression=compression,
         samples=samples,
         seed=seed,
-        data=None if data is None else Path(data),
+        data=_path(data),
         threads=threads,
         report=report,
     )
@@ -349,3 +336,11 @@ def _opened(bundle: Bundle | PathLike, *, full: bool = False) -> Bundle:
     if isinstance(bundle, Bundle):
         return bundle
     return Bundle.open(Path(bundle), check="full" if full else "quick")
+
+
+def _path(value: PathLike | None) -> Path | None:
+    return None if value is None else Path(value)
+
+
+def _tuple(values: Sequence[Item] | None) -> tuple[Item, ...] | None:
+    return None if values is None else tuple(values)

@@ -124,7 +124,8 @@ class Engines:
             built = build_engines(plan, self.machine, force=False, report=report)
             return BuildResult.of(plan.summary(), built)
         except BtpError:
-            console.note(f"the bundle is whole: {out}; what failed are its engines: btp-export build goes on with them")
+            remedy = f"btp-export build {out} --target {self.target.name}"
+            console.note(f"bundle written to {out}; building engines failed; to go on: {remedy}")
             raise
 
 

@@ -37,10 +37,10 @@ def part_bars(profile: Profile, width: int = WIDE) -> Markup:
         top = TOP + ROW * place
         canvas.text(0, top + 2 * BAR - 1, row.name)
         if row.full_ms is not None:
-            said = f"{row.name} without pruning: {milliseconds(row.full_ms)} ms"
-            canvas.rect(names, top, x(row.full_ms) - names, BAR, "part-other", said)
-        said = f"{row.name}: {milliseconds(row.ms)} ms, at best {milliseconds(row.floor_ms)} ms"
-        canvas.rect(names, top + BAR, x(row.ms) - names, BAR, CSS.get(row.kind, "part-prefill"), said)
+            hint = f"{row.name} without pruning: {milliseconds(row.full_ms)} ms"
+            canvas.rect(names, top, x(row.full_ms) - names, BAR, "part-other", hint)
+        hint = f"{row.name}: {milliseconds(row.ms)} ms, at best {milliseconds(row.floor_ms)} ms"
+        canvas.rect(names, top + BAR, x(row.ms) - names, BAR, CSS.get(row.kind, "part-prefill"), hint)
         canvas.line(x(row.floor_ms), top + BAR - 2, x(row.floor_ms), top + 2 * BAR + 3, "full-line")
         end = max(x(row.ms), x(row.floor_ms), names) + 6
         canvas.text(end, top + 2 * BAR - 1, f"{milliseconds(row.ms)} ms", "label strong")

@@ -119,14 +119,14 @@ def scene_pictures(
     from btp_export.running.runtime import load
     from calibrate.data.samples import scene_samples
 
-    chosen = scene_samples(count, seed=seed, split="calibration").samples
+    scenes = scene_samples(count, seed=seed, split="calibration").samples
     model = load(bundle, threads=threads)
-    answers = model.generate([one.image for one in chosen], [one.prompt for one in chosen], resize=True)
+    answers = model.generate([scene.image for scene in scenes], [scene.prompt for scene in scenes], resize=True)
     pictures = []
-    for one, answer in zip(chosen, answers, strict=True):
+    for scene, answer in zip(scenes, answers, strict=True):
         kept = [indices.tolist() for indices in answer.kept]
         profile = model.profile
         pictures.append(
-            Picture(one.image, one.prompt, answer.text, profile.grid, kept, one.answer, blocks=profile.blocks)
+            Picture(scene.image, scene.prompt, answer.text, profile.grid, kept, scene.answer, blocks=profile.blocks)
         )
     return pictures
