@@ -172,6 +172,7 @@ def calibrate(
         samples: how many; 64, with `tune` 128.
         image_size: height and width in pixels to calibrate at; the model's own without.
     """
+    from btp_export.model.defaults import default_profile
     from btp_export.model.open_model import open_model
     from btp_export.planning import study
 
@@ -185,7 +186,7 @@ def calibrate(
     )  # fmt: skip
     study.check_settings(settings)
     opened = open_model(model, report=report)
-    profile = study.default_profile(opened, image_size)
+    profile = default_profile(opened, image_size)
     return study.calibrate_model(opened, settings, profile=profile, report=report, note=note)
 
 

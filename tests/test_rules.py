@@ -56,14 +56,14 @@ ROOMS = {
         ["planning", "running", "exporting"],
         ["measuring", "profiling", "engine_inputs"],
         ["report"],
-        ["pipeline"],
-        ["commands"],
+        ["pipeline", "api"],  # what users import, by way of __init__
+        ["commands", "api_reference"],
         ["cli"],
         ["__main__"],
     ],
 }
 # What a package's own __init__ gives its users is imported on request, from above it.
-ON_REQUEST = {("btp_export", "btp_export.running.runtime")}
+ON_REQUEST = {("btp_export", "btp_export.api")}
 DEVICE_MODULES = {"tensorrt", "tensorrt_rtx", "pycuda", "cuda", "cupy", "polygraphy", "onnxruntime"}
 HEAVY = ("torch", "transformers", "onnxruntime", "onnx", "onnx_ir", "matplotlib", "huggingface_hub", "PIL")
 COMMANDS = sorted(
