@@ -321,16 +321,16 @@ def build(
     from btp_export.engine_inputs import build_engines
     from btp_export.results.engines import BuildResult
     from engines.targets import find_target
-    from engines.tensorrt.build.machine import builder_for
-    from engines.tensorrt.prepare.build_plan import Wishes, outline
+    from engines.tensorrt.build.machine import machine_for
+    from engines.tensorrt.prepare.build_plan import Wishes, plan_build
 
     device, opened = find_target(target), _opened(bundle)
     wishes = Wishes(tensorrt, assemble, engine_weights, plugins, memory_bytes, unpruned)
     if dry_run:
-        return BuildResult.of(outline(opened, device, wishes).summary())
-    builder = builder_for(device, wishes)
-    plan = outline(opened, device, builder.wishes)
-    return BuildResult.of(plan.summary(), build_engines(plan, builder, force=force, report=report))
+        return BuildResult.of(plan_build(opened, device, wishes).summary())
+    machine = machine_for(device, wishes)
+    plan = plan_build(opened, device, machine.wishes)
+    return BuildResult.of(plan.summary(), build_engines(plan, machine, force=force, report=report))
 
 
 def _opened(bundle: Bundle | PathLike, *, full: bool = False) -> Bundle:
