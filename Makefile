@@ -11,7 +11,7 @@ OUT ?= demo-bundle
 
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test table lint format native gpu-check clean
+.PHONY: demo test table schemas lint format native gpu-check clean
 
 demo: $(VENV)/.ready
 	$(BIN)/btp-export --model demo --out $(OUT) --force
@@ -25,10 +25,16 @@ test: $(VENV)/.ready-dev
 table: $(VENV)/.ready-dev
 	$(BIN)/python -m benchmarks.table
 
+# docs/schemas/, JSON schemas of what the commands print, and the signatures in docs/api.md: both from the code.
+schemas: $(VENV)/.ready-dev
+	$(BIN)/python -m btp_export.results.schemas
+	$(BIN)/python -m btp_export.api_reference
+
 lint: $(VENV)/.ready-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy tests/btp_export/user_script.py
 
 format: $(VENV)/.ready-dev
 	$(BIN)/ruff check --fix .

@@ -16,20 +16,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
-from typing import Any
 
 from btp_export import console
 from btp_export.dummy.checkpoints import dummy_checkpoint
 from btp_export.exporting import Options, export_bundle
-from btp_export.model.cache_folder import cache_folder
 from btp_export.model.open_model import open_model
 from engines.targets import GIB, find_target
 from engines.tensorrt.build.build import build
-from engines.tensorrt.build.machine import builder_for
-from engines.tensorrt.prepare.build_plan import Outline, Wishes, outline
+from engines.tensorrt.build.machine import machine_for
+from engines.tensorrt.prepare.build_plan import BuildPlan, Wishes, plan_build
 from engines.tensorrt.records import EngineWeights
+from engines.tensorrt.summaries import BuiltEngines
 from graphs import names
 from graphs.files.bundle import Bundle
+from graphs.files.cache_folder import cache_folder
 from graphs.files.memory import available_memory
 from graphs.records.plan import PruningPlan, Stage
 
@@ -51,8 +51,8 @@ class Built:
     """All engines with one kind of weights. `skipped`: graph -> why it was left out."""
 
     weights: EngineWeights
-    plan: Outline
-    document: dict[str, Any]
+    plan: BuildPlan
+    summary: BuiltEngines
     skipped: dict[str, str]
 
 
@@ -71,10 +71,10 @@ def build_all(bundle: Bundle, target: str, weights: EngineWeights, memory: int) 
     """Every engine whose build fits the memory; the target's own memory does not count here."""
     chosen = find_target(target)
     wishes = Wishes(assemble="segments", engine_weights=weights, memory_bytes=10 * memory)
-    builder = builder_for(chosen, wishes)
+    builder = machine_for(chosen, wishes)
     if builder.library is None:
         raise SystemExit(builder.reason)
-    plan = outline(bundle, chosen, builder.wishes)
+    plan = plan_build(bundle, chosen, builder.wishes)
     skipped = {
         graph.name: f"its build is estimated at {_gib(one.build_peak_bytes)}, more than {_gib(memory)}"
         for graph, one in zip(plan.graphs, plan.estimates, strict=True)
@@ -82,13 +82,13 @@ def build_all(bundle: Bundle, target: str, weights: EngineWeights, memory: int) 
     }
     with console.progress(f"engines, {weights}") as bar:
         result = build(plan, builder.library, force=True, skip=skipped, report=bar)
-    return Built(weights, plan, result.document(), skipped)
+    return Built(weights, plan, result.summary(), skipped)
 
 
 def render(layers: int, found: Sequence[Built]) -> str:
     """The page of results, Markdown."""
     first = found[0]
-    version = next(entry["tensorrt_version"] for entry in first.document["engines"] if entry["file"])
+    version = next(engine.tensorrt_version for engine in first.summary.engines if engine.file)
     plan, memory = first.plan, available_memory()
     parts = [
         "# Engines of LLaVA-1.5-7B by TensorRT for RTX, without a GPU",
@@ -109,8 +109,8 @@ def _table(built: Built) -> str:
         "| engine | layers | its weights | size | build | memory | estimate of memory |",
         "|---|---|---|---|---|---|---|",
     ]
-    estimates = zip(built.plan.graphs, built.plan.estimates, built.document["engines"], strict=True)
-    for graph, estimate, entry in estimates:
+    estimates = zip(built.plan.graphs, built.plan.estimates, built.summary.engines, strict=True)
+    for graph, estimate, engine in estimates:
         layers = (
             f"{graph.layers[0]} to {graph.layers[1] - 1}"
             if graph.layers
@@ -119,20 +119,20 @@ def _table(built: Built) -> str:
             else ""
         )
         row = [graph.name, layers, _mb(estimate.weight_bytes)]
-        if entry["file"] is None:
+        if engine.file is None:
             row += ["not built", "", ""]
         else:
-            row += [_mb(entry["size"]), f"{entry['seconds']:.1f} s", _gib(entry["peak_memory_bytes"] or 0)]
+            row += [_mb(engine.size or 0), f"{engine.seconds:.1f} s", _gib(engine.peak_memory_bytes or 0)]
         lines.append(f"| {' | '.join([*row, _gib(estimate.build_peak_bytes)])} |")
     return "\n".join(lines)
 
 
 def _totals(built: Built) -> list[str]:
-    entries = [entry for entry in built.document["engines"] if entry["file"] is not None]
+    engines = [engine for engine in built.summary.engines if engine.file is not None]
     text = (
-        f"All {len(entries)} engines: {_mb(sum(entry['size'] for entry in entries))} in "
-        f"{sum(entry['seconds'] for entry in entries):.1f} s, at most "
-        f"{_gib(max(entry['peak_memory_bytes'] or 0 for entry in entries))}."
+        f"All {len(engines)} engines: {_mb(sum(engine.size or 0 for engine in engines))} in "
+        f"{sum(engine.seconds or 0.0 for engine in engines):.1f} s, at most "
+        f"{_gib(max(engine.peak_memory_bytes or 0 for engine in engines))}."
     )
     return [text, *(f"{name} was left out: {why}." for name, why in built.skipped.items())]
 

@@ -42,15 +42,15 @@ def measure(samples: int, seed: int, threads: int | None) -> dict[str, Any]:
     named = [entry for _, _, entries in groups for entry in entries]
     with tempfile.TemporaryDirectory() as folder, console.progress("table") as report:
         bundle = export_bundle(model, plan, Path(folder) / "bundle", Options())
-        found = evaluate_plans(bundle, named, samples=samples, seed=seed, threads=threads, report=report)
-    rows = iter(zip(found.document["rows"], found.hits, strict=True))
+        scored = evaluate_plans(bundle, named, samples=samples, seed=seed, threads=threads, report=report)
+    rows = iter(zip([row.model_dump(mode="json") for row in scored.evaluation.rows], scored.hits, strict=True))
     tables = [_compared(kind, budget, [next(rows) for _ in entries]) for kind, budget, entries in groups]
     return {
         "date": date.today().isoformat(),
         "python": platform.python_version(),
-        "samples": found.document["samples"],
+        "samples": scored.evaluation.samples,
         "seed": seed,
-        "source": found.document["source"],
+        "source": scored.evaluation.source,
         "calibration": plan.calibration.get("sha256") or plan.calibration.get("source"),
         "changes": {one.name: one.summary for one in variants},
         "tables": tables,

@@ -21,7 +21,7 @@ from types import FrameType
 import typer
 
 from btp_export import commands, console
-from graphs.records.errors import BtpError
+from graphs.records.errors import BtpError, shortened
 
 ORDER = ("calibrate", "export", "verify", "run", "eval", "bench", "build", "profile", "plan", "report", "doctor")
 OURS = ("btp_export", "calibrate", "engines", "graphs")
@@ -108,7 +108,10 @@ def describe(error: BaseException) -> tuple[list[str], int]:
         return [f"{error.name} is not installed", "do this: btp-export doctor"], 3
     if isinstance(error, MemoryError):
         return ["not enough memory", "do this: btp-export doctor shows how much there is; close other programs"], 3
-    return [f"{type(error).__name__}: {error}", "this is a defect of btp-export; --debug shows where it happened"], 1
+    return [
+        shortened(f"{type(error).__name__}: {error}"),
+        "this is a defect of btp-export; --debug shows where it happened",
+    ], 1
 
 
 def _set_up_libraries(debug: bool) -> None:

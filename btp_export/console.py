@@ -4,21 +4,27 @@ A command ends with one `emit(...)`. Before that it may call `note(...)` and ope
 standard error only, so that `--json` leaves exactly one JSON document on standard output.
 """
 
-import json
-import math
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Annotated, Any, TextIO
+from typing import Annotated, Any, Protocol, TextIO, TypeVar
 
 import typer
 
 from graphs.records.progress import Report
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")]
+
+
+class Printable(Protocol):
+    """A document of btp_export/results/."""
+
+    def to_json(self) -> str:
+        """The document as JSON text."""
+
+
+Shown = TypeVar("Shown", bound=Printable)
 
 
 class Phases:
@@ -46,14 +52,14 @@ class Phases:
         return report
 
 
-def emit(result: Mapping[str, Any], *, as_json: bool, render: Callable[[Any], Any] | None = None) -> None:
+def emit(result: Shown, *, as_json: bool, render: Callable[[Shown], Any] | None = None) -> None:
     """Print a command's result on standard output.
 
-    With `as_json` it is one JSON document; numbers that are not finite become null, paths become strings. Without, it
-    is what `render(result)` returns (text or anything rich can print; None prints nothing).
+    With `as_json` it is exactly that document. Without, it is what `render(result)` returns (text or anything rich can
+    print; None prints nothing).
     """
     if as_json:
-        _stdout().write(json.dumps(plain(result), indent=1, ensure_ascii=False) + "\n")
+        _stdout().write(result.to_json())
     elif render is not None and (shown := render(result)) is not None:
         _print(_stdout(), shown)
     _stdout().flush()
@@ -142,11 +148,11 @@ class _LiveBar(Bar):
         self._progress.update(self._task, completed=self.done, total=self.total, text=self.text)
 
 
-def dummy_lines(result: Mapping[str, Any]) -> list[str]:
+def dummy_lines(dummy_weights: bool) -> list[str]:
     """What must stand above the results of a bundle with made-up weights; nothing for any other."""
-    from btp_export.dummy.checkpoints import SENTENCE
+    from graphs.records.manifest import DUMMY_WEIGHTS
 
-    return [SENTENCE] if result.get("dummy_weights") else []
+    return [DUMMY_WEIGHTS] if dummy_weights else []
 
 
 def table(columns: list[str], rows: list[list[str]], *, title: str = "", text: int = 1) -> Any:
@@ -207,20 +213,3 @@ def _print(file: TextIO, shown: Any) -> None:
             _print(file, part)
         return
     Console(file=file, highlight=False, markup=False, emoji=False).print(shown)
-
-
-def plain(value: Any) -> Any:
-    """`value` made of JSON's own types: paths become strings, numbers that are not finite null."""
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
-    if hasattr(value, "model_dump"):
-        return plain(value.model_dump(mode="json"))
-    if hasattr(value, "tolist"):  # numpy arrays and scalars
-        return plain(value.tolist())
-    if isinstance(value, (Path, os.PathLike)):
-        return os.fspath(value)
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value

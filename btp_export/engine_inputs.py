@@ -2,12 +2,13 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from engines.tensorrt.build.build import build
-from engines.tensorrt.build.machine import Builder
+from engines.tensorrt.build.machine import BuildMachine
 from engines.tensorrt.kit.sample_inputs import RecordingLoader, constant_bytes
-from engines.tensorrt.prepare.build_plan import Outline
+from engines.tensorrt.prepare.build_plan import BuildPlan
+from engines.tensorrt.summaries import BuiltEngines
 from graphs import names
 from graphs.files.atomic import size_text
 from graphs.files.bundle import Bundle
@@ -24,22 +25,22 @@ if TYPE_CHECKING:
 EXPANSION = 3  # memory of ONNX Runtime on the CPU in units of half-precision weights, which become float32
 
 
-def build_engines(plan: Outline, builder: Builder, *, force: bool, report: Report) -> dict[str, Any]:
-    """Bring the engines of a target up to date, or its kit where this machine cannot build; gives Result.document().
+def build_engines(plan: BuildPlan, machine: BuildMachine, *, force: bool, report: Report) -> BuiltEngines:
+    """Bring the engines of a target up to date, or its kit where this machine cannot build; gives Result.summary().
 
     Raises what engines.tensorrt.build.build.build raises.
     """
     result = build(
         plan,
-        builder.library,
-        wish=builder.wishes.plugins,
-        reason=builder.reason,
+        machine.library,
+        wish=machine.wishes.plugins,
+        reason=machine.reason,
         force=force,
         recorder=record_calibration,
         report=report,
         say=lambda text: report(0, 100, text),
     )
-    return result.document()
+    return result.summary()
 
 
 def record_calibration(bundle: Bundle, profile: str, graphs: Mapping[str, Path], folder: Path) -> None:

@@ -8,6 +8,8 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field
 
+from btp_export.model.check_processor import check_processor
+from btp_export.model.defaults import default_shapes
 from btp_export.model.open_model import Model
 from graphs import names
 from graphs.building.decoder_graphs import build_decoder_graphs
@@ -34,16 +36,14 @@ from graphs.records.manifest import BuildRecord, FileRecord, GraphRecord, ModelR
 from graphs.records.match_plan import check_fits, plan_for_profile
 from graphs.records.plan import PruningPlan
 from graphs.records.progress import Note, Report
-from graphs.records.record import Strict
+from graphs.records.record import Record
 from graphs.records.shapes import ShapeProfile
 from graphs.records.spec import Precision
 
-DEMO_SHAPES = (32, 8)  # text bucket and new tokens of the demo, whose prompts and answers are short
-SHAPES = (64, 128)
 GRAPH_BYTES = 4 * 2**20  # more than the .onnx files of one profile take
 
 
-class Options(Strict):
+class Options(Record):
     """How to export. None stands for the model's default; a profile is "batch=2,text=64,new=128,image=336x336".
 
     `image_sizes` are heights and widths in pixels: a profile for each, of every other shape that is asked for.
@@ -87,7 +87,7 @@ def make_profiles(model: Model, options: Options) -> list[ShapeProfile]:
 
     Raises InputError for one given twice, or an image size that the model cannot take.
     """
-    text, new = DEMO_SHAPES if model.source.is_demo else SHAPES
+    text, new = default_shapes(model)
     defaults: dict[str, Any] = {
         "batch": options.batch,
         "text_tokens": options.text_tokens or text,
@@ -125,6 +125,7 @@ def check_target(model: Model, out: Path, options: Options, *, force: bool) -> l
             f"opset {options.opset}", wanted=f"one of {', '.join(map(str, sorted(IR_VERSIONS)))}", do="--opset 23"
         )
     profiles = make_profiles(model, options)
+    check_processor(model, profiles)
     check_space(out, copied_bytes(model.checkpoint.files, out, options.link) + _made_bytes(model, len(profiles)))
     return profiles
 

@@ -5,12 +5,10 @@ verified stays if they fail.
 """
 
 import contextlib
-import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from btp_export import console
 from btp_export.exporting import Options, check_plan, check_target, export_into
@@ -19,9 +17,12 @@ from btp_export.planning.choose_plan import choose_plan
 from btp_export.planning.study import CalibrationSettings
 from btp_export.report import write_report
 from btp_export.report.collect import Settings, collect
+from btp_export.results.engines import BuildResult
+from btp_export.results.job import JobResult
+from btp_export.results.verification import Verification
 from engines.targets import Target, find_target
-from engines.tensorrt.build.machine import Builder, builder_for
-from engines.tensorrt.prepare.build_plan import Wishes, outline
+from engines.tensorrt.build.machine import BuildMachine, machine_for
+from engines.tensorrt.prepare.build_plan import Wishes, plan_build
 from graphs.files.atomic import staged
 from graphs.files.bundle import Bundle
 from graphs.records.errors import BtpError, CheckError
@@ -59,18 +60,18 @@ class Clock:
             console.note(f"{name}: {self.seconds[name]:.1f} s")
 
 
-def run_job(job: Job) -> dict[str, Any]:
-    """Do it all; gives the contract's document of `btp-export --model`.
+def run_job(job: Job) -> JobResult:
+    """Do it all.
 
     Nothing is at `job.out` unless every phase up to the report went well. Raises CheckError naming what failed if the
     bundle does not verify, InputError and UnavailableError as the phases do.
     """
     clock = Clock()
     with clock.phase("open", say=False) as report:  # what fails here should stand alone
-        builder = None if job.target is None else Engines.check(job.target)
+        engines = None if job.target is None else Engines.check(job.target)
         model = open_model(job.model, job.dummy, report=report)
         profiles = check_target(model, job.out, job.export, force=job.force)
-    for line in console.dummy_lines({"dummy_weights": model.source.is_dummy}):
+    for line in console.dummy_lines(model.source.is_dummy):
         console.note(line)
     with clock.phase("calibrate") as report:
         plan = choose_plan(model, job.plan, job.calibration, profile=profiles[0], report=report)
@@ -78,27 +79,27 @@ def run_job(job: Job) -> dict[str, Any]:
     with staged(job.out, force=job.force) as root:
         with clock.phase("export") as report:
             export_into(model, plans, profiles, root, job.export, report=report)
-        found = collect(Bundle.open(root), Settings(), clock.phase, check=_require_passed)
+        measured = collect(Bundle.open(root), Settings(), clock.phase, check=_require_passed)
         with clock.phase("report"):
-            write_report(root / "report", found)
+            write_report(root / "report", measured)
     built = None
-    if builder is not None:
+    if engines is not None:
         with clock.phase("engines") as report:
-            built = builder.build(job.out, report)
-    plan = plans[0]
-    return {
-        "bundle": job.out,
-        "plan": json.loads(plan.to_json()),
-        "average_tokens": plan.average_tokens,
-        "compression": plan.compression,
-        "verify": found.verification,
-        "eval": found.evaluation,
-        "bench": found.bench,
-        "report": job.out / "report" / "index.html",
-        "engines": built,
-        "dummy_weights": model.source.is_dummy,
-        "seconds": clock.seconds,
-    }
+            built = engines.build(job.out, report)
+    assert measured.verification is not None, "collect verifies first"
+    return JobResult(
+        bundle=job.out,
+        plan=plans[0],
+        average_tokens=plans[0].average_tokens,
+        compression=plans[0].compression,
+        verify=measured.verification,
+        eval=measured.evaluation,
+        bench=measured.bench,
+        report=job.out / "report" / "index.html",
+        engines=built,
+        dummy_weights=model.source.is_dummy,
+        seconds=clock.seconds,
+    )
 
 
 @dataclass(frozen=True)
@@ -106,30 +107,32 @@ class Engines:
     """Engines of a bundle for a target, with the target's own choices."""
 
     target: Target
-    builder: Builder
+    machine: BuildMachine
 
     @staticmethod
     def check(name: str) -> "Engines":
         """What can be known to be wrong before there is a bundle. Raises InputError or UnavailableError."""
         target = find_target(name)
-        return Engines(target, builder_for(target, Wishes()))
+        return Engines(target, machine_for(target, Wishes()))
 
-    def build(self, out: Path, report: Report) -> dict[str, Any]:
-        """Build them in the bundle at `out`; gives the document of `btp-export build`."""
+    def build(self, out: Path, report: Report) -> BuildResult:
+        """Build them in the bundle at `out`."""
         from btp_export.engine_inputs import build_engines
 
         try:
-            plan = outline(Bundle.open(out), self.target, self.builder.wishes)
-            return {**plan.document(), **build_engines(plan, self.builder, force=False, report=report)}
+            plan = plan_build(Bundle.open(out), self.target, self.machine.wishes)
+            built = build_engines(plan, self.machine, force=False, report=report)
+            return BuildResult.of(plan.summary(), built)
         except BtpError:
-            console.note(f"the bundle is whole: {out}; what failed are its engines: btp-export build goes on with them")
+            remedy = f"btp-export build {out} --target {self.target.name}"
+            console.note(f"bundle written to {out}; building engines failed; to go on: {remedy}")
             raise
 
 
-def _require_passed(verified: Mapping[str, Any]) -> None:
-    if not verified["passed"]:
+def _require_passed(verification: Verification) -> None:
+    if not verification.passed:
         raise CheckError(
-            f"the exported graphs do not verify: {'; '.join(verified['failures'][:2])}",
+            f"the exported graphs do not verify: {'; '.join(verification.failures[:2])}",
             wanted="the same numbers, kept tokens and text as transformers; the bundle was not put in place",
             do="btp-export export and then btp-export verify show all of it",
         )

@@ -5,7 +5,7 @@ import itertools
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -17,6 +17,53 @@ MAY_IMPORT = {
     "calibrate": {"graphs"},
     "btp_export": {"graphs", "engines", "calibrate"},
 }
+# Rooms of each package from the ground up; a file outside a folder is a room of its own. A room may import those below
+# its line, not those beside it or above. CONTRIBUTING.md says what is in each.
+ROOMS = {
+    "graphs": [
+        ["__init__", "records"],
+        ["names", "dtypes", "tf32"],  # they speak of plans and precisions, which are records
+        ["files", "pruning"],
+        ["ops"],
+        ["building"],
+    ],
+    "engines": [
+        ["__init__", "targets", "native"],
+        ["runners"],
+        ["cache_memory"],
+        ["chain", "tensorrt"],  # tensorrt: the files beside its rooms, which its rooms share
+        ["verify", "tensorrt.prepare"],
+        ["tensorrt.run"],  # holds the runner of engines: it needs a session, which the runners of graphs do not
+        ["tensorrt.kit"],
+        ["tensorrt.build"],
+    ],
+    "calibrate": [
+        ["__init__", "reference"],
+        ["data"],
+        ["measure"],
+        ["place"],
+        ["calibrate"],
+        ["pareto"],
+    ],
+    "btp_export": [
+        ["__init__"],  # the version, and names that are loaded when they are asked for: ON_REQUEST
+        ["results"],
+        ["console"],
+        ["drawing", "families"],
+        ["demo"],
+        ["dummy"],
+        ["model"],
+        ["planning", "running", "exporting"],
+        ["measuring", "profiling", "engine_inputs"],
+        ["report"],
+        ["pipeline", "api"],  # what users import, by way of __init__
+        ["commands", "api_reference"],
+        ["cli"],
+        ["__main__"],
+    ],
+}
+# What a package's own __init__ gives its users is imported on request, from above it.
+ON_REQUEST = {("btp_export", "btp_export.api")}
 DEVICE_MODULES = {"tensorrt", "tensorrt_rtx", "pycuda", "cuda", "cupy", "polygraphy", "onnxruntime"}
 HEAVY = ("torch", "transformers", "onnxruntime", "onnx", "onnx_ir", "matplotlib", "huggingface_hub", "PIL")
 COMMANDS = sorted(
@@ -232,3 +279,69 @@ def test_files_are_put_in_their_place_by_one_module() -> None:
     ]
     assert not wrong
     assert len(list(renames_and_links(home))) >= 5, "the rule finds nothing where it is done"
+
+
+def modules() -> dict[str, Path]:
+    found = {}
+    for package in MAY_IMPORT:
+        for path in python_files(package):
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def imports_of(path: Path, known: Mapping[str, Path]) -> set[str]:
+    """Modules of ours that a file imports, at the top, in functions or for types."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            whole = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name if name in known else str(node.module) for name in whole}
+    return found & known.keys()
+
+
+def import_graph() -> dict[str, set[str]]:
+    known = modules()
+    edges = {name: imports_of(path, known) - {name} for name, path in known.items()}
+    return {name: {to for to in targets if (name, to) not in ON_REQUEST} for name, targets in edges.items()}
+
+
+def room_of(path: Path) -> str:
+    """The folder below its package (two of them in engines/tensorrt), or the file where there is none."""
+    _, *folders, name = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(folders[: 2 if folders[:1] == ["tensorrt"] else 1]) or name
+
+
+def test_rooms_import_only_what_is_below_them() -> None:
+    rooms = {name: (name.split(".")[0], room_of(path)) for name, path in modules().items()}
+    floors = {(package, room): n for package, lines in ROOMS.items() for n, line in enumerate(lines) for room in line}
+    assert floors.keys() == set(rooms.values()), "ROOMS says where every room stands, and no others"
+    wrong = [
+        f"{name} imports {target}"
+        for name, targets in import_graph().items()
+        for target in sorted(targets)
+        if rooms[name] != rooms[target] and rooms[name][0] == rooms[target][0]
+        if floors[rooms[target]] >= floors[rooms[name]]
+    ]
+    assert not wrong
+
+
+def test_no_circle_of_files() -> None:
+    """A file that is imported again from what it imports cannot be read alone."""
+    edges, state, circles = import_graph(), dict[str, str](), []
+
+    def visit(name: str, way: list[str]) -> None:
+        if state.get(name) == "done":
+            return
+        if name in way:
+            circles.append(" -> ".join([*way[way.index(name) :], name]))
+            return
+        for target in sorted(edges[name]):
+            visit(target, [*way, name])
+        state[name] = "done"
+
+    for name in sorted(edges):
+        visit(name, [])
+    assert not circles

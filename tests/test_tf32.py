@@ -13,7 +13,7 @@ from btp_export.running.runtime import open_graphs
 from calibrate.reference.streamed_model import StreamedReference
 from engines.runners.onnxruntime import OrtLoader
 from engines.targets import find_target
-from engines.tensorrt.prepare.build_plan import Wishes, outline
+from engines.tensorrt.prepare.build_plan import Wishes, plan_build
 from graphs.records.spec import Precision
 from graphs.tf32 import allows_tf32, torch_without_tf32
 from tests.conftest import unpruned
@@ -78,7 +78,7 @@ def test_the_scripts_of_a_kit_say_the_same(
     tiny_bundle: Any, tmp_path: Path, precision: Precision, allowed: bool
 ) -> None:
     bundle = staged_bundle(tiny_bundle, precision=precision)
-    plan = outline(bundle, find_target("h100"), Wishes())
+    plan = plan_build(bundle, find_target("h100"), Wishes())
     text = prepared(plan, recorder=None).joinpath("build.sh").read_text()
     assert text.count("--noTF32") == (0 if allowed else len(bundle.graphs()))
 

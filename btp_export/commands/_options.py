@@ -157,7 +157,7 @@ def open_chosen(model: str, dummy: "DummyWeights | None") -> "Model":
 
     with progress("opening") as bar:
         opened = open_model(model, dummy, report=bar)
-    for line in dummy_lines({"dummy_weights": opened.source.is_dummy}):
+    for line in dummy_lines(opened.source.is_dummy):
         note(line)
     return opened
 

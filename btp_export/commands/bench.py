@@ -1,12 +1,15 @@
 """`btp-export bench`: time and memory, pruned beside unpruned."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from btp_export.commands import _options as options
 from btp_export.console import JsonOption, dummy_lines, emit, progress, table
+
+if TYPE_CHECKING:
+    from btp_export.results.timing import Bench
 
 BUSY = 0.15  # variation above which a reader is warned
 
@@ -32,29 +35,26 @@ def command(
     emit(result, as_json=as_json, render=show)
 
 
-def show(result: dict[str, Any]) -> Any:
+def show(result: "Bench") -> Any:
     """The document of `bench` for the console."""
     from rich.console import Group
 
-    prefill, decode, cache = result["prefill"], result["decode"], result["cache_bytes"]
+    prefill, decode, cache = result.prefill, result.decode, result.cache_bytes
     rows = [
-        ["prefill (selection included)", *_pair(prefill["full_ms"], prefill["pruned_ms"], "ms")],
-        ["decode, each token", *_pair(decode["full_ms_per_token"], decode["ms_per_token"], "ms")],
-        ["key and value caches", *_pair(cache["full"] / 2**20, cache["pruned"] / 2**20, "MiB")],
-        ["vision", f"{result['vision_ms']:.2f} ms", "the same", ""],
+        ["prefill (selection included)", *_pair(prefill.full_ms, prefill.pruned_ms, "ms")],
+        ["decode, each token", *_pair(decode.full_ms_per_token, decode.ms_per_token, "ms")],
+        ["key and value caches", *_pair(cache.full / 2**20, cache.pruned / 2**20, "MiB")],
+        ["vision", f"{result.vision_ms:.2f} ms", "the same", ""],
     ]
-    selects = ", ".join(f"{value:.2f}" for value in result["select_ms"]) or "none"
+    selects = ", ".join(f"{value:.2f}" for value in result.select_ms) or "none"
     lines = [
-        *dummy_lines(result),
+        *dummy_lines(result.dummy_weights),
         f"selection, by stage: {selects} ms",
-        f"saved arithmetic allows {prefill['flops_limit']:.2f} x in prefill; "
-        f"{prefill['share_of_limit']:.0%} of it reached",
-        f"medians of {result['rounds']} runs in turns, batch {result['batch']}, profile {result['profile']}",
+        f"saved arithmetic allows {prefill.flops_limit:.2f} x in prefill; {prefill.share_of_limit:.0%} of it reached",
+        f"medians of {result.rounds} runs in turns, batch {result.batch}, profile {result.profile}",
     ]
-    if result["variation"] > BUSY:
-        lines.append(
-            f"the machine is busy: prefill times vary by {result['variation']:.0%}; repeat this when it is idle"
-        )
+    if result.variation > BUSY:
+        lines.append(f"the machine is busy: prefill times vary by {result.variation:.0%}; repeat this when it is idle")
     return Group(table(["", "full", "pruned", "ratio"], rows), "\n".join(lines))
 
 

@@ -1,12 +1,15 @@
 """`btp-export build`: TensorRT engines of a bundle for a device, or all that the device needs to build them."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from btp_export.commands import _options as options
 from btp_export.console import JsonOption, emit, progress, table
+
+if TYPE_CHECKING:
+    from btp_export.results.engines import BuildResult
 
 GIB = 2**30
 
@@ -42,9 +45,10 @@ def command(
 ) -> int:
     """Build TensorRT engines; without TensorRT, write what the device needs to build and profile them."""
     from btp_export.engine_inputs import build_engines
+    from btp_export.results.engines import BuildResult
     from engines.targets import find_target
-    from engines.tensorrt.build.machine import builder_for
-    from engines.tensorrt.prepare.build_plan import Wishes, outline
+    from engines.tensorrt.build.machine import machine_for
+    from engines.tensorrt.prepare.build_plan import Wishes, plan_build
     from graphs.files.bundle import Bundle
 
     chosen = find_target(target)
@@ -58,79 +62,79 @@ def command(
     )
     opened = Bundle.open(bundle)
     if dry_run:
-        plan = outline(opened, chosen, wishes)
-        emit({**plan.document(), "dry_run": True}, as_json=as_json, render=show)
+        plan = plan_build(opened, chosen, wishes)
+        emit(BuildResult.of(plan.summary()), as_json=as_json, render=show)
         return 1 if plan.findings else 0
-    builder = builder_for(chosen, wishes)
-    plan = outline(opened, chosen, builder.wishes)
+    machine = machine_for(chosen, wishes)
+    plan = plan_build(opened, chosen, machine.wishes)
     with progress("building") as bar:
-        result = build_engines(plan, builder, force=force, report=bar)
-    emit({**plan.document(), **result, "dry_run": False}, as_json=as_json, render=show_built)
+        built = build_engines(plan, machine, force=force, report=bar)
+    emit(BuildResult.of(plan.summary(), built), as_json=as_json, render=show_built)
     return 0
 
 
-def show(result: dict[str, Any]) -> Any:
+def show(result: "BuildResult") -> Any:
     """The document of `build` for the console."""
     from rich.console import Group
 
-    several = len({graph["profile"] for graph in result["graphs"]}) > 1
+    several = len({graph.profile for graph in result.graphs}) > 1
     rows = [
         [
-            f"{graph['name']} {graph['profile']}" if several else graph["name"],
-            str(graph["nodes"]),
-            str(graph["custom_nodes"]),
-            _size(graph["weight_bytes"]),
-            _size(graph["engine_bytes"]),
-            _size(graph["activation_bytes"]),
-            _size(graph["build_peak_bytes"]),
+            f"{graph.name} {graph.profile}" if several else graph.name,
+            str(graph.nodes),
+            str(graph.custom_nodes),
+            _size(graph.weight_bytes),
+            _size(graph.engine_bytes),
+            _size(graph.activation_bytes),
+            _size(graph.build_peak_bytes),
         ]
-        for graph in result["graphs"]
+        for graph in result.graphs
     ]
-    total = result["total"]
+    total = result.total
     lines = [
-        f"{result['target']}: TensorRT {result['tensorrt']}, opset {result['opset']}, {result['precision']}, "
-        f"{result['assemble']}, weights {result['engine_weights']}, plugins {result['plugins']}",
-        f"to run {_size(total['run_bytes'])} of {_size(total['usable_bytes'])}, to build "
-        f"{_size(total['build_peak_bytes'])}, on disk {_size(total['disk_bytes'])}"
-        + (f", shared weights {_size(total['shared_weight_bytes'])}" if total["shared_weight_bytes"] else ""),
-        *(f"note: {text}" for text in result["notes"]),
-        *(f"finding: {f['graph']}: {f['node']}: {f['got']}; wanted: {f['wanted']}" for f in result["findings"]),
-        f"{len(result['findings'])} findings" if result["findings"] else "lint: the graphs suit this version",
+        f"{result.target}: TensorRT {result.tensorrt}, opset {result.opset}, {result.precision}, "
+        f"{result.assemble}, weights {result.engine_weights}, plugins {result.plugins}",
+        f"to run {_size(total.run_bytes)} of {_size(total.usable_bytes)}, to build "
+        f"{_size(total.build_peak_bytes)}, on disk {_size(total.disk_bytes)}"
+        + (f", shared weights {_size(total.shared_weight_bytes)}" if total.shared_weight_bytes else ""),
+        *(f"note: {text}" for text in result.notes),
+        *(f"finding: {f.graph}: {f.node}: {f.got}; wanted: {f.wanted}" for f in result.findings),
+        f"{len(result.findings)} findings" if result.findings else "lint: the graphs suit this version",
     ]
     heads = ["graph", "nodes", "plugins", "weights", "engine", "scratch", "build"]
     return Group(table(heads, rows), "\n".join(lines))
 
 
-def show_built(result: dict[str, Any]) -> Any:
+def show_built(result: "BuildResult") -> Any:
     """The document of `build` for the console, when it has built or written the kit."""
     from rich.console import Group
 
-    several = len({graph["profile"] for graph in result["graphs"]}) > 1
-    entries = [("", entry) for entry in result["engines"]]
-    entries += [("unpruned ", entry) for entry in result["unpruned_engines"]]
+    several = len({graph.profile for graph in result.graphs}) > 1
+    entries = [("", entry) for entry in result.engines]
+    entries += [("unpruned ", entry) for entry in result.unpruned_engines]
     rows = [
         [
-            f"{kind}{entry['name']}" + (f" {entry['profile']}" if several else ""),
-            entry["state"],
-            _size(entry["size"]),
-            f"{entry['seconds']:.1f} s",
-            "unknown" if entry["peak_memory_bytes"] is None else _size(entry["peak_memory_bytes"]),
-            str(entry["layers"]),
-            str(entry["plugin_layers"]),
+            f"{kind}{entry.name}" + (f" {entry.profile}" if several else ""),
+            entry.state,
+            _size(entry.size or 0),
+            f"{entry.seconds or 0.0:.1f} s",
+            "unknown" if entry.peak_memory_bytes is None else _size(entry.peak_memory_bytes),
+            str(entry.layers),
+            str(entry.plugin_layers),
         ]
         for kind, entry in entries
-        if entry["file"] is not None
+        if entry.file is not None
     ]
     lines = [
-        f"{result['target']}: TensorRT {result['tensorrt']}, opset {result['opset']}, {result['precision']}, "
-        f"{result['assemble']}, weights {result['engine_weights']}, plugins {result['plugins']}",
-        *(f"note: {text}" for text in result["notes"]),
+        f"{result.target}: TensorRT {result.tensorrt}, opset {result.opset}, {result.precision}, "
+        f"{result.assemble}, weights {result.engine_weights}, plugins {result.plugins}",
+        *(f"note: {text}" for text in result.notes),
     ]
-    if result["not_built"]:
-        lines.append(f"no engine was built: {result['not_built']}")
-        lines.append(f"{result['folder']} holds all that the device needs; its README.md says how")
+    if result.not_built:
+        lines.append(f"no engine was built: {result.not_built}")
+        lines.append(f"{result.folder} holds all that the device needs; its README.md says how")
     else:
-        lines.append(f"{len(result['built'])} engines built, {len(result['kept'])} unchanged: {result['folder']}")
+        lines.append(f"{len(result.built)} engines built, {len(result.kept)} unchanged: {result.folder}")
     heads = ["engine", "state", "size", "build", "memory", "layers", "plugins"]
     return Group(*([table(heads, rows, text=2)] if rows else []), "\n".join(lines))
 

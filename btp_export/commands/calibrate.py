@@ -1,7 +1,7 @@
 """`btp-export calibrate`: measure a model on pictures and make its pruning plan."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -188,9 +188,11 @@ def _one(
     force: bool,
     as_json: bool,
 ) -> None:
-    from btp_export.planning.plan_files import check_out, summary, write_plan_file
-    from btp_export.planning.study import calibrate_model, default_profile
+    from btp_export.model.defaults import default_profile
+    from btp_export.planning.plan_files import check_out, write_plan_file
+    from btp_export.planning.study import calibrate_model
     from btp_export.planning.study_tables import show_calibration
+    from btp_export.results.plans import PlanSummary
 
     if out is not None:
         check_out(out, force=force)
@@ -201,7 +203,7 @@ def _one(
     if out is not None:
         write_plan_file(plan, out, force=force)
         note(f"plan written to {out}")
-    emit({**summary(plan), "out": out}, as_json=as_json, render=show_calibration)
+    emit(PlanSummary.of(plan, out), as_json=as_json, render=show_calibration)
 
 
 def _front(
@@ -215,10 +217,11 @@ def _front(
     force: bool,
     as_json: bool,
 ) -> None:
-    from btp_export.planning.plan_folder import check_folder, front_document, write_front
-    from btp_export.planning.study import calibration_work, default_profile, open_study
+    from btp_export.model.defaults import default_profile
+    from btp_export.planning.plan_folder import check_folder, front_of, write_front
+    from btp_export.planning.study import calibration_work, open_study
     from btp_export.planning.study_tables import show_front
-    from calibrate.place.pareto import front, requests
+    from calibrate.pareto import front, requests
 
     opened = options.open_chosen(model, weights)
     if out is not None:
@@ -237,8 +240,7 @@ def _front(
     if out is not None:
         write_front(points, out, force=force)
         note(f"{len(points)} plans written to {out}")
-    document: dict[str, Any] = {**front_document(points), "out": out}
-    emit(document, as_json=as_json, render=show_front)
+    emit(front_of(points, out), as_json=as_json, render=show_front)
 
 
 def _check_front(settings: "CalibrationSettings") -> None:

@@ -5,9 +5,12 @@ import platform
 import shutil
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from btp_export.console import JsonOption, emit, table
+
+if TYPE_CHECKING:
+    from btp_export.results.doctor import Doctor, NativeLibraryState, Package
 
 
 class Need(NamedTuple):
@@ -34,34 +37,39 @@ NEEDS = (
 
 def command(as_json: JsonOption = False) -> None:
     """Show what is installed, what is missing and how to get it, and the cores, memory and disk there are."""
+    from btp_export.results.doctor import Doctor, EngineBuilderState, NativeLibraryState
     from engines.native.libraries import survey
     from engines.tensorrt import installed
     from graphs.files.memory import available_memory
 
     packages = [_package(need) for need in NEEDS]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    result = {
-        "ok": all(entry["version"] for entry in packages),
-        "python": platform.python_version(),
-        "system": f"{platform.system()} {platform.machine()}",
-        "packages": packages,
-        "native": survey(),  # optional: without them the graphs' portable bodies run
-        "tensorrt": installed.survey(),  # optional: without it `build` prepares what a device needs
-        "gpu_compute_capability": installed.gpu_capability(),
-        "onnxruntime_providers": _providers(),
-        "cores": cores,
-        "memory_bytes": available_memory(),
-        "free_disk_bytes": shutil.disk_usage(Path.cwd()).free,
-        "demo_model": _demo_model(),
-    }
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    result = Doctor(
+        ok=all(package.version for package in packages),
+        python=platform.python_version(),
+        system=f"{platform.system()} {platform.machine()}",
+        packages=tuple(packages),
+        # Without these the graphs' portable bodies run, and `build` prepares what a device needs.
+        native=tuple(NativeLibraryState(**entry) for entry in survey()),
+        tensorrt=tuple(EngineBuilderState(**entry) for entry in installed.survey()),
+        gpu_compute_capability=installed.gpu_capability(),
+        onnxruntime_providers=tuple(_providers()),
+        cores=cores,
+        memory_bytes=available_memory(),
+        free_disk_bytes=shutil.disk_usage(Path.cwd()).free,
+        demo_model=_demo_model(),
+    )
     emit(result, as_json=as_json, render=_render)
 
 
-def _package(need: Need) -> dict[str, Any]:
-    found = [(name, version) for name in (need.package, *need.alternatives) if (version := _version(name))]
-    package, version = found[0] if found else (need.package, None)
+def _package(need: Need) -> "Package":
+    from btp_export.results.doctor import Package
+
+    versions = {name: _version(name) for name in (need.package, *need.alternatives)}
+    package = next((name for name, version in versions.items() if version is not None), need.package)
+    version = versions[package]
     install = None if version else f"pip install {need.package}"
-    return {"package": package, "purpose": need.purpose, "version": version, "install": install}
+    return Package(package=package, purpose=need.purpose, version=version, install=install)
 
 
 def _version(package: str) -> str | None:
@@ -87,26 +95,26 @@ def _demo_model() -> bool:
     return (checkpoint_path() / "model.safetensors").is_file()
 
 
-def _render(result: dict[str, Any]) -> Any:
+def _render(result: "Doctor") -> Any:
     from rich.console import Group
 
     from graphs.files.atomic import size_text
 
-    rows = [[e["package"], e["version"] or "missing", e["install"] or e["purpose"]] for e in result["packages"]]
+    rows = [[p.package, p.version or "missing", p.install or p.purpose] for p in result.packages]
     versions = table(["package", "version", "for, or what to type"], rows, text=3)
-    memory = size_text(result["memory_bytes"]) if result["memory_bytes"] is not None else "unknown"
-    providers = ", ".join(result["onnxruntime_providers"]) or "none"
+    memory = size_text(result.memory_bytes) if result.memory_bytes is not None else "unknown"
+    providers = ", ".join(result.onnxruntime_providers) or "none"
     lines = [
-        f"Python {result['python']} on {result['system']}",
-        f"{result['cores']} cores, {memory} memory available, {size_text(result['free_disk_bytes'])} free on this disk",
+        f"Python {result.python} on {result.system}",
+        f"{result.cores} cores, {memory} memory available, {size_text(result.free_disk_bytes)} free on this disk",
         f"ONNX Runtime runs on: {providers}",
-        f"GPU: {_gpu(result['gpu_compute_capability'])}",
-        "demo model: there" if result["demo_model"] else "demo model: missing, install the package again",
-        "everything is there" if result["ok"] else "something is missing, see above",
+        f"GPU: {_gpu(result.gpu_compute_capability)}",
+        "demo model: there" if result.demo_model else "demo model: missing, install the package again",
+        "everything is there" if result.ok else "something is missing, see above",
     ]
-    native = [_native_row(entry) for entry in result["native"]]
+    native = [_native_row(entry) for entry in result.native]
     libraries = table(["native library (optional)", "state", "for"], native, text=3)
-    if any(entry["do"] for entry in result["native"]):
+    if any(entry.do for entry in result.native):
         from engines.native.libraries import how_to_build
 
         lines.append(f"build the native libraries: {how_to_build('btp_trt_dynamic')}")
@@ -118,22 +126,22 @@ def _gpu(capability: str | None) -> str:
     return "none that the CUDA driver knows" if capability is None else f"compute capability {capability}"
 
 
-def _builder_rows(result: dict[str, Any]) -> list[list[str]]:
+def _builder_rows(result: "Doctor") -> list[list[str]]:
     purposes = {
         "TensorRT": "engines on servers and Jetsons",
         "TensorRT for RTX": "engines for RTX cards, on any machine",
     }
     rows = []
-    for entry in result["tensorrt"]:
-        state = entry["problem"] or entry["version"] or "missing"
-        rows.append([entry["library"], state, entry["do"] or purposes[entry["library"]]])
+    for entry in result.tensorrt:
+        state = entry.problem or entry.version or "missing"
+        rows.append([entry.library, state, entry.do or purposes[entry.library]])
     return rows
 
 
-def _native_row(entry: dict[str, Any]) -> list[str]:
-    if entry["problem"]:
-        return [entry["library"], entry["problem"], entry["do"]]
-    if entry["path"] is None:
-        return [entry["library"], "not built", entry["purpose"]]
-    target = f"GPU {', '.join(entry['architectures'])}" if entry["architectures"] else "CPU"
-    return [entry["library"], f"built for {target}", entry["purpose"]]
+def _native_row(entry: "NativeLibraryState") -> list[str]:
+    if entry.problem:
+        return [entry.library, entry.problem, entry.do or ""]
+    if entry.path is None:
+        return [entry.library, "not built", entry.purpose]
+    target = f"GPU {', '.join(entry.architectures)}" if entry.architectures else "CPU"
+    return [entry.library, f"built for {target}", entry.purpose]

@@ -1,12 +1,15 @@
 """`btp-export eval`: accuracy of plans through the exported graphs."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from btp_export.commands import _options as options
 from btp_export.console import JsonOption, emit, progress
+
+if TYPE_CHECKING:
+    from btp_export.results.evaluation import Evaluation
 
 
 def command(
@@ -49,21 +52,21 @@ def command(
     emit(result, as_json=as_json, render=show)
 
 
-def show(result: dict[str, Any]) -> Any:
+def show(result: "Evaluation") -> Any:
     """The document of `eval` for the console."""
     from btp_export.console import table
 
     rows = [
         [
-            row["plan"],
-            f"{row['average_tokens']:.1f}",
-            f"{row['compression']:.3f}",
-            f"{row['accuracy']:.3f}",
-            "{:.3f}–{:.3f}".format(*row["interval"]),
-            "" if row["kept_accuracy"] is None else f"{row['kept_accuracy']:.1%}",
-            f"{row['flops_ratio']:.3f}",
+            row.plan,
+            f"{row.average_tokens:.1f}",
+            f"{row.compression:.3f}",
+            f"{row.accuracy:.3f}",
+            "{:.3f}–{:.3f}".format(*row.interval),
+            "" if row.kept_accuracy is None else f"{row.kept_accuracy:.1%}",
+            f"{row.flops_ratio:.3f}",
         ]
-        for row in result["rows"]
+        for row in result.rows
     ]
-    title = f"{result['samples']} samples, {result['source']}"
+    title = f"{result.samples} samples, {result.source}"
     return table(["plan", "tokens", "saved", "accuracy", "95 % interval", "kept", "FLOPs"], rows, title=title)

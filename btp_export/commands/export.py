@@ -1,10 +1,12 @@
 """`btp-export export`: a model and a plan become a bundle."""
 
-import json
-from typing import Any
+from typing import TYPE_CHECKING
 
 from btp_export.commands import _options as options
 from btp_export.console import JsonOption, dummy_lines, emit, note, progress
+
+if TYPE_CHECKING:
+    from btp_export.results.plans import ExportResult
 
 
 def command(
@@ -34,6 +36,7 @@ def command(
     """Export a model with a pruning plan: the bundle of ONNX graphs, without verification and report."""
     from btp_export.exporting import check_target, export_bundle
     from btp_export.planning.choose_plan import choose_plan
+    from btp_export.results.plans import ExportResult
 
     chosen = options.export_options(
         batch=batch,
@@ -56,19 +59,19 @@ def command(
         made = choose_plan(opened, plan, settings, profile=profiles[0], report=bar)
     with progress("exporting") as bar:
         bundle = export_bundle(opened, made, target, chosen, force=force, report=bar, note=note)
-    result = {
-        "bundle": target,
-        "plan": json.loads(bundle.plan.to_json()),
-        "average_tokens": bundle.plan.average_tokens,
-        "compression": bundle.plan.compression,
-        "profiles": [profile.name for profile in profiles],
-        "graphs": [record.name for record in bundle.graphs()],
-        "dummy_weights": opened.source.is_dummy,
-    }
+    result = ExportResult(
+        bundle=target,
+        plan=bundle.plan,
+        average_tokens=bundle.plan.average_tokens,
+        compression=bundle.plan.compression,
+        profiles=tuple(profile.name for profile in profiles),
+        graphs=tuple(record.name for record in bundle.graphs()),
+        dummy_weights=opened.source.is_dummy,
+    )
     emit(result, as_json=as_json, render=_render)
 
 
-def _render(result: dict[str, Any]) -> str:
-    saved = f"{result['compression']:.1%} of the image tokens saved"
-    dummy = "".join(f"{line}\n" for line in dummy_lines(result))
-    return f"{dummy}{result['bundle']}: {len(result['graphs'])} graphs, {saved}, mean over the layers"
+def _render(result: "ExportResult") -> str:
+    saved = f"{result.compression:.1%} of the image tokens saved"
+    dummy = "".join(f"{line}\n" for line in dummy_lines(result.dummy_weights))
+    return f"{dummy}{result.bundle}: {len(result.graphs)} graphs, {saved}, mean over the layers"

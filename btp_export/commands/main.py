@@ -1,13 +1,16 @@
 """`btp-export --model NAME`: the whole road."""
 
 import time
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from btp_export import __version__
 from btp_export.commands import _options as options
 from btp_export.console import JsonOption, dummy_lines, emit
+
+if TYPE_CHECKING:
+    from btp_export.results.job import JobResult
 
 VersionOption = Annotated[bool, typer.Option("--version", help="Show the version and exit.")]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show where an error came from; for every command.")]
@@ -49,7 +52,9 @@ def command(
     """
     start = time.perf_counter()
     if version:
-        emit({"version": __version__}, as_json=as_json, render=lambda result: f"btp-export {result['version']}")
+        from btp_export.results.doctor import Version
+
+        emit(Version(version=__version__), as_json=as_json, render=lambda result: f"btp-export {result.version}")
         raise typer.Exit
     if context.invoked_subcommand is not None:
         _refuse_stray_options(context)
@@ -75,7 +80,8 @@ def command(
 
     job = Job(model, out or options.default_out(model), plan, settings, chosen, force, target, weights)
     result = run_job(job)
-    result["seconds"]["total"] = round(time.perf_counter() - start, 3)  # with the imports
+    total = round(time.perf_counter() - start, 3)  # with the imports
+    result = result.model_copy(update={"seconds": {**result.seconds, "total": total}})
     emit(result, as_json=as_json, render=_render)
 
 
@@ -88,26 +94,26 @@ def _refuse_stray_options(context: typer.Context) -> None:
         raise typer.BadParameter(f"it belongs after the command: {command_name} ... {flag}", param_hint=flag)
 
 
-def _render(result: dict[str, Any]) -> Any:
+def _render(result: "JobResult") -> Any:
     from rich.console import Group
 
     from btp_export.commands import bench, build
     from btp_export.commands import eval as evaluation
     from btp_export.planning.plan_files import show
 
-    verified = result["verify"]
-    worst = min((graph["cosine"] for graph in verified["graphs"]), default=1.0)
+    graphs = result.verify.graphs
+    worst = min((graph.cosine for graph in graphs if graph.cosine is not None), default=1.0)
     parts: list[Any] = [show(result)]
-    parts += [evaluation.show(result["eval"])] if result["eval"] else []
-    parts += [bench.show(result["bench"])] if result["bench"] else []
-    if result["engines"]:
-        parts.append(build.show_built(result["engines"]))
+    parts += [evaluation.show(result.eval)] if result.eval else []
+    parts += [bench.show(result.bench)] if result.bench else []
+    if result.engines:
+        parts.append(build.show_built(result.engines))
     lines = [
-        *dummy_lines(result),
-        f"verified: {len(verified['graphs'])} graphs, cosine to transformers at least {worst:.9f}, same tokens out",
-        f"bundle: {result['bundle']}",
-        f"report: {result['report']}",
-        f"{result['seconds']['total']:.1f} s",
+        *dummy_lines(result.dummy_weights),
+        f"verified: {len(graphs)} graphs, cosine to transformers at least {worst:.9f}, same tokens out",
+        f"bundle: {result.bundle}",
+        f"report: {result.report}",
+        f"{result.seconds['total']:.1f} s",
     ]
     parts.append("\n".join(lines))
     return Group(*parts)

@@ -10,6 +10,7 @@ from btp_export.console import JsonOption, emit, note
 from graphs.records.errors import InputError
 
 if TYPE_CHECKING:
+    from btp_export.results.plans import Presets
     from graphs.records.plan import PruningPlan
 
 SWITCHES = "Ablations"
@@ -58,11 +59,12 @@ def command(
     as_json: JsonOption = False,
 ) -> None:
     """Show a plan: its stages, the tokens each layer sees and what it saves. Presets are scaled to --model."""
-    from btp_export.planning.plan_files import show, summary, write_plan_file
+    from btp_export.planning.plan_files import show, write_plan_file
     from btp_export.planning.study import parse_shares, parse_stages
+    from btp_export.results.plans import PlanSummary
 
     if list_presets:
-        emit({"presets": _presets()}, as_json=as_json, render=_show_presets)
+        emit(_presets(), as_json=as_json, render=_show_presets)
         return
     if name is None:
         raise InputError("no plan named", wanted="a preset, a plan file or a bundle", do="btp-export plan --list")
@@ -79,7 +81,7 @@ def command(
     if out is not None:
         write_plan_file(plan, out, force=force)
         note(f"plan written to {out}")
-    emit({**summary(plan), "out": out}, as_json=as_json, render=show)
+    emit(PlanSummary.of(plan, out), as_json=as_json, render=show)
 
 
 def _plan(name: str, model: str | None, compression: float | None, image_size: tuple[int, int] | None) -> "PruningPlan":
@@ -107,9 +109,9 @@ def _plan(name: str, model: str | None, compression: float | None, image_size: t
 def _plan_for_model(
     choice: str, model: str, compression: float | None, image_size: tuple[int, int] | None
 ) -> "PruningPlan":
+    from btp_export.model.defaults import default_profile
     from btp_export.model.open_model import open_model
     from btp_export.planning.plan_files import plan_for
-    from btp_export.planning.study import default_profile
     from graphs.records.match_plan import plan_for_profile, spec_at
 
     opened = open_model(model)
@@ -130,21 +132,16 @@ def _switched(plan: "PruningPlan", **switches: Any) -> "PruningPlan":
     return switched(plan, **switches).model_copy(update={"calibration": record})
 
 
-def _presets() -> list[dict[str, str]]:
-    """Names and summaries; a preset that the families bring settings for names those families."""
-    from btp_export.families import family_for, known_families
+def _presets() -> "Presets":
+    from btp_export.results.plans import Preset, Presets
     from calibrate.place.presets import PRESETS
 
-    families = [name for name in known_families() if family_for({"model_type": name}).released is not None]
-    with_settings = f" ({', '.join(families)})"
-    listed = [
-        {"name": entry.name, "summary": entry.summary + (with_settings if entry.uses_released else "")}
-        for entry in PRESETS.values()
-    ]
-    return [*listed, {"name": "btp", "summary": "made by `btp-export calibrate` from pictures"}]
+    listed = [Preset(name=entry.name, summary=entry.summary) for entry in PRESETS.values()]
+    calibrated = Preset(name="btp", summary="made by `btp-export calibrate` from pictures")
+    return Presets(presets=(*listed, calibrated))
 
 
-def _show_presets(result: dict[str, Any]) -> Any:
+def _show_presets(result: "Presets") -> Any:
     from btp_export.console import table
 
-    return table(["plan", ""], [[entry["name"], entry["summary"]] for entry in result["presets"]], text=2)
+    return table(["plan", ""], [[entry.name, entry.summary] for entry in result.presets], text=2)

@@ -1,12 +1,14 @@
 """`btp-export profile`: what each part of a target's engines takes on the device."""
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from btp_export.console import JsonOption, emit, note, progress
+
+if TYPE_CHECKING:
+    from btp_export.results.profile import Profile, WeightsComparison, WeightsMs
 
 LIMITS = {"compute": "FLOPs", "memory": "bytes"}  # the words of the table; all its columns fit in 80
 
@@ -36,23 +38,23 @@ def command(
         for line in error.tail:
             note(f"  {line}")
         raise
-    result["plot"] = _plot(result)
-    emit(result, as_json=as_json, render=show)
+    emit(result.model_copy(update={"plot": _plot(result)}), as_json=as_json, render=show)
 
 
-def _plot(result: Mapping[str, Any]) -> Path | None:
+def _plot(result: "Profile") -> Path | None:
     """Draw it beside the document; None where the packages of the report are not installed."""
     try:
         from btp_export.profiling.plot import write_svg
     except ModuleNotFoundError as error:
         note(f'note: no plot, {error.name} is not installed: pip install "btp-export[report]"')
         return None
-    path = Path(result["file"]).with_suffix(".svg")
+    assert result.file is not None, "profile_engines has written it"
+    path = result.file.with_suffix(".svg")
     write_svg(result, path)
     return path
 
 
-def show(result: Mapping[str, Any]) -> Any:
+def show(result: "Profile") -> Any:
     """The document of `profile` for the console."""
     from rich.console import Group
 
@@ -76,8 +78,8 @@ def show(result: Mapping[str, Any]) -> Any:
         for row in part_rows(result)
     ]
     shown = [table(columns, rows, text=2)]
-    if result["compare"]:
-        shown.append(_comparison(result["compare"]))
+    if result.compare:
+        shown.append(_comparison(result.compare))
     return Group(*shown, "\n".join(_lines(result)))
 
 
@@ -101,32 +103,28 @@ def _share(share: float | None, far: float) -> str:
     return "" if share is None else f"{share:.0%}{' !' if share < far else ''}"
 
 
-def _comparison(compare: Mapping[str, Any]) -> Any:
+def _comparison(compare: "WeightsComparison") -> Any:
     from btp_export.console import table
 
-    rows = [
-        [part["name"], _digits(part["baked_ms"]), _digits(part["shared_ms"]), _ratio(part)] for part in compare["parts"]
-    ]
+    rows = [[part.name, _digits(part.baked_ms), _digits(part.shared_ms), _ratio(part)] for part in compare.parts]
     return table(["part", "baked ms", "shared ms", "shared / baked"], rows)
 
 
-def _ratio(part: Mapping[str, float]) -> str:
-    return f"{part['shared_ms'] / part['baked_ms']:.2f} x" if part["baked_ms"] else ""
+def _ratio(part: "WeightsMs") -> str:
+    return f"{part.shared_ms / part.baked_ms:.2f} x" if part.baked_ms else ""
 
 
-def _lines(result: Mapping[str, Any]) -> list[str]:
+def _lines(result: "Profile") -> list[str]:
     from btp_export.profiling.rows import break_even_line, summary_lines
 
     lines = [*summary_lines(result), break_even_line(result)]
-    if result["compare"]:
-        faster = result["compare"]["faster"]
+    if result.compare:
+        faster = result.compare.faster
         lines.append(
-            f"faster: {faster['first_token']} weights for the first token, {faster['decode']} for decoding; "
-            f"the target takes {result['compare']['target_takes']}"
+            f"faster: {faster.first_token} weights for the first token, {faster.decode} for decoding; "
+            f"the target takes {result.compare.target_takes}"
         )
-    lines += [f"{name}: {value}" for name, value in result["system"].items()]
-    lines.append(
-        f"TensorRT {result['tensorrt']}, {result['weights']} weights, {result['precision']}, batch {result['batch']}"
-    )
-    lines += [f"note: {text}" for text in result["notes"]]
+    lines += [f"{name}: {value}" for name, value in result.system.items()]
+    lines.append(f"TensorRT {result.tensorrt}, {result.weights} weights, {result.precision}, batch {result.batch}")
+    lines += [f"note: {text}" for text in result.notes]
     return lines

@@ -1,11 +1,14 @@
 """`btp-export report`: make the report of an existing bundle, or make it again."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from btp_export.console import JsonOption, emit, progress
+
+if TYPE_CHECKING:
+    from btp_export.results.report import ReportResult
 
 
 def command(
@@ -19,20 +22,20 @@ def command(
     """Verify, evaluate and time a bundle, and write report/index.html and report/report.json into it."""
     from btp_export.report import write_report
     from btp_export.report.collect import Settings, collect
-    from btp_export.report.data import document
+    from btp_export.results.report import ReportResult
     from graphs.files.bundle import Bundle
 
     opened = Bundle.open(bundle, check="full")
-    found = collect(opened, Settings(samples, seed, data, threads), progress)
+    measured = collect(opened, Settings(samples, seed, data, threads), progress)
     folder = opened.root / "report"
-    write_report(folder, found)
-    passed = bool(found.verification and found.verification["passed"])
-    result = {"report": folder / "index.html", "passed": passed, **document(found)}
+    contents = write_report(folder, measured)
+    passed = contents.verification is not None and contents.verification.passed
+    result = ReportResult(**dict(contents), report=folder / "index.html", passed=passed)
     emit(result, as_json=as_json, render=show)
     return 0 if passed else 1
 
 
-def show(result: dict[str, Any]) -> str:
+def show(result: "ReportResult") -> str:
     """Where the report is, and whether verification held."""
-    state = "verified" if result["passed"] else "NOT verified"
-    return f"{result['report']}\n{state}; {result['compression']:.1%} fewer image tokens, mean over the layers"
+    state = "verified" if result.passed else "NOT verified"
+    return f"{result.report}\n{state}; {result.compression:.1%} fewer image tokens, mean over the layers"

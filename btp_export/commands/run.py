@@ -9,6 +9,7 @@ from btp_export.commands import _options as options
 from btp_export.console import JsonOption, dummy_lines, emit, note, stream
 
 if TYPE_CHECKING:
+    from btp_export.results.answers import RunResult
     from btp_export.running.runtime import BundleModel, Generation
 
 
@@ -73,9 +74,9 @@ def command(
             note(f"note: the model's vocabulary lacks {answer.unknown_tokens} of the words in {question!r}")
     if show is not None:
         _draw(model, pictures[0], answers[0], show)
-    dummy = {"dummy_weights": model.bundle.manifest.model.dummy_weights}
+    dummy = model.bundle.manifest.model.dummy_weights
     render = None if live else lambda _: "\n".join(answer.text for answer in answers)
-    emit(_document(answers) | dummy, as_json=as_json, render=render)
+    emit(_document(answers, dummy_weights=dummy), as_json=as_json, render=render)
     if not as_json:
         note(_summary(answers[0]))
         for line in dummy_lines(dummy):
@@ -109,22 +110,23 @@ def _draw(model: "BundleModel", picture: Any, answer: "Generation", path: Path) 
     note(f"kept tokens drawn in {path}")
 
 
-def _document(answers: "list[Generation]") -> dict[str, Any]:
-    """The first answer's keys, and all answers if there are several."""
-    documents = [
-        {
-            "text": answer.text,
-            "tokens_kept": list(answer.tokens_kept),
-            "prefill_ms": answer.prefill_ms,
-            "decode_ms_per_token": answer.decode_ms_per_token,
-            "select_ms": list(answer.select_ms),
-            "vision_ms": answer.vision_ms,
-            "token_ids": list(answer.token_ids),
-            "kept": [indices.tolist() for indices in answer.kept],
-        }
+def _document(answers: "list[Generation]", *, dummy_weights: bool) -> "RunResult":
+    from btp_export.results.answers import Answer, RunResult
+
+    documents = tuple(
+        Answer(
+            text=answer.text,
+            tokens_kept=answer.tokens_kept,
+            prefill_ms=answer.prefill_ms,
+            decode_ms_per_token=answer.decode_ms_per_token,
+            select_ms=answer.select_ms,
+            vision_ms=answer.vision_ms,
+            token_ids=answer.token_ids,
+            kept=tuple(tuple(indices.tolist()) for indices in answer.kept),
+        )
         for answer in answers
-    ]
-    return documents[0] if len(documents) == 1 else documents[0] | {"answers": documents}
+    )
+    return RunResult(**dict(documents[0]), answers=documents, dummy_weights=dummy_weights)
 
 
 def _summary(answer: "Generation") -> str:

@@ -1,12 +1,15 @@
 """`btp-export verify`: a bundle against transformers."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from btp_export.commands import _options as options
 from btp_export.console import JsonOption, emit, note, progress
+
+if TYPE_CHECKING:
+    from btp_export.results.verification import Verification
 
 
 def command(
@@ -48,33 +51,37 @@ def command(
             note=note,
         )
     emit(result, as_json=as_json, render=show)
-    return 0 if result["passed"] else 1
+    return 0 if result.passed else 1
 
 
-def show(result: dict[str, Any]) -> Any:
+def show(result: "Verification") -> Any:
     """The document of `verify` for the console."""
     from rich.console import Group
 
     from btp_export.console import dummy_lines, table
 
-    several = len(result.get("profiles", ())) > 1
+    several = len(result.profiles) > 1
     rows = [
         [
-            f"{graph['name']} ({graph['profile']})" if several else graph["name"],
-            f"{graph['cosine']:.12f}",
-            f"{graph['norm_ratio']:.9f}",
-            f"{graph['max_abs']:.3g}",
+            f"{graph.name} ({graph.profile})" if several else graph.name,
+            _number(graph.cosine, ".12f"),
+            _number(graph.norm_ratio, ".9f"),
+            _number(graph.max_abs, ".3g"),
         ]
-        for graph in result["graphs"]
+        for graph in result.graphs
     ]
-    kept = ", ".join(f"{share:.4f}" for share in result["kept_agreement"]) or "no stages"
+    kept = ", ".join(f"{share:.4f}" for share in result.kept_agreement) or "no stages"
     lines = [
-        *dummy_lines(result),
+        *dummy_lines(result.dummy_weights),
         f"kept tokens equal, by stage: {kept}",
-        f"generated tokens equal: {'yes' if result['tokens_equal'] else 'no'} "
-        f"({result['samples']} samples, {result['tokens']} tokens)",
-        *(f"near-tie: {text}" for text in result["near_ties"]),
-        *(f"failed: {text}" for text in result["failures"]),
-        "verified" if result["passed"] else "NOT verified",
+        f"generated tokens equal: {'yes' if result.tokens_equal else 'no'} "
+        f"({result.samples} samples, {result.tokens} tokens)",
+        *(f"near-tie: {text}" for text in result.near_ties),
+        *(f"failed: {text}" for text in result.failures),
+        "verified" if result.passed else "NOT verified",
     ]
     return Group(table(["graph", "cosine", "norm ratio", "max abs"], rows), "\n".join(lines))
+
+
+def _number(value: float | None, form: str) -> str:
+    return "not finite" if value is None else format(value, form)

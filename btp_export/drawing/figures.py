@@ -73,8 +73,8 @@ def layer_bars(
         step = _layer_axis(canvas, box, len(values))
         for layer, value in enumerate(values):
             left = box.left + layer * step
-            said = f"layer {layer}: {value:.4g} {unit}" + (f" ± {spread[layer]:.2g}" if spread else "")
-            canvas.rect(left + step * 0.14, y(value), step * 0.72, box.bottom - y(value), "bar", said)
+            text = f"layer {layer}: {value:.4g} {unit}" + (f" ± {spread[layer]:.2g}" if spread else "")
+            canvas.rect(left + step * 0.14, y(value), step * 0.72, box.bottom - y(value), "bar", text)
             if spread and spread[layer] > 0:
                 low, top = y(max(0.0, value - spread[layer])), y(min(high, value + spread[layer]))
                 canvas.line(left + step / 2, low, left + step / 2, top, "whisker")
@@ -137,10 +137,10 @@ def accuracy_plot(points: Sequence[Point], full_tokens: int, *, title: str) -> M
         x = Scale(0, end, box.left + 12, box.right - 22)
         _value_axis(canvas, box, y, "accuracy", percent=True)
         if full:
-            said = f"{full.plan}: {full.accuracy * 100:.1f} % at {full_tokens} tokens"
+            text = f"{full.plan}: {full.accuracy * 100:.1f} % at {full_tokens} tokens"
             canvas.line(box.left, y(full.accuracy), box.right, y(full.accuracy), "full-line")
-            canvas.text(box.right, FONT, said, "label muted", "end")
-            sample = box.right - text_width(said) - 8
+            canvas.text(box.right, FONT, text, "label muted", "end")
+            sample = box.right - text_width(text) - 8
             canvas.line(sample - 18, FONT * 0.65, sample, FONT * 0.65, "full-line")
         for mark in ticks(0, end, 5 if width == WIDE else 3):
             canvas.text(x(mark), box.bottom + 17, f"{mark:g}", "label muted", "middle")
@@ -157,8 +157,8 @@ def accuracy_plot(points: Sequence[Point], full_tokens: int, *, title: str) -> M
 def outliers(points: Sequence[Point]) -> list[Point]:
     """The few points more than `OUTLIER` below the best; if they are more than a quarter, they are no outliers."""
     best = max((p.accuracy for p in points), default=0.0)
-    found = [p for p in points if p.accuracy < best - OUTLIER]
-    return found if len(found) <= max(2, len(points) // 4) else []
+    low = [p for p in points if p.accuracy < best - OUTLIER]
+    return low if len(low) <= max(2, len(points) // 4) else []
 
 
 def stacked_bars(bars: Sequence[Bar], *, title: str) -> Markup:
@@ -200,8 +200,8 @@ def _value_axis(
 ) -> None:
     for mark in marks if marks is not None else ticks(y.low, y.high, 4):
         canvas.line(box.left, y(mark), box.right, y(mark), "grid")
-        said = f"{mark * 100:g} %".replace(" ", "\N{NO-BREAK SPACE}") if percent else f"{mark:g}"
-        canvas.text(box.left - 6, y(mark) + FONT * 0.35, said, "label muted", "end")
+        text = f"{mark * 100:g} %".replace(" ", "\N{NO-BREAK SPACE}") if percent else f"{mark:g}"
+        canvas.text(box.left - 6, y(mark) + FONT * 0.35, text, "label muted", "end")
     canvas.text(0, FONT, unit, "label muted")
 
 
@@ -291,14 +291,14 @@ def _placed(
     placed: list[_Placed] = []
     columns: list[_Column] = []
     for number, (start, members) in enumerate(clusters):
-        made = [
+        stacked = [
             _Placed(p, start + index * apart, min(y(p.accuracy), y.start - 7), p.accuracy < y.low)
             for index, p in enumerate(members)
         ]
         limit = clusters[number + 1][0] - 8 if number + 1 < len(clusters) else x.stop + 22
-        named = [item for item in made if bearer[item.point.plan] is item.point]
+        named = [item for item in stacked if bearer[item.point.plan] is item.point]
         columns.append(_column(named, start, start + apart * (len(members) - 1), limit))
-        placed += made
+        placed += stacked
     labels: dict[int, tuple[float, float, str]] = {}
     for group in _side_by_side(columns):  # names of columns that run into each other share the heights
         items = sorted(((item, column) for column in group for item in column.items), key=lambda pair: pair[0].y)
@@ -354,14 +354,14 @@ def _draw_points(canvas: Canvas, placed: Sequence[_Placed], y: Scale) -> None:
             canvas.line(p.x, p.y, p.label[0] + (-4 if p.label[2] == "start" else 4), p.label[1], "leader")
     for p in placed:
         css = "own" if p.point.own else "other"
-        said = f"{p.point.plan}: {p.point.accuracy * 100:.1f} % at {p.point.tokens:.1f} tokens"
+        text = f"{p.point.plan}: {p.point.accuracy * 100:.1f} % at {p.point.tokens:.1f} tokens"
         if p.below:
             canvas.path([(p.x - 5, p.y - 9), (p.x + 5, p.y - 9), (p.x, p.y + 1)], f"point {css}", closed=True)
         else:
             if p.point.interval:
                 low, high = (min(max(y(bound), y.stop), y.start) for bound in p.point.interval)
                 canvas.line(p.x, low, p.x, high, f"interval {css}")
-            canvas.circle(p.x, p.y, 5.5 if p.point.own else 4, f"point {css}", said)
+            canvas.circle(p.x, p.y, 5.5 if p.point.own else 4, f"point {css}", text)
         if p.label:
             weight = "label strong" if p.point.own else "label"
             canvas.text(p.label[0], p.label[1] + FONT * 0.35, p.name, weight, p.label[2])

@@ -28,18 +28,18 @@ from pydantic import Field
 
 from btp_export.dummy.processor import save_processor
 from btp_export.families import family_for, known_models
-from btp_export.model.cache_folder import cache_folder
 from graphs import dtypes
 from graphs.files.atomic import check_space, put_in_place, replacing
+from graphs.files.cache_folder import cache_folder
 from graphs.files.safetensors_file import header_bytes, tensor_order
 from graphs.records.errors import InputError
+from graphs.records.manifest import DUMMY_WEIGHTS
 from graphs.records.progress import Report
-from graphs.records.record import Strict, parse_record
+from graphs.records.record import Record, parse_record
 
 MARKER = "btp-dummy.json"  # in the checkpoint's folder: these weights are made up
 SHARD_BYTES = 5 * 10**9  # as the hub's shards
 PIECE = 2**23  # elements made and written at a time
-SENTENCE = "DUMMY WEIGHTS: the weights are random numbers; times and sizes are real, text and accuracy mean nothing"
 
 # Sign and mantissa bits of each type, where its exponent begins, and the exponent's bias.
 LAYOUT = {"float16": (0x83FF, 10, 15), "bfloat16": (0x807F, 7, 127)}
@@ -51,11 +51,11 @@ RESIDUAL = re.compile(r"(o_proj|down_proj|out_proj|fc2|attn\.proj)\.weight$")  #
 SPREAD = math.sqrt(7 / 3)  # root mean square of magnitudes spread evenly over [1, 2)
 
 
-class DummyRecord(Strict):
+class DummyRecord(Record):
     """btp-dummy.json: which model's shapes a checkpoint has, and that nothing else of it is real."""
 
     format: Literal["btp-dummy/1"] = "btp-dummy/1"
-    note: str = SENTENCE
+    note: str = DUMMY_WEIGHTS
     model: str
     seed: int = Field(ge=0)
     layers: int = Field(ge=1)

@@ -6,19 +6,20 @@ from typing import Any
 
 from pydantic import Field
 
+from btp_export.families._chat import conversation_text, writes_begin_token
 from btp_export.families._decoder import decoder_spec
 from btp_export.families._keys import refuse_unknown_keys
 from btp_export.families._processor import load_processor
 from graphs import dtypes
 from graphs.files.checkpoint import Checkpoint
 from graphs.records.errors import InputError
-from graphs.records.record import Strict, parse_record
+from graphs.records.record import Record, parse_record
 from graphs.records.spec import ModelSpec, VisionSpec
 
 SETTINGS_FILE = "btp.json"
 
 
-class Settings(Strict):
+class Settings(Record):
     """btp.json of a checkpoint folder: what the toolkit wants to know and transformers' files have no place for."""
 
     change_threshold: float | None = Field(default=None, gt=-1, lt=1)
@@ -58,28 +59,9 @@ def count_prefix_tokens(folder: Path, image_token_id: int) -> int:
 
     Raises InputError if there are no processor files, no chat template, or no image placeholder in it.
     """
-    try:
-        processor = load_processor(folder)
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"{folder} has no usable processor files: {str(error).splitlines()[0]}",
-            wanted="tokenizer and processor files with a chat template",
-            do='add them, or say where the image stands in btp.json: {"prefix_tokens": N}',
-        ) from error
-    content = [{"type": "image"}, {"type": "text", "text": "?"}]
-    try:
-        text = processor.apply_chat_template(
-            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
-        )
-    except ValueError as error:
-        raise InputError(
-            f"{folder} has no chat template: {str(error).splitlines()[0]}",
-            wanted="chat_template.jinja or a template in the tokenizer's configuration",
-            do='add it, or say where the image stands in btp.json: {"prefix_tokens": N}',
-        ) from error
-    bos = processor.tokenizer.bos_token
-    # A template that writes the begin token itself does not get a second one (btp_export/model/prompting.py).
-    ids = processor.tokenizer(text, add_special_tokens=not (bos and text.startswith(bos)))["input_ids"]
+    processor = load_processor(folder)
+    text = conversation_text(processor, "?", folder=folder)
+    ids = processor.tokenizer(text, add_special_tokens=not writes_begin_token(processor, text))["input_ids"]
     if image_token_id not in ids:
         raise InputError(
             f"the chat template of {folder} puts no image token {image_token_id} in a prompt with a picture",

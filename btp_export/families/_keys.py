@@ -25,10 +25,14 @@ BOOKKEEPING = """
 """
 # Read under another name or in another place than transformers' classes have them.
 READ = {"rope_theta", "rope_scaling", "rope_parameters", "head_dim", "use_image_newline_parameter", *NEUTRAL}
-# In published files and without effect: of CLIP beside its tower, of Qwen2.5-VL.
+# In published files and without effect: of CLIP beside its tower, of Qwen2.5-VL (whose decoder settings repeat the
+# ids of the whole model, as transformers 4.52 to 4.57 write them).
 UNUSED = {"vocab_size", "dropout", "logit_scale_init_value", "projection_dim"}
-UNUSED |= {"in_chans", "spatial_patch_size", "vision_token_id"}
-KNOWN = frozenset({*BOOKKEEPING.split(), *READ, *UNUSED})
+UNUSED |= {"in_chans", "spatial_patch_size", "vision_token_id", "vision_start_token_id", "vision_end_token_id"}
+UNUSED |= {"image_token_id", "video_token_id"}
+# What other programs write into config.json about themselves.
+FOREIGN = {"unsloth_fixed", "unsloth_version", "transformers.js_config", "name_or_path", "processor_class"}
+KNOWN = frozenset({*BOOKKEEPING.split(), *READ, *UNUSED, *FOREIGN, "transformers_weights"})
 EMPTY: tuple[Any, ...] = (None, False, [], {}, "")
 
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from btp_export.families._checkpoint import model_spec
 from btp_export.families._known import DummyProcessor, KnownModel
+from btp_export.families._processor import readable_folder
 from btp_export.families._vision import Layout, load_vision, make_profile, vision_state
 from calibrate.place.presets import ReleasedSettings, ReleasedStage
 from graphs.files.checkpoint import Checkpoint
@@ -346,10 +347,17 @@ def _pixel_range(folder: Path, sizes: tuple[int, int, int]) -> tuple[int, int]:
     """Least and most pixels of a picture by the checkpoint's image processor; `sizes` are the tower's."""
     from transformers import AutoImageProcessor
 
-    try:
-        processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError):  # the prefix then comes from btp.json, or its absence is said
-        return PIXEL_RANGE
+    if not any((folder / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")):
+        return PIXEL_RANGE  # the prefix then comes from btp.json, or its absence is said
+    with readable_folder(folder) as readable:
+        try:
+            processor = AutoImageProcessor.from_pretrained(readable, local_files_only=True, trust_remote_code=False)
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise InputError(
+                f"{folder} holds no usable image processor: {str(error).strip().splitlines()[0]}",
+                wanted="the model's own preprocessor_config.json",
+                do="restore it",
+            ) from error
     own = (processor.patch_size, processor.merge_size, processor.temporal_patch_size)
     if own != sizes:
         raise InputError(

@@ -1,4 +1,4 @@
 """Verification, evaluation and benchmarks of a bundle, each with its typed result.
 
-May use btp_export.running, planning and model.
+May use btp_export.running, planning, model and families.
 """

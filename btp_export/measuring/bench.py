@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from btp_export.model.prompting import Encoded
+from btp_export.results.timing import Bench, CacheBytes, DecodeTimes, Operations, PrefillTimes
 from btp_export.running.runtime import BundleModel, load, open_graphs
 from btp_export.running.streamed import check_fits_memory
 from graphs.building.derived_bundles import derive, scratch_folder
@@ -37,7 +38,7 @@ def measure(
     rounds: int = 10,
     warm_up: int = 2,
     report: Report | None = None,
-) -> dict[str, Any]:
+) -> Bench:
     """Times in milliseconds and cache sizes in bytes of the bundle and of the unpruned model.
 
     `flops_limit` is how many times fewer operations in matrix products the pruned decoder needs
@@ -70,13 +71,8 @@ def measure(
                     times[name].add(run)
             if report is not None:
                 report(number + warm_up + 1, rounds + warm_up)
-    return _result(bundle, models, times) | {
-        "rounds": rounds,
-        "threads": threads,
-        "device": device,
-        "engine": engine,
-        "dummy_weights": bundle.manifest.model.dummy_weights,
-    }
+    settings = {"rounds": rounds, "threads": threads, "device": device, "engine": engine}
+    return _result(bundle, models, times, settings)
 
 
 def _open_graphs(bundle: Bundle, folder: Path, **options: Any) -> dict[str, BundleModel]:
@@ -154,32 +150,32 @@ def _variation(values: list[float]) -> float:
     return float((high - low) / median(values))
 
 
-def _result(bundle: Bundle, models: Mapping[str, BundleModel], times: Mapping[str, _Times]) -> dict[str, Any]:
+def _result(
+    bundle: Bundle, models: Mapping[str, BundleModel], times: Mapping[str, _Times], settings: Mapping[str, Any]
+) -> Bench:
     profile, decoder = models["pruned"].profile, bundle.spec.decoder
     precision = bundle.manifest.build.precision
     full, pruned = (cost(decoder, model.plan, profile, precision) for model in (models["full"], models["pruned"]))
     full_ms, pruned_ms = median(times["full"].prefill), median(times["pruned"].prefill)
     limit = full.decoder / pruned.decoder
     token_ms, full_token_ms = median(times["pruned"].decode), median(times["full"].decode)
-    return {
-        "prefill": {
-            "full_ms": full_ms,
-            "pruned_ms": pruned_ms,
-            "speedup": full_ms / pruned_ms,
-            "flops_limit": limit,
-            "share_of_limit": full_ms / pruned_ms / limit,
-        },
-        "select_ms": [median(stage) for stage in zip(*times["pruned"].select, strict=True)],
-        "decode": {
-            "ms_per_token": token_ms,
-            "full_ms_per_token": full_token_ms,
-            "speedup": full_token_ms / token_ms,
-        },
-        "cache_bytes": {name: model.chain.cache_bytes() for name, model in models.items()},
-        "variation": max(_variation(times[name].prefill) for name in models),
-        "vision_ms": median(times["full"].vision + times["pruned"].vision),
-        "flops": {"full": full.decoder, "pruned": pruned.decoder, "selection": sum(pruned.selection)},
-        "profile": profile.name,
-        "batch": profile.batch,
-        "precision": precision,
-    }
+    return Bench(
+        prefill=PrefillTimes(
+            full_ms=full_ms,
+            pruned_ms=pruned_ms,
+            speedup=full_ms / pruned_ms,
+            flops_limit=limit,
+            share_of_limit=full_ms / pruned_ms / limit,
+        ),
+        select_ms=tuple(median(stage) for stage in zip(*times["pruned"].select, strict=True)),
+        decode=DecodeTimes(ms_per_token=token_ms, full_ms_per_token=full_token_ms, speedup=full_token_ms / token_ms),
+        cache_bytes=CacheBytes(**{name: model.chain.cache_bytes() for name, model in models.items()}),
+        variation=max(_variation(times[name].prefill) for name in models),
+        vision_ms=median(times["full"].vision + times["pruned"].vision),
+        flops=Operations(full=full.decoder, pruned=pruned.decoder, selection=sum(pruned.selection)),
+        profile=profile.name,
+        batch=profile.batch,
+        precision=precision,
+        dummy_weights=bundle.manifest.model.dummy_weights,
+        **settings,
+    )

@@ -11,6 +11,7 @@ import numpy as np
 
 from btp_export.model.pictures import fits, fitted
 from btp_export.planning.plan_files import CALIBRATED, plan_for
+from btp_export.results.evaluation import EvaluatedPlan, Evaluation
 from graphs import names
 from graphs.building.derived_bundles import derive, scratch_folder
 from graphs.files.bundle import Bundle
@@ -22,7 +23,7 @@ from graphs.records.progress import Report
 if TYPE_CHECKING:
     from btp_export.model.prompting import Encoded
     from btp_export.running.runtime import BundleModel, Prefill
-    from calibrate.data.samples import SampleSet
+    from calibrate.data.samples import Sample, SampleSet
     from calibrate.measure.accuracy import Score
 
 FULL = "none"
@@ -31,10 +32,10 @@ DEFAULT_SAMPLES = 200
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """The contract's document, and row by row which samples were answered right."""
+class ScoredEvaluation:
+    """The evaluation, and row by row which samples were answered right."""
 
-    document: dict[str, Any]
+    evaluation: Evaluation
     hits: list[list[bool]]
 
 
@@ -60,8 +61,8 @@ def evaluate_bundle(
     data: Path | None = None,
     threads: int | None = None,
     report: Report | None = None,
-) -> dict[str, Any]:
-    """The contract's document: `samples` and `rows`, one for each of `plans` and budgets.
+) -> Evaluation:
+    """Accuracy: a row for each of `plans` and budgets.
 
     `btp` is the bundle's own plan, `none` the unpruned model, which is always run because accuracy is held against
     it; the other presets get `compression` (several budgets: a row for each), or the same average tokens as the
@@ -70,8 +71,8 @@ def evaluate_bundle(
     """
     budgets = [compression] if compression is None or isinstance(compression, float) else list(compression)
     planned = resolve_budgets(bundle, plans, budgets)
-    found = evaluate_plans(bundle, planned, samples=samples, seed=seed, data=data, threads=threads, report=report)
-    return found.document
+    scored = evaluate_plans(bundle, planned, samples=samples, seed=seed, data=data, threads=threads, report=report)
+    return scored.evaluation
 
 
 def evaluate_plans(
@@ -83,7 +84,7 @@ def evaluate_plans(
     data: Path | None = None,
     threads: int | None = None,
     report: Report | None = None,
-) -> Evaluation:
+) -> ScoredEvaluation:
     """The same for named plans; plans that give the same graphs are run once."""
     from btp_export.running.runtime import load
     from calibrate.measure.accuracy import hits
@@ -113,14 +114,14 @@ def evaluate_plans(
         _row(name, answers[digest], chosen, best, flops[digest] / every)
         for digest, (name, _) in zip(digests, planned, strict=True)
     ]
-    document = {
-        "samples": len(chosen.samples),
-        "source": chosen.source,
+    evaluation = Evaluation(
+        samples=len(chosen.samples),
+        source=chosen.source,
         **_resizing(bundle, chosen),
-        "full_accuracy": best.accuracy,
-        "rows": rows,
-    }
-    return Evaluation(document, [hits(chosen.samples, answers[digest].texts) for digest in digests])
+        full_accuracy=best.accuracy,
+        rows=tuple(rows),
+    )
+    return ScoredEvaluation(evaluation, [hits(chosen.samples, answers[digest].texts) for digest in digests])
 
 
 def resolve_budgets(
@@ -185,7 +186,7 @@ def _resizing(bundle: Bundle, chosen: SampleSet) -> dict[str, Any]:
     if not bundle.spec.vision.dynamic:
         return {}
     resized = sum(not fits(one.image, bundle.spec, profile) for one in chosen.samples)
-    return {"image_size": list(profile.image_size), "resized": resized}
+    return {"image_size": profile.image_size, "resized": resized}
 
 
 @dataclass
@@ -198,11 +199,29 @@ class _Questions:
 
 
 def _ask(model: BundleModel, chosen: SampleSet) -> _Questions:
-    pictures = fitted([one.image for one in chosen.samples], model.spec, model.profile)
-    encoded = model.encode(pictures, [one.prompt for one in chosen.samples])
+    encoded = _encode(model, chosen)
     tokenizer = model.prompter.tokenizer
     longest = max(len(tokenizer(one.answer or "", add_special_tokens=False)["input_ids"]) for one in chosen.samples)
     return _Questions(encoded, min(model.profile.new_tokens, longest + 2), {})
+
+
+def _encode(model: BundleModel, chosen: SampleSet) -> Encoded:
+    """All samples in one. Raises InputError with file and line of the first that the model cannot take."""
+    from calibrate.data.text_files import at
+
+    def encode(samples: Sequence[Sample]) -> Encoded:
+        pictures = fitted([one.image for one in samples], model.spec, model.profile)
+        return model.encode(pictures, [one.prompt for one in samples])
+
+    try:
+        return encode(chosen.samples)
+    except InputError:
+        for one in chosen.samples:
+            try:
+                encode([one])
+            except InputError as error:
+                raise at(one.where, error) from error
+        raise
 
 
 def _answer(model: BundleModel, questions: _Questions, report: Report | None) -> Answers:
@@ -264,26 +283,22 @@ def _score(chosen: SampleSet, answers: Answers) -> Score:
     return score(chosen.samples, answers.texts)
 
 
-def _row(name: str, answers: Answers, chosen: SampleSet, full: Score, flops_ratio: float) -> dict[str, Any]:
-    """`attention_kept`: per stage, the mean share of the stage's attention on the image that the kept tokens hold.
-
-    None for a stage that drops everything or whose scores are not attention.
-    """
+def _row(name: str, answers: Answers, chosen: SampleSet, full: Score, flops_ratio: float) -> EvaluatedPlan:
     from calibrate.measure.accuracy import scores_by_kind
 
-    mine, plan = _score(chosen, answers), answers.plan
+    score, plan = _score(chosen, answers), answers.plan
     kinds = scores_by_kind(chosen.samples, answers.texts)
-    return {
-        "plan": name,
-        "average_tokens": plan.average_tokens,
-        "compression": plan.compression,
-        "accuracy": mine.accuracy,
-        "kept_accuracy": mine.accuracy / full.accuracy if full.accuracy else None,
-        "flops_ratio": flops_ratio,
-        "interval": list(mine.interval()),
-        "attention_kept": [_mean(answers.attention_kept.get(stage)) for stage in range(len(plan.stages))],
-        "kinds": {kind: one.accuracy for kind, one in kinds.items()},
-    }
+    return EvaluatedPlan(
+        plan=name,
+        average_tokens=plan.average_tokens,
+        compression=plan.compression,
+        accuracy=score.accuracy,
+        kept_accuracy=score.accuracy / full.accuracy if full.accuracy else None,
+        flops_ratio=flops_ratio,
+        interval=score.interval(),
+        attention_kept=tuple(_mean(answers.attention_kept.get(stage)) for stage in range(len(plan.stages))),
+        kinds={kind: score_of_kind.accuracy for kind, score_of_kind in kinds.items()},
+    )
 
 
 def _mean(values: list[float] | None) -> float | None:

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from btp_export.console import Phases
-from btp_export.model.cache_folder import cache_folder
+from btp_export.results.verification import AppliedGates, GateValues, GraphParity, Verification, joined
 from graphs import dtypes
 from graphs.files.bundle import Bundle, tool_versions
+from graphs.files.cache_folder import cache_folder
 from graphs.files.resume import Work, digest, work_folder
 from graphs.pruning import kept_tokens
 from graphs.records.errors import InputError
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from calibrate.data.samples import Prepared, Sample
     from calibrate.reference.records import RunRecord
     from calibrate.reference.streamed_model import StreamedReference
-    from engines.verify.gates import Findings
+    from engines.verify.gates import CheckResults, Gates
     from engines.verify.verification import FreeRun
 
 DEFAULT_SAMPLES = 4
@@ -47,8 +48,8 @@ def verify_bundle(
     engine: str | None = None,
     report: Report | None = None,
     note: Note = lambda text: None,
-) -> dict[str, Any]:
-    """The contract's document: `passed`, `graphs`, `kept_agreement`, `tokens_equal`, and what did not hold.
+) -> Verification:
+    """Check a bundle's graphs, its kept tokens and its text at one shape profile, the first if none is named.
 
     With `engine`, the engines of that target are checked in place of the bundle's graphs. Samples are generated scenes,
     of which `tokens` generated tokens are compared (None: 8, or 3 where the graphs are streamed). `device` is cpu, cuda
@@ -63,7 +64,6 @@ def verify_bundle(
     from btp_export.running.streamed import must_stream, streaming_bytes
     from calibrate.reference.streamed_model import torch_device
     from engines.runners.onnxruntime import onnxruntime_device
-    from engines.verify.gates import GATES
     from graphs.files.memory import check_memory
 
     chosen = bundle.profile(profile)
@@ -78,55 +78,59 @@ def verify_bundle(
     job = _Job(bundle, chosen, samples, room, seed, loader, files, streamed, place, maths, Phases(report, PHASES))
     with _work(job, note) as work:
         findings, tokens_equal = _verify(job, work)
-    gates = GATES[job.computed]
-    return {
-        "passed": tokens_equal and not findings.failures,
-        "graphs": [check.as_json() for check in findings.graphs],
-        "kept_agreement": findings.kept_agreement(),
-        "tokens_equal": tokens_equal,
-        "samples": samples,
-        "tokens": room,
-        "profile": chosen.name,
-        "engine": engine,
-        "streamed": streamed,
-        "maths": maths,
-        "precision": bundle.manifest.build.precision,
-        "computed_in": job.computed,
-        "dummy_weights": bundle.manifest.model.dummy_weights,
-        "gates": {"cosine": gates.cosine, "norm_ratio_within": gates.norm, "kept_agreement": gates.agreement},
-        "failures": findings.failures,
-        "near_ties": findings.near_ties,
-    }
+    return _document(job, findings, tokens_equal=tokens_equal, engine=engine)
+
+
+def _document(job: _Job, findings: CheckResults, *, tokens_equal: bool, engine: str | None) -> Verification:
+    def gates_of(gates: Gates) -> dict[str, float]:
+        return {"cosine": gates.cosine, "norm_ratio_within": gates.norm}
+
+    return Verification(
+        passed=tokens_equal and not findings.failures,
+        graphs=tuple(
+            GraphParity(
+                name=check.name,
+                profile=job.profile.name,
+                cosine=check.cosine,
+                norm_ratio=check.norm_ratio,
+                max_abs=check.max_abs,
+                worst=check.worst,
+                gates=GateValues(**gates_of(check.gates)),
+            )
+            for check in findings.graphs
+        ),
+        kept_agreement=tuple(findings.kept_agreement()),
+        tokens_equal=tokens_equal,
+        samples=job.samples,
+        tokens=job.tokens,
+        profile=job.profile.name,
+        profiles=(job.profile.name,),
+        engine=engine,
+        streamed=job.streamed,
+        maths=job.maths,
+        precision=job.bundle.manifest.build.precision,
+        computed_in=job.computed,
+        dummy_weights=job.bundle.manifest.model.dummy_weights,
+        gates=AppliedGates(**gates_of(findings.gates), kept_agreement=findings.gates.agreement),
+        failures=tuple(findings.failures),
+        near_ties=tuple(findings.near_ties),
+    )
 
 
 def verify_profiles(
     bundle: Bundle, *, profile: str | None = None, report: Report | None = None, **settings: Any
-) -> dict[str, Any]:
-    """`verify_bundle` of that profile, or of all one after another: one document, whose graphs say their `profile`.
-
-    Kept agreement is the least of all profiles; of what differs otherwise, the first profile's is given.
-    """
-    names = [one.name for one in bundle.manifest.profiles] if profile is None else [profile]
+) -> Verification:
+    """`verify_bundle` of that profile, or of all one after another, in one document."""
+    names = [each.name for each in bundle.manifest.profiles] if profile is None else [profile]
     phases = Phases(report, dict.fromkeys(names, 1))
-    told: list[Any] = [phases.named(name) if len(names) > 1 else report for name in names]
-    found = {
-        name: verify_bundle(bundle, profile=name, report=one, **settings) for name, one in zip(names, told, strict=True)
-    }
-    first = next(iter(found.values()))
-    if len(found) == 1:
-        return first
-    return first | {
-        "passed": all(one["passed"] for one in found.values()),
-        "graphs": [{**graph, "profile": name} for name, one in found.items() for graph in one["graphs"]],
-        "kept_agreement": [
-            min(shares) for shares in zip(*(one["kept_agreement"] for one in found.values()), strict=True)
-        ],
-        "tokens_equal": all(one["tokens_equal"] for one in found.values()),
-        "profiles": names,
-        "streamed": any(one["streamed"] for one in found.values()),
-        "failures": [f"{name}: {text}" for name, one in found.items() for text in one["failures"]],
-        "near_ties": [f"{name}: {text}" for name, one in found.items() for text in one["near_ties"]],
-    }
+    return joined(
+        {
+            name: verify_bundle(
+                bundle, profile=name, report=phases.named(name) if len(names) > 1 else report, **settings
+            )
+            for name in names
+        }
+    )
 
 
 def _check_counts(samples: int, tokens: int | None) -> None:
@@ -175,7 +179,7 @@ def _work(job: _Job, note: Note) -> Iterator[Work | None]:
         yield work
 
 
-def _verify(job: _Job, work: Work | None) -> tuple[Findings, bool]:
+def _verify(job: _Job, work: Work | None) -> tuple[CheckResults, bool]:
 
     from calibrate.reference.streamed_model import StreamedReference
     from engines.verify.streamed_graphs import Shares, StreamedRunner
@@ -191,10 +195,10 @@ def _verify(job: _Job, work: Work | None) -> tuple[Findings, bool]:
     reference = StreamedReference(checkpoint, dtype=dtypes.BY_NAME[job.maths].torch, device=job.device, work=work)
     runs = reference.run(inputs, plan, record_segments=True, progress=job.phases.named("reference"))
     forced = _forced_where_needed(reference, inputs, runs, free)
-    told = job.phases.named("graphs")
+    progress = job.phases.named("graphs")
     openers = {name: partial(job.loader, file) for name, file in job.files.items()}
     if job.streamed:
-        shares = Shares(list(job.files.values()), told)
+        shares = Shares(list(job.files.values()), progress)
         openers = {
             name: partial(StreamedRunner, file, job.loader, progress=shares.of(number))
             for number, (name, file) in enumerate(job.files.items())
@@ -207,16 +211,16 @@ def _verify(job: _Job, work: Work | None) -> tuple[Findings, bool]:
         _verify_samples(prepared, runs),
         computed=job.computed,
         steps=work.sequence("graphs") if work is not None else None,
-        progress=None if job.streamed else told,
+        progress=None if job.streamed else progress,
     )
-    return findings, verify_free(findings, plan, job.computed, runs, free, forced)
+    return findings, verify_free(findings, plan, runs, free, forced)
 
 
 def _prepared(job: _Job) -> tuple[list[Sample], list[Prepared]]:
     """The samples at the profile's size, and as the reference takes them: with features of transformers' own tower."""
     from btp_export.families import family_of
+    from btp_export.model.defaults import fitted_samples
     from btp_export.model.prompting import Prompter
-    from btp_export.planning.study import fitted_samples
     from calibrate.data.samples import prepare, scene_samples
 
     bundle, spec = job.bundle, job.bundle.spec

@@ -18,6 +18,7 @@ from graphs.records.spec import ModelSpec
 
 DEMO = "demo"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+HUB_ADDRESS = re.compile(rf"https?://huggingface\.co/({HUB_ID.pattern})")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
 # What is fetched of a repository: no pickles, no code.
@@ -93,6 +94,7 @@ def open_model(name: str, dummy: DummyWeights | None = None, *, report: Report |
     UnavailableError if it must be fetched and cannot.
     """
     source = find_model(name) if dummy is None else _dummy_source(name, dummy, report)
+    _refuse_adapter(source.folder, source.name)
     family = family_for(read_config(source.folder))
     _check_parts(source)
     checkpoint = open_checkpoint(source.folder, family.renames)
@@ -147,6 +149,23 @@ def _dummy_source(name: str, dummy: DummyWeights, report: Report | None) -> Sour
     return _local(dummy_checkpoint(name, seed=dummy.seed, layers=dummy.layers, report=report))
 
 
+def _refuse_adapter(folder: Path, name: str) -> None:
+    """transformers loads the base model that an adapter names and puts the adapter on it; an export has one model."""
+    path = folder / "adapter_config.json"
+    if not path.is_file():
+        return
+    try:
+        base = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError):
+        base = None
+    raise InputError(
+        f"{name} is an adapter" + (f" of {base}" if base else "") + ", not a whole model",
+        wanted="a checkpoint with the adapter merged into its base",
+        do="merge it first, with peft: PeftModel.from_pretrained(base, adapter).merge_and_unload()"
+        ".save_pretrained(FOLDER), and save the base's processor there too",
+    )
+
+
 def missing_parts(folder: Path) -> list[str]:
     """What a checkpoint folder lacks, in words."""
     missing = [] if (folder / "config.json").is_file() else ["config.json"]
@@ -185,6 +204,13 @@ def _some(names: list[str]) -> str:
 
 
 def _unknown(name: str) -> InputError:
+    if "://" in name:
+        found = HUB_ADDRESS.match(name)
+        return InputError(
+            f"{name} is an address",
+            wanted="the name of a model, a checkpoint folder, or a hub id (owner/name)",
+            do=f"--model {found[1]}" if found else "download it and give --model FOLDER",
+        )
     known = [DEMO, *known_models()]
     close = difflib.get_close_matches(name.lower(), known, n=2, cutoff=0.5)
     return InputError(
@@ -217,6 +243,7 @@ def _from_hub(name: str, repository: str) -> Source:
         if partial is None:
             raise _not_reachable(repository, type(error).__name__) from error
         folder = partial  # the client wants all of it; what it cannot know is that enough is there
+    _refuse_adapter(folder, name)
     missing = missing_parts(folder)
     if missing:
         raise UnavailableError(

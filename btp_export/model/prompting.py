@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from btp_export.families._chat import conversation_text, refuse_placeholders, writes_begin_token
 from btp_export.families._processor import load_processor
 from btp_export.model.pictures import fits, misfit, to_rgb
 from graphs.records.errors import InputError
@@ -63,8 +64,25 @@ class Encoded:
         rows = len(self.pixel_values) // len(self)
         return np.concatenate([self.pixel_values[n * rows : (n + 1) * rows] for n in samples])
 
-    def check(self, profile: ShapeProfile) -> None:
-        """Raise InputError unless every sample fits the profile's image tokens, pixels and text bucket."""
+    def check(self, profile: ShapeProfile, *, most: int | None = None) -> None:
+        """Raise InputError unless every sample fits the profile's image tokens, pixels and text bucket.
+
+        `most` positions is what the model has: where no bucket would be large enough, the advice is another.
+        """
+        self.check_picture(profile)
+        for text in self.text_lengths:
+            if text > profile.text_tokens:
+                bucket = -(-text // 16) * 16
+                room = None if most is None else most - profile.max_positions + profile.text_tokens
+                larger = f", or export again with --text-tokens {bucket}" if room is None or bucket <= room else ""
+                raise InputError(
+                    f"the prompt has {text} tokens after the image",
+                    wanted=f"at most {profile.text_tokens} (text bucket of profile {profile.name})",
+                    do=f"shorten the prompt{larger}",
+                )
+
+    def check_picture(self, profile: ShapeProfile) -> None:
+        """Raise InputError unless the samples have the profile's image tokens and pixels."""
         rows, *rest = profile.pixel_input(self.pixel_values.shape[1])
         shape = (rows // profile.batch * len(self), *rest)
         if self.image_tokens != profile.image_tokens or self.pixel_values.shape != shape:
@@ -72,15 +90,8 @@ class Encoded:
             raise InputError(
                 f"the processor makes {self.image_tokens} image tokens from {got} pixels",
                 wanted=f"{profile.image_tokens} tokens from {wanted} pixels (profile {profile.name})",
-                do="export the bundle again for this picture size",
+                do="restore the processor files that the bundle was exported with",
             )
-        for text in self.text_lengths:
-            if text > profile.text_tokens:
-                raise InputError(
-                    f"the prompt has {text} tokens after the image",
-                    wanted=f"at most {profile.text_tokens} (text bucket of profile {profile.name})",
-                    do=f"shorten the prompt, or export again with --text-tokens {-(-text // 16) * 16}",
-                )
 
 
 class Prompter:
@@ -91,7 +102,7 @@ class Prompter:
 
     def __init__(self, processor_folder: Path, spec: ModelSpec) -> None:
         self.folder, self.spec = processor_folder, spec
-        self.processor = _load_processor(processor_folder)
+        self.processor = load_processor(processor_folder)
         self.tokenizer = self.processor.tokenizer
         self.image_token: str = self.processor.image_token
 
@@ -132,55 +143,34 @@ class Prompter:
             unknown=tuple(0 if unknown is None else int((row == unknown).sum()) for row in ids),
         )
         if profile is not None:
-            encoded.check(profile)
+            encoded.check(profile, most=self.spec.decoder.max_positions)
         return encoded
 
     def text(self, prompt: str, *, raw: bool = False) -> str:
         """The whole text as the model sees it, with the image placeholder once."""
         if not prompt.strip():
             raise InputError("the prompt is empty", wanted="a question or an instruction", do='--prompt "..."')
-        if raw:
-            text = prompt
-        else:
-            content = [{"type": "image"}, {"type": "text", "text": prompt}]
-            conversation = [{"role": "user", "content": content}]
-            text = self._apply_template(conversation)
-        count = text.count(self.image_token)
-        if count == 1:
-            return text
-        got = f"the prompt holds the image placeholder {self.image_token} {count} times"
-        if raw:
-            raise InputError(got, wanted="once", do=f"write {self.image_token} where the image belongs")
-        if count == 0:
+        if not raw:
+            refuse_placeholders(self.processor, prompt)
+            return conversation_text(self.processor, prompt, folder=self.folder)
+        if (count := prompt.count(self.image_token)) != 1:
             raise InputError(
-                f"the chat template of {self.folder} writes no {self.image_token}",
-                wanted="a chat template that takes a picture and a text",
-                do=f"give the whole text with {self.image_token} in it and --raw-prompt",
+                f"the raw prompt holds the image placeholder {self.image_token} {count} times",
+                wanted="once",
+                do=f"write {self.image_token} where the image belongs",
             )
-        raise InputError(
-            got, wanted="none: the chat template puts the image in by itself", do="take it out, or use --raw-prompt"
-        )
+        refuse_placeholders(self.processor, prompt.replace(self.image_token, ""))
+        return prompt
 
-    def _apply_template(self, conversation: list[dict[str, Any]]) -> str:
-        from jinja2 import TemplateError
-
-        try:
-            return str(self.processor.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False))
-        except (ValueError, TemplateError) as error:
-            raise InputError(
-                f"the chat template of {self.folder} cannot be used: {str(error).splitlines()[0]}",
-                wanted="a chat template that takes a picture and a text",
-                do=f"give the whole text with {self.image_token} in it and --raw-prompt",
-            ) from error
+    def ids(self, image: Image.Image, prompt: str) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """Token ids of one sample, [P + V + t], not checked."""
+        return self._sample(to_rgb(image), self.text(prompt))[0]
 
     def _sample(self, image: Image.Image, text: str) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-        bos = self.tokenizer.bos_token
-        # A template that writes the begin token itself must not get a second one from the tokenizer.
-        special = not (bos and text.startswith(bos))
         made = self.processor(
             images=[image],
             text=[text],
-            add_special_tokens=special,
+            add_special_tokens=not writes_begin_token(self.processor, text),
             input_data_format="channels_last",
             return_tensors="np",
         )
@@ -221,22 +211,3 @@ def _sizes(*shapes: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
     """What distinguishes shapes of pixels: height and width of [n,3,h,w], everything else of others."""
     plain = all(len(shape) == 4 for shape in shapes)
     return (shape[2:] if plain else shape for shape in shapes)
-
-
-def _load_processor(folder: Path) -> Any:
-    try:
-        processor = load_processor(folder)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
-        raise InputError(
-            f"{folder} holds no usable processor: {str(error).splitlines()[0] if str(error) else type(error).__name__}",
-            wanted="the model's tokenizer, processor and chat template files",
-            do="export the bundle again from a complete checkpoint",
-        ) from error
-    for part in ("tokenizer", "image_processor", "image_token"):
-        if not hasattr(processor, part):
-            raise InputError(
-                f"{folder} holds a {type(processor).__name__} without {part}",
-                wanted="the processor of a vision-language model",
-                do="add processor_config.json or preprocessor_config.json of the model",
-            )
-    return processor

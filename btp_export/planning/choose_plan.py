@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from btp_export.console import note
+from btp_export import console
 from btp_export.model.open_model import Model
 from btp_export.planning.plan_files import CALIBRATED, plan_for
 from btp_export.planning.study import CalibrationSettings, calibrate_model, check_settings
@@ -10,7 +10,7 @@ from calibrate.place.presets import PRESETS
 from graphs.records.errors import InputError
 from graphs.records.match_plan import spec_at
 from graphs.records.plan import PruningPlan
-from graphs.records.progress import Report
+from graphs.records.progress import Note, Report
 from graphs.records.shapes import ShapeProfile
 
 
@@ -21,6 +21,7 @@ def choose_plan(
     *,
     profile: ShapeProfile | None = None,
     report: Report | None = None,
+    note: Note = console.note,
 ) -> PruningPlan:
     """The plan that `choice` names: `btp` calibrates on the model, a preset follows the compression, a file is read.
 

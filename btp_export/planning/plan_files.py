@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from graphs.files.atomic import write_text
 from graphs.records.errors import InputError
 from graphs.records.plan import PruningPlan
 from graphs.records.spec import ModelSpec
+
+if TYPE_CHECKING:
+    from btp_export.results.job import JobResult
+    from btp_export.results.plans import PlanSummary
 
 CALIBRATED = "btp"
 
@@ -67,23 +71,13 @@ def check_model(plan: PruningPlan, spec: ModelSpec, source: str) -> None:
         )
 
 
-def summary(plan: PruningPlan) -> dict[str, Any]:
-    """A plan and what it comes to, as JSON types."""
-    return {
-        "plan": plan.model_dump(mode="json"),
-        "average_tokens": plan.average_tokens,
-        "compression": plan.compression,
-        "tokens_per_layer": plan.tokens_per_layer(),
-    }
-
-
-def show(result: dict[str, Any]) -> Any:
-    """The `summary` as a table of segments for the console."""
+def show(result: PlanSummary | JobResult) -> Any:
+    """A plan as a table of segments for the console."""
     from rich.console import Group
 
     from btp_export.console import table
 
-    plan = PruningPlan.model_validate(result["plan"])
+    plan = result.plan
     rows = []
     for segment in plan.segments():
         stage = plan.stages[segment.stage] if segment.stage is not None else None

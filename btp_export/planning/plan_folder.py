@@ -5,16 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
+from btp_export.results.plans import Front, FrontRow
 from graphs.files.atomic import write_texts
 from graphs.records.errors import InputError
 
 if TYPE_CHECKING:
-    from calibrate.place.pareto import Point
+    from calibrate.pareto import Point
 
-FORMAT: Final = "btp-front/1"
-INDEX = "front.json"
+INDEX: Final = "front.json"
 
 
 def file_names(points: Sequence[Point]) -> list[str]:
@@ -22,11 +22,10 @@ def file_names(points: Sequence[Point]) -> list[str]:
     return [f"btp-{point.requested:.3f}.json" for point in points]
 
 
-def front_document(points: Sequence[Point]) -> dict[str, Any]:
+def front_of(points: Sequence[Point], out: Path | None = None) -> Front:
     """What front.json holds and `--json` prints."""
-    names = file_names(points)
-    rows = [{**point.summary(), "file": name} for point, name in zip(points, names, strict=True)]
-    return {"format": FORMAT, "rows": rows}
+    rows = [FrontRow(**point.summary(), file=name) for point, name in zip(points, file_names(points), strict=True)]
+    return Front(rows=tuple(rows), out=out)
 
 
 def check_folder(out: Path, *, force: bool) -> None:
@@ -54,12 +53,11 @@ def write_front(points: Sequence[Point], out: Path, *, force: bool = False) -> N
     """
     check_folder(out, force=force)
     out = out.resolve()
-    document = front_document(points)
-    texts = {row["file"]: point.plan.to_json() for point, row in zip(points, document["rows"], strict=True)}
-    index = json.dumps(document, indent=1) + "\n"
+    front = front_of(points)
+    texts = {row.file: point.plan.to_json() for point, row in zip(points, front.rows, strict=True)}
     out.mkdir(exist_ok=True)
     stale = _files_of(out) if _is_front(out) else []
-    write_texts(out, texts | {INDEX: index})  # the index last
+    write_texts(out, texts | {INDEX: front.to_json()})  # the index last
     for name in set(stale) - texts.keys():
         (out / name).unlink(missing_ok=True)
 

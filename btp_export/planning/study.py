@@ -9,11 +9,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from btp_export.model.cache_folder import cache_folder
-from btp_export.model.pictures import fits, fitted
+from btp_export.model.defaults import default_profile, fitted_samples
+from btp_export.model.pictures import fits, to_rgb
 from graphs import dtypes
 from graphs.files.atomic import size_text
 from graphs.files.bundle import tool_versions
+from graphs.files.cache_folder import cache_folder
 from graphs.files.memory import LIBRARIES, check_memory
 from graphs.files.resume import Work, digest, work_folder
 from graphs.records.errors import InputError
@@ -156,6 +157,7 @@ def open_study(
     check_settings(settings)
 
     from btp_export.model.prompting import Prompter
+    from btp_export.planning.latency import read_latency
     from calibrate import calibrate as calibration
     from calibrate.measure.statistics_cache import StatisticsCache
     from calibrate.place.cost import PrefillCost, measured_cost
@@ -167,11 +169,13 @@ def open_study(
     device = torch_device(settings.device)
     profile = profile or default_profile(model)
     shape = Shape(spec.model_type, spec.decoder.num_layers, profile.image_tokens, profile.grid, profile.blocks)
-    measured = settings.latency_from
-    cost = PrefillCost(spec.decoder, profile) if measured is None else measured_cost(measured, spec.decoder, profile)
+    cost = PrefillCost(spec.decoder, profile)
+    if settings.latency_from is not None:
+        cost = measured_cost(read_latency(settings.latency_from), settings.latency_from, spec.decoder, profile)
     request = replace(request_of(settings), released=model.family.released)
     (check or type(request).check)(request, shape, cost)
-    chosen = calibration_samples(settings, note, profile.image_size)
+    prompter = Prompter(model.source.folder, spec)
+    chosen = calibration_samples(settings, prompter, note, profile.image_size)
     check_memory(
         needed_bytes(model, profile, len(chosen.samples), settings.maths),
         f"calibrating {spec.name} on {len(chosen.samples)} samples",
@@ -179,7 +183,6 @@ def open_study(
     )
     if settings.tune:
         check_tuning(len(chosen.samples), counts=settings.keep is None, shares=settings.balance is None)
-    prompter = Prompter(model.source.folder, spec)
     cache = StatisticsCache(cache_folder("statistics") if settings.cache else None, note)
     taus = calibration.taus_for(settings.tau, spec.change_threshold)
     key = _cache_key(model, profile, chosen.digest(), taus, settings, device)
@@ -314,24 +317,6 @@ def _source(chosen: SampleSet, spec: ModelSpec, profile: ShapeProfile) -> dict[s
     return source
 
 
-def default_profile(model: Model, image_size: tuple[int, int] | None = None) -> ShapeProfile:
-    """That image size, the model's own if there is none, with the text bucket of an export's default.
-
-    Raises InputError for a size that the model cannot take.
-    """
-    from btp_export.exporting import DEMO_SHAPES, SHAPES
-
-    text, _ = DEMO_SHAPES if model.source.is_demo else SHAPES
-    return model.family.profile(model.spec, batch=1, image_size=image_size, text_tokens=text, new_tokens=1)
-
-
-def fitted_samples(samples: Sequence[Sample], spec: ModelSpec, profile: ShapeProfile) -> tuple[list[Sample], int]:
-    """The samples with pictures that fit the profile, and how many were scaled for it."""
-    pictures = fitted([one.image for one in samples], spec, profile)
-    resized = sum(not fits(one.image, spec, profile) for one in samples)
-    return [replace(one, image=picture) for one, picture in zip(samples, pictures, strict=True)], resized
-
-
 def check_settings(settings: CalibrationSettings) -> None:
     """Raise InputError for settings out of range."""
     if not 1 <= settings.samples <= MOST_SAMPLES:
@@ -367,13 +352,19 @@ def _check_budget(settings: CalibrationSettings) -> None:
         raise InputError(f"both {' and '.join(given[:2])}", wanted="one of them", do="leave one out")
 
 
-def calibration_samples(settings: CalibrationSettings, note: Note | None, image_size: tuple[int, int]) -> SampleSet:
-    """Drawn pictures of that size (height, width) in the shares of the mix, or what `images` names."""
-    from calibrate.data import mix, samples
+def calibration_samples(
+    settings: CalibrationSettings, prompter: Prompter | None, note: Note | None, image_size: tuple[int, int]
+) -> SampleSet:
+    """Drawn pictures of that size (height, width) in the shares of the mix, or what `images` names.
+
+    Pictures and prompts that the prompter does not take are treated as calibrate.data.samples says.
+    """
+    from calibrate.data import mix, samples, sources
 
     if settings.images is None:
         shares = None if settings.mix is None else mix.parse_mix(settings.mix)
         return mix.mixed_samples(settings.samples, seed=settings.seed, size=image_size, shares=shares)
-    return samples.calibration_samples(
-        settings.images, prompts=settings.prompts, count=settings.samples, seed=settings.seed, note=note
+    checks = samples.NO_CHECKS if prompter is None else samples.Checks(picture=to_rgb, prompt=prompter.text)
+    return sources.calibration_samples(
+        settings.images, prompts=settings.prompts, count=settings.samples, seed=settings.seed, note=note, checks=checks
     )

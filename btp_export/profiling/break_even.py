@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from btp_export.results.profile import BreakEven
 from graphs.records.plan import PruningPlan
 from graphs.records.shapes import ShapeProfile
 
@@ -36,29 +37,19 @@ def break_even(
     select_ms: float,
     decode_ms: float,
     full_decode_ms: float | None,
-) -> dict[str, Any]:
+) -> BreakEven:
     """V*, and what pruning saves at the measured number of image tokens.
 
     `image_tokens` is None where it cannot be stated, and `reason` says why. `extrapolated` tells that V* lies outside
     the sizes that were measured, `fit_error` by how much of it a measured time is off the line at most.
     """
-    result: dict[str, Any] = {
-        "image_tokens": None,
-        "pays_here": None,
-        "saved_ms": None,
-        "select_ms": select_ms,
-        "ms_per_token_and_layer": None,
-        "fit_error": None,
-        "extrapolated": None,
-        "after_new_tokens": None,
-        "reason": None,
-    }
+    result: dict[str, Any] = {"select_ms": select_ms}
     if full is not None and segments and full:
         saved = math.fsum(ms for *_, ms in full) - math.fsum(ms for *_, ms in segments) - select_ms
         result |= {"saved_ms": saved, "pays_here": saved > 0}
         if full_decode_ms is not None:
             result["after_new_tokens"] = _after(saved, full_decode_ms - decode_ms)
-    return result | _threshold(plan, profile, [*segments, *(full or ())], select_ms)
+    return BreakEven(**result | _threshold(plan, profile, [*segments, *(full or ())], select_ms))
 
 
 def _threshold(plan: PruningPlan, profile: ShapeProfile, segments: Segments, select_ms: float) -> dict[str, Any]:
@@ -75,9 +66,10 @@ def _threshold(plan: PruningPlan, profile: ShapeProfile, segments: Segments, sel
     if slope <= 0:
         return fit | {"reason": "a layer takes no less time for fewer tokens in the measured range"}
     dropped = plan.num_layers * plan.compression  # sum_i layers_i (1 - r_i)
-    found = select_ms / (float(slope) * dropped)
+    threshold = select_ms / (float(slope) * dropped)
     low = min(tokens) - profile.tokens_with(0)
-    return fit | {"image_tokens": math.ceil(found), "extrapolated": not bool(low <= found <= profile.image_tokens)}
+    extrapolated = not bool(low <= threshold <= profile.image_tokens)
+    return fit | {"image_tokens": math.ceil(threshold), "extrapolated": extrapolated}
 
 
 def _after(saved: float, saved_each: float) -> int | None:

@@ -4,15 +4,14 @@ The shapes are those of the report (btp_export/drawing/svg.py), so the report's 
 colours; a file of its own carries them with it.
 """
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from markupsafe import Markup
 
 from btp_export.drawing.figures import WIDE, milliseconds
 from btp_export.drawing.svg import Canvas, Scale, text_width
 from btp_export.profiling.rows import part_rows
+from btp_export.results.profile import Profile
 from graphs.files.atomic import write_text
 
 ROW, BAR, TOP = 34.0, 11.0, 44.0  # pixels: a part's height, a bar's, and above the first
@@ -26,31 +25,31 @@ svg { background: #fcfbf9; font: 12.5px system-ui, sans-serif; } text { fill: #1
 CSS = {"vision": "part-vision", "select": "part-select"}  # the other parts are the decoder's
 
 
-def part_bars(document: Mapping[str, Any], width: int = WIDE) -> Markup:
+def part_bars(profile: Profile, width: int = WIDE) -> Markup:
     """The drawing, for `btp-export profile` and for a section of the report."""
-    rows = part_rows(document)
+    rows = part_rows(profile)
     canvas = Canvas(width, TOP + ROW * len(rows) + 8)
     names = max((text_width(row.name) for row in rows), default=0.0) + 12
     longest = max((max(row.ms, row.full_ms or 0.0, row.floor_ms) for row in rows), default=0.0) or 1.0
     x = Scale(0, longest, names, width - text_width("0000.0 ms") - 12)
-    _legend(canvas, names, full=document["unpruned"] is not None)
+    _legend(canvas, names, full=profile.unpruned is not None)
     for place, row in enumerate(rows):
         top = TOP + ROW * place
         canvas.text(0, top + 2 * BAR - 1, row.name)
         if row.full_ms is not None:
-            said = f"{row.name} without pruning: {milliseconds(row.full_ms)} ms"
-            canvas.rect(names, top, x(row.full_ms) - names, BAR, "part-other", said)
-        said = f"{row.name}: {milliseconds(row.ms)} ms, at best {milliseconds(row.floor_ms)} ms"
-        canvas.rect(names, top + BAR, x(row.ms) - names, BAR, CSS.get(row.kind, "part-prefill"), said)
+            hint = f"{row.name} without pruning: {milliseconds(row.full_ms)} ms"
+            canvas.rect(names, top, x(row.full_ms) - names, BAR, "part-other", hint)
+        hint = f"{row.name}: {milliseconds(row.ms)} ms, at best {milliseconds(row.floor_ms)} ms"
+        canvas.rect(names, top + BAR, x(row.ms) - names, BAR, CSS.get(row.kind, "part-prefill"), hint)
         canvas.line(x(row.floor_ms), top + BAR - 2, x(row.floor_ms), top + 2 * BAR + 3, "full-line")
         end = max(x(row.ms), x(row.floor_ms), names) + 6
         canvas.text(end, top + 2 * BAR - 1, f"{milliseconds(row.ms)} ms", "label strong")
-    return canvas.svg(f"Time of each part on {document['title']}")
+    return canvas.svg(f"Time of each part on {profile.title}")
 
 
-def write_svg(document: Mapping[str, Any], path: Path) -> None:
+def write_svg(profile: Profile, path: Path) -> None:
     """The drawing as a file of its own."""
-    head, rest = str(part_bars(document)).split(">", 1)
+    head, rest = str(part_bars(profile)).split(">", 1)
     width, height = head.split('viewBox="0 0 ')[1].split('"')[0].split()
     opened = head.replace("<svg ", f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" ')
     write_text(path, f"{opened}><style>{STYLE}</style>{rest}\n")

@@ -1,9 +1,10 @@
 """A profile's rows and its main numbers in words, for the console, the plot and the report."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+
+from btp_export.results.profile import Profile, ProfiledPart
 
 ALL = "prefill all"  # the row of the whole prefill: segments and selections
 
@@ -28,31 +29,31 @@ class Row:
         return self.floor_ms / self.ms if self.ms else None
 
 
-def part_rows(profile: Mapping[str, Any]) -> list[Row]:
+def part_rows(profile: Profile) -> list[Row]:
     """All parts in running order; behind the last segment the prefill in all, which is what pruning makes shorter.
 
     A segment is only set beside an unpruned one of the same layers.
     """
-    full: Sequence[Mapping[str, Any]] = (profile["unpruned"] or {"parts": ()})["parts"]
-    same = {(part["name"], _layers(part)): part["ms"] for part in full}
-    rows = [_row(part, same.get((part["name"], _layers(part)))) for part in profile["parts"]]
+    full = profile.unpruned.parts if profile.unpruned else ()
+    same = {(part.name, part.layers): part.ms for part in full}
+    rows = [_row(part, same.get((part.name, part.layers))) for part in profile.parts]
     chain = [row for row in rows if row.kind in ("prefill", "select")]
     if len(chain) > 1:
-        whole = math.fsum(part["ms"] for part in full if part["kind"] == "prefill") if full else None
+        whole = math.fsum(part.ms for part in full if part.kind == "prefill") if full else None
         rows.insert(rows.index(chain[-1]) + 1, _sum(chain, whole))
     return rows
 
 
-def _row(part: Mapping[str, Any], full_ms: float | None) -> Row:
+def _row(part: ProfiledPart, full_ms: float | None) -> Row:
     return Row(
-        part["name"],
-        part["kind"],
-        part["bound"],
-        part["tokens"],
-        part["flops"],
-        part["bytes"],
-        part["ms"],
-        part["floor_ms"],
+        part.name,
+        part.kind,
+        part.bound,
+        part.tokens,
+        part.flops,
+        part.bytes,
+        part.ms,
+        part.floor_ms,
         full_ms,
     )
 
@@ -71,32 +72,28 @@ def _sum(rows: Sequence[Row], full_ms: float | None) -> Row:
     )
 
 
-def _layers(part: Mapping[str, Any]) -> tuple[int, ...]:
-    return tuple(part["layers"] or ())
-
-
-def summary_lines(profile: Mapping[str, Any]) -> list[str]:
+def summary_lines(profile: Profile) -> list[str]:
     """First token, decoding, the share of selection, and how much faster than without pruning."""
-    totals, speedup = profile["totals"], profile["speedup"]
-    lines = [f"first token {totals['first_token_ms']:.2f} ms, each further {totals['decode_ms']:.2f} ms"]
-    if totals["select_share"] is not None:
-        lines.append(f"selection takes {totals['select_share']:.1%} of the prefill")
-    if speedup:
-        pairs = [f"{name.replace('_', ' ')} {value:.2f} x" for name, value in speedup.items() if value is not None]
+    totals, speedup = profile.totals, profile.speedup
+    lines = [f"first token {totals.first_token_ms:.2f} ms, each further {totals.decode_ms:.2f} ms"]
+    if totals.select_share is not None:
+        lines.append(f"selection takes {totals.select_share:.1%} of the prefill")
+    if speedup is not None:
+        pairs = [f"{name.replace('_', ' ')} {value:.2f} x" for name, value in speedup if value is not None]
         lines.append(f"faster than without pruning: {', '.join(pairs)}")
     return lines
 
 
-def break_even_line(profile: Mapping[str, Any]) -> str:
+def break_even_line(profile: Profile) -> str:
     """From how many image tokens pruning pays, or why that cannot be said."""
-    found = profile["break_even"]
-    if found["image_tokens"] is None:
-        text = f"break-even cannot be stated: {found['reason']}"
+    even = profile.break_even
+    if even.image_tokens is None:
+        text = f"break-even cannot be stated: {even.reason}"
     else:
-        beyond = ", outside what was measured" if found["extrapolated"] else ""
-        text = f"pruning pays in prefill from about {found['image_tokens']} image tokens on{beyond}"
-    if found["saved_ms"] is not None:
-        text += f"; with {profile['image_tokens']} it saves {found['saved_ms']:.2f} ms"
-    if found["after_new_tokens"]:
-        text += f", made up for after {found['after_new_tokens']} new tokens"
+        beyond = ", outside what was measured" if even.extrapolated else ""
+        text = f"pruning pays in prefill from about {even.image_tokens} image tokens on{beyond}"
+    if even.saved_ms is not None:
+        text += f"; with {profile.image_tokens} it saves {even.saved_ms:.2f} ms"
+    if even.after_new_tokens:
+        text += f", made up for after {even.after_new_tokens} new tokens"
     return text

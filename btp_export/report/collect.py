@@ -1,13 +1,15 @@
 """Measuring what a report of an existing bundle shows, through the same functions as the commands of those names."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from btp_export.console import note
 from btp_export.report.data import Picture, ReportData
+from btp_export.results.evaluation import Evaluation
+from btp_export.results.timing import Bench
+from btp_export.results.verification import Verification
 from graphs.files.bundle import Bundle
 from graphs.records.errors import InputError
 from graphs.records.progress import Report
@@ -30,14 +32,15 @@ class Settings:
 
 
 def collect(
-    bundle: Bundle, settings: Settings, phase: Phase, *, check: Callable[[Mapping[str, Any]], None] | None = None
+    bundle: Bundle, settings: Settings, phase: Phase, *, check: Callable[[Verification], None] | None = None
 ) -> ReportData:
     """Verify, evaluate, time and draw. `phase(name)` is opened around each part and gives its progress.
 
     `check` sees the verification before anything else is measured and may raise.
     Accuracy on generated scenes says something about the demo model only; another model is evaluated if `questions`
     are given. The page says so where they are not.
-    Raises InputError for settings that cannot be used, as the parts do.
+    Raises InputError for settings that cannot be used and for a saved profile that is damaged, before anything is
+    measured, and as the parts do.
     """
     check_settings(settings)
     from btp_export.measuring.bench import measure
@@ -46,11 +49,12 @@ def collect(
     from btp_export.profiling.profile import saved_profiles
     from btp_export.running.streamed import too_large
 
+    engines = saved_profiles(bundle)  # before anything is measured: one that is damaged is refused
     with phase("verify") as report:
         verification = verify_profiles(bundle, threads=settings.threads, device="auto", report=report, note=note)
     if check is not None:
         check(verification)
-    evaluation: dict[str, Any] | None = None
+    evaluation: Evaluation | None = None
     if settings.questions is not None or bundle.manifest.model.name == DEMO:
         with phase("eval") as report:
             evaluation = evaluate_bundle(
@@ -62,9 +66,10 @@ def collect(
                 threads=settings.threads,
                 report=report,
             )
-    bench: dict[str, Any] | None = None
+    bench: Bench | None = None
     pictures: list[Picture] = []
-    if (reason := too_large(bundle, models=2)) is not None:
+    reason = too_large(bundle, models=2)
+    if reason is not None:
         note(f"not timed and not drawn: {reason}")
     else:
         with phase("bench") as report:
@@ -77,7 +82,7 @@ def collect(
         verification=verification,
         evaluation=evaluation,
         bench=bench,
-        engines=saved_profiles(bundle),
+        engines=engines,
         pictures=pictures,
     )
 
@@ -114,14 +119,14 @@ def scene_pictures(
     from btp_export.running.runtime import load
     from calibrate.data.samples import scene_samples
 
-    chosen = scene_samples(count, seed=seed, split="calibration").samples
+    scenes = scene_samples(count, seed=seed, split="calibration").samples
     model = load(bundle, threads=threads)
-    answers = model.generate([one.image for one in chosen], [one.prompt for one in chosen], resize=True)
+    answers = model.generate([scene.image for scene in scenes], [scene.prompt for scene in scenes], resize=True)
     pictures = []
-    for one, answer in zip(chosen, answers, strict=True):
+    for scene, answer in zip(scenes, answers, strict=True):
         kept = [indices.tolist() for indices in answer.kept]
         profile = model.profile
         pictures.append(
-            Picture(one.image, one.prompt, answer.text, profile.grid, kept, one.answer, blocks=profile.blocks)
+            Picture(scene.image, scene.prompt, answer.text, profile.grid, kept, scene.answer, blocks=profile.blocks)
         )
     return pictures

@@ -128,9 +128,9 @@ def open_graphs(
     if engine is None:
         files = {graph.name: bundle.root / graph.file for graph in bundle.graphs(profile)}
         return OrtLoader(device=device, threads=threads, tf32=allows_tf32(bundle.manifest.build.precision)), files
-    from engines.runners.tensorrt import open_engines
     from engines.targets import find_target
     from engines.tensorrt.records import engines_folder
+    from engines.tensorrt.run.runner import open_engines
 
     if threads is not None:
         raise InputError(f"--threads {threads} with --engine", wanted="one or the other", do="leave --threads out")

@@ -13,7 +13,7 @@ from typing import Any
 
 from PIL import Image
 
-from calibrate.data.samples import DEFAULT_PROMPTS, Found, SampleSet, read_picture, take
+from calibrate.data.samples import DEFAULT_PROMPTS, NO_CHECKS, Checks, Found, SampleSet, read_picture, take
 from graphs.records.errors import InputError, UnavailableError
 from graphs.records.progress import Note
 
@@ -29,7 +29,13 @@ def is_saved(folder: Path) -> bool:
 
 
 def samples(
-    source: str, *, prompts: Sequence[str] | None = None, count: int, seed: int, note: Note | None = None
+    source: str,
+    *,
+    prompts: Sequence[str] | None = None,
+    count: int,
+    seed: int,
+    note: Note | None = None,
+    checks: Checks = NO_CHECKS,
 ) -> SampleSet:
     """Up to `count` pictures of a data set in a seeded order, with its own prompts where it has any.
 
@@ -58,7 +64,9 @@ def samples(
             yield Found(label, _reader(stored, label), row[question] if question else None)
 
     what = f"data set {name}" + (f", column {question}" if question else "")
-    return take(found(), prompts or DEFAULT_PROMPTS, count=count, where=f"in {source}", source=what, note=note)
+    return take(
+        found(), prompts or DEFAULT_PROMPTS, count=count, where=f"in {source}", source=what, note=note, checks=checks
+    )
 
 
 def _library() -> Any:

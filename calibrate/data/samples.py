@@ -1,15 +1,16 @@
 """What a model is calibrated and measured on: pictures with prompts.
 
 They come from generated scenes, a folder, a JSONL file or a Hugging Face data set (calibrate/data/hub_data.py). For
-calibration a picture that cannot be read is named and skipped, and too few are an error; for a measurement
+calibration a picture that cannot be used is named and skipped, and too few are an error; for a measurement
 (`jsonl_samples`) it is an error at once, because a score over fewer questions is another score.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
-import json
+import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,11 +21,14 @@ import torch
 from PIL import Image, UnidentifiedImageError
 
 from calibrate.data import scenes
+from calibrate.data.folders import PICTURE_SUFFIXES, picture_files
+from calibrate.data.text_files import at, json_record, read_lines
 from calibrate.reference.records import ReferenceInput
 from graphs.records.errors import InputError
 from graphs.records.progress import Note, Report
 
-PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+# What Pillow raises for damaged files, depending on the format and on where the damage is.
+_DAMAGE = (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, struct.error)
 LEAST_PICTURES = 4
 DEFAULT_SAMPLES = 64
 # What stands in for a user's questions; image tokens come before the question, so its words hardly matter.
@@ -38,13 +42,17 @@ DEFAULT_PROMPTS = (
 
 @dataclass(frozen=True)
 class Sample:
-    """One picture with one prompt; `answer` and `kind` where they are known."""
+    """One picture with one prompt; `answer` and `kind` where they are known.
+
+    `where` names the file and line that it comes from, for errors; empty where there is none.
+    """
 
     image: Image.Image
     prompt: str
     name: str
     answer: str | None = None
     kind: str = ""
+    where: str = ""
 
 
 @dataclass(frozen=True)
@@ -103,90 +111,107 @@ class Found:
     name: str
     read: Callable[[], Image.Image]
     prompt: str | None = None
+    where: str = ""
 
 
-def calibration_samples(
-    images: str | None,
-    *,
-    prompts: Path | None = None,
-    count: int = DEFAULT_SAMPLES,
-    seed: int = 0,
-    note: Note | None = None,
-) -> SampleSet:
-    """Up to `count` samples in a seeded order, from where `images` says.
+@dataclass(frozen=True)
+class Checks:
+    """What a model says of a picture and of a prompt: each raises InputError for one that the model cannot take."""
 
-    None: generated scenes. Otherwise a folder of pictures, a JSONL file of image and prompt, `hf:owner/name[:split]`,
-    or a folder that `datasets` saved. `prompts` is a file of them, one a line, which then take turns.
-    Raises InputError for a source that cannot be used or holds too few pictures, UnavailableError for a data set when
-    `datasets` is not installed or the hub cannot be reached.
-    """
-    from calibrate.data import hub_data
+    picture: Callable[[Image.Image], object] = lambda picture: None
+    prompt: Callable[[str], object] = lambda prompt: None
 
-    if images is None:
-        return scene_samples(count, seed=seed, split="calibration")
-    given = None if prompts is None else read_prompts(prompts)
-    path = Path(images).expanduser()
-    if images.startswith(hub_data.PREFIX) or hub_data.is_saved(path):
-        return hub_data.samples(images, prompts=given, count=count, seed=seed, note=note)
-    if path.is_dir():
-        return folder_samples(path, prompts=given or DEFAULT_PROMPTS, count=count, seed=seed, note=note)
-    if path.is_file():
-        return jsonl_pictures(path, prompts=given, count=count, seed=seed, note=note)
-    raise InputError(
-        f"{images} is not there",
-        wanted="a folder of pictures, a JSONL file of image and prompt, or hf:owner/name[:split]",
-        do="--images DIR",
-    )
+
+NO_CHECKS = Checks()
 
 
 def folder_samples(
-    folder: Path, *, prompts: Sequence[str] = DEFAULT_PROMPTS, count: int, seed: int, note: Note | None = None
+    folder: Path,
+    *,
+    prompts: Sequence[str] = DEFAULT_PROMPTS,
+    count: int,
+    seed: int,
+    note: Note | None = None,
+    checks: Checks = NO_CHECKS,
 ) -> SampleSet:
     """Up to `count` pictures of a folder (its subfolders too) in a seeded order, prompts taking turns.
 
-    A picture that cannot be read is named and skipped. Raises InputError if the folder is not there or fewer than
+    A picture that cannot be used is named and skipped. Raises InputError if the folder is not there or fewer than
     `LEAST_PICTURES` pictures can be read.
     """
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder", wanted="a folder of pictures", do="--images DIR")
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURE_SUFFIXES)
+    paths = picture_files(folder, note)
 
     def found() -> Iterator[Found]:
         for place in np.random.default_rng(seed).permutation(len(paths)):
             path = paths[place]
             yield Found(path.relative_to(folder).as_posix(), lambda path=path: read_picture(path))  # type: ignore[misc]
 
-    return take(found(), prompts, count=count, where=f"in {folder}", source="pictures of a folder", note=note)
+    return take(
+        found(), prompts, count=count, where=f"in {folder}", source="pictures of a folder", note=note, checks=checks
+    )
 
 
 def jsonl_pictures(
-    path: Path, *, prompts: Sequence[str] | None = None, count: int, seed: int, note: Note | None = None
+    path: Path,
+    *,
+    prompts: Sequence[str] | None = None,
+    count: int,
+    seed: int,
+    note: Note | None = None,
+    checks: Checks = NO_CHECKS,
 ) -> SampleSet:
     """Up to `count` lines of {"image": path, "prompt": text} in a seeded order; paths are relative to the file.
 
-    `prompts` replace the file's own. A picture that cannot be read is named and skipped, a line that is no such object
-    is an error. Raises InputError for that and for too few pictures.
+    `prompts` replace the file's own. A picture that cannot be used is named and skipped, a line that is no such object
+    or has a prompt that the model cannot take is an error. Raises InputError for that and for too few pictures.
     """
-    lines = _jsonl_lines(path, "image, prompt")
-    wanted = ("image",) if prompts else ("image", "prompt")
-    records = [_jsonl_record(path, number, line, wanted) for number, line in lines]
+    keys = ("image",) if prompts else ("image", "prompt")
+    lines = read_lines(path, "a JSONL file of image, prompt")
+    records = [json_record(line, keys) for line in lines]
+    for line, record in zip(lines, records, strict=True):
+        _check_prompt(record.get("prompt"), line.where, checks)
 
     def found() -> Iterator[Found]:
         for place in np.random.default_rng(seed).permutation(len(records)):
-            image = records[place]["image"]
-            prompt = None if prompts else records[place]["prompt"]
-            yield Found(image, lambda image=image: read_picture(path.parent / image), prompt)  # type: ignore[misc]
+            image, prompt = records[place]["image"], records[place].get("prompt")
+            read = functools.partial(read_picture, path.parent / image)
+            yield Found(image, read, None if prompts else prompt, lines[place].where)
 
-    source = f"lines of {path.name}"
-    return take(found(), prompts or DEFAULT_PROMPTS, count=count, where=f"in {path}", source=source, note=note)
+    return take(
+        found(),
+        prompts or DEFAULT_PROMPTS,
+        count=count,
+        where=f"in {path}",
+        source=f"lines of {path.name}",
+        note=note,
+        checks=checks,
+    )
+
+
+def _check_prompt(prompt: str | None, where: str, checks: Checks) -> None:
+    if prompt is None:
+        return
+    try:
+        checks.prompt(prompt)
+    except InputError as error:
+        raise at(where, error) from error
 
 
 def take(
-    found: Iterable[Found], prompts: Sequence[str], *, count: int, where: str, source: str, note: Note | None
+    found: Iterable[Found],
+    prompts: Sequence[str],
+    *,
+    count: int,
+    where: str,
+    source: str,
+    note: Note | None,
+    checks: Checks = NO_CHECKS,
 ) -> SampleSet:
-    """The first `count` pictures that can be read; the others are named and skipped.
+    """The first `count` pictures that can be used; the others are named and skipped, with the reason.
 
-    Raises InputError if fewer than `LEAST_PICTURES` (or `count`) can be read.
+    Raises InputError if fewer than `LEAST_PICTURES` (or `count`) can be used.
     """
     samples: list[Sample] = []
     skipped: list[str] = []
@@ -195,17 +220,19 @@ def take(
             break
         try:
             image = one.read()
+            checks.picture(image)
+            if one.prompt is not None:
+                checks.prompt(one.prompt)
         except InputError as error:
             skipped.append(one.name)
             if note is not None:
-                note(f"skipped: {error.got}")
+                note(f"skipped: {error.got if one.name in error.got else f'{one.name}: {error.got}'}")
             continue
-        samples.append(Sample(image, one.prompt or prompts[len(samples) % len(prompts)], one.name))
+        samples.append(Sample(image, one.prompt or prompts[len(samples) % len(prompts)], one.name, where=one.where))
     least = min(LEAST_PICTURES, count)
     if len(samples) < least:
         raise InputError(
-            f"{len(samples)} readable pictures {where} "
-            f"({len(skipped)} unreadable, {len(samples) + len(skipped)} found)",
+            f"{len(samples)} usable pictures {where} ({len(skipped)} skipped, {len(samples) + len(skipped)} found)",
             wanted=f"at least {least}: {', '.join(PICTURE_SUFFIXES)}",
             do="give a source with more pictures, or leave --images out for generated scenes",
         )
@@ -218,22 +245,21 @@ def read_picture(source: Path | bytes, name: str = "") -> Image.Image:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as picture:
             rgb: Image.Image = picture.convert("RGB")
             return rgb
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
+    except (*_DAMAGE, Image.DecompressionBombError) as error:
         where = name or (source if isinstance(source, Path) else "in memory")
         reason = "not a picture" if isinstance(error, UnidentifiedImageError) else error
         raise InputError(f"cannot read the picture {where}: {reason}", wanted="a whole picture file") from error
 
 
-def read_prompts(path: Path) -> tuple[str, ...]:
-    """One prompt a line, blank lines left out. Raises InputError for a file that holds none."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read the prompts {path}: {error}", wanted="a text file, one prompt a line") from error
-    prompts = tuple(line.strip() for line in lines if line.strip())
-    if not prompts:
-        raise InputError(f"{path} holds no prompt", wanted="one prompt a line", do="write some, or leave --prompts out")
-    return prompts
+def read_prompts(path: Path, checks: Checks = NO_CHECKS) -> tuple[str, ...]:
+    """One prompt a line, blank lines left out.
+
+    Raises InputError for a file that holds none, naming the line for a prompt that the model cannot take.
+    """
+    lines = read_lines(path, "a text file, one prompt a line")
+    for line in lines:
+        _check_prompt(line.text.strip(), line.where, checks)
+    return tuple(line.text.strip() for line in lines)
 
 
 def jsonl_samples(path: Path, *, count: int | None = None) -> SampleSet:
@@ -241,43 +267,16 @@ def jsonl_samples(path: Path, *, count: int | None = None) -> SampleSet:
 
     Raises InputError that names the line for anything else: a measurement must not drop samples in silence.
     """
-    lines = _jsonl_lines(path, "image, prompt, answer")[:count]
     samples = []
-    for number, line in lines:
-        record = _jsonl_record(path, number, line, ("image", "prompt", "answer"))
-        image = read_picture(path.parent / record["image"])
-        samples.append(Sample(image, record["prompt"], record["image"], record["answer"], record.get("kind", "")))
+    for line in read_lines(path, "a JSONL file of image, prompt, answer")[:count]:
+        record = json_record(line, ("image", "prompt", "answer"))
+        try:
+            image = read_picture(path.parent / record["image"])
+        except InputError as error:
+            raise at(line.where, error) from error
+        kind = record.get("kind", "")
+        samples.append(Sample(image, record["prompt"], record["image"], record["answer"], kind, line.where))
     return SampleSet(tuple(samples), f"lines of {path.name}")
-
-
-def _jsonl_lines(path: Path, keys: str) -> list[tuple[int, str]]:
-    """The lines that hold something, with their numbers."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read {path}: {error}", wanted=f"a JSONL file of {keys}") from error
-    numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
-    if not numbered:
-        raise InputError(f"{path} holds no samples", wanted=f"a JSONL file of {keys}")
-    return numbered
-
-
-def _jsonl_record(path: Path, number: int, line: str, keys: Sequence[str]) -> dict[str, str]:
-    """One line with `keys`, and `kind` where it is given; all of them text."""
-    example = {"image": "cat.png", "prompt": "What is it?", "answer": "a cat"}
-    try:
-        record = json.loads(line)
-        found = {key: record[key] for key in keys} | ({"kind": record["kind"]} if "kind" in record else {})
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = f"no key {error}" if isinstance(error, KeyError) else "not a JSON object"
-        raise InputError(
-            f"{path} line {number}: {reason}",
-            wanted=json.dumps({key: example[key] for key in keys}),
-            do="mend the line",
-        ) from error
-    if not all(isinstance(value, str) for value in found.values()):
-        raise InputError(f"{path} line {number}: a value is not text", wanted=f"{', '.join(keys)} as text")
-    return found
 
 
 @dataclass(frozen=True)
@@ -302,7 +301,10 @@ def prepare(
     prepared: list[Prepared] = []
     features: dict[bytes, torch.Tensor] = {}
     for number, sample in enumerate(samples):
-        encoded = encoder.encode([sample.image], [sample.prompt])
+        try:
+            encoded = encoder.encode([sample.image], [sample.prompt])
+        except InputError as error:
+            raise at(sample.where or sample.name, error) from error
         pixels = np.asarray(encoded.pixel_values, dtype=np.float32)
         key = pixels.tobytes()
         if key not in features:

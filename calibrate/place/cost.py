@@ -11,8 +11,7 @@ reading the weights), the rates are the machine's. Two lengths determine them; w
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,49 +56,74 @@ class PrefillCost:
         return {"unit": self.unit, "source": self.source, **({} if self.unit == "operations" else fitted)}
 
 
-def measured_cost(path: Path, decoder: DecoderSpec, profile: ShapeProfile) -> PrefillCost:
-    """The cost in milliseconds from the document of `btp-export bench --json` or `btp-export profile --json`.
+@dataclass(frozen=True)
+class MeasuredPrefills:
+    """Prefills of a batch without and with pruning, as `btp-export bench` times them: milliseconds and operations."""
 
-    Raises InputError for another file, for a measurement of another model or shape, and for times from which no cost
-    per token follows (a pruned prefill that was not faster).
+    full_ms: float
+    pruned_ms: float  # selections included
+    select_ms: float
+    full: float  # operations in matrix products
+    pruned: float  # without the selections'
+    selection: float
+    batch: int
+    machine: str  # what measured, for the plan's record
+
+
+@dataclass(frozen=True)
+class MeasuredSegment:
+    """Decoder layers [start, stop) on `tokens` tokens of each sample: milliseconds of a batch."""
+
+    start: int
+    stop: int
+    tokens: int
+    ms: float
+
+
+@dataclass(frozen=True)
+class MeasuredParts:
+    """The parts of a prefill, as `btp-export profile` times them, of a batch."""
+
+    segments: Sequence[MeasuredSegment]  # pruned, and unpruned ones if there are any
+    head_ms: Sequence[float]
+    select_ms: float
+    selection: float  # operations in matrix products
+    image_tokens: int
+    batch: int
+    machine: str
+
+
+def measured_cost(
+    measured: MeasuredPrefills | MeasuredParts, source: Path | str, decoder: DecoderSpec, profile: ShapeProfile
+) -> PrefillCost:
+    """The cost in milliseconds from a measurement; `source` names it in errors.
+
+    Raises InputError for a measurement of another model or shape, and for times from which no cost per token follows
+    (a pruned prefill that was not faster).
     """
-    document = _read(path)
-    try:
-        parts = "parts" in document
-        return (_from_profile if parts else _from_bench)(document, path, decoder, profile)
-    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
-        raise InputError(
-            f"{path} holds no prefill times with their operations",
-            wanted="what `btp-export bench --json` or `btp-export profile --json` printed",
-            do="btp-export bench BUNDLE --json > bench.json",
-        ) from error
+    if isinstance(measured, MeasuredPrefills):
+        return _from_prefills(measured, source, decoder, profile)
+    return _from_parts(measured, source, decoder, profile)
 
 
-def _read(path: Path) -> Mapping[str, Any]:
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"cannot read {path}: {error}", wanted="the JSON document of a bench or profile", do="--latency-from FILE"
-        ) from error
-    if not isinstance(document, dict):
-        raise InputError(f"{path} holds a {type(document).__name__}", wanted="a JSON object", do="--latency-from FILE")
-    return document
-
-
-def _from_bench(document: Mapping[str, Any], path: Path, decoder: DecoderSpec, profile: ShapeProfile) -> PrefillCost:
+def _from_prefills(
+    measured: MeasuredPrefills, source: Path | str, decoder: DecoderSpec, profile: ShapeProfile
+) -> PrefillCost:
     """Two lengths: the unpruned prefill, and the pruned one without its selections."""
-    if isinstance(document.get("bench"), dict):  # the document of the whole job
-        document = document["bench"]
-    prefill, operations, batch = document["prefill"], document["flops"], int(document["batch"])
-    select_ms, select_work = sum(map(float, document["select_ms"])), float(operations["selection"]) / batch
-    work = [float(operations[name]) / batch for name in ("full", "pruned")]
-    times = [float(prefill["full_ms"]) / batch, (float(prefill["pruned_ms"]) - select_ms) / batch]
-    _check_same(work[0], path, decoder, profile)
+    batch = measured.batch
+    work = [measured.full / batch, measured.pruned / batch]
+    times = [measured.full_ms / batch, (measured.pruned_ms - measured.select_ms) / batch]
+    _check_same(work[0], source, decoder, profile)
+    if work[0] == work[1]:
+        raise InputError(
+            f"{source} measures a bundle that prunes nothing",
+            wanted="prefills of two lengths",
+            do="measure a pruned bundle, or leave --latency-from out",
+        )
     fixed, rate = fit_line(work, times)
     if rate <= 0:
         raise InputError(
-            f"{path}: pruned prefill {times[1]:.3g} ms without its selections, the whole one {times[0]:.3g} ms",
+            f"{source}: pruned prefill {times[1]:.3g} ms without its selections, the whole one {times[0]:.3g} ms",
             wanted="a measurement in which fewer operations take less time",
             do="measure again on a quiet machine, or leave --latency-from out",
         )
@@ -108,52 +132,46 @@ def _from_bench(document: Mapping[str, Any], path: Path, decoder: DecoderSpec, p
         profile,
         fixed=fixed,
         decoder_rate=rate,
-        selection_rate=select_ms / batch / select_work if select_work else rate,
+        selection_rate=measured.select_ms / measured.selection if measured.selection else rate,
         unit="milliseconds",
-        source=f"measured: {document.get('device', 'cpu')}, {document['precision']}, batch {batch}",
+        source=f"measured: {measured.machine}, batch {batch}",
     )
 
 
-def _from_profile(document: Mapping[str, Any], path: Path, decoder: DecoderSpec, profile: ShapeProfile) -> PrefillCost:
+def _from_parts(
+    measured: MeasuredParts, source: Path | str, decoder: DecoderSpec, profile: ShapeProfile
+) -> PrefillCost:
     """Every prefill part is some layers at one length: a line through their times for one layer."""
-    batch = int(document["batch"])
-    parts = [*document["parts"], *((document.get("unpruned") or {}).get("parts") or ())]
-    segments = [part for part in parts if part["kind"] == "prefill"]
-    layers = [int(part["layers"][1]) - int(part["layers"][0]) for part in segments]
-    if (
-        int(document["image_tokens"]) != profile.image_tokens
-        or max((part["layers"][1] for part in segments), default=decoder.num_layers) != decoder.num_layers
-    ):
+    segments, batch = measured.segments, measured.batch
+    last = max((segment.stop for segment in segments), default=decoder.num_layers)
+    if measured.image_tokens != profile.image_tokens or last != decoder.num_layers:
         raise InputError(
-            f"{path} measures {document['image_tokens']} image tokens",
+            f"{source} measures {measured.image_tokens} image tokens",
             wanted=f"{profile.image_tokens} through {decoder.num_layers} layers",
             do="profile a bundle of the same model and image size",
         )
-    if len({int(part["tokens"]) for part in segments}) < 2:
+    if len({segment.tokens for segment in segments}) < 2:
         raise InputError(
-            f"{path} measures prefills of {len(segments)} parts, of one length only",
+            f"{source} measures prefills of {len(segments)} parts, of one length only",
             wanted="segments of different lengths: engines of a pruned bundle, not assembled whole",
             do="btp-export build BUNDLE --assemble segments --unpruned, then profile",
         )
-    work = [float(operations.layer(decoder, int(part["tokens"]))) for part in segments]
-    times = [float(part["ms"]) / count / batch for part, count in zip(segments, layers, strict=True)]
-    fixed, rate = fit_line(work, times)
+    work = [float(operations.layer(decoder, segment.tokens)) for segment in segments]
+    fixed, rate = fit_line(work, [segment.ms / (segment.stop - segment.start) / batch for segment in segments])
     if rate <= 0:
         raise InputError(
-            f"{path}: shorter segments take no less time", wanted="a steady measurement", do="measure again"
+            f"{source}: shorter segments take no less time", wanted="a steady measurement", do="measure again"
         )
-    heads = [float(part["ms"]) / batch for part in parts if part["kind"] == "head"]
+    heads = [ms / batch for ms in measured.head_ms]
     head = max(0.0, sum(heads) / len(heads) - rate * 2 * decoder.hidden_size * decoder.vocab_size) if heads else 0.0
-    selects = [part for part in document["parts"] if part["kind"] == "select"]
-    select_work = sum(float(part["flops"]) for part in selects)
     return PrefillCost(
         decoder,
         profile,
         fixed=decoder.num_layers * fixed + head,
         decoder_rate=rate,
-        selection_rate=sum(float(part["ms"]) for part in selects) / select_work if select_work else rate,
+        selection_rate=measured.select_ms / measured.selection if measured.selection else rate,
         unit="milliseconds",
-        source=f"measured: {document['target']}, {document['precision']}, batch {batch}",
+        source=f"measured: {measured.machine}, batch {batch}",
     )
 
 
@@ -167,12 +185,12 @@ def fit_line(work: Sequence[float], times: Sequence[float]) -> tuple[float, floa
     return 0.0, float((x * y).sum() / (x * x).sum())
 
 
-def _check_same(full: float, path: Path, decoder: DecoderSpec, profile: ShapeProfile) -> None:
+def _check_same(full: float, source: Path | str, decoder: DecoderSpec, profile: ShapeProfile) -> None:
     shape = Shape("any", decoder.num_layers, profile.image_tokens, profile.grid, profile.blocks)
-    mine = operations.cost(decoder, shape.unpruned, profile).decoder / profile.batch
-    if not mine / _SAME <= full <= mine * _SAME:
+    expected = operations.cost(decoder, shape.unpruned, profile).decoder / profile.batch
+    if not expected / _SAME <= full <= expected * _SAME:
         raise InputError(
-            f"{path} measures a prefill of {full:.3g} operations",
-            wanted=f"about {mine:.3g}, as this model takes with {profile.image_tokens} image tokens",
+            f"{source} measures a prefill of {full:.3g} operations",
+            wanted=f"about {expected:.3g}, as this model takes with {profile.image_tokens} image tokens",
             do="measure a bundle of the same model and image size",
         )

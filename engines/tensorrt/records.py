@@ -16,7 +16,7 @@ from graphs.files.atomic import sha256, write_text
 from graphs.files.bundle import Bundle
 from graphs.records.errors import InputError
 from graphs.records.manifest import FileRecord, RelativePath, Sha256, TensorRecord
-from graphs.records.record import Strict, parse_record
+from graphs.records.record import Record, parse_record
 from graphs.records.spec import Precision
 
 FORMAT: Final = "btp-engines/1"
@@ -32,7 +32,7 @@ PluginForm = Literal["library", "python", "none"]
 Packing = Literal["none", "rows"]
 
 
-class WeightSource(Strict):
+class WeightSource(Record):
     """Where a matrix lies: `nbytes` bytes at `offset` from the start of a safetensors file."""
 
     tensor: str  # its name in the graph, the checkpoint's canonical name
@@ -56,7 +56,7 @@ class WeightInput(TensorRecord):
         return self
 
 
-class Estimate(Strict):
+class Estimate(Record):
     """Bytes expected before the build; how they are counted is in engines/tensorrt/prepare/estimate.py."""
 
     weight_bytes: int  # matrices and constants that the graph reads, wherever they lie
@@ -66,7 +66,7 @@ class Estimate(Strict):
     build_peak_bytes: int  # memory of the building process
 
 
-class EngineLayer(Strict):
+class EngineLayer(Record):
     """One layer of a built engine; `plugin` is the custom operator's name where it is one."""
 
     name: str
@@ -86,7 +86,7 @@ class BuiltEngine(FileRecord):
     layers: tuple[EngineLayer, ...]
 
 
-class EngineGraph(Strict):
+class EngineGraph(Record):
     """One prepared graph; `engine` is None until it is built."""
 
     name: str
@@ -102,14 +102,14 @@ class EngineGraph(Strict):
     engine: BuiltEngine | None = None
 
 
-class PluginRecord(Strict):
+class PluginRecord(Record):
     """The form of the custom operators, and the library's hash where a library was used."""
 
     form: PluginForm
     sha256: Sha256 | None = None
 
 
-class EnginesRecord(Strict):
+class EnginesRecord(Record):
     """The whole engines.json; graphs are listed in the order in which they run, profile by profile."""
 
     format: Literal["btp-engines/1"] = FORMAT

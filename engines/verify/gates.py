@@ -45,6 +45,7 @@ class GraphCheck:
     norm_ratio: float = 1.0
     max_abs: float = 0.0
     worst: str = ""
+    gates: Gates = GATES["float32"]  # by which it is judged
 
     def add(self, tensor: str, wanted: Array, got: Array) -> None:
         """Compare one tensor of one sample."""
@@ -55,25 +56,19 @@ class GraphCheck:
             self.norm_ratio = ratio
         self.max_abs = max(self.max_abs, gap) if np.isfinite(gap) else float("inf")
 
-    def holds(self, gates: Gates) -> bool:
-        """Whether it is within the gates."""
-        return self.cosine >= gates.cosine and abs(self.norm_ratio - 1) <= gates.norm
-
-    def as_json(self) -> dict[str, Any]:
-        """Contract keys."""
-        return {
-            "name": self.name,
-            "cosine": self.cosine,
-            "norm_ratio": self.norm_ratio,
-            "max_abs": self.max_abs,
-            "worst": self.worst,
-        }
+    def holds(self) -> bool:
+        """Whether it is within its gates."""
+        return self.cosine >= self.gates.cosine and abs(self.norm_ratio - 1) <= self.gates.norm
 
 
 @dataclass
-class Findings:
-    """What verification found so far; `failures` are sentences, empty if everything held."""
+class CheckResults:
+    """What verification found so far; `failures` are sentences, empty if everything held.
 
+    `gates` are the decoder's, by which kept tokens and free runs are judged too; a graph has its own.
+    """
+
+    gates: Gates = GATES["float32"]
     graphs: list[GraphCheck] = field(default_factory=list)
     kept: list[list[float]] = field(default_factory=list)  # per stage: agreement of each sample, 1.0 for keep 0
     near_ties: list[str] = field(default_factory=list)
@@ -84,9 +79,10 @@ class Findings:
         return asdict(self)
 
     @staticmethod
-    def restored(state: dict[str, Any]) -> Findings:
+    def restored(state: dict[str, Any]) -> CheckResults:
         """The findings that `state` was taken of."""
-        return Findings(**{**state, "graphs": [GraphCheck(**check) for check in state["graphs"]]})
+        graphs = [GraphCheck(**{**check, "gates": Gates(**check["gates"])}) for check in state["graphs"]]
+        return CheckResults(**{**state, "gates": Gates(**state["gates"]), "graphs": graphs})
 
     def kept_agreement(self) -> list[float]:
         """Mean agreement per stage."""

@@ -9,7 +9,7 @@ from functools import partial
 import numpy as np
 
 from engines.runners import Runner
-from engines.verify.gates import Findings, GraphCheck, agreement
+from engines.verify.gates import CheckResults, GraphCheck, agreement
 from engines.verify.protocol import Array, SegmentRun, StageRun, VerifySample
 from engines.verify.streamed_graphs import run_each
 from graphs import names
@@ -60,7 +60,7 @@ class GraphVerifier:
     runner: Runner
     plan: PruningPlan
     profile: ShapeProfile
-    findings: Findings
+    findings: CheckResults
 
     def check(self, samples: Sequence[VerifySample]) -> None:
         self.result = GraphCheck(self.name)

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from engines.runners import Runner
-from engines.verify.gates import GATES, Findings, Gates, agreement
+from engines.verify.gates import GATES, CheckResults, Gates, agreement
 from engines.verify.graph_checks import GraphVerifier
 from engines.verify.protocol import Array, ReferenceRun, VerifySample
 from graphs import names
@@ -29,7 +29,7 @@ from graphs.records.progress import Report
 from graphs.records.shapes import ShapeProfile
 from graphs.records.spec import Precision
 
-__all__ = ["GATES", "Findings", "FreeRun", "VerifySample", "same_kept", "verify_free", "verify_graphs"]
+__all__ = ["GATES", "CheckResults", "FreeRun", "VerifySample", "same_kept", "verify_free", "verify_graphs"]
 
 GraphOpener = Callable[[], Runner]
 
@@ -44,18 +44,19 @@ def verify_graphs(
     computed: Precision | None = None,
     steps: Steps | None = None,
     progress: Report | None = None,
-) -> Findings:
+) -> CheckResults:
     """Run every graph on the reference's inputs, one graph open at a time, and compare.
 
     `graphs` opens graphs by name, in the order in which they run; the samples are taken in batches of the profile's
     size, the last one filled up with its last sample. `precision` is the graphs' own, `computed` what the runner makes
     of it in the decoder (None: the same). Graphs that `steps` knows to be checked are not run again.
     """
+    gates = GATES[computed or precision]
     latest = steps.resume("the check of the graphs") if steps is not None else None
     if latest is not None:
-        findings, checked = Findings.restored(latest.meta), latest.number
+        findings, checked = CheckResults.restored(latest.meta), latest.number
     else:
-        findings, checked = Findings(kept=[[] for _ in plan.stages]), 0
+        findings, checked = CheckResults(gates=gates, kept=[[] for _ in plan.stages]), 0
     wanted = [*names.prefill_graphs(plan, whole=names.WHOLE in graphs), names.DECODE]
     missing = [name for name in wanted if name not in graphs]
     if missing and not checked:
@@ -67,23 +68,24 @@ def verify_graphs(
             progress(number - checked, len(graphs) - checked, name)
         GraphVerifier(name, opener(), plan, profile, findings).check(samples)
         check = findings.graphs[-1]
-        gates = GATES[precision if name == names.VISION else computed or precision]
-        if not check.holds(gates):
+        check.gates = GATES[precision] if name == names.VISION else gates
+        if not check.holds():
             findings.failures.append(
                 f"{name}: cosine {check.cosine:.10g} and norm ratio {check.norm_ratio:.7g} ({check.worst}); "
-                f"wanted at least {gates.cosine:.10g} and 1 within {gates.norm:g}"
+                f"wanted at least {check.gates.cosine:.10g} and 1 within {check.gates.norm:g}"
             )
         if steps is not None and steps.due:
             steps.save(number + 1, {}, findings.state())
-    _judge_agreement(findings, GATES[computed or precision])
+    _judge_agreement(findings)
     return findings
 
 
-def _judge_agreement(findings: Findings, gates: Gates) -> None:
+def _judge_agreement(findings: CheckResults) -> None:
     for number, share in enumerate(findings.kept_agreement() if all(findings.kept) else []):
-        if share < gates.agreement:
+        if share < findings.gates.agreement:
             findings.failures.append(
-                f"stage {number} keeps {share:.4f} of the reference's tokens; wanted at least {gates.agreement}"
+                f"stage {number} keeps {share:.4f} of the reference's tokens; wanted at least "
+                f"{findings.gates.agreement}"
             )
 
 
@@ -101,9 +103,8 @@ def same_kept(run: ReferenceRun, free: FreeRun) -> bool:
 
 
 def verify_free(
-    findings: Findings,
+    findings: CheckResults,
     plan: PruningPlan,
-    precision: Precision,
     runs: Sequence[ReferenceRun],
     free: Sequence[FreeRun],
     tokens_from: Sequence[ReferenceRun] | None = None,
@@ -112,12 +113,13 @@ def verify_free(
 
     A token is equal if it is the reference's argmax at its place, or ties with it within the gate: such near-ties are
     named. Where a near-tie made the bundle keep another token, `tokens_from` are reference runs forced to the bundle's
-    kept sets, so that the tokens are still compared like with like. Failures are added to `findings`.
+    kept sets, so that the tokens are still compared like with like. Failures are added to `findings`, whose gates hold
+    here too.
     """
-    gates, equal = GATES[precision], True
-    for number, (run, mine) in enumerate(zip(runs, free, strict=True)):
+    gates, equal = findings.gates, True
+    for number, (run, own) in enumerate(zip(runs, free, strict=True)):
         for stage, record in enumerate(run.stages):
-            kept = mine.kept[stage]
+            kept = own.kept[stage]
             share = agreement(record.absolute, kept)
             text = f"free run of sample {number}: stage {stage} keeps"
             if len(kept) != plan.stages[stage].keep:
@@ -127,11 +129,11 @@ def verify_free(
             elif share < 1.0:
                 findings.near_ties.append(f"{text} {share:.4f} of the reference's tokens (cut {record.margin:.2g})")
         logits = (tokens_from or runs)[number].logits
-        equal = _tokens_hold(findings, number, logits, mine.tokens, gates) and equal
+        equal = _tokens_hold(findings, number, logits, own.tokens, gates) and equal
     return equal
 
 
-def _tokens_hold(findings: Findings, number: int, logits: Array, tokens: Sequence[int], gates: Gates) -> bool:
+def _tokens_hold(findings: CheckResults, number: int, logits: Array, tokens: Sequence[int], gates: Gates) -> bool:
     for place, token in enumerate(tokens):
         row = logits[place].astype(np.float64)
         best = int(row.argmax())

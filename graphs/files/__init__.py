@@ -1,4 +1,4 @@
-"""Files on disk: checkpoints, safetensors, bundles, resumable work, and writes that appear whole or not at all.
+"""Files on disk: checkpoints, safetensors, bundles, resumable work, the cache folder, and writes that appear whole.
 
-May use graphs.records.
+May use graphs.records, names and dtypes.
 """

@@ -52,7 +52,7 @@ class Bundle:
     profile_plans: Mapping[str, PruningPlan] = field(default_factory=dict)
 
     @staticmethod
-    def open(path: Path, *, check: Check = "quick") -> "Bundle":
+    def open(path: Path | str, *, check: Check = "quick") -> "Bundle":
         """Open a bundle and check it.
 
         `quick` checks that every listed file is there with its size, and the hash of every file but weights above

@@ -23,9 +23,17 @@ def text_config(document: dict[str, Any]) -> "PreTrainedConfig":
         text: PreTrainedConfig = whole_config(document).get_text_config()
         return text
     fields = copy.deepcopy(document.get("text_config") or {})  # transformers writes into the nested dictionaries
-    model_type = fields.pop("model_type", "llama")
+    model_type = fields.pop("model_type", None) or _own_decoder(document)
     with _refusing("text_config", model_type):
         return AutoConfig.for_model(model_type, **fields)
+
+
+def _own_decoder(document: dict[str, Any]) -> str:
+    """The decoder's type where text_config does not name one: what transformers takes for that model."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    kind = document.get("model_type")
+    return str(CONFIG_MAPPING[kind]().get_text_config().model_type) if _is_known(document) else "llama"
 
 
 def whole_config(document: dict[str, Any]) -> "PreTrainedConfig":

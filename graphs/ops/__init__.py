@@ -7,7 +7,9 @@ An operator is a folder with a `schema.py`; adding one is adding a folder (type 
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
+
+from graphs.ops.domain import DOMAIN, PLUGIN, VERSION
 
 if TYPE_CHECKING:
     import onnx
@@ -15,14 +17,6 @@ if TYPE_CHECKING:
     from graphs.ops import gather_tokens, select_tokens
 
 __all__ = ["DOMAIN", "PLUGIN", "VERSION", "functions", "gather_tokens", "names", "register_schemas", "select_tokens"]
-
-DOMAIN: Final = "btp"
-VERSION: Final = 1
-# Attributes with which TensorRT finds the plugin of a node; every operator takes them: name -> default, purpose.
-PLUGIN: Final = {
-    "plugin_version": ("1", "version of the TensorRT plugin"),
-    "plugin_namespace": ("", "namespace of the TensorRT plugin"),
-}
 
 
 def names() -> list[str]:

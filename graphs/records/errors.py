@@ -1,10 +1,12 @@
 """Errors a user can cause. Each says what was got, what was wanted and what to do, and carries its exit code."""
 
+LONGEST = 500  # characters of a line; more is somebody else's dump, and its end is rarely what helps
+
 
 class BtpError(Exception):
     """Base of every error the toolkit raises on purpose.
 
-    The text is at most three lines: what was got, what was wanted, what to do next.
+    The text is at most three lines: what was got, what was wanted, what to do next. Each is cut to LONGEST characters.
     """
 
     exit_code = 1
@@ -20,7 +22,14 @@ class BtpError(Exception):
             lines.append(f"wanted: {self.wanted}")
         if self.do:
             lines.append(f"do this: {self.do}")
-        return lines
+        return [shortened(line) for line in lines]
+
+
+def shortened(text: str) -> str:
+    """One line of at most LONGEST characters; what is left out of the middle is marked."""
+    text = " ".join(text.splitlines())
+    half = (LONGEST - 5) // 2
+    return text if len(text) <= LONGEST else f"{text[:half]} ... {text[-half:]}"
 
 
 class CheckError(BtpError):

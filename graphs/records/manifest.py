@@ -5,11 +5,14 @@ from typing import Annotated, Final, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from graphs.records.record import Strict
+from graphs.records.record import Record
 from graphs.records.shapes import ShapeProfile
 from graphs.records.spec import ModelSpec, Precision
 
 FORMAT: Final = "btp-bundle/1"
+DUMMY_WEIGHTS: Final = (
+    "DUMMY WEIGHTS: the weights are random numbers; times and sizes are real, text and accuracy mean nothing"
+)
 
 
 def _relative(path: str) -> str:
@@ -23,7 +26,7 @@ RelativePath = Annotated[str, AfterValidator(_relative)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
-class FileRecord(Strict):
+class FileRecord(Record):
     """A file of the bundle, checked by size and hash."""
 
     file: RelativePath
@@ -31,7 +34,7 @@ class FileRecord(Strict):
     sha256: Sha256
 
 
-class TensorRecord(Strict):
+class TensorRecord(Record):
     """An input or output of a graph: name, ONNX element type ("float32", "int32", ...) and static shape."""
 
     name: str
@@ -49,7 +52,7 @@ class GraphRecord(FileRecord):
     layers: tuple[int, int] | None = None
 
 
-class ModelRecord(Strict):
+class ModelRecord(Record):
     """Where the model came from, without machine paths. `config_sha256` is of config.json.
 
     `renames` are the family's (stored prefix, canonical prefix) pairs, see graphs/files/checkpoint.py: with them the
@@ -63,7 +66,7 @@ class ModelRecord(Strict):
     dummy_weights: bool = False
 
 
-class BuildRecord(Strict):
+class BuildRecord(Record):
     """How the graphs were built."""
 
     opset: int
@@ -71,7 +74,7 @@ class BuildRecord(Strict):
     assemble: Literal["segments", "whole"]
 
 
-class Manifest(Strict):
+class Manifest(Record):
     """The whole manifest; graphs are listed in the order in which they run.
 
     `profile_plans` has the plan file of each profile, by name, whose image tokens are not the first one's.

@@ -12,10 +12,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from pydantic import Field, ModelWrapValidatorHandler, ValidationInfo, computed_field, model_validator
+from pydantic import (
+    Field,
+    GetJsonSchemaHandler,
+    ModelWrapValidatorHandler,
+    SerializerFunctionWrapHandler,
+    ValidationInfo,
+    computed_field,
+    model_serializer,
+    model_validator,
+)
+from pydantic_core import CoreSchema
 
 from graphs.records.errors import InputError
-from graphs.records.record import FROM_FILE, Strict, parse_record
+from graphs.records.record import FROM_FILE, Record, parse_record
 from graphs.records.token_layout import Blocks, Grid, blocks_field, check_blocks
 
 FORMAT: Final = "btp-plan/1"
@@ -31,7 +41,7 @@ ATTENTION_RULES: Final = ("last-token", "mean-text", "similar-text")  # need the
 INPUT_RULES: Final = ("norm", "vision-cls")  # look at what enters the decoder, so only before layer 0
 
 
-class Stage(Strict):
+class Stage(Record):
     """One pruning stage; the counts are BtpSelectTokens' attributes of those names. keep 0 drops all image tokens.
 
     Format 2 adds: `importance`, where it is not the plan's; `diversity`, the rule by which diversity picks and the fill
@@ -57,6 +67,16 @@ class Stage(Strict):
         plain = (self.importance, self.diversity, self.features, self.weights) == (None, "farthest", "raw", "none")
         return not plain
 
+    @model_serializer(mode="wrap")
+    def _written(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A stage that drops everything has no counts."""
+        return {"layer": self.layer, "keep": 0} if self.keep == 0 else write(self)
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        """Of the fields: pydantic takes what a serializer gives for any dictionary."""
+        return handler({name: part for name, part in schema.items() if name != "serialization"})
+
     @property
     def needs_similarity(self) -> bool:
         """Whether the selection reads the token similarity: diversity picks, seeds, or a fill beyond the quota."""
@@ -77,7 +97,7 @@ class Segment:
     stage: int | None
 
 
-class PruningPlan(Strict):
+class PruningPlan(Record):
     """Stages by rising layer and falling keep, for a decoder of L layers and V image tokens."""
 
     model_type: str
@@ -173,10 +193,6 @@ class PruningPlan(Strict):
     def to_json(self) -> str:
         """The contents of plan.json; the same plan gives the same bytes."""
         document = {"format": self.format} | self.model_dump(mode="json")
-        document["stages"] = [
-            {"layer": stage.layer, "keep": 0} if stage.keep == 0 else stage.model_dump(mode="json")
-            for stage in self.stages
-        ]
         return json.dumps(document, indent=1, ensure_ascii=False) + "\n"
 
     def digest(self) -> str:
@@ -190,10 +206,10 @@ class PruningPlan(Strict):
         return parse_record(PruningPlan, text, source=source, noun="pruning plan")
 
     @staticmethod
-    def load(path: Path) -> "PruningPlan":
+    def load(path: Path | str) -> "PruningPlan":
         """Read plan.json. Raises InputError if it cannot be read or is not valid."""
         try:
-            text = path.read_bytes()
+            text = Path(path).read_bytes()
         except OSError as error:
             raise InputError(
                 f"cannot read the plan {path}: {error.strerror}",

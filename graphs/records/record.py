@@ -10,16 +10,16 @@ from graphs.records.errors import InputError
 FROM_FILE: Final = {"from_file": True}  # the validation context of what is read from a file
 
 
-class Strict(BaseModel):
+class Record(BaseModel):
     """Validated, immutable record; an unknown or missing key is an error, never dropped in silence."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="constants")
 
 
-Record = TypeVar("Record", bound=Strict)
+Parsed = TypeVar("Parsed", bound=Record)
 
 
-def parse_record(kind: type[Record], text: str | bytes, *, source: Path | str, noun: str) -> Record:
+def parse_record(kind: type[Parsed], text: str | bytes, *, source: Path | str, noun: str) -> Parsed:
     """Parse JSON into `kind`.
 
     Raises InputError that names the file, the key and what was wrong with it.

@@ -2,11 +2,11 @@
 
 from pydantic import Field, model_validator
 
-from graphs.records.record import Strict
+from graphs.records.record import Record
 from graphs.records.token_layout import Blocks, blocks_field, check_blocks
 
 
-class ShapeProfile(Strict):
+class ShapeProfile(Record):
     """Batch B, prefix P, image tokens V on a grid, text bucket T and room for new tokens.
 
     `blocks` is there where the image tokens are not one grid: rows x columns of each block of tokens, in order (see

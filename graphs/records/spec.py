@@ -8,13 +8,13 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from graphs.records.record import Strict
+from graphs.records.record import Record
 from graphs.records.token_layout import Blocks, blocks_field, check_blocks, count_tokens
 
 Precision = Literal["float32", "float16", "bfloat16"]
 
 
-class DecoderSpec(Strict):
+class DecoderSpec(Record):
     """A Llama-like decoder: RMSNorm, rotary attention with grouped keys, gated MLP."""
 
     num_layers: int  # L
@@ -52,7 +52,7 @@ class DecoderSpec(Strict):
         return self
 
 
-class VisionSpec(Strict):
+class VisionSpec(Record):
     """What the image side takes and gives at its default size.
 
     A `dynamic` model takes pictures of any size; the family says what tokens each becomes. `pinpoints` are the sizes,
@@ -82,7 +82,7 @@ class VisionSpec(Strict):
         return count_tokens(self.blocks or (self.grid,))
 
 
-class ModelSpec(Strict):
+class ModelSpec(Record):
     """One model: its family, decoder, vision side and the token ids the runtime needs."""
 
     model_type: str  # transformers' model_type, also the family's name

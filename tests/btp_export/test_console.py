@@ -1,36 +1,54 @@
 """Results on standard output, everything else on standard error."""
 
 import json
+import math
 import sys
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 
 from btp_export import console
+from btp_export.results.base import Number, Result
+from btp_export.results.doctor import Version
 from graphs.records.shapes import ShapeProfile
 
 
-def test_json_is_one_document_of_plain_types(capsys: pytest.CaptureFixture[str]) -> None:
+class Example(Result):
+    """A document with everything that JSON has no word for."""
+
+    path: Path
+    floor: Number
+    ceiling: Number
+    record: ShapeProfile
+    nested: tuple[dict[str, Any], ...]
+    format: Literal["btp-example/1"] = "btp-example/1"
+
+
+def example() -> Example:
     profile = ShapeProfile(
         name="p", image_size=(1, 2), grid=(1, 1), prefix_tokens=0, image_tokens=1, text_tokens=1, new_tokens=1
     )
-    result = {
-        "path": Path("a/b"), "array": np.arange(3), "scalar": np.float32(0.5), "nan": float("nan"),
-        "infinite": np.float64("inf"), "record": profile, "nested": [{"tuple": (1, 2)}], 1: None, "true": True,
-    }  # fmt: skip
-    console.emit(result, as_json=True, render=lambda _: pytest.fail("not rendered"))
-    out = json.loads(capsys.readouterr().out)
+    nested = ({"tuple": (1, 2), "nan": math.nan, "path": Path("c")},)
+    return Example(path=Path("a/b"), floor=-math.inf, ceiling=np.float64("nan"), record=profile, nested=nested)
+
+
+def test_json_is_one_document_of_plain_types(capsys: pytest.CaptureFixture[str]) -> None:
+    console.emit(example(), as_json=True, render=lambda _: pytest.fail("not rendered"))
+    text = capsys.readouterr().out
+    out = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert next(iter(out)) == "format" and out.pop("format") == "btp-example/1"
     assert out.pop("record")["image_size"] == [1, 2]
     assert out == {
-        "path": "a/b", "array": [0, 1, 2], "scalar": 0.5, "nan": None, "infinite": None,
-        "nested": [{"tuple": [1, 2]}], "1": None, "true": True,
+        "path": "a/b", "floor": None, "ceiling": None, "nested": [{"tuple": [1, 2], "nan": None, "path": "c"}],
     }  # fmt: skip
+    assert Example.model_validate_json(text).to_json() == text
 
 
 def test_text_is_printed_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
-    console.emit({"x": 1}, as_json=False, render=lambda result: f"[bold]{result['x']}[/bold] :smile:")
-    assert capsys.readouterr().out == "[bold]1[/bold] :smile:\n"
+    console.emit(example(), as_json=False, render=lambda result: f"[bold]{result.path}[/bold] :smile:")
+    assert capsys.readouterr().out == "[bold]a/b[/bold] :smile:\n"
 
 
 def test_only_results_reach_standard_output(capsys: pytest.CaptureFixture[str]) -> None:
@@ -41,9 +59,9 @@ def test_only_results_reach_standard_output(capsys: pytest.CaptureFixture[str]) 
             bar.step()
             bar(2, 2, "done")
         console.stream("piece")
-        console.emit({"a": 1}, as_json=True)
+        console.emit(Version(version="1"), as_json=True)
     captured = capsys.readouterr()
-    assert captured.out == 'piece{\n "a": 1\n}\n'
+    assert captured.out == 'piece{\n "format": "btp-version/1",\n "version": "1"\n}\n'
     assert captured.err == "a library talks\nwe talk\n"
     assert sys.stdout is not sys.stderr
 

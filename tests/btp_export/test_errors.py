@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from btp_export import cli
 from btp_export.cli import main
 from graphs.files.bundle import Bundle
+from graphs.records.errors import LONGEST, InputError
 
 
 @pytest.fixture
@@ -117,3 +119,10 @@ def test_budgets_that_cannot_be(
     model = ["--model", str(tiny_checkpoint), "--samples", "2"]
     assert said in refused(capsys, ["export", *model, "--out", str(tmp_path / "b"), *budget])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_messages_of_any_length_are_three_short_lines() -> None:
+    error = InputError("x" * 3000, wanted="first\nsecond", do="y" * 2946 + " the end")
+    assert [len(line) <= LONGEST for line in error.lines()] == [True] * 3
+    assert error.lines()[1] == "wanted: first second" and error.lines()[2].endswith("the end")
+    assert len(cli.describe(RuntimeError("z" * 3000))[0][0]) <= LONGEST

@@ -138,13 +138,13 @@ def test_resizing_is_to_the_profile_s_size(exported: tuple[Path, Path]) -> None:
 
 def test_verify_looks_at_every_profile(exported: tuple[Path, Path]) -> None:
     found = verify_profiles(Bundle.open(exported[0]), samples=1, threads=1)
-    assert found["passed"], found["failures"]
-    assert found["profiles"] == [SQUARE, WIDE]
-    assert {graph["profile"] for graph in found["graphs"]} == {SQUARE, WIDE}
-    assert found["kept_agreement"] == [1.0] * len(Bundle.open(exported[0]).plan.stages)
+    assert found.passed, found.failures
+    assert found.profiles == (SQUARE, WIDE)
+    assert {graph.profile for graph in found.graphs} == {SQUARE, WIDE}
+    assert found.kept_agreement == (1.0,) * len(Bundle.open(exported[0]).plan.stages)
     one = verify_profiles(Bundle.open(exported[0]), samples=1, threads=1, profile=WIDE)
-    assert one["profile"] == WIDE
-    assert "profiles" not in one
+    assert one.profile == WIDE
+    assert one.profiles == (WIDE,)
 
 
 def test_bench_and_eval_use_the_profile_s_plan(exported: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:

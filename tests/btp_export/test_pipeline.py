@@ -2,10 +2,14 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from btp_export.cli import main
+from btp_export.measuring import verify
+from btp_export.results.job import JobResult
+from btp_export.results.verification import Verification
 from graphs.files.bundle import Bundle
 
 SHAPES = ["--text-tokens", "16", "--max-new-tokens", "4", "--samples", "4"]
@@ -14,7 +18,9 @@ SHAPES = ["--text-tokens", "16", "--max-new-tokens", "4", "--samples", "4"]
 def test_the_whole_road(tmp_path: Path, tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "b"
     assert main(["--model", str(tiny_checkpoint), "--out", str(out), "--compression", "0.5", *SHAPES, "--json"]) == 0
-    result = json.loads(capsys.readouterr().out)
+    printed = capsys.readouterr().out
+    result = json.loads(printed)
+    assert JobResult.model_validate_json(printed).to_json() == printed and result["format"] == "btp-job/1"
     assert result["bundle"] == str(out)
     assert result["plan"] == json.loads((out / "plan.json").read_text())
     assert result["compression"] >= 0.5
@@ -32,8 +38,13 @@ def test_what_does_not_verify_is_not_put_in_place(
     tmp_path: Path, tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Only the verdict is made up; everything before it is real, and nothing is measured after it."""
-    verdict = {"passed": False, "failures": ["prefill_1: cosine 0.7", "select_0", "head"]}
-    monkeypatch.setattr("btp_export.measuring.verify.verify_bundle", lambda *_, **__: verdict)
+    real = verify.verify_bundle
+
+    def failing(*arguments: Any, **settings: Any) -> Verification:
+        failures = ("prefill_1: cosine 0.7", "select_0", "head")
+        return real(*arguments, **settings).model_copy(update={"passed": False, "failures": failures})
+
+    monkeypatch.setattr(verify, "verify_bundle", failing)
     monkeypatch.setattr(
         "btp_export.measuring.bench.measure", lambda *_, **__: pytest.fail("measured before it was verified")
     )

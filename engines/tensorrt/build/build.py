@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Final, Protocol
 
 from graphs.records.progress import Note, Report
 from engines.tensorrt.build.builder import Built, Job
@@ -23,9 +23,11 @@ from engines.tensorrt.kit.device_kit import NOUN, Recorder, disk_bytes, is_engin
 from engines.tensorrt.installed import Library
 from engines.tensorrt.prepare.lint import require_clean
 from engines.tensorrt.build.machine import Plugins, choose_plugins
-from engines.tensorrt.prepare.build_plan import Outline, require_build_memory
+from engines.tensorrt.prepare.build_plan import BuildPlan, require_build_memory
 from engines.tensorrt.build.target_folder import SCRATCH, Part, only_one, settle, survey_parts, sweep, write_kit
+from engines.tensorrt.summaries import BuiltEngines, engine_states
 from engines.tensorrt.records import (
+    UNPRUNED,
     BuiltEngine,
     EngineGraph,
     EnginesRecord,
@@ -55,42 +57,24 @@ class Result:
     seconds: float
     not_built: str = ""
 
-    def document(self) -> dict[str, Any]:
-        """For --json: what was built, beside what Outline.document() says of the plan."""
-        unpruned = () if self.unpruned is None else self.unpruned.graphs
-        return {
-            "folder": self.folder,
-            "plugins": self.record.plugins.form,
-            "plugin_sha256": self.record.plugins.sha256,
-            "engines": [self._engine(graph) for graph in self.record.graphs],
-            "unpruned_engines": [self._engine(graph, "unpruned/") for graph in unpruned],
-            "built": list(self.built),
-            "kept": list(self.kept),
-            "not_built": self.not_built or None,
-            "seconds": self.seconds,
-            "notes": list(self.record.notes),
-        }
-
-    def _engine(self, graph: EngineGraph, place: str = "") -> dict[str, Any]:
-        entry: dict[str, Any] = {"name": graph.name, "profile": graph.profile, "state": "not built", "file": None}
-        made = graph.engine
-        if made is None:
-            return entry
-        file = f"{place}{made.file}"
-        return entry | {
-            "state": "built" if file in self.built else "kept",
-            "file": file,
-            "size": made.size,
-            "tensorrt_version": made.tensorrt_version,
-            "seconds": made.seconds,
-            "peak_memory_bytes": made.peak_memory_bytes,
-            "layers": len(made.layers),
-            "plugin_layers": sum(layer.plugin is not None for layer in made.layers),
-        }
+    def summary(self) -> BuiltEngines:
+        """What was built, beside what BuildPlan.summary() says of the plan."""
+        return BuiltEngines(
+            folder=self.folder,
+            plugins=self.record.plugins.form,
+            plugin_sha256=self.record.plugins.sha256,
+            engines=engine_states(self.record, self.built),
+            unpruned_engines=engine_states(self.unpruned, self.built, f"{UNPRUNED}/"),
+            built=self.built,
+            kept=self.kept,
+            not_built=self.not_built or None,
+            seconds=self.seconds,
+            notes=self.record.notes,
+        )
 
 
 def build(
-    plan: Outline,
+    plan: BuildPlan,
     library: Library | None,
     *,
     wish: str = "auto",
@@ -128,7 +112,7 @@ def build(
     return Result(folder, records[0], unpruned, tuple(built), tuple(files), seconds, reason)
 
 
-def _require_means(plan: Outline, parts: Sequence[Part], *, build: bool) -> None:
+def _require_means(plan: BuildPlan, parts: Sequence[Part], *, build: bool) -> None:
     """Raise InputError unless disk and memory suffice for what will be written and built."""
     estimates = [part.plan.estimates[number] for part in parts for number in part.pending]
     kit = 0

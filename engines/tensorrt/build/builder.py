@@ -18,11 +18,11 @@ from engines.tensorrt.records import EngineLayer, Flavour, PluginForm
 from graphs import dtypes
 from graphs.records.errors import BtpError, CheckError, InputError, UnavailableError
 from graphs.records.manifest import TensorRecord
-from graphs.records.record import Strict
+from graphs.records.record import Record
 from graphs.records.errors import BtpError, CheckError, InputError, UnavailableError
 from graphs.records.manifest import TensorRecord
 from graphs.records.spec import Precision
-from graphs.records.record import Strict
+from graphs.records.record import Record
 from graphs.tf32 import allows_tf32
 
 Report = Callable[[float], None]  # share of the build that is done, 0 to 1
@@ -38,7 +38,7 @@ CUDA_REASONS: Final = {
 }
 
 
-class Job(Strict):
+class Job(Record):
     """One engine to build. Paths are absolute; `inputs` holds the weights too where they are network inputs."""
 
     graph: str
@@ -55,7 +55,7 @@ class Job(Strict):
     custom_nodes: dict[str, str]  # node name -> operator
 
 
-class Built(Strict):
+class Built(Record):
     """What a build gave, beside the file."""
 
     tensorrt_version: str

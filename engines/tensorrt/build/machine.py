@@ -9,7 +9,7 @@ from engines.native import libraries
 from engines.targets import Target
 from engines.tensorrt import installed as installed
 from engines.tensorrt.installed import Library
-from engines.tensorrt.prepare.build_plan import Outline, Wishes
+from engines.tensorrt.prepare.build_plan import BuildPlan, Wishes
 from engines.tensorrt.records import PluginRecord
 from graphs.records.errors import UnavailableError
 from graphs.files.atomic import sha256
@@ -18,7 +18,7 @@ INSTEAD: Final = "Python plugins in place of the C++ library"  # a note begins w
 
 
 @dataclass(frozen=True)
-class Builder:
+class BuildMachine:
     """The TensorRT here that builds for a target; `library` None and the `reason` where this machine cannot.
 
     `wishes` are the user's, with the version of that TensorRT.
@@ -29,7 +29,7 @@ class Builder:
     wishes: Wishes
 
 
-def builder_for(target: Target, wishes: Wishes) -> Builder:
+def machine_for(target: Target, wishes: Wishes) -> BuildMachine:
     """What this machine builds for the target with.
 
     A machine that is not the target's is no error: it prepares the kit. Raises UnavailableError for a TensorRT that is
@@ -37,9 +37,9 @@ def builder_for(target: Target, wishes: Wishes) -> Builder:
     """
     if not installed.is_installed(target.flavour):
         title = installed.TITLES[target.flavour]
-        return Builder(None, f"{title} is not installed here; {installed.INSTALL[target.flavour]}", wishes)
+        return BuildMachine(None, f"{title} is not installed here; {installed.INSTALL[target.flavour]}", wishes)
     if not installed.has_polygraphy():
-        return Builder(
+        return BuildMachine(
             None, "polygraphy, which builds the engines, is not installed here; pip install polygraphy", wishes
         )
     if target.flavour == "tensorrt":
@@ -47,12 +47,12 @@ def builder_for(target: Target, wishes: Wishes) -> Builder:
         if capability != target.compute_capability or platform.machine() != target.machine:
             gpu = "no GPU" if capability is None else f"a GPU of compute capability {capability}"
             wanted = f"{target.title} is {target.machine} with {target.compute_capability}"
-            return Builder(None, f"this machine is {platform.machine()} with {gpu}, {wanted}", wishes)
+            return BuildMachine(None, f"this machine is {platform.machine()} with {gpu}, {wanted}", wishes)
     library = installed.load(target.flavour)
     if wishes.tensorrt is None:
-        return Builder(library, "", replace(wishes, tensorrt=target.version(library.short_version)))
+        return BuildMachine(library, "", replace(wishes, tensorrt=target.version(library.short_version)))
     installed.require_version(library, wishes.tensorrt)
-    return Builder(library, "", wishes)
+    return BuildMachine(library, "", wishes)
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Plugins:
     note: str = ""
 
 
-def choose_plugins(plan: Outline, wish: str) -> Plugins:
+def choose_plugins(plan: BuildPlan, wish: str) -> Plugins:
     """The C++ library where it is built and suits the target's GPU, else the Python plugins, else what was asked for.
 
     Raises UnavailableError if the library was asked for and is missing or for another GPU.

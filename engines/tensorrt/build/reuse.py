@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from engines.tensorrt.installed import Library
-from engines.tensorrt.prepare.build_plan import Outline
+from engines.tensorrt.prepare.build_plan import BuildPlan
 from engines.tensorrt.records import FILE, BuiltEngine, EnginesRecord, PluginRecord, bundle_digest
 from graphs.records.errors import InputError
 from graphs.files.atomic import SMALL_FILE, sha256
@@ -23,12 +23,12 @@ def earlier(folder: Path) -> EnginesRecord | None:
         return None
 
 
-def graph_digests(plan: Outline) -> dict[Key, str]:
+def graph_digests(plan: BuildPlan) -> dict[Key, str]:
     """sha256 of each prepared graph's file."""
     return {(graph.name, graph.profile): hashlib.sha256(graph.serialize()).hexdigest() for graph in plan.graphs}
 
 
-def is_current(old: EnginesRecord, plan: Outline, digests: Mapping[Key, str], folder: Path) -> bool:
+def is_current(old: EnginesRecord, plan: BuildPlan, digests: Mapping[Key, str], folder: Path) -> bool:
     """Whether the kit in `folder` is what would be written now.
 
     The C++ and the Python form of the plugins differ in the engines, not in the kit.
@@ -50,7 +50,7 @@ def is_current(old: EnginesRecord, plan: Outline, digests: Mapping[Key, str], fo
 
 def standing(
     old: EnginesRecord | None,
-    plan: Outline,
+    plan: BuildPlan,
     digests: Mapping[Key, str],
     library: Library | None,
     plugins: PluginRecord,

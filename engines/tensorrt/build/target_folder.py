@@ -14,7 +14,7 @@ from engines.tensorrt.build.reuse import Key, earlier, graph_digests, is_current
 from engines.tensorrt.kit.device_kit import NOUN, Recorder, fill_kit, is_engines
 from engines.tensorrt.installed import Library
 from engines.tensorrt.build.machine import INSTEAD, Plugins
-from engines.tensorrt.prepare.build_plan import Outline
+from engines.tensorrt.prepare.build_plan import BuildPlan
 from engines.tensorrt.records import UNPRUNED, BuiltEngine, EnginesRecord
 from graphs.records.errors import InputError
 from graphs.files.atomic import existing_parent, staged, link_or_copy
@@ -32,7 +32,7 @@ class Part:
     without an engine.
     """
 
-    plan: Outline
+    plan: BuildPlan
     folder: Path
     kept: dict[Key, BuiltEngine]
     current: bool
@@ -46,7 +46,7 @@ class Part:
 
 
 def survey_parts(
-    plan: Outline, folder: Path, library: Library | None, plugins: Plugins, *, force: bool, skip: Collection[str] = ()
+    plan: BuildPlan, folder: Path, library: Library | None, plugins: Plugins, *, force: bool, skip: Collection[str] = ()
 ) -> list[Part]:
     """The parts of the plan as they are on disk; with `force` nothing of what is there counts."""
     parts = []

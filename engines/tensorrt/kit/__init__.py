@@ -1,4 +1,4 @@
 """engines/<target>/ for a device without Python: prepared graphs, plugin sources, scripts, sample inputs.
 
-Needs no TensorRT. May use engines.tensorrt.prepare and engines.tensorrt.run.weights.
+Needs no TensorRT. May use engines.tensorrt.prepare, engines.tensorrt.run.weights and engines.runners.
 """

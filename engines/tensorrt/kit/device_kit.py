@@ -19,7 +19,7 @@ import numpy as np
 import onnx_ir as ir
 
 from engines.tensorrt.kit import scripts
-from engines.tensorrt.prepare.build_plan import Outline
+from engines.tensorrt.prepare.build_plan import BuildPlan
 from engines.tensorrt.prepare.estimate import tensor_bytes
 from engines.tensorrt.prepare.prepared_graphs import Choices, PreparedGraph, prepare
 from engines.tensorrt.records import (
@@ -55,21 +55,21 @@ def is_engines(folder: Path) -> bool:
         return False
 
 
-def disk_bytes(plan: Outline) -> int:
+def disk_bytes(plan: BuildPlan) -> int:
     """Bytes the folder takes: engines, inputs, and the weights where they must be copied or converted."""
     parts = [plan] if plan.unpruned is None else [plan, plan.unpruned]
     converted = [weight for weight in _inputs_of(plan.graphs).values() if not scripts.extractable(weight)]
     return sum(map(_own_bytes, parts)) + sum(map(tensor_bytes, converted))
 
 
-def _own_bytes(plan: Outline) -> int:
+def _own_bytes(plan: BuildPlan) -> int:
     files = {plan.bundle.root / source for source in _weight_files(plan.graphs)}
     copies = 0 if _can_link(plan.bundle, files) else sum(file.stat().st_size for file in files if file.is_file())
     return plan.totals.disk_bytes + sum(one.io_bytes for one in plan.estimates) + copies
 
 
 def fill_kit(
-    plan: Outline, root: Path, *, recorder: Recorder | None, say: Note = lambda text: None, inside: str = ""
+    plan: BuildPlan, root: Path, *, recorder: Recorder | None, say: Note = lambda text: None, inside: str = ""
 ) -> EnginesRecord:
     """Fill the empty folder `root`; engines.json is written last. `inside`: the way to the folder that holds it."""
     _write_graphs(plan, root)
@@ -106,14 +106,14 @@ def fill_kit(
     return made
 
 
-def _write_graphs(plan: Outline, root: Path) -> None:
+def _write_graphs(plan: BuildPlan, root: Path) -> None:
     (root / "graphs").mkdir()
     for graph in plan.graphs:
         (root / "graphs" / f"{plan.file_stem(graph)}.onnx").write_bytes(graph.serialize())
 
 
 def _graph_record(
-    plan: Outline, root: Path, graph: PreparedGraph, number: int, samples: dict[str, FileRecord]
+    plan: BuildPlan, root: Path, graph: PreparedGraph, number: int, samples: dict[str, FileRecord]
 ) -> EngineGraph:
     return EngineGraph(
         name=graph.name,
@@ -170,7 +170,7 @@ def _link_weights(bundle: Bundle, graphs: Sequence[PreparedGraph], root: Path) -
 
 
 def _record_samples(
-    plan: Outline, root: Path, recorder: Recorder | None, say: Note, notes: list[str]
+    plan: BuildPlan, root: Path, recorder: Recorder | None, say: Note, notes: list[str]
 ) -> dict[str, dict[str, FileRecord]]:
     """Inputs of every graph: file stem -> input -> file. Where they cannot be recorded a note says why."""
     if recorder is None:
@@ -188,7 +188,7 @@ def _record_samples(
     return {plan.file_stem(graph): _sample_files(root, plan.file_stem(graph), graph) for graph in plan.graphs}
 
 
-def _record_profile(plan: Outline, root: Path, profile: str, recorder: Recorder) -> None:
+def _record_profile(plan: BuildPlan, root: Path, profile: str, recorder: Recorder) -> None:
     """Run the bundle's graphs, assembled as the engines are, with constants and portable bodies."""
     opset = plan.bundle.manifest.build.opset
     plain = Choices(opset=opset, assemble=plan.choices.assemble, weights="baked", plugins=False)
@@ -219,7 +219,7 @@ def _sample_files(root: Path, stem: str, graph: PreparedGraph) -> dict[str, File
     return found
 
 
-def _write_converted(plan: Outline, root: Path) -> None:
+def _write_converted(plan: BuildPlan, root: Path) -> None:
     """Weight inputs that are stored in another type: the device cannot cut them out of the weights."""
     for weight in _inputs_of(plan.graphs).values():
         if not scripts.extractable(weight):
@@ -256,7 +256,7 @@ Engines for {title} (sm_{sm}), TensorRT {version}; graphs prepared by `btp-expor
 """
 
 
-def _write_plugin_sources(plan: Outline, root: Path) -> None:
+def _write_plugin_sources(plan: BuildPlan, root: Path) -> None:
     """The sources in the folders they include each other by, and build.sh."""
     sources = plugin_sources()
     for source in sources:
@@ -278,7 +278,7 @@ def plugin_sources() -> list[Path]:
     return sorted(path.relative_to(ROOT) for path in found if not path.name.startswith("ort_"))
 
 
-def _write_scripts(plan: Outline, made: EnginesRecord, root: Path, inside: str) -> None:
+def _write_scripts(plan: BuildPlan, made: EnginesRecord, root: Path, inside: str) -> None:
     target, traits = plan.target, plan.traits
     inner = plan.unpruned is not None
     _write_executable(root / "build.sh", scripts.build_script(made, target, traits, inner=inner))

@@ -6,13 +6,14 @@ did not choose is chosen here, with the reason in `notes`; what cannot fit is re
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 from engines.targets import Target
 from engines.tensorrt.prepare.estimate import ORIGIN, Totals, estimate, totals, usable_memory
-from engines.tensorrt.prepare.lint import Finding, lint
+from engines.tensorrt.prepare.lint import lint
 from engines.tensorrt.prepare.prepared_graphs import Choices, PreparedGraph, prepare, suited_opset, without_pruning
 from engines.tensorrt.records import Assemble, EngineWeights, Estimate, PluginForm
+from engines.tensorrt.summaries import Finding, PlannedEngines, PlannedGraph, PlannedTotal
 from engines.tensorrt.versions import Traits, traits
 from graphs.files.atomic import size_text
 from graphs.files.bundle import Bundle
@@ -38,7 +39,7 @@ class Wishes:
 
 
 @dataclass(frozen=True)
-class Outline:
+class BuildPlan:
     """All that is known before the build; `estimates` are those of `graphs`, in the same order."""
 
     bundle: Bundle
@@ -52,7 +53,7 @@ class Outline:
     findings: tuple[Finding, ...]
     usable_bytes: int
     notes: tuple[str, ...]
-    unpruned: "Outline | None" = None
+    unpruned: "BuildPlan | None" = None
 
     @property
     def several_profiles(self) -> bool:
@@ -63,48 +64,48 @@ class Outline:
         """`head`, or `head.<profile>` where there are several profiles."""
         return f"{graph.name}.{graph.profile}" if self.several_profiles else graph.name
 
-    def document(self) -> dict[str, Any]:
-        """For --json and the table of --dry-run."""
-        return {
-            "target": self.target.name,
-            "tensorrt": self.traits.version,
-            "flavour": self.traits.flavour,
-            "compute_capability": self.target.compute_capability,
-            "opset": self.choices.opset,
-            "precision": self.bundle.manifest.build.precision,
-            "assemble": self.choices.assemble,
-            "engine_weights": self.choices.weights,
-            "plugins": self.plugins,
-            "graphs": [
-                {
-                    "name": graph.name,
-                    "profile": graph.profile,
-                    "nodes": len(graph.model.graph),
-                    "custom_nodes": len(graph.custom_nodes),
-                    "weight_inputs": len(graph.weight_inputs),
-                    **one.model_dump(),
-                }
-                for graph, one in zip(self.graphs, self.estimates, strict=True)
-            ],
-            "total": {
-                "run_bytes": self.totals.run_bytes,
-                "build_peak_bytes": self.totals.build_peak_bytes,
-                "disk_bytes": self.totals.disk_bytes,
-                "shared_weight_bytes": self.totals.weight_bytes,
-                "usable_bytes": self.usable_bytes,
-            },
-            "findings": [finding.model_dump() for finding in self.findings],
-            "notes": list(self.notes),
-            "unpruned": None if self.unpruned is None else self.unpruned.document(),
-            "estimates_from": list(ORIGIN),
-        }
+    def summary(self) -> PlannedEngines:
+        """What will be built, with its estimates."""
+        return PlannedEngines(
+            target=self.target.name,
+            tensorrt=self.traits.version,
+            flavour=self.traits.flavour,
+            compute_capability=self.target.compute_capability,
+            opset=self.choices.opset,
+            precision=self.bundle.manifest.build.precision,
+            assemble=self.choices.assemble,
+            engine_weights=self.choices.weights,
+            plugins=self.plugins,
+            graphs=tuple(
+                PlannedGraph(
+                    name=graph.name,
+                    profile=graph.profile,
+                    nodes=len(graph.model.graph),
+                    custom_nodes=len(graph.custom_nodes),
+                    weight_inputs=len(graph.weight_inputs),
+                    **dict(needed),
+                )
+                for graph, needed in zip(self.graphs, self.estimates, strict=True)
+            ),
+            total=PlannedTotal(
+                run_bytes=self.totals.run_bytes,
+                build_peak_bytes=self.totals.build_peak_bytes,
+                disk_bytes=self.totals.disk_bytes,
+                shared_weight_bytes=self.totals.weight_bytes,
+                usable_bytes=self.usable_bytes,
+            ),
+            findings=self.findings,
+            notes=self.notes,
+            unpruned=None if self.unpruned is None else self.unpruned.summary(),
+            estimates_from=ORIGIN,
+        )
 
 
-def outline(bundle: Bundle, target: Target, wishes: Wishes) -> Outline:
+def plan_build(bundle: Bundle, target: Target, wishes: Wishes) -> BuildPlan:
     """Work everything out.
 
     Raises InputError for a version that does not fit the target, and for engines that cannot fit its memory, then with
-    the choice that would. Findings of the lint are in the result; `lint.require_clean` raises them.
+    the choice that would. CheckResults of the lint are in the result; `lint.require_clean` raises them.
     """
     version = traits(target.flavour, target.version(wishes.tensorrt))
     form = _plugin_form(wishes, version)
@@ -127,8 +128,8 @@ def outline(bundle: Bundle, target: Target, wishes: Wishes) -> Outline:
     beside = None
     if wishes.unpruned:
         same = Wishes(version.version, chosen.assemble, chosen.weights, "none", wishes.memory_bytes)
-        beside = outline(without_pruning(bundle), target, same)
-    return Outline(
+        beside = plan_build(without_pruning(bundle), target, same)
+    return BuildPlan(
         bundle=bundle,
         target=target,
         traits=version,
@@ -209,7 +210,7 @@ def _remedy(bundle: Bundle, choices: Choices, fits: Callable[[Totals], bool]) ->
     )
 
 
-def require_build_memory(plan: Outline, available: int) -> None:
+def require_build_memory(plan: BuildPlan, available: int) -> None:
     """Raise InputError unless this machine, with `available` bytes of memory free, can build every engine."""
     peak = plan.totals.build_peak_bytes
     if peak > available:

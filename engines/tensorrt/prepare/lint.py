@@ -24,25 +24,15 @@ from onnx import (
 )
 
 from engines.tensorrt.prepare.prepared_graphs import PreparedGraph
+from engines.tensorrt.summaries import Finding
 from engines.tensorrt.versions import TOPK_LIMIT, Traits
 from graphs import dtypes, ops
 from graphs.building.graph_builder import BTP_DOMAIN
 from graphs.records.errors import CheckError
-from graphs.records.record import Strict
 
 AT_LEAST_2D = ("ArgMax", "ArgMin", "TopK")
 REFUSED_ATTRIBUTES = (("Attention", "softmax_precision"),)  # seen on RTX 1.7.1
 SEPARATORS = ",:'\""  # of trtexec's --loadInputs
-
-
-class Finding(Strict):
-    """Something a version refuses: in which graph, at which node, what was got and wanted, and what to do."""
-
-    graph: str
-    node: str
-    got: str
-    wanted: str
-    do: str
 
 
 @dataclass(frozen=True)

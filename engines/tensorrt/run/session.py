@@ -1,6 +1,6 @@
 """One TensorRT on one GPU, and what all its engines share: runtime, stream, scratch memory, plugins, weights.
 
-Not yet run on a GPU; see engines/runners/tensorrt.py.
+Not yet run on a GPU; see engines/tensorrt/run/runner.py.
 """
 
 import weakref

@@ -4,7 +4,7 @@ from typing import Final
 
 from onnx import FunctionProto, parser
 
-from graphs.ops import DOMAIN
+from graphs.ops.domain import DOMAIN
 from graphs.ops.gather_tokens.schema import DOC, NAME
 from graphs.records.errors import InputError
 

@@ -4,7 +4,7 @@ from typing import Any, Final
 
 from onnx import TypeProto, defs, helper
 
-from graphs.ops import DOMAIN, PLUGIN, VERSION
+from graphs.ops.domain import DOMAIN, PLUGIN, VERSION
 from graphs.records.errors import InputError
 
 NAME: Final = "BtpGatherTokens"

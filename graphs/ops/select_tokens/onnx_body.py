@@ -16,7 +16,7 @@ from typing import Final
 
 from onnx import FunctionProto, helper, parser
 
-from graphs.ops import DOMAIN
+from graphs.ops.domain import DOMAIN
 from graphs.ops.select_tokens.onnx_picks import by_distance, by_gain
 from graphs.ops.select_tokens.schema import COUNTS, COVERAGE, DOC, FARTHEST, NAME, OPTIONS
 from graphs.records.errors import InputError

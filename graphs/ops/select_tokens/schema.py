@@ -5,7 +5,7 @@ from typing import Any, Final
 
 from onnx import TensorProto, TypeProto, defs, helper
 
-from graphs.ops import DOMAIN, PLUGIN, VERSION
+from graphs.ops.domain import DOMAIN, PLUGIN, VERSION
 from graphs.records.errors import InputError
 
 NAME: Final = "BtpSelectTokens"

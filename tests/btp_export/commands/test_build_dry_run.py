@@ -8,7 +8,7 @@ import pytest
 
 from btp_export.cli import main
 from engines.tensorrt.prepare import build_plan as outline_module
-from engines.tensorrt.prepare.lint import Finding
+from engines.tensorrt.summaries import Finding
 
 
 @pytest.mark.parametrize("target", ["jetson-orin-jp6", "h200", "rtx-blackwell"])

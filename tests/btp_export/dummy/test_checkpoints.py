@@ -22,6 +22,7 @@ from btp_export.model.open_model import DummyWeights, open_model
 from graphs import dtypes
 from graphs.files.bundle import Bundle
 from graphs.records.errors import InputError
+from graphs.records.manifest import DUMMY_WEIGHTS
 
 SMALL_TEXT = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 4}
 SMALL_VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -195,7 +196,7 @@ def test_everything_says_that_the_weights_are_made_up(
     command = ["export", "--model", "llava-1.5-7b", "--dummy-weights", "--dummy-layers", "3", "--plan", "none"]
     assert cli.main([*command, "--out", str(out), "--text-tokens", "48", "--max-new-tokens", "4"]) == 0
     shown = capsys.readouterr()
-    assert checkpoints.SENTENCE in shown.out and checkpoints.SENTENCE in shown.err
+    assert DUMMY_WEIGHTS in shown.out and DUMMY_WEIGHTS in shown.err
     record = Bundle.open(out).manifest.model
     assert record.dummy_weights and record.source == (
         "dummy weights in the shapes of llava-1.5-7b, seed 0, 3 of 6 decoder layers"
@@ -205,7 +206,7 @@ def test_everything_says_that_the_weights_are_made_up(
     assert cli.main(["verify", str(out), "--samples", "1", "--threads", "1", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["dummy_weights"] is True
     assert cli.main(["bench", str(out), "--rounds", "1", "--threads", "1"]) == 0
-    assert checkpoints.SENTENCE in capsys.readouterr().out
+    assert DUMMY_WEIGHTS in capsys.readouterr().out
     picture = tmp_path / "picture.png"
     from PIL import Image
 

@@ -113,15 +113,15 @@ def with_preset(bundle: Bundle, preset: str, out: Path, profile: str | None = No
 def check_verified(bundle: Bundle, profile: str, *, samples: int = 3) -> None:
     """Every graph against transformers' layers: hidden states, 1 - cosine, kept sets, generated tokens."""
     found = verify_bundle(bundle, samples=samples, profile=profile, threads=1)
-    assert found["failures"] == []
-    assert found["passed"] and found["tokens_equal"]
-    assert found["near_ties"] == []
-    assert all(share == 1.0 for share in found["kept_agreement"])
-    names = {graph["name"] for graph in found["graphs"]}
+    assert found.failures == ()
+    assert found.passed and found.tokens_equal
+    assert found.near_ties == ()
+    assert all(share == 1.0 for share in found.kept_agreement)
+    names = {graph.name for graph in found.graphs}
     assert {"vision", "prefill_0", "head", "decode"} <= names
-    for graph in found["graphs"]:
-        assert 1 - graph["cosine"] < COSINE, graph
-        assert graph["max_abs"] < HIDDEN, graph
+    for graph in found.graphs:
+        assert 1 - graph.cosine < COSINE, graph
+        assert graph.max_abs < HIDDEN, graph
 
 
 def check_unpruned(subject: Subject, model: BundleModel, pictures: Sequence[Image.Image]) -> list[list[int]]:

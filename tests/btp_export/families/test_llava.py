@@ -182,7 +182,7 @@ def test_settings_file(folder):
 
 def test_a_folder_without_processor_files_says_what_is_missing(folder):
     (folder / "btp.json").unlink()
-    with pytest.raises(InputError, match="no usable processor files") as error:
+    with pytest.raises(InputError, match="holds no usable processor") as error:
         spec_of(folder)
     assert "prefix_tokens" in str(error.value)
 

@@ -140,7 +140,7 @@ def test_one_whole_graph(subject: Subject, tmp_path: Path) -> None:
     made = parity.export(subject.folder, tmp_path / "bundle", plan=plan, assemble="whole", image_sizes=SIZES[1:])
     parity.check_pruned(subject, parity.open_bundle(made, made.profile().name), pictures_for(SIZES[1])[:1])
     found = verify_bundle(made, samples=1, threads=1)
-    assert found["passed"], found["failures"]
+    assert found.passed, found.failures
 
 
 def test_real_heads_and_rotary_settings(demo_checkpoint: Path, tmp_path: Path) -> None:

@@ -47,8 +47,10 @@ def test_bench_measures_both_models(bundle: Any, capsys: pytest.CaptureFixture[s
 
 def test_a_busy_machine_is_told(bundle: Any) -> None:
     result = measure(bundle, rounds=4, warm_up=0)
-    assert result["variation"] >= 0
-    quiet, busy = (Text.from_ansi(render(show(result | {"variation": value}))).plain for value in (0.01, 0.4))
+    assert result.variation >= 0
+    quiet, busy = (
+        Text.from_ansi(render(show(result.model_copy(update={"variation": value})))).plain for value in (0.01, 0.4)
+    )
     assert "busy" not in quiet
     assert "vary by 40%" in busy
 
@@ -68,15 +70,15 @@ def test_bench_for_people(bundle: Any, capsys: pytest.CaptureFixture[str]) -> No
 
 def test_bench_of_an_unpruned_bundle(tiny_bundle: Any) -> None:
     result = measure(tiny_bundle(), rounds=1, warm_up=0)
-    assert result["prefill"]["flops_limit"] == 1
-    assert result["select_ms"] == []
-    assert np.isfinite(result["prefill"]["speedup"])
+    assert result.prefill.flops_limit == 1
+    assert result.select_ms == ()
+    assert np.isfinite(result.prefill.speedup)
 
 
 def test_bench_of_a_whole_graph(tiny_bundle: Any) -> None:
     result = measure(tiny_bundle(plan(), assemble="whole"), rounds=1, warm_up=0)
-    assert len(result["select_ms"]) == 2
-    assert result["vision_ms"] > 0
+    assert len(result.select_ms) == 2
+    assert result.vision_ms > 0
 
 
 def test_bench_needs_rounds(tiny_bundle: Any) -> None:

@@ -44,18 +44,18 @@ def test_rows_are_what_the_runtime_answers(batch: int, tiny_bundle: Any, questio
     """Every answer has 3 tokens, so 3 are generated here too: the longest expected answer plus its end and one more."""
     bundle = tiny_bundle(PLAN, batch=batch)
     result = evaluate_bundle(bundle, plans=["none", "btp", "vtw"], data=questions, threads=1)
-    assert result["samples"] == 4
-    assert [row["plan"] for row in result["rows"]] == ["none", "btp", "vtw"]
-    full, btp, _ = result["rows"]
-    for row in result["rows"]:
-        low, high = row["interval"]
-        assert 0 <= low <= row["accuracy"] <= high <= 1
-        assert set(row["kinds"]) == {"even", "odd"}
-    assert full["compression"] == 0 and full["flops_ratio"] == 1
-    assert btp["average_tokens"] == PLAN.average_tokens
+    assert result.samples == 4
+    assert [row.plan for row in result.rows] == ["none", "btp", "vtw"]
+    full, btp, _ = result.rows
+    for row in result.rows:
+        low, high = row.interval
+        assert 0 <= low <= row.accuracy <= high <= 1
+        assert set(row.kinds) == {"even", "odd"}
+    assert full.compression == 0 and full.flops_ratio == 1
+    assert btp.average_tokens == PLAN.average_tokens
     profile = bundle.profile()
     costs = [cost(bundle.spec.decoder, plan, profile).prefill for plan in (PLAN, tiny_bundle().plan)]
-    assert btp["flops_ratio"] == pytest.approx(costs[0] / costs[1])
+    assert btp.flops_ratio == pytest.approx(costs[0] / costs[1])
 
 
 def test_accuracy_counts_exact_answers(tiny_bundle: Any, pictures: list[Image.Image], tmp_path: Path) -> None:
@@ -77,9 +77,9 @@ def test_accuracy_counts_exact_answers(tiny_bundle: Any, pictures: list[Image.Im
     for name, loaded in (("none", model), ("btp", pruned)):
         answers = loaded.generate(pictures, PROMPTS, max_new_tokens=min(12, room))
         right = [answer.text.strip() == line["answer"].strip() for answer, line in zip(answers, lines, strict=True)]
-        row = next(row for row in result["rows"] if row["plan"] == name)
-        assert row["accuracy"] == sum(right) / 4
-    assert result["full_accuracy"] == result["rows"][1]["accuracy"]
+        row = next(row for row in result.rows if row.plan == name)
+        assert row.accuracy == sum(right) / 4
+    assert result.full_accuracy == result.rows[1].accuracy
 
 
 def test_plans_get_the_bundles_own_budget_or_the_given_one(tiny_bundle: Any) -> None:
@@ -108,10 +108,10 @@ def test_equal_plans_are_run_once_and_listed_twice(tiny_bundle: Any, questions: 
         threads=1,
         report=lambda done, total, _="": reports.append(total),
     )
-    one, two = result.document["rows"]
-    assert one | {"plan": ""} == two | {"plan": ""} and result.hits[0] == result.hits[1]
-    assert sum(result.hits[0]) == one["accuracy"] * result.document["samples"]
-    assert set(reports) == {2 * result.document["samples"]}  # the plan and the unpruned model
+    one, two = result.evaluation.rows
+    assert one.model_copy(update={"plan": "two"}) == two and result.hits[0] == result.hits[1]
+    assert sum(result.hits[0]) == one.accuracy * result.evaluation.samples
+    assert set(reports) == {2 * result.evaluation.samples}  # the plan and the unpruned model
 
 
 def test_attention_kept_is_what_transformers_attention_says(tiny_bundle: Any, questions: Path) -> None:
@@ -122,14 +122,14 @@ def test_attention_kept_is_what_transformers_attention_says(tiny_bundle: Any, qu
     from calibrate.reference.streamed_model import StreamedReference
 
     bundle = tiny_bundle(PLAN)
-    row = evaluate_bundle(bundle, plans=["btp"], data=questions, threads=1)["rows"][0]
+    row = evaluate_bundle(bundle, plans=["btp"], data=questions, threads=1).rows[0]
     model = open_model(str(_checkpoint_of(bundle, questions.parent)))
     samples = jsonl_samples(questions, count=4).samples
     prompter = Prompter(bundle.processor, bundle.spec)
     prepared = prepare(samples, prompter, model.family.vision_module(model.checkpoint))
     runs = StreamedReference(model.checkpoint).run([one.input for one in prepared], PLAN)
     shares = [run.stages[0].scores[run.stages[0].indices].sum() / run.stages[0].scores.sum() for run in runs]
-    assert row["attention_kept"] == [pytest.approx(sum(shares) / len(shares), rel=1e-5), None]
+    assert row.attention_kept == (pytest.approx(sum(shares) / len(shares), rel=1e-5), None)
 
 
 def _checkpoint_of(bundle: Any, folder: Path) -> Path:
@@ -174,3 +174,23 @@ def test_the_command_prints_the_contract(tiny_bundle: Any, capsys: pytest.Captur
 def test_bad_input(arguments: list[str], tiny_bundle: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["eval", str(tiny_bundle(PLAN).root), *arguments]) == 2
     assert len(capsys.readouterr().err.strip().splitlines()) <= 3
+
+
+@pytest.mark.parametrize(
+    ("prompt", "words"),
+    [
+        ("what is <image>?", "the question alone: the chat template puts the picture in by itself"),
+        (" ", "the prompt is empty"),
+        ("word " * 60, "tokens after the image"),
+    ],
+)
+def test_a_question_that_cannot_be_asked_names_file_and_line(
+    prompt: str, words: str, tiny_bundle: Any, questions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad = questions.with_name("bad.jsonl")
+    lines = questions.read_text().splitlines()[:1]
+    bad.write_text("\n".join([*lines, json.dumps({"image": "0.png", "prompt": prompt, "answer": "x"})]))
+    assert cli.main(["eval", str(tiny_bundle().root), "--data", str(bad), "--plans", "none", "--threads", "1"]) == 2
+    error = capsys.readouterr().err
+    assert f"{bad} line 2: " in error and words in error
+    assert len(error.strip().splitlines()) <= 3

@@ -32,17 +32,17 @@ PLAN = PruningPlan(
 )
 def test_bundles_of_all_kinds_are_verified(plan: PruningPlan | None, options: dict[str, Any], tiny_bundle: Any) -> None:
     result = verify_bundle(tiny_bundle(plan, **options), samples=3, threads=1)
-    assert result["failures"] == []
-    assert result["passed"] and result["tokens_equal"]
-    assert result["kept_agreement"] == ([1.0, 1.0] if plan else [])
-    assert all(1 - graph["cosine"] < 1e-9 for graph in result["graphs"])
+    assert result.failures == ()
+    assert result.passed and result.tokens_equal
+    assert result.kept_agreement == ((1.0, 1.0) if plan else ())
+    assert all(1 - graph.cosine < 1e-9 for graph in result.graphs)
 
 
 def test_half_precision_is_verified(tiny_bundle: Any) -> None:
     result = verify_bundle(tiny_bundle(PLAN, precision="float16"), samples=2, threads=1)
-    assert result["failures"] == []
-    assert result["passed"]
-    assert any(1 - graph["cosine"] > 1e-9 for graph in result["graphs"]), "it did not run in half precision"
+    assert result.failures == ()
+    assert result.passed
+    assert any(1 - graph.cosine > 1e-9 for graph in result.graphs), "it did not run in half precision"
 
 
 def test_the_command_prints_the_contract(tiny_bundle: Any, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -90,3 +91,40 @@ def test_two_sets_of_weights_that_disagree_are_both_named(
     assert "model.safetensors is what transformers loads" in lines[0] and "model.safetensors.index.json" in lines[0]
     (folder / "model.safetensors").unlink()
     assert open_model(str(folder)).checkpoint.shards == ("model-00001-of-00001.safetensors",)
+
+
+def test_an_adapter_is_to_be_merged_first(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Alone, and in a folder with a whole model, where transformers would put it on its base."""
+    record = json.dumps({"peft_type": "LORA", "base_model_name_or_path": "somebody/a-base"})
+    for folder in (tmp_path / "adapter", Path(shutil.copytree(tiny_checkpoint, tmp_path / "both"))):
+        folder.mkdir(exist_ok=True)
+        (folder / "adapter_config.json").write_text(record)
+        (folder / "adapter_model.safetensors").write_bytes(b"")
+        assert cli.main(["export", "--model", str(folder), "--out", str(tmp_path / "out")]) == 2
+        error = capsys.readouterr().err
+        assert "is an adapter of somebody/a-base" in error and "merge it first" in error
+        assert len(error.strip().splitlines()) <= 3
+
+
+def test_an_address_is_no_name_of_a_model() -> None:
+    with pytest.raises(InputError, match="is an address") as caught:
+        open_model("https://huggingface.co/llava-hf/llava-1.5-7b-hf/tree/main")
+    assert caught.value.do == "--model llava-hf/llava-1.5-7b-hf"
+    with pytest.raises(InputError, match="is an address"):
+        open_model("https://example.com/model.tar.gz")
+
+
+def test_a_folder_with_tokenizer_model_only_names_what_reads_it(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """transformers' own error speaks of tiktoken too, which does not read these files."""
+    folder = Path(shutil.copytree(tiny_checkpoint, tmp_path / "model"))
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer.model").write_bytes(b"pieces")
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)  # as where it is not installed
+    assert cli.main(["export", "--model", str(folder), "--plan", "none", "--out", str(tmp_path / "out")]) == 3
+    error = capsys.readouterr().err
+    assert "pip install sentencepiece" in error and "tiktoken" not in error
+    assert len(error.strip().splitlines()) <= 3

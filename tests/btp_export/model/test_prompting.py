@@ -67,7 +67,7 @@ def test_unknown_words_are_counted(prompter: Prompter, pictures: list[Image.Imag
         (" \n", True, "prompt is empty"),
         ("no picture here", True, "0 times"),
         ("look at the picture below. USER: <image> <image> what ASSISTANT:", True, "2 times"),
-        ("what is <image>", False, "2 times"),
+        ("what is <image>", False, "stands for a picture"),
         ("USER: <image> what ASSISTANT:", True, "tokens before the image"),
         ("look at the picture below. USER: <image>", True, "no text after the image"),
     ],

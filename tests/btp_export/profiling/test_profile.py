@@ -14,7 +14,7 @@ from btp_export.cli import main
 from btp_export.profiling.profile import profile_engines, saved_profiles
 from engines.targets import find_target
 from engines.tensorrt import trtexec
-from engines.tensorrt.prepare.build_plan import Wishes, outline
+from engines.tensorrt.prepare.build_plan import Wishes, plan_build
 from graphs.files.bundle import Bundle
 from graphs.pruning.operations import cost
 from graphs.records.errors import InputError, UnavailableError
@@ -68,7 +68,7 @@ def times(bundle: Bundle) -> dict[str, float]:
 def kit(bundle: Bundle, **wishes: Any) -> Path:
     """The folder of engines as `build` writes it without TensorRT."""
     chosen = {"engine_weights": "baked", "unpruned": True} | wishes
-    return prepared(outline(bundle, find_target(TARGET), Wishes(**chosen)), force=True, recorder=None)
+    return prepared(plan_build(bundle, find_target(TARGET), Wishes(**chosen)), force=True, recorder=None)
 
 
 def measured(bundle: Bundle, measured: Mapping[str, float] | None = None, **wishes: Any) -> Path:
@@ -108,29 +108,29 @@ def test_every_part_beside_its_limits(bundle: Bundle, tmp_path: Path, monkeypatc
     found = profile_engines(bundle, TARGET, report=lambda *step: said.append(step))  # type: ignore[arg-type]
     assert said[0][2] == "vision" and [step[0] for step in said] == list(range(len(said)))
     names = ["vision", "prefill_0", "select_0", "prefill_1", "select_1", "prefill_2", "select_2", "prefill_3"]
-    assert [part["name"] for part in found["parts"]] == [*names, "head", "decode"]
-    parts = {part["name"]: part for part in found["parts"]}
+    assert [part.name for part in found.parts] == [*names, "head", "decode"]
+    parts = {part.name: part for part in found.parts}
     wanted = times(bundle)
     for name, part in parts.items():
-        assert part["ms"] == pytest.approx(wanted[f"{name}.engine"], rel=0.011) and part["runs"] == 65
-        assert part["slowest_layers"][0]["name"] == "first"
+        assert part.ms == pytest.approx(wanted[f"{name}.engine"], rel=0.011) and part.runs == 65
+        assert part.slowest_layers[0].name == "first"
     profile = bundle.profile()
-    assert [parts[f"prefill_{n}"]["tokens"] for n in range(4)] == [profile.tokens_with(kept) for kept in (36, 18, 6, 0)]
-    assert [parts[f"select_{n}"]["tokens"] for n in range(3)] == [36, 18, 6]
+    assert [parts[f"prefill_{n}"].tokens for n in range(4)] == [profile.tokens_with(kept) for kept in (36, 18, 6, 0)]
+    assert [parts[f"select_{n}"].tokens for n in range(3)] == [36, 18, 6]
     operations = cost(bundle.spec.decoder, bundle.plan, profile)
-    assert tuple(parts[f"prefill_{n}"]["flops"] for n in range(4)) == operations.segments
+    assert tuple(parts[f"prefill_{n}"].flops for n in range(4)) == operations.segments
     target = find_target(TARGET)
     for part in parts.values():
-        compute, memory = part["flops"] / target.peak["float32"], part["bytes"] / target.bandwidth
-        assert part["floor_ms"] == pytest.approx(max(compute, memory) * 1000)
-        assert part["bound"] == ("compute" if compute >= memory else "memory")
-        assert part["share_of_roofline"] == pytest.approx(part["floor_ms"] / part["ms"])
+        compute, memory = part.flops / target.peak["float32"], part.bytes / target.bandwidth
+        assert part.floor_ms == pytest.approx(max(compute, memory) * 1000)
+        assert part.bound == ("compute" if compute >= memory else "memory")
+        assert part.share_of_roofline == pytest.approx(part.floor_ms / part.ms)
     # A decode step reads every weight of the decoder and all caches: that many bytes at the least.
     matrices = sum(
         ref.nbytes for name, ref in bundle.checkpoint().tensors.items() if ".layers." in name and "language" in name
     )
-    assert parts["decode"]["bytes"] >= matrices + operations.cache_bytes
-    assert (root / "profile.baked.json").is_file() and found["system"]["tool"].startswith("TensorRT v100300")
+    assert parts["decode"].bytes >= matrices + operations.cache_bytes
+    assert (root / "profile.baked.json").is_file() and found.system["tool"].startswith("TensorRT v100300")
 
 
 def test_totals_speedup_and_break_even(bundle: Bundle) -> None:
@@ -138,41 +138,42 @@ def test_totals_speedup_and_break_even(bundle: Bundle) -> None:
     lengths = [bundle.profile().tokens_with(kept) for kept in (36, 36, 18, 18, 6, 0)]
     prefill, full = sum(map(layer_ms, lengths)), 6 * layer_ms(lengths[0])
     select = sum(SELECT_MS.values())
-    totals = found["totals"]
-    assert totals["prefill_ms"] == pytest.approx(prefill, rel=0.011)
-    assert totals["select_share"] == pytest.approx(select / (prefill + select + 0.4), rel=0.02)
-    assert totals["first_token_ms"] == pytest.approx(3.0 + prefill + select + 0.4, rel=0.011)
-    assert found["speedup"]["prefill"] == pytest.approx((full + 0.4) / (prefill + select + 0.4), rel=0.02)
-    assert found["speedup"]["decode"] == pytest.approx(2.1 / 2.0, rel=0.02)
-    even = found["break_even"]
+    totals = found.totals
+    assert totals.prefill_ms == pytest.approx(prefill, rel=0.011)
+    assert totals.select_share == pytest.approx(select / (prefill + select + 0.4), rel=0.02)
+    assert totals.first_token_ms == pytest.approx(3.0 + prefill + select + 0.4, rel=0.011)
+    assert found.speedup.prefill == pytest.approx((full + 0.4) / (prefill + select + 0.4), rel=0.02)
+    assert found.speedup.decode == pytest.approx(2.1 / 2.0, rel=0.02)
+    even = found.break_even
     dropped = 2 * (1 - 18 / 36) + 1 * (1 - 6 / 36) + 1
-    assert even["ms_per_token_and_layer"] == pytest.approx(SLOPE, rel=0.05)
-    assert even["image_tokens"] == pytest.approx(select / (SLOPE * dropped), rel=0.06)
-    assert even["fit_error"] < 0.02
+    assert even.ms_per_token_and_layer == pytest.approx(SLOPE, rel=0.05)
+    assert even.image_tokens == pytest.approx(select / (SLOPE * dropped), rel=0.06)
+    assert even.fit_error < 0.02
     saved = full - prefill - select
-    assert even["saved_ms"] == pytest.approx(saved, abs=0.05) and even["pays_here"] == (saved > 0)
+    assert even.saved_ms == pytest.approx(saved, abs=0.05) and even.pays_here == (saved > 0)
 
 
 def test_selection_that_costs_too_much(bundle: Bundle) -> None:
     root = measured(bundle, {"select_0.engine": 40.0})
-    even = profile_engines(bundle, TARGET, results=root)["break_even"]
-    assert even["pays_here"] is False and even["image_tokens"] > 36 and even["extrapolated"]
-    assert even["after_new_tokens"] == pytest.approx(-even["saved_ms"] / 0.1, rel=0.3)
+    even = profile_engines(bundle, TARGET, results=root).break_even
+    assert even.pays_here is False and even.image_tokens > 36 and even.extrapolated
+    assert even.after_new_tokens == pytest.approx(-even.saved_ms / 0.1, rel=0.3)
 
 
 def test_baked_beside_shared(bundle: Bundle) -> None:
     root = measured(bundle)
-    assert profile_engines(bundle, TARGET, results=root)["compare"] is None
+    assert profile_engines(bundle, TARGET, results=root).compare is None
     kept = (root / "profile.baked.json").read_bytes()
     faster = {name: ms * 0.5 if "decode" in name else ms * 1.5 for name, ms in times(bundle).items()}
     root = measured(bundle, faster, engine_weights="shared")
     (root / "profile.baked.json").write_bytes(kept)
     found = profile_engines(bundle, TARGET, results=root)
-    compare = found["compare"]
-    assert compare["faster"] == {"first_token": "baked", "decode": "shared"}
-    row = next(row for row in compare["parts"] if row["name"] == "decode")
-    assert row["baked_ms"] == pytest.approx(2.0, rel=0.02) and row["shared_ms"] == pytest.approx(1.0, rel=0.02)
-    assert [one["weights"] for one in saved_profiles(bundle)] == ["baked", "shared"]
+    compare = found.compare
+    assert compare is not None
+    assert (compare.faster.first_token, compare.faster.decode) == ("baked", "shared")
+    row = next(row for row in compare.parts if row.name == "decode")
+    assert row.baked_ms == pytest.approx(2.0, rel=0.02) and row.shared_ms == pytest.approx(1.0, rel=0.02)
+    assert [one.weights for one in saved_profiles(bundle)] == ["baked", "shared"]
 
 
 @pytest.mark.parametrize("copy", ["profile", "whole"])
@@ -180,7 +181,7 @@ def test_read_from_elsewhere(copy: str, bundle: Bundle, tmp_path: Path) -> None:
     """The folder profile/ alone, or the whole folder of engines as it comes back from the device."""
     root = measured(bundle)
     here = profile_engines(bundle, TARGET, results=root)
-    assert here["unpruned"] is not None and here["system"] == {
+    assert here.unpruned is not None and here.system == {
         "nvpmodel": "NV Power Mode: MAXN",
         "kernel": "Linux 5.15",
     }
@@ -194,9 +195,9 @@ def test_read_from_elsewhere(copy: str, bundle: Bundle, tmp_path: Path) -> None:
 
 def test_only_what_was_measured(bundle: Bundle) -> None:
     found = profile_engines(bundle, TARGET, results=measured(bundle, unpruned=False))
-    assert found["unpruned"] is None and found["speedup"] is None
-    assert any("--unpruned" in note for note in found["notes"])
-    assert found["break_even"]["image_tokens"] is not None and found["break_even"]["saved_ms"] is None
+    assert found.unpruned is None and found.speedup is None
+    assert any("--unpruned" in note for note in found.notes)
+    assert found.break_even.image_tokens is not None and found.break_even.saved_ms is None
 
 
 def test_the_command_prints_draws_and_writes(bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
@@ -272,22 +273,45 @@ def test_a_damaged_result_is_named(bundle: Bundle) -> None:
     assert (root / "profile.baked.json").read_bytes() == before
 
 
+def test_an_earlier_document_with_missing_parts_is_named(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before anything is measured, by `profile` and by `report`; one of another version is left out."""
+    root = device(bundle, tmp_path / "bin", monkeypatch)
+    said: list[str] = []
+    profile_engines(bundle, TARGET)
+    document = json.loads((root / "profile.baked.json").read_text())
+    damaged = root / "profile.shared.json"
+    for content in (json.dumps({key: document[key] for key in document if key != "totals"}), "{", "[]"):
+        damaged.write_text(content)
+        with pytest.raises(InputError, match=r"profile\.shared\.json is not a valid profile"):
+            profile_engines(bundle, TARGET, report=lambda done, total, text="": said.append(text))
+        with pytest.raises(InputError, match=r"profile\.shared\.json is not a valid profile"):
+            saved_profiles(bundle)
+    assert main(["report", str(bundle.root)]) == 2
+    assert "profile.shared.json is not a valid profile" in capsys.readouterr().err
+    assert said == [] and not (bundle.root / "report").exists()
+    damaged.write_text(json.dumps(document | {"format": "btp-profile/0"}))
+    assert [profile.weights for profile in saved_profiles(bundle)] == ["baked"]
+
+
 @pytest.mark.parametrize("wishes", [{"assemble": "whole", "unpruned": False}], ids=["whole"])
 def test_engines_of_the_whole_prefill(bundle: Bundle, wishes: dict[str, Any]) -> None:
     """Vision, selection and head cannot be told apart, and nothing is made up."""
     found = profile_engines(bundle, TARGET, results=measured(bundle, {"prefill.engine": 9.0}, **wishes))
-    assert [part["kind"] for part in found["parts"]] == ["whole", "decode"]
-    totals = found["totals"]
-    assert totals["first_token_ms"] == pytest.approx(9.0, rel=0.01) and totals["select_share"] is None
-    assert found["break_even"]["image_tokens"] is None and "segments" in found["break_even"]["reason"]
+    assert [part.kind for part in found.parts] == ["whole", "decode"]
+    totals = found.totals
+    assert totals.first_token_ms == pytest.approx(9.0, rel=0.01) and totals.select_share is None
+    assert found.break_even.image_tokens is None and "segments" in found.break_even.reason
 
 
 def test_the_report_shows_it(bundle: Bundle) -> None:
-    from btp_export.report.data import ReportData, document
+    from btp_export.report.data import ReportData
+    from btp_export.report.document import document
     from btp_export.report.page import render
 
     profile_engines(bundle, TARGET, results=measured(bundle))
     page = render(found := document(ReportData(bundle.plan, bundle.manifest, engines=saved_profiles(bundle))), [])
     assert 'id="engines"' in page and "select_1: " in page and "NV Power Mode: MAXN" in page
     assert "Pruning pays in prefill from about" in page
-    assert 'id="engines"' not in render(found | {"engines": []}, [])
+    assert 'id="engines"' not in render(found.model_copy(update={"engines": ()}), [])

@@ -18,6 +18,9 @@ import pytest
 from PIL import Image
 
 from btp_export.report import Machine, Picture, ReportData
+from btp_export.results.evaluation import EvaluatedPlan, Evaluation
+from btp_export.results.timing import Bench, CacheBytes, DecodeTimes, Operations, PrefillTimes
+from btp_export.results.verification import AppliedGates, GateValues, GraphParity, Verification
 from calibrate.data.scenes import samples
 from graphs.records.manifest import BuildRecord, FileRecord, Manifest, ModelRecord
 from graphs.records.plan import PruningPlan, Stage
@@ -121,7 +124,7 @@ def _manifest() -> Manifest:
     )
 
 
-def _verification() -> dict[str, Any]:
+def _verification() -> Verification:
     names = [
         "vision",
         *(f"{kind}_{i}" for i in range(4) for kind in ("prefill", "select")),
@@ -129,22 +132,41 @@ def _verification() -> dict[str, Any]:
         "head",
         "decode",
     ]
-    graphs = [
-        {"name": name, "cosine": 1 - 3e-13 * (n + 1), "norm_ratio": 1 + 2.5e-7 * n, "max_abs": 7.2e-7 * (n + 1)}
+    gates = {"cosine": 1 - 1e-9, "norm_ratio_within": 1e-4}
+    graphs = tuple(
+        GraphParity(
+            name=name,
+            profile="b1",
+            cosine=1 - 3e-13 * (n + 1),
+            norm_ratio=1 + 2.5e-7 * n,
+            max_abs=7.2e-7 * (n + 1),
+            worst="hidden_out of sample 0",
+            gates=GateValues(**gates),
+        )
         for n, name in enumerate(names)
-    ]
-    return {
-        "bundle": "/somewhere/on/this/machine/demo-bundle",
-        "passed": True,
-        "graphs": graphs,
-        "kept_agreement": [1.0, 1.0, 0.9973, 1.0],
-        "tokens_equal": True,
-        "near_ties": ["select_2, sample 5: 1 of 37 kept tokens differ; test data"],
-        "failures": [],
-    }
+    )
+    return Verification(
+        passed=True,
+        graphs=graphs,
+        kept_agreement=(1.0, 1.0, 0.9973, 1.0),
+        tokens_equal=True,
+        samples=4,
+        tokens=8,
+        profile="b1",
+        profiles=("b1",),
+        engine=None,
+        streamed=False,
+        maths="float32",
+        precision="float32",
+        computed_in="float32",
+        dummy_weights=False,
+        gates=AppliedGates(**gates, kept_agreement=0.99),
+        failures=(),
+        near_ties=("select_2, sample 5: 1 of 37 kept tokens differ; test data",),
+    )
 
 
-def _evaluation(plan: PruningPlan) -> dict[str, Any]:
+def _evaluation(plan: PruningPlan) -> Evaluation:
     average = plan.average_tokens
     found = {
         "none": (576.0, 0.953), "btp": (average, 0.937), "btp-paper": (128.9, 0.921), "fastv": (average - 0.4, 0.912),
@@ -164,26 +186,32 @@ def _evaluation(plan: PruningPlan) -> dict[str, Any]:
             *[(name, values[0] / 2, values[1] - 0.06) for name, values in found.items() if name != "none"],
         ]
     ]  # fmt: skip
-    return {"samples": 200, "source": "generated test scenes", "full_accuracy": 0.953, "rows": rows}
+    return Evaluation(
+        samples=200,
+        source="generated test scenes",
+        full_accuracy=0.953,
+        rows=tuple(EvaluatedPlan.model_validate(row) for row in rows),
+    )
 
 
-def _bench() -> dict[str, Any]:
-    return {
-        "vision_ms": 21.46,
-        "prefill": {
-            "full_ms": 182.4,
-            "pruned_ms": 61.9,
-            "speedup": 2.9467,
-            "flops_limit": 3.712,
-            "share_of_limit": 0.7938,
-        },
-        "select_ms": [6.31, 2.42, 1.07, 0.02],
-        "decode": {"ms_per_token": 3.275, "full_ms_per_token": 5.918, "speedup": 1.807},
-        "flops": {"full": 2_412_345_678, "pruned": 649_876_543, "selection": 12_345_678},
-        "rounds": 5,
-        "batch": 1,
-        "cache_bytes": {"full": 7667712, "pruned": 2204672},
-    }
+def _bench() -> Bench:
+    return Bench(
+        vision_ms=21.46,
+        prefill=PrefillTimes(full_ms=182.4, pruned_ms=61.9, speedup=2.9467, flops_limit=3.712, share_of_limit=0.7938),
+        select_ms=(6.31, 2.42, 1.07, 0.02),
+        decode=DecodeTimes(ms_per_token=3.275, full_ms_per_token=5.918, speedup=1.807),
+        flops=Operations(full=2_412_345_678, pruned=649_876_543, selection=12_345_678),
+        cache_bytes=CacheBytes(full=7667712, pruned=2204672),
+        variation=0.02,
+        profile="b1",
+        batch=1,
+        precision="float32",
+        rounds=5,
+        threads=None,
+        device="cpu",
+        engine=None,
+        dummy_weights=False,
+    )
 
 
 def _picture(seed: int) -> Picture:

@@ -15,8 +15,11 @@ import pytest
 from PIL import Image
 
 from btp_export.report import ReportData, machine, write_report
-from btp_export.report.page import count, data_uri, headlines, percent, size
-from btp_export.report.write import document
+from btp_export.report.document import document
+from btp_export.report.numbers import count, percent, size
+from btp_export.report.picture_views import data_uri
+from btp_export.report.rows import headlines
+from btp_export.results.verification import GraphParity
 
 NBSP = "\N{NO-BREAK SPACE}"
 
@@ -83,21 +86,21 @@ def test_the_numbers_on_the_page_are_the_datas(data: ReportData, tmp_path: Path)
         assert cells[1] == str(stage.layer) and cells[2].startswith(str(stage.keep))
         assert cells[3:7] == [str(n) for n in (stage.attention_quota, stage.pool, stage.diversity_quota, stage.seeds)]
     assert page.row("2, 3, 5, 9")[1:] == ["160, 51, 8, 0", "0.187", "96 %"]
-    for row in data.evaluation["rows"]:
-        shown = [r for r in page.rows if r[0] == row["plan"] and len(r) == 6]
-        (cells,) = [r for r in shown if r[1].startswith(f"{row['accuracy'] * 100:.1f}")]
-        assert f"{row['interval'][0] * 100:.1f} to {row['interval'][1] * 100:.1f}" in cells[1]
-        assert f"{row['kept_accuracy'] * 100:.1f}" in cells[2] and f"{row['flops_ratio'] * 100:.1f}" in cells[5]
+    for row in data.evaluation.rows:
+        shown = [r for r in page.rows if r[0] == row.plan and len(r) == 6]
+        (cells,) = [r for r in shown if r[1].startswith(f"{row.accuracy * 100:.1f}")]
+        assert f"{row.interval[0] * 100:.1f} to {row.interval[1] * 100:.1f}" in cells[1]
+        assert f"{row.kept_accuracy * 100:.1f}" in cells[2] and f"{row.flops_ratio * 100:.1f}" in cells[5]
     assert page.row("Vision tower and projector")[1:] == ["21.5", "21.5"]
     assert page.row("Decoder prefill, selection included")[1:] == ["182", "61.9"]
     assert page.row("of it: selection of stage 2 before layer 3")[1:] == ["–", "2.42"]
     assert page.row("Prefill operations of the decoder")[1].endswith(" G")
     assert page.row("Key and value cache")[1:] == ["7.67 MB", "2.20 MB", "28.8 %"]
-    for graph in data.verification["graphs"]:
-        cells = page.row(graph["name"])
-        assert float(cells[1]) == pytest.approx(1 - graph["cosine"], rel=0.1)
-        assert float(cells[2]) == pytest.approx(graph["norm_ratio"], abs=1e-7)
-        assert float(cells[3]) == pytest.approx(graph["max_abs"], rel=0.05)
+    for graph in data.verification.graphs:
+        cells = page.row(graph.name)
+        assert float(cells[1]) == pytest.approx(1 - graph.cosine, rel=0.1)
+        assert float(cells[2]) == pytest.approx(graph.norm_ratio, abs=1e-7)
+        assert float(cells[3]) == pytest.approx(graph.max_abs, rel=0.05)
     assert page.row("stage 3: same tokens kept")[1] == "99.73 %"
     assert page.row("processor")[1] == "Test CPU 3000"
 
@@ -113,14 +116,17 @@ def test_headlines_say_where_they_come_from(data: ReportData) -> None:
 def test_accuracy_kept_is_that_of_the_bundles_own_plan(data: ReportData) -> None:
     """Rows of other budgets and of other plans with the same tokens do not count as the bundle's own."""
     assert data.evaluation
-    rows = [{**row} for row in data.evaluation["rows"]]
-    for row in rows:
-        if row["plan"] == "fastv":
-            row["average_tokens"] = data.plan.average_tokens
-    kept = headlines(document(replace(data, evaluation={"samples": 9, "rows": rows})))[1]
+    average = data.plan.average_tokens
+    rows = [
+        row.model_copy(update={"average_tokens": average}) if row.plan == "fastv" else row
+        for row in data.evaluation.rows
+    ]
+    evaluation = data.evaluation.model_copy(update={"samples": 9, "rows": tuple(rows)})
+    kept = headlines(document(replace(data, evaluation=evaluation)))[1]
     assert kept.value == f"{0.937 / 0.953 * 100:.1f}{NBSP}%"
-    others = [row for row in rows if row["plan"] not in ("btp", "fastv")]
-    assert headlines(document(replace(data, evaluation={"samples": 9, "rows": others})))[1].value is None
+    others = tuple(row for row in rows if row.plan not in ("btp", "fastv"))
+    evaluation = evaluation.model_copy(update={"rows": others})
+    assert headlines(document(replace(data, evaluation=evaluation)))[1].value is None
 
 
 def test_report_json_holds_what_the_page_shows(data: ReportData, tmp_path: Path) -> None:
@@ -128,8 +134,8 @@ def test_report_json_holds_what_the_page_shows(data: ReportData, tmp_path: Path)
     assert data.evaluation and data.bench and data.manifest
     assert contents["format"] == "btp-report/1"
     assert contents["tokens_per_layer"]["pruned"] == data.plan.tokens_per_layer()
-    assert contents["evaluation"]["rows"] == data.evaluation["rows"]
-    assert contents["bench"] == data.bench
+    assert contents["evaluation"] == data.evaluation.document()
+    assert contents["bench"] == data.bench.document()
     assert contents["pictures"][0]["kept"] == [list(stage) for stage in data.pictures[0].kept]
     profile = data.manifest.profiles[0]
     rows = sum(profile.capacity_with(tokens) for tokens in data.plan.tokens_per_layer())
@@ -137,9 +143,16 @@ def test_report_json_holds_what_the_page_shows(data: ReportData, tmp_path: Path)
 
 
 def test_no_path_of_this_machine_gets_in(data: ReportData, tmp_path: Path) -> None:
-    assert data.verification
-    failures = {**data.verification, "log": "/home/somebody/verify.log", "out": Path("/home/somebody")}
-    _written(tmp_path, replace(data, verification=failures))
+    assert data.verification and data.evaluation
+    record = {**data.plan.calibration, "log": "/home/somebody/verify.log", "out": Path("/home/somebody")}
+    hidden = replace(
+        data,
+        plan=data.plan.model_copy(update={"calibration": record}),
+        verification=data.verification.model_copy(update={"failures": ("/home/somebody/weights.safetensors",)}),
+        evaluation=data.evaluation.model_copy(update={"source": "/home/somewhere/questions.jsonl"}),
+    )
+    _written(tmp_path, hidden)
+    assert "questions.jsonl" in (tmp_path / "report.json").read_text(encoding="utf-8")
     for name in ("index.html", "report.json"):
         text = (tmp_path / name).read_text(encoding="utf-8")
         assert "somewhere" not in text and "somebody" not in text and str(tmp_path) not in text
@@ -156,12 +169,12 @@ def test_hostile_texts_are_shown_and_not_obeyed(data: ReportData, tmp_path: Path
     hostile = '<script>alert("x")</script><img src=x onerror=alert(1)>" onload="y'
     picture = replace(data.pictures[0], prompt=hostile, answer=hostile)
     assert data.evaluation and data.verification and data.manifest
-    rows = [{**row, "plan": row["plan"] + hostile} for row in data.evaluation["rows"]]
+    rows = tuple(row.model_copy(update={"plan": row.plan + hostile}) for row in data.evaluation.rows)
     poisoned = replace(
         data,
         pictures=[picture],
-        evaluation={**data.evaluation, "rows": rows},
-        verification={**data.verification, "near_ties": [hostile], "failures": [hostile]},
+        evaluation=data.evaluation.model_copy(update={"rows": rows}),
+        verification=data.verification.model_copy(update={"near_ties": (hostile,), "failures": (hostile,)}),
         manifest=data.manifest.model_copy(
             update={"model": data.manifest.model.model_copy(update={"name": hostile, "source": hostile})}
         ),
@@ -213,25 +226,27 @@ def test_each_part_may_be_missing(data: ReportData, part: str, tmp_path: Path) -
 def test_an_unpruned_bundle_has_a_report(data: ReportData, tmp_path: Path) -> None:
     plan = data.plan.model_copy(update={"stages": (), "calibration": {}})
     assert data.bench and data.evaluation
-    bench = {**data.bench, "select_ms": []}
-    full = [row for row in data.evaluation["rows"] if row["plan"] == "none"]
-    page, _, _ = _written(
-        tmp_path, replace(data, plan=plan, bench=bench, evaluation={"samples": 5, "rows": full}, pictures=[])
-    )
+    bench = data.bench.model_copy(update={"select_ms": ()})
+    full = tuple(row for row in data.evaluation.rows if row.plan == "none")
+    evaluation = data.evaluation.model_copy(update={"samples": 5, "rows": full})
+    page, _, _ = _written(tmp_path, replace(data, plan=plan, bench=bench, evaluation=evaluation, pictures=[]))
     assert "every layer sees all image tokens" in page.words
 
 
 def test_times_of_a_busy_machine_are_marked(data: ReportData, tmp_path: Path) -> None:
     assert data.bench
     for variation, marked in ((0.05, False), (0.45, True)):
-        page, _, _ = _written(tmp_path, replace(data, bench={**data.bench, "variation": variation}))
+        page, _, _ = _written(tmp_path, replace(data, bench=data.bench.model_copy(update={"variation": variation})))
         assert ("The machine was busy: prefill times varied by 45" in page.words) == marked
 
 
 def test_failed_verification_cannot_be_overlooked(data: ReportData, tmp_path: Path) -> None:
     assert data.verification
-    broken = [{"name": "prefill_0", "cosine": float("nan"), "norm_ratio": float("inf"), "max_abs": float("inf")}]
-    failed = {**data.verification, "passed": False, "tokens_equal": False, "graphs": broken, "failures": ["it is off"]}
+    whole = dict(data.verification.graphs[0]) | {"name": "prefill_0"}
+    broken = GraphParity(**whole | {"cosine": float("nan"), "norm_ratio": float("inf"), "max_abs": float("inf")})
+    failed = data.verification.model_copy(
+        update={"passed": False, "tokens_equal": False, "graphs": (broken,), "failures": ("it is off",)}
+    )
     page, _, contents = _written(tmp_path, replace(data, verification=failed))
     assert page.words.count("verification failed") == 2 and "it is off" in page.words
     assert page.row("prefill_0")[1:] == ["not a number"] * 3

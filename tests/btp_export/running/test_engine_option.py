@@ -14,8 +14,8 @@ from engines.tensorrt.prepare.prepared_graphs import Choices, without_pruning
 from engines.tensorrt.records import UNPRUNED, engines_folder
 from graphs.files.bundle import Bundle
 from graphs.records.plan import PruningPlan
-from tests.engines.runners.engine_folders import STAGES, TARGET, machine_with_gpu, new_process, write_engines
 from tests.engines.runners.host_cuda import HostCuda
+from tests.engines.tensorrt.run.engine_folders import STAGES, TARGET, machine_with_gpu, new_process, write_engines
 
 
 @pytest.fixture(autouse=True)

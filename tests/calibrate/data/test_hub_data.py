@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from calibrate.data import hub_data, samples
+from calibrate.data import hub_data, samples, sources
 from graphs.records.errors import InputError, UnavailableError
 
 needs_datasets = pytest.mark.skipif(
@@ -37,7 +37,7 @@ def saved(folder: Path, rows: dict[str, list[Any]], **features: Any) -> Path:
 def test_without_the_library_the_way_to_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UnavailableError) as caught:
-        samples.calibration_samples("hf:owner/name:train", count=4, seed=0)
+        sources.calibration_samples("hf:owner/name:train", count=4, seed=0)
     assert "pip install datasets" in str(caught.value) and caught.value.exit_code == 3
 
 
@@ -48,8 +48,8 @@ def test_a_saved_set_with_its_own_questions(tmp_path: Path) -> None:
         "question": [f"what is {n}?" for n in range(6)],
     }
     folder = saved(tmp_path / "set", rows)
-    first, again = (samples.calibration_samples(str(folder), count=5, seed=1) for _ in range(2))
-    other = samples.calibration_samples(str(folder), count=5, seed=2)
+    first, again = (sources.calibration_samples(str(folder), count=5, seed=1) for _ in range(2))
+    other = sources.calibration_samples(str(folder), count=5, seed=2)
     assert first.digest() == again.digest() != other.digest() and len(first.samples) == 5
     assert first.source == "data set set, column question" and str(tmp_path) not in first.source
     for sample in first.samples:
@@ -62,19 +62,19 @@ def test_unreadable_pictures_are_named_and_skipped(tmp_path: Path) -> None:
     pictures = [{"bytes": png(n) if n % 3 else b"broken", "path": None} for n in range(9)]
     folder = saved(tmp_path / "set", {"picture": pictures})
     said: list[str] = []
-    found = samples.calibration_samples(str(folder), count=9, seed=0, note=said.append)
+    found = sources.calibration_samples(str(folder), count=9, seed=0, note=said.append)
     assert len(found.samples) == 6 and len(found.skipped) == len(said) == 3
     assert all(name.startswith("row ") for name in found.skipped)
     assert {one.prompt for one in found.samples} == set(samples.DEFAULT_PROMPTS)
-    with pytest.raises(InputError, match=r"0 readable .*\(5 unreadable, 5 found\)"):
-        samples.calibration_samples(str(saved(tmp_path / "bad", {"picture": pictures[:1] * 5})), count=9, seed=0)
+    with pytest.raises(InputError, match=r"0 usable .*\(5 skipped, 5 found\)"):
+        sources.calibration_samples(str(saved(tmp_path / "bad", {"picture": pictures[:1] * 5})), count=9, seed=0)
 
 
 @needs_datasets
 def test_what_is_no_set_of_pictures_is_refused(tmp_path: Path) -> None:
     folder = saved(tmp_path / "words", {"text": ["a", "b", "c", "d"]})
     with pytest.raises(InputError, match="no column of pictures: text"):
-        samples.calibration_samples(str(folder), count=4, seed=0)
+        sources.calibration_samples(str(folder), count=4, seed=0)
 
 
 @needs_datasets
@@ -86,7 +86,7 @@ def test_a_folder_of_splits(tmp_path: Path) -> None:
         return datasets.Dataset.from_dict(rows, features=datasets.Features({"picture": datasets.Image()}))
 
     datasets.DatasetDict({"validation": part(4), "train": part(7)}).save_to_disk(str(tmp_path / "splits"))
-    found = samples.calibration_samples(str(tmp_path / "splits"), count=64, seed=0)
+    found = sources.calibration_samples(str(tmp_path / "splits"), count=64, seed=0)
     assert len(found.samples) == 7 and found.source.endswith("split train")
 
 

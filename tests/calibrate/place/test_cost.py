@@ -1,13 +1,18 @@
 """Cost shares, counted by hand and fitted to made-up measurements whose law is known."""
 
-import json
-from pathlib import Path
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from calibrate.place.cost import PrefillCost, fit_line, measured_cost
+from calibrate.place.cost import (
+    MeasuredParts,
+    MeasuredPrefills,
+    MeasuredSegment,
+    PrefillCost,
+    fit_line,
+    measured_cost,
+)
 from calibrate.place.counts import Shape
 from graphs.records.errors import InputError
 from graphs.records.plan import Stage
@@ -54,78 +59,68 @@ def test_fit_line_is_least_squares_with_a_floor() -> None:
     assert fit_line([1.0, 2.0], [1.0, 3.0]) == pytest.approx((0.0, 7 / 5))  # the best line through 0
 
 
-def bench(fixed: float, rate: float, selection: float, *, batch: int = 1) -> dict[str, Any]:
-    """The document of a bench whose times follow the law exactly."""
+def bench(fixed: float, rate: float, selection: float, *, batch: int = 1) -> MeasuredPrefills:
+    """A bench whose times follow the law exactly."""
     cost = PrefillCost(DECODER, PROFILE)
     plan = SHAPE.plan((Stage(layer=2, keep=200, attention_quota=200, pool=200, boundary=200), Stage(layer=8, keep=0)))
     full, pruned = cost.of(SHAPE.plan(())), PrefillCost(DECODER, PROFILE, selection_rate=0).of(plan)
     work = cost.of(plan) - pruned
     select_ms = selection * work
-    return {
-        "prefill": {
-            "full_ms": batch * (fixed + rate * full),
-            "pruned_ms": batch * (fixed + rate * pruned + select_ms),
-        },
-        "select_ms": [batch * select_ms, 0.0],
-        "flops": {"full": batch * full, "pruned": batch * pruned, "selection": batch * work},
-        "batch": batch, "precision": "float32", "device": "cpu",
-    }  # fmt: skip
+    return MeasuredPrefills(
+        full_ms=batch * (fixed + rate * full),
+        pruned_ms=batch * (fixed + rate * pruned + select_ms),
+        select_ms=batch * select_ms,
+        full=batch * full,
+        pruned=batch * pruned,
+        selection=batch * work,
+        batch=batch,
+        machine="cpu, float32",
+    )
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-def test_the_law_comes_out_of_a_bench(batch: int, tmp_path: Path) -> None:
-    path = tmp_path / "bench.json"
-    path.write_text(json.dumps(bench(4.0, 2e-8, 9e-7, batch=batch)))
-    cost = measured_cost(path, DECODER, PROFILE)
+def test_the_law_comes_out_of_a_bench(batch: int) -> None:
+    cost = measured_cost(bench(4.0, 2e-8, 9e-7, batch=batch), "bench.json", DECODER, PROFILE)
     assert (cost.fixed, cost.decoder_rate, cost.selection_rate) == pytest.approx((4.0, 2e-8, 9e-7))
-    assert cost.unit == "milliseconds"
-    path.write_text(json.dumps({"bench": bench(4.0, 2e-8, 9e-7), "plan": {}}))  # within the whole job's document
-    assert measured_cost(path, DECODER, PROFILE).fixed == pytest.approx(4.0)
+    assert cost.unit == "milliseconds" and cost.source == f"measured: cpu, float32, batch {batch}"
 
 
-def profiled(per_layer: float, rate: float, selection: float, *, batch: int = 1) -> dict[str, Any]:
-    """The document of a profile of engines whose times follow the law exactly."""
-    parts = [
-        {"kind": "prefill", "layers": [start, stop], "tokens": tokens, "flops": 0,
-         "ms": batch * (stop - start) * (per_layer + rate * layer(tokens))}
-        for start, stop, tokens in [(0, 2, 618), (2, 8, 242), (8, 12, 42)]
-    ]  # fmt: skip
-    parts += [{"kind": "select", "layers": None, "tokens": 576, "flops": 1000 * batch, "ms": 1000 * batch * selection}]
-    parts += [{"kind": "head", "layers": None, "tokens": 1, "flops": 0, "ms": batch * (0.5 + rate * 2 * 128 * 200)}]
-    return {
-        "parts": parts, "unpruned": None, "batch": batch, "image_tokens": 576, "target": "jetson-orin",
-        "precision": "float16",
-    }  # fmt: skip
+def profiled(per_layer: float, rate: float, selection: float, *, batch: int = 1) -> MeasuredParts:
+    """A profile of engines whose times follow the law exactly."""
+    return MeasuredParts(
+        segments=[
+            MeasuredSegment(start, stop, tokens, batch * (stop - start) * (per_layer + rate * layer(tokens)))
+            for start, stop, tokens in [(0, 2, 618), (2, 8, 242), (8, 12, 42)]
+        ],
+        head_ms=[batch * (0.5 + rate * 2 * 128 * 200)],
+        select_ms=1000 * batch * selection,
+        selection=1000 * batch,
+        image_tokens=576,
+        batch=batch,
+        machine="jetson-orin, float16",
+    )
 
 
 @pytest.mark.parametrize("batch", [1, 2])
-def test_the_law_comes_out_of_a_profile(batch: int, tmp_path: Path) -> None:
-    path = tmp_path / "profile.json"
-    path.write_text(json.dumps(profiled(0.25, 3e-8, 2e-6, batch=batch)))
-    cost = measured_cost(path, DECODER, PROFILE)
+def test_the_law_comes_out_of_a_profile(batch: int) -> None:
+    cost = measured_cost(profiled(0.25, 3e-8, 2e-6, batch=batch), "profile.json", DECODER, PROFILE)
     assert (cost.fixed, cost.decoder_rate, cost.selection_rate) == pytest.approx((12 * 0.25 + 0.5, 3e-8, 2e-6))
     full = 12 * (0.25 + 3e-8 * layer(618)) + 0.5 + 3e-8 * 2 * 128 * 200
     assert cost.of(SHAPE.plan(())) == pytest.approx(full)
 
 
 @pytest.mark.parametrize(
-    ("content", "words"),
+    ("measured", "words"),
     [
-        ("nothing", "cannot read"),
-        ("[1]", "holds a list"),
-        ('{"samples": 3}', "no prefill times"),
-        (json.dumps(profiled(0.2, 1e-8, 0.0) | {"image_tokens": 36}), "same model"),
-        (json.dumps({**profiled(0.2, 1e-8, 0.0), "parts": profiled(0.2, 1e-8, 0.0)["parts"][:1]}), "same model"),
-        (json.dumps({**profiled(0.2, 1e-8, 0.0), "parts": profiled(0.2, 1e-8, 0.0)["parts"][2:]}), "one length only"),
-        (json.dumps(profiled(0.2, -1e-8, 0.0)), "no less time"),
-        (json.dumps(bench(4.0, -1e-9, 0.0)), "fewer operations take less time"),
-        (json.dumps(bench(4.0, 2e-8, 0.0) | {"flops": {"full": 1e15, "pruned": 1e14, "selection": 0}}), "same model"),
+        (replace(profiled(0.2, 1e-8, 0.0), image_tokens=36), "same model"),
+        (replace(profiled(0.2, 1e-8, 0.0), segments=profiled(0.2, 1e-8, 0.0).segments[:1]), "same model"),
+        (replace(profiled(0.2, 1e-8, 0.0), segments=profiled(0.2, 1e-8, 0.0).segments[2:]), "one length only"),
+        (profiled(0.2, -1e-8, 0.0), "no less time"),
+        (bench(4.0, -1e-9, 0.0), "fewer operations take less time"),
+        (replace(bench(4.0, 2e-8, 0.0), full=1e15, pruned=1e14), "same model"),
+        (replace(bench(4.0, 2e-8, 0.0), pruned=bench(4.0, 2e-8, 0.0).full), "two lengths"),
     ],
 )
-def test_other_files_are_refused(content: str, words: str, tmp_path: Path) -> None:
-    path = tmp_path / "file.json"
-    path.write_text(content)
+def test_other_measurements_are_refused(measured: MeasuredPrefills | MeasuredParts, words: str) -> None:
     with pytest.raises(InputError, match=words):
-        measured_cost(path, DECODER, PROFILE)
-    with pytest.raises(InputError, match="cannot read"):
-        measured_cost(tmp_path / "missing.json", DECODER, PROFILE)
+        measured_cost(measured, "file.json", DECODER, PROFILE)

@@ -5,7 +5,7 @@ from typing import Any
 
 from engines.tensorrt.build.build import build
 from engines.tensorrt.kit.device_kit import Recorder
-from engines.tensorrt.prepare.build_plan import Outline
+from engines.tensorrt.prepare.build_plan import BuildPlan
 from graphs.records.plan import PruningPlan, Stage
 
 STAGES = (
@@ -32,6 +32,6 @@ def staged_bundle(tiny_bundle: Any, **options: Any) -> Any:
     return tiny_bundle(staged_plan(tiny_bundle().spec), **options)
 
 
-def prepared(plan: Outline, *, force: bool = False, recorder: Recorder | None = None) -> Path:
+def prepared(plan: BuildPlan, *, force: bool = False, recorder: Recorder | None = None) -> Path:
     """engines/<target>/ as `btp-export build` leaves it on a machine without TensorRT; the folder."""
     return build(plan, None, reason="no TensorRT here", force=force, recorder=recorder).folder

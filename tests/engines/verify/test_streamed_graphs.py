@@ -15,6 +15,7 @@ import pytest
 
 from btp_export import cli
 from btp_export.measuring.verify import verify_bundle
+from btp_export.results.verification import Verification
 from engines.runners.onnxruntime import OrtLoader
 from engines.verify.gates import GATES
 from engines.verify.streamed_graphs import StreamedRunner
@@ -85,17 +86,17 @@ def test_bundles_of_all_kinds_verify_streamed(
 ) -> None:
     bundle = tiny_bundle(plan, **options)
     result = verify_bundle(bundle, samples=3, threads=1, tokens=4)
-    assert result["failures"] == [] and result["passed"] and result["streamed"]
-    assert [graph["name"] for graph in result["graphs"]] == [graph.name for graph in bundle.graphs()]
+    assert result.failures == () and result.passed and result.streamed
+    assert [graph.name for graph in result.graphs] == [graph.name for graph in bundle.graphs()]
     half = options.get("precision") == "float16"
-    exact = [graph for graph in result["graphs"] if graph["name"] != "vision"]
-    assert half or all(1 - graph["cosine"] < 1e-9 for graph in exact)
+    exact = [graph for graph in result.graphs if graph.name != "vision"]
+    assert half or all(1 - graph.cosine < 1e-9 for graph in exact)
     assert not (tmp_path / "cache" / "btp-export" / "work").exists()
     if options.get("precision") != "bfloat16":  # for which there are no kernels here
         monkeypatch.setattr("btp_export.running.streamed.STREAM_ABOVE", 2**40)
         ordinary = verify_bundle(bundle, samples=3, threads=1, tokens=4)
-        assert ordinary["passed"] and not ordinary["streamed"]
-        assert half or ordinary["kept_agreement"] == result["kept_agreement"]
+        assert ordinary.passed and not ordinary.streamed
+        assert half or ordinary.kept_agreement == result.kept_agreement
 
 
 def test_widened_bfloat16_has_no_bfloat16_but_its_weights(tiny_bundle: Any) -> None:
@@ -114,9 +115,9 @@ def test_a_perturbed_weight_is_found_in_its_graph(tiny_bundle: Any, tmp_path: Pa
     node.input[1] = other  # the weights of another layer
     onnx.save(model, root / "graphs" / "prefill_1.onnx")
     result = verify_bundle(Bundle(root, bundle.manifest, bundle.plan), samples=1, threads=1, tokens=2)
-    assert not result["passed"]
-    assert any(text.startswith("prefill_1") for text in result["failures"])
-    assert not any(text.startswith(("prefill_0", "prefill_2", "decode")) for text in result["failures"])
+    assert not result.passed
+    assert any(text.startswith("prefill_1") for text in result.failures)
+    assert not any(text.startswith(("prefill_0", "prefill_2", "decode")) for text in result.failures)
 
 
 def test_widened_bfloat16_is_held_to_the_gates_it_reports(tiny_bundle: Any, tmp_path: Path) -> None:
@@ -130,12 +131,14 @@ def test_widened_bfloat16_is_held_to_the_gates_it_reports(tiny_bundle: Any, tmp_
     epsilon.f = 0.05  # the model's is 1e-5 or so
     onnx.save(model, root / "graphs" / "prefill_1.onnx")
     result = verify_bundle(Bundle(root, bundle.manifest, bundle.plan), samples=1, threads=1, tokens=2)
-    [check] = [graph for graph in result["graphs"] if graph["name"] == "prefill_1"]
+    [check] = [graph for graph in result.graphs if graph.name == "prefill_1"]
     gates = GATES["bfloat16"]
-    assert check["cosine"] > gates.cosine and abs(check["norm_ratio"] - 1) < gates.norm, "bfloat16's gates miss it"
-    assert result["gates"]["cosine"] == GATES["float32"].cosine > check["cosine"]
-    assert not result["passed"]
-    assert [text.split(":")[0] for text in result["failures"]] == ["prefill_1"]
+    assert check.cosine > gates.cosine and abs(check.norm_ratio - 1) < gates.norm, "bfloat16's gates miss it"
+    assert result.gates.cosine == check.gates.cosine == GATES["float32"].cosine > check.cosine
+    vision = result.graphs[0]
+    assert (vision.name, vision.gates.cosine) == ("vision", gates.cosine), "which ran in parts of its own type"
+    assert not result.passed
+    assert [text.split(":")[0] for text in result.failures] == ["prefill_1"]
 
 
 @pytest.mark.parametrize("phase", ["free run: decode", "reference"])
@@ -150,7 +153,7 @@ def test_an_interrupted_verification_goes_on(
         if calls.count(phase) == 6:
             raise KeyboardInterrupt
 
-    def run(**more: Any) -> dict[str, Any]:
+    def run(**more: Any) -> Verification:
         return verify_bundle(bundle, samples=2, tokens=3, threads=1, note=notes.append, **more)
 
     wanted = run()

@@ -15,7 +15,7 @@ from btp_export.model.prompting import Prompter
 from calibrate.data.samples import prepare, scene_samples
 from calibrate.reference.streamed_model import StreamedReference
 from engines.runners.onnxruntime import OrtLoader
-from engines.verify.gates import Findings, agreement, compare
+from engines.verify.gates import CheckResults, agreement, compare
 from engines.verify.verification import FreeRun, VerifySample, same_kept, verify_free, verify_graphs
 from graphs.files.bundle import Bundle
 from graphs.records.plan import PruningPlan, Stage
@@ -51,7 +51,7 @@ def samples_for(bundle: Bundle, count: int = 3) -> list[VerifySample]:
     ]
 
 
-def check(bundle: Bundle, samples: list[VerifySample], **faulty: Callable[[Any], Any]) -> Findings:
+def check(bundle: Bundle, samples: list[VerifySample], **faulty: Callable[[Any], Any]) -> CheckResults:
     """Verify with some graphs' runners wrapped."""
     loader = OrtLoader(threads=1)
 
@@ -185,8 +185,8 @@ def free_runs(samples: list[VerifySample]) -> list[FreeRun]:
 
 
 def test_equal_free_runs_hold(samples: list[VerifySample]) -> None:
-    findings, free = Findings(), free_runs(samples)
-    assert verify_free(findings, PLAN, "float32", [one.run for one in samples], free)
+    findings, free = CheckResults(), free_runs(samples)
+    assert verify_free(findings, PLAN, [one.run for one in samples], free)
     assert findings.failures == [] and findings.near_ties == []
     assert all(same_kept(one.run, mine) for one, mine in zip(samples, free, strict=True))
 
@@ -195,21 +195,21 @@ def test_another_token_is_a_failure_and_a_tie_is_named(samples: list[VerifySampl
     free = free_runs(samples)
     order = np.argsort(samples[0].run.logits[0])
     other = [replace(free[0], tokens=[int(order[-2]), *free[0].tokens[1:]]), *free[1:]]
-    findings, runs = Findings(), [one.run for one in samples]
-    assert not verify_free(findings, PLAN, "float32", runs, other)
+    findings, runs = CheckResults(), [one.run for one in samples]
+    assert not verify_free(findings, PLAN, runs, other)
     assert "the bundle gives" in findings.failures[0]
     logits = samples[0].run.logits.copy()
     logits[0, order[-2]] = logits[0, order[-1]] - 1e-6
-    tied, findings = replace(samples[0].run, logits=logits), Findings()  # type: ignore[type-var]
-    assert verify_free(findings, PLAN, "float32", [tied, *runs[1:]], other)
+    tied, findings = replace(samples[0].run, logits=logits), CheckResults()  # type: ignore[type-var]
+    assert verify_free(findings, PLAN, [tied, *runs[1:]], other)
     assert findings.failures == [] and "logit gap" in findings.near_ties[0]
 
 
 def test_a_free_run_that_keeps_everything_is_a_failure(samples: list[VerifySample]) -> None:
     free = free_runs(samples)
     everything = [replace(free[0], kept=[np.arange(36)] * 3), *free[1:]]
-    findings = Findings()
-    verify_free(findings, PLAN, "float32", [one.run for one in samples], everything)
+    findings = CheckResults()
+    verify_free(findings, PLAN, [one.run for one in samples], everything)
     assert any("stage 0 keeps 36 tokens, the plan says 18" in text for text in findings.failures)
 
 

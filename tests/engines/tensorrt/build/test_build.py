@@ -26,8 +26,8 @@ from engines.tensorrt import installed
 from engines.tensorrt.build import machine
 from engines.tensorrt.build.build import Result, build
 from engines.tensorrt.installed import Library
-from engines.tensorrt.build.machine import builder_for, choose_plugins
-from engines.tensorrt.prepare.build_plan import Outline, Wishes, outline
+from engines.tensorrt.build.machine import machine_for, choose_plugins
+from engines.tensorrt.prepare.build_plan import BuildPlan, Wishes, plan_build
 from engines.tensorrt.records import EnginesRecord
 from graphs.files.bundle import Bundle
 from graphs.records.errors import CheckError, InputError, UnavailableError
@@ -49,8 +49,8 @@ def bundle(tiny_bundle: Any, tmp_path: Path) -> Bundle:
 
 def run(bundle: Bundle, wishes: Wishes = WHOLE, **options: Any) -> Result:
     building.need_rtx()
-    builder = builder_for(find_target("rtx-ada"), wishes)
-    plan = outline(bundle, find_target("rtx-ada"), builder.wishes)
+    builder = machine_for(find_target("rtx-ada"), wishes)
+    plan = plan_build(bundle, find_target("rtx-ada"), builder.wishes)
     return build(plan, builder.library, wish=wishes.plugins, **options)
 
 
@@ -119,8 +119,8 @@ def test_other_choices_rebuild_what_they_change_and_keep_what_is_the_users(bundl
 def test_a_failed_build_leaves_whole_engines_alone(bundle: Bundle) -> None:
     """The second graph has an operator that nobody knows; what was built before stays, and is gone on from."""
     building.need_rtx()
-    builder = builder_for(find_target("rtx-ada"), WHOLE)
-    plan = outline(bundle, find_target("rtx-ada"), builder.wishes)
+    builder = machine_for(find_target("rtx-ada"), WHOLE)
+    plan = plan_build(bundle, find_target("rtx-ada"), builder.wishes)
     broken = ir.serde.deserialize_model(ir.serde.serialize_model(plan.graphs[1].model))
     next(iter(broken.graph)).op_type = "NoSuchOperator"
     wrong = replace(plan, graphs=(plan.graphs[0], replace(plan.graphs[1], model=broken)))
@@ -200,10 +200,10 @@ def test_too_little_disk_is_said(bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 
 def test_another_version_than_the_installed_one_is_refused(bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
     building.need_rtx()
-    installed = installed.load("rtx")
-    older = f"{installed.version.split('.')[0]}.6.0"
+    library = installed.load("rtx")
+    older = f"{library.version.split('.')[0]}.6.0"
     assert main(["build", str(bundle.root), "--target", "rtx-ada", "--tensorrt", older]) == 3
-    assert f"{installed.title} is installed here" in capsys.readouterr().err
+    assert f"{library.title} is installed here" in capsys.readouterr().err
     assert not (bundle.root / "engines").exists()
 
 
@@ -238,8 +238,8 @@ def test_engines_built_elsewhere_are_kept_where_nothing_can_be_built(
 ) -> None:
     before = engines(run(bundle).folder)
     monkeypatch.setattr(installed, "is_installed", lambda flavour: False)
-    builder = builder_for(find_target("rtx-ada"), WHOLE)
-    result = build(outline(bundle, find_target("rtx-ada"), builder.wishes), builder.library)
+    builder = machine_for(find_target("rtx-ada"), WHOLE)
+    result = build(plan_build(bundle, find_target("rtx-ada"), builder.wishes), builder.library)
     assert (
         builder.library is None
         and result.kept == ("prefill.engine", "decode.engine")
@@ -262,7 +262,7 @@ def jetson(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 def test_the_installed_version_is_taken(jetson: Callable[..., None]) -> None:
     jetson("10.16.1.11")
-    builder = builder_for(find_target("jetson-orin-jp7"), Wishes())
+    builder = machine_for(find_target("jetson-orin-jp7"), Wishes())
     assert builder.library is not None and builder.wishes.tensorrt == "10.16"
 
 
@@ -275,21 +275,21 @@ def test_the_installed_version_is_taken(jetson: Callable[..., None]) -> None:
 )
 def test_another_machine_prepares_the_kit(jetson: Callable[..., None], here: dict[str, Any], reason: str) -> None:
     jetson(**here)
-    builder = builder_for(find_target("jetson-orin-jp6"), Wishes())
+    builder = machine_for(find_target("jetson-orin-jp6"), Wishes())
     assert builder.library is None and builder.reason.startswith(reason) and "8.7" in builder.reason
 
 
 def test_a_wrong_tensorrt_on_the_device_is_refused(jetson: Callable[..., None]) -> None:
     jetson("8.6.2.3")
     with pytest.raises(InputError, match="has no IPluginV3"):
-        builder_for(find_target("jetson-orin-jp6"), Wishes())
+        machine_for(find_target("jetson-orin-jp6"), Wishes())
     jetson("10.16.1.11")
     with pytest.raises(UnavailableError, match=r"TensorRT 10\.16\.1\.11 is installed here"):
-        builder_for(find_target("jetson-orin-jp6"), Wishes(tensorrt="10.3"))
+        machine_for(find_target("jetson-orin-jp6"), Wishes(tensorrt="10.3"))
 
 
-def planned(bundle: Bundle, **wishes: Any) -> Outline:
-    return outline(bundle, find_target("jetson-orin-jp6"), Wishes(**wishes))
+def planned(bundle: Bundle, **wishes: Any) -> BuildPlan:
+    return plan_build(bundle, find_target("jetson-orin-jp6"), Wishes(**wishes))
 
 
 def test_the_plugin_library_must_be_for_the_gpu(

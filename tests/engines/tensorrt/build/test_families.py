@@ -16,8 +16,8 @@ import pytest
 from btp_export.families import known_families
 from engines.targets import find_target
 from engines.tensorrt.build.build import Result, build
-from engines.tensorrt.build.machine import builder_for
-from engines.tensorrt.prepare.build_plan import Wishes, outline
+from engines.tensorrt.build.machine import machine_for
+from engines.tensorrt.prepare.build_plan import Wishes, plan_build
 from engines.tensorrt.records import EngineGraph, EnginesRecord
 from graphs.files.bundle import Bundle
 from graphs.records.match_plan import spec_at
@@ -123,9 +123,9 @@ def bundles(demo_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 def built(bundle: Bundle, variant: Variant) -> Result:
     target = find_target(variant.target)
-    builder = builder_for(target, variant.wishes)
+    builder = machine_for(target, variant.wishes)
     assert builder.library is not None
-    plan = outline(bundle, target, builder.wishes)
+    plan = plan_build(bundle, target, builder.wishes)
     return build(plan, builder.library, wish=variant.plugins)
 
 

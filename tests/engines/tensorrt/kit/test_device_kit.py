@@ -18,7 +18,7 @@ from btp_export.engine_inputs import record_calibration
 from engines.targets import find_target, known_targets
 from engines.tensorrt.kit import scripts
 from engines.tensorrt.kit.device_kit import is_engines, plugin_sources
-from engines.tensorrt.prepare.build_plan import Wishes, outline
+from engines.tensorrt.prepare.build_plan import Wishes, plan_build
 from engines.tensorrt.prepare.lint import lint
 from engines.tensorrt.records import EnginesRecord
 from engines.tensorrt.versions import traits
@@ -60,7 +60,7 @@ def kit(tiny_bundle: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[
         key = f"{target} {wishes}"
         if key not in made:
             bundle = copied(staged_bundle(tiny_bundle), tmp_path_factory.mktemp("kit") / "bundle")
-            plan = outline(bundle, find_target(target), Wishes(**wishes))
+            plan = plan_build(bundle, find_target(target), Wishes(**wishes))
             made[key] = prepared(plan, recorder=record_calibration)
         return made[key]
 
@@ -151,7 +151,7 @@ def test_inputs_are_those_of_a_real_run(kit: Any) -> None:
 def test_several_profiles_have_their_own_files(tiny_bundle: Any, tmp_path: Path) -> None:
     bundle = copied(tiny_bundle(profiles=("text=16,new=12", "batch=2,text=20,new=4")), tmp_path / "bundle")
     folder = prepared(
-        outline(bundle, find_target("h200"), Wishes(engine_weights="shared")), recorder=record_calibration
+        plan_build(bundle, find_target("h200"), Wishes(engine_weights="shared")), recorder=record_calibration
     )
     record = EnginesRecord.load(folder)
     first, second = (profile.name for profile in bundle.manifest.profiles)
@@ -172,7 +172,7 @@ def test_every_option_exists_in_that_version(
     """Against the lists of the public tags; and none that does nothing there."""
     bundle = copied(staged_bundle(tiny_bundle), tmp_path / "bundle")
     wishes = Wishes(tensorrt=version, engine_weights=weights)
-    folder = prepared(outline(bundle, find_target(target), wishes), recorder=None)
+    folder = prepared(plan_build(bundle, find_target(target), wishes), recorder=None)
     used, known = options_of(folder), set((LISTS / f"{version}.txt").read_text().split())
     assert used <= known, used - known
     assert {"--onnx", "--saveEngine", "--loadEngine", "--exportTimes", "--dynamicPlugins"} <= used
@@ -184,7 +184,7 @@ def test_every_option_exists_in_that_version(
 @pytest.mark.parametrize("target", known_targets())
 def test_scripts_are_sound_for_every_target(tiny_bundle: Any, tmp_path: Path, target: str) -> None:
     bundle = copied(staged_bundle(tiny_bundle), tmp_path / "bundle")
-    folder = prepared(outline(bundle, find_target(target), Wishes()), recorder=None)
+    folder = prepared(plan_build(bundle, find_target(target), Wishes()), recorder=None)
     texts = sorted(folder.rglob("*.sh"))
     assert {"build.sh", "profile.sh"} <= {path.name for path in texts}
     subprocess.run(["bash", "-n", *texts], check=True)
@@ -301,7 +301,7 @@ def test_plugin_sources_include_only_what_is_there(kit: Any) -> None:
 
 def test_without_custom_nodes_no_plugin_is_asked_for(tiny_bundle: Any, tmp_path: Path) -> None:
     bundle = copied(tiny_bundle(), tmp_path / "bundle")
-    folder = prepared(outline(bundle, find_target("l4"), Wishes()), recorder=None)
+    folder = prepared(plan_build(bundle, find_target("l4"), Wishes()), recorder=None)
     assert not (folder / "plugins").exists() and "plugins/build.sh" not in (folder / "build.sh").read_text()
     assert run(folder / "build.sh", fake_tool(tmp_path / "bin", "101600")).returncode == 0
 
@@ -316,7 +316,7 @@ def files_of(folder: Path) -> dict[Path, bytes]:
 def test_a_folder_that_is_current_stays(tiny_bundle: Any, tmp_path: Path) -> None:
     """Without force nothing is written anew; with it all is, but what is no engines folder is never touched."""
     bundle = copied(staged_bundle(tiny_bundle), tmp_path / "bundle")
-    plan = outline(bundle, find_target("l4"), Wishes())
+    plan = plan_build(bundle, find_target("l4"), Wishes())
     folder = prepared(plan, recorder=None)
     (folder / "notes.txt").write_text("mine")
     before, script = files_of(bundle.root), (folder / "build.sh").stat()
@@ -329,13 +329,13 @@ def test_a_folder_that_is_current_stays(tiny_bundle: Any, tmp_path: Path) -> Non
     stranger.mkdir()
     (stranger / "notes.txt").write_text("mine")
     with pytest.raises(InputError, match="is no folder of engines"):
-        prepared(outline(bundle, find_target("h100"), Wishes()), force=True, recorder=None)
+        prepared(plan_build(bundle, find_target("h100"), Wishes()), force=True, recorder=None)
     assert (stranger / "notes.txt").read_text() == "mine"
 
 
 def test_a_failure_leaves_nothing(tiny_bundle: Any, tmp_path: Path) -> None:
     bundle = copied(staged_bundle(tiny_bundle), tmp_path / "bundle")
-    plan = outline(bundle, find_target("l4"), Wishes())
+    plan = plan_build(bundle, find_target("l4"), Wishes())
 
     def interrupted(*arguments: Any) -> None:
         raise KeyboardInterrupt
@@ -351,14 +351,14 @@ def test_without_inputs_a_note_says_why(tiny_bundle: Any, tmp_path: Path) -> Non
     def unable(*arguments: Any) -> None:
         raise UnavailableError("the machine is too small")
 
-    folder = prepared(outline(bundle, find_target("l4"), Wishes()), recorder=unable)
+    folder = prepared(plan_build(bundle, find_target("l4"), Wishes()), recorder=unable)
     assert "the machine is too small" in EnginesRecord.load(folder).notes[-1]
     assert not (folder / "inputs").exists() and "--loadInputs=$inputs" in (folder / "profile.sh").read_text()
 
 
 def test_findings_stop_the_kit(tiny_bundle: Any, tmp_path: Path) -> None:
     bundle = copied(staged_bundle(tiny_bundle), tmp_path / "bundle")
-    plan = outline(bundle, find_target("l4"), Wishes())
+    plan = plan_build(bundle, find_target("l4"), Wishes())
     (bundle.root / "graphs" / "weights" / "model.safetensors").unlink()
     findings = tuple(lint(plan.graphs, plan.traits, folder=bundle.root / "graphs", plugins=True))
     with pytest.raises(CheckError, match=r"will not take .*model\.safetensors is missing"):

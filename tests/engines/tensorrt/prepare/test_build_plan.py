@@ -8,7 +8,7 @@ import pytest
 from safetensors import safe_open
 
 from engines.targets import GIB, Target, find_target
-from engines.tensorrt.prepare.build_plan import Wishes, outline, require_build_memory
+from engines.tensorrt.prepare.build_plan import Wishes, plan_build, require_build_memory
 from engines.tensorrt.prepare.estimate import BUILD_BASE, BUILD_FACTOR, ENGINE_BASE, estimate, totals
 from engines.tensorrt.prepare.prepared_graphs import Choices, PreparedGraph, prepare
 from graphs.building.graph_builder import GraphBuilder
@@ -75,10 +75,10 @@ def test_shared_weights_are_chosen_and_said_where_both_copies_cannot_fit(tiny_bu
     baked, shared = sizes(bundle), sizes(bundle, weights="shared")
     assert shared.run_bytes < baked.run_bytes
     between = small(find_target("h100"), (baked.run_bytes + shared.run_bytes) // 2)
-    made = outline(bundle, between, Wishes())
+    made = plan_build(bundle, between, Wishes())
     assert made.choices.weights == "shared" and made.notes[0].startswith("engine weights shared: baked ones need")
-    assert made.document()["engine_weights"] == "shared"
-    roomy = outline(bundle, small(find_target("h100"), baked.run_bytes), Wishes())
+    assert made.summary().engine_weights == "shared"
+    roomy = plan_build(bundle, small(find_target("h100"), baked.run_bytes), Wishes())
     assert roomy.choices.weights == "baked" and "shared" not in "".join(roomy.notes)
 
 
@@ -87,10 +87,10 @@ def test_what_cannot_fit_is_refused_with_what_would(tiny_bundle: Any) -> None:
     baked, shared = sizes(bundle), sizes(bundle, weights="shared")
     between = small(find_target("h100"), (baked.run_bytes + shared.run_bytes) // 2)
     with pytest.raises(InputError, match="the engines need") as error:
-        outline(bundle, between, Wishes(engine_weights="baked"))
+        plan_build(bundle, between, Wishes(engine_weights="baked"))
     assert error.value.do == "--engine-weights shared" and between.title in error.value.wanted
     with pytest.raises(InputError) as error:
-        outline(bundle, small(between, shared.run_bytes // 2), Wishes())
+        plan_build(bundle, small(between, shared.run_bytes // 2), Wishes())
     assert "smaller bucket than text=16,new=12,batch=1" in error.value.do
 
 
@@ -105,10 +105,10 @@ def test_a_board_also_has_to_build_them(tiny_bundle: Any) -> None:
     between = (whole.build_peak_bytes + segments.build_peak_bytes) // 2
     board = small(find_target("jetson-orin-jp7"), between)
     with pytest.raises(InputError) as error:
-        outline(bundle, board, Wishes(assemble="whole", engine_weights="baked"))
+        plan_build(bundle, board, Wishes(assemble="whole", engine_weights="baked"))
     assert error.value.do == "--assemble segments"
     card = small(find_target("h100"), between)
-    made = outline(bundle, card, Wishes(assemble="whole", engine_weights="baked"))
+    made = plan_build(bundle, card, Wishes(assemble="whole", engine_weights="baked"))
     with pytest.raises(InputError, match="building the largest engine") as error:
         require_build_memory(made, between)
     assert error.value.do == "--assemble segments"
@@ -126,30 +126,30 @@ def test_the_build_counts_constants_only(tiny_bundle: Any) -> None:
 
 def test_the_users_memory_stands_in_for_the_targets(tiny_bundle: Any) -> None:
     bundle = staged_bundle(tiny_bundle)
-    made = outline(bundle, find_target("jetson-orin-jp6"), Wishes(memory_bytes=16 * GIB))
+    made = plan_build(bundle, find_target("jetson-orin-jp6"), Wishes(memory_bytes=16 * GIB))
     assert made.usable_bytes == 10 * GIB
     with pytest.raises(InputError, match="--memory"):
-        outline(bundle, find_target("jetson-orin-jp6"), Wishes(memory_bytes=4 * GIB))
+        plan_build(bundle, find_target("jetson-orin-jp6"), Wishes(memory_bytes=4 * GIB))
 
 
 def test_defaults_and_notes(tiny_bundle: Any) -> None:
     bundle = staged_bundle(tiny_bundle)
-    orin = outline(bundle, find_target("jetson-orin-jp6"), Wishes())
+    orin = plan_build(bundle, find_target("jetson-orin-jp6"), Wishes())
     assert (orin.choices.opset, orin.choices.weights, orin.plugins) == (18, "shared", "library")
     assert any("opset 18 in place of 23" in note for note in orin.notes)
     assert any("not yet measured" in note for note in orin.notes)
-    thor = outline(bundle, find_target("jetson-thor"), Wishes(tensorrt="11.4.1"))
+    thor = plan_build(bundle, find_target("jetson-thor"), Wishes(tensorrt="11.4.1"))
     assert any("11.4.1 is taken to be like 11.1" in note for note in thor.notes)
-    ada = outline(bundle, find_target("rtx-ada"), Wishes())
+    ada = plan_build(bundle, find_target("rtx-ada"), Wishes())
     assert ada.plugins == "none" and not any(g.custom_nodes for g in ada.graphs)
-    forced = outline(bundle, find_target("rtx-ada"), Wishes(plugins="python"))
+    forced = plan_build(bundle, find_target("rtx-ada"), Wishes(plugins="python"))
     assert any("unsupported" in note for note in forced.notes) and any(g.custom_nodes for g in forced.graphs)
 
 
 def test_the_document_has_every_graph(tiny_bundle: Any) -> None:
     bundle = staged_bundle(tiny_bundle)
-    document = outline(bundle, find_target("jetson-orin-jp6"), Wishes(unpruned=True)).document()
-    assert [graph["name"] for graph in document["graphs"]] == [record.name for record in bundle.graphs()]
-    assert [graph["name"] for graph in document["unpruned"]["graphs"]] == ["vision", "prefill_0", "head", "decode"]
-    assert document["total"]["run_bytes"] < document["total"]["usable_bytes"] and document["findings"] == []
-    assert document["estimates_from"] and document["compute_capability"] == "8.7"
+    document = plan_build(bundle, find_target("jetson-orin-jp6"), Wishes(unpruned=True)).summary()
+    assert [graph.name for graph in document.graphs] == [record.name for record in bundle.graphs()]
+    assert [graph.name for graph in document.unpruned.graphs] == ["vision", "prefill_0", "head", "decode"]
+    assert document.total.run_bytes < document.total.usable_bytes and document.findings == ()
+    assert document.estimates_from and document.compute_capability == "8.7"

@@ -11,8 +11,9 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from engines.targets import find_target, known_targets
-from engines.tensorrt.prepare.lint import Finding, lint, lint_model, require_clean
+from engines.tensorrt.prepare.lint import lint, lint_model, require_clean
 from engines.tensorrt.prepare.prepared_graphs import Choices, PreparedGraph, prepare
+from engines.tensorrt.summaries import Finding
 from engines.tensorrt.versions import traits
 from graphs import ops
 from graphs.records.errors import CheckError

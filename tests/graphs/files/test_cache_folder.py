@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from btp_export.model.cache_folder import cache_folder
+from graphs.files.cache_folder import cache_folder
 
 
 def test_the_folder_is_where_caches_belong(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

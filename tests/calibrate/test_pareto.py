@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
+from calibrate import pareto
 from calibrate.calibrate import Study, calibrate
-from calibrate.place import pareto
+from calibrate.pareto import Point, front, requests
 from calibrate.place.balance import Recipe
 from calibrate.place.candidates import Budget, Request
-from calibrate.place.pareto import Point, front, requests
 from graphs.records.errors import InputError
 from tests.calibrate.models import checkpoint, make_input, make_llava
 from tests.calibrate.place.test_search import COST, LAYERS, SHAPE, SIDE

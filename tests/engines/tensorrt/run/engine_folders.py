@@ -23,8 +23,8 @@ from engines.tensorrt.run.session import Session
 from graphs.files.atomic import record
 from graphs.files.bundle import Bundle
 from graphs.records.plan import Stage
-from tests.engines.runners import host_tensorrt
 from tests.engines.runners.host_cuda import HostCuda
+from tests.engines.tensorrt.run import host_tensorrt
 
 TARGET, VERSION, CAPABILITY = "jetson-orin-jp6", "10.3.0.26", "8.7"
 STAGES = (  # of the tiny model: one stage that selects by every rule, one that drops all

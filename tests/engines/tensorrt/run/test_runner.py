@@ -16,18 +16,19 @@ from engines.chain import Chain
 from engines.native import libraries
 from engines.runners import cuda
 from engines.runners.onnxruntime import OrtLoader
-from engines.runners.tensorrt import TrtLoader, open_engines
 from engines.tensorrt import installed
 from engines.tensorrt.installed import Library
 from engines.tensorrt.prepare.prepared_graphs import Choices
 from engines.tensorrt.records import EnginesRecord, PluginRecord
+from engines.tensorrt.run.runner import TrtLoader, open_engines
 from engines.tensorrt.run.session import explain, make_log
 from graphs.files.bundle import ROPE_WEIGHTS, Bundle
 from graphs.files.checkpoint import open_tensors
 from graphs.records.errors import CheckError, InputError, UnavailableError
 from graphs.records.plan import PruningPlan
-from tests.engines.runners import host_tensorrt
-from tests.engines.runners.engine_folders import (
+from tests.engines.runners.host_cuda import HostCuda
+from tests.engines.tensorrt.run import host_tensorrt
+from tests.engines.tensorrt.run.engine_folders import (
     CAPABILITY,
     STAGES,
     VERSION,
@@ -35,7 +36,6 @@ from tests.engines.runners.engine_folders import (
     new_process,
     write_engines,
 )
-from tests.engines.runners.host_cuda import HostCuda
 
 
 @pytest.fixture(autouse=True)

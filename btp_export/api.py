@@ -1,0 +1,347 @@
+"""The functions that `import btp_export` offers: what the commands do, with Python values in and out.
+
+Each opens what it is given by name, does what the command of that name does and gives the command's document
+(btp_export/results/) or the object that was made. Nothing is printed; `report` is told how far long work is and `note`
+what a user should know. What cannot be done raises InputError, CheckError or UnavailableError.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, TypeVar
+
+from graphs.files.bundle import Bundle
+from graphs.records.errors import InputError
+from graphs.records.plan import PruningPlan
+
+if TYPE_CHECKING:
+    from btp_export.results.engines import BuildResult
+    from btp_export.results.evaluation import Evaluation
+    from btp_export.results.timing import Bench
+    from btp_export.results.verification import Verification
+    from btp_export.running.runtime import BundleModel
+    from graphs.files.atomic import Link
+    from graphs.records.plan import Importance, SpatialMetric
+    from graphs.records.progress import Note, Report
+    from graphs.records.spec import Precision
+
+PathLike = Path | str
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Shapes for which graphs are made, all static; None is the model's default.
+
+    Args:
+        batch: samples at a time.
+        text: room for the prompt after the image, in tokens.
+        new: room for generated tokens.
+        image: height and width of the pictures in pixels.
+    """
+
+    batch: int = 1
+    text: int | None = None
+    new: int | None = None
+    image: tuple[int, int] | None = None
+
+    def __str__(self) -> str:
+        """As the command line writes it: batch=2,text=64,new=128,image=336x672."""
+        size = None if self.image is None else f"{self.image[0]}x{self.image[1]}"
+        parts = {"batch": self.batch, "text": self.text, "new": self.new, "image": size}
+        return ",".join(f"{name}={value}" for name, value in parts.items() if value is not None)
+
+
+def load(
+    bundle: Bundle | PathLike,
+    *,
+    profile: str | None = None,
+    threads: int | None = None,
+    device: str = "cpu",
+    target: str | None = None,
+    engine: str | None = None,
+) -> BundleModel:
+    """Open a bundle for running: `load("b").generate("cat.png", "what is it?")[0].text`.
+
+    Args:
+        bundle: its folder, or an opened Bundle.
+        profile: name of a shape profile; the first if left out.
+        threads: threads inside an operator; all cores if left out. Engines have none.
+        device: where ONNX Runtime computes: "cpu", "cuda" or "cuda:<number>"; engines run on the first GPU.
+        target: run the engines built for this device in place of the graphs.
+        engine: the former name of `target`.
+    """
+    from btp_export.running import runtime
+
+    if engine is not None:
+        warnings.warn("load(engine=...) is called load(target=...) now", DeprecationWarning, stacklevel=2)
+    return runtime.load(_opened(bundle), profile=profile, threads=threads, device=device, engine=target or engine)
+
+
+def export(
+    model: str,
+    *,
+    out: PathLike,
+    plan: PruningPlan | PathLike = "btp",
+    compression: float | None = None,
+    shapes: Sequence[Shape] = (),
+    opset: int = 23,
+    precision: Precision | None = None,
+    assemble: Literal["segments", "whole"] = "segments",
+    link: Link = "auto",
+    force: bool = False,
+    report: Report | None = None,
+    note: Note = lambda text: None,
+) -> Bundle:
+    """Export a model with a pruning plan to a bundle of ONNX graphs, which appears at `out` whole or not at all.
+
+    Args:
+        model: "demo", a name such as "llava-1.5-7b", a checkpoint folder, or a hub id.
+        out: the bundle's folder.
+        plan: "btp" calibrates, as `calibrate` does without settings; else a preset's name, a plan file, or a Plan.
+        compression: share of image tokens to save, for "btp" and presets.
+        shapes: a shape profile for each; the model's default shape without.
+        opset: 23 has fused operators, 18 primitives only.
+        precision: the model's own if left out; float32 for the demo.
+        assemble: the prefill as segments, or as one whole graph.
+        link: weights as hard links, copies, or links for the big ones ("auto").
+        force: replace a bundle at `out`.
+    """
+    from btp_export.exporting import Options, check_target, export_bundle
+    from btp_export.model.open_model import open_model
+    from btp_export.planning.choose_plan import choose_plan
+    from btp_export.planning.study import CalibrationSettings
+
+    options = Options(
+        profiles=tuple(str(shape) for shape in shapes), opset=opset, precision=precision, assemble=assemble, link=link
+    )
+    opened, folder = open_model(model, report=report), Path(out)
+    if isinstance(plan, PruningPlan):
+        if compression is not None:
+            raise InputError("compression with a Plan", wanted="one of them", do="leave compression out")
+        chosen = plan
+    else:
+        profiles = check_target(opened, folder, options, force=force)
+        settings = CalibrationSettings(compression=compression)
+        chosen = choose_plan(opened, str(plan), settings, profile=profiles[0], report=report, note=note)
+    return export_bundle(opened, chosen, folder, options, force=force, report=report, note=note)
+
+
+def calibrate(
+    model: str,
+    *,
+    compression: float | None = None,
+    keep: Sequence[int] | None = None,
+    latency_share: float | None = None,
+    latency_from: PathLike | None = None,
+    images: str | None = None,
+    prompts: PathLike | None = None,
+    samples: int | None = None,
+    image_size: tuple[int, int] | None = None,
+    tune: bool = False,
+    importance: Importance = "last-token",
+    spatial_metric: SpatialMetric = "euclidean",
+    rebalance: bool = True,
+    spatial: bool = True,
+    stages: Sequence[int] | None = None,
+    balance: Sequence[float] | None = None,
+    drop_bound: float | None = None,
+    tau: float | None = None,
+    cache: bool = True,
+    seed: int = 0,
+    device: str = "auto",
+    maths: Precision = "float32",
+    report: Report | None = None,
+    note: Note = lambda text: None,
+) -> PruningPlan:
+    """Measure on a few pictures where image tokens can be pruned, and make the balanced plan.
+
+    The budget is one of `compression`, `keep` and `latency_share`, else a compression of 0.78; what each setting does
+    is in docs/calibration.md, under the option of the same name.
+
+    Args:
+        model: "demo", a name such as "llava-1.5-7b", a checkpoint folder, or a hub id.
+        compression: share of image tokens to save, mean over the layers.
+        keep: tokens kept by each stage.
+        latency_share: the prefill's cost as a share of the unpruned prefill's.
+        latency_from: a file of `bench` or `profile` that the cost is taken from.
+        images: a folder, a JSONL file or hf:owner/name; drawn scenes without.
+        samples: how many; 64, with `tune` 128.
+        image_size: height and width in pixels to calibrate at; the model's own without.
+    """
+    from btp_export.model.defaults import default_profile
+    from btp_export.model.open_model import open_model
+    from btp_export.planning import study
+
+    usual = study.TUNED_SAMPLES if tune else study.DEFAULT_SAMPLES
+    settings = study.CalibrationSettings(
+        images=images, prompts=_path(prompts), samples=usual if samples is None else samples,
+        compression=compression, keep=_tuple(keep), latency_share=latency_share, latency_from=_path(latency_from),
+        stages=_tuple(stages), balance=_tuple(balance), importance=importance, spatial_metric=spatial_metric,
+        rebalance=rebalance, spatial=spatial, drop_bound=drop_bound, tune=tune, tau=tau, cache=cache, seed=seed,
+        device=device, maths=maths,
+    )  # fmt: skip
+    study.check_settings(settings)
+    opened = open_model(model, report=report)
+    profile = default_profile(opened, image_size)
+    return study.calibrate_model(opened, settings, profile=profile, report=report, note=note)
+
+
+def verify(
+    bundle: Bundle | PathLike,
+    *,
+    samples: int = 4,
+    tokens: int | None = None,
+    seed: int = 0,
+    profile: str | None = None,
+    threads: int | None = None,
+    target: str | None = None,
+    device: str = "auto",
+    maths: Precision = "float32",
+    report: Report | None = None,
+    note: Note = lambda text: None,
+) -> Verification:
+    """Check every graph of a bundle, its kept tokens and its text against transformers' own modelling code.
+
+    What does not hold is in the result (`passed`, `failures`) and raises nothing.
+
+    Args:
+        bundle: its folder, whose files are all hashed, or an opened Bundle.
+        samples: how many generated scenes.
+        tokens: generated tokens compared; 8, or 3 for large models.
+        profile: name of a shape profile; all without.
+        target: check the engines built for this device in place of the graphs.
+        device: where the reference and the graphs compute: "cpu", "cuda", "cuda:<number>"; "auto": a GPU if any.
+        maths: what the reference computes in.
+    """
+    from btp_export.measuring.verify import verify_profiles
+
+    return verify_profiles(
+        _opened(bundle, full=True),
+        samples=samples,
+        tokens=tokens,
+        seed=seed,
+        profile=profile,
+        threads=threads,
+        engine=target,
+        device=device,
+        maths=maths,
+        report=report,
+        note=note,
+    )
+
+
+def evaluate(
+    bundle: Bundle | PathLike,
+    *,
+    plans: Sequence[str] | None = None,
+    compression: float | Sequence[float] | None = None,
+    samples: int = 200,
+    seed: int = 0,
+    data: PathLike | None = None,
+    threads: int | None = None,
+    report: Report | None = None,
+) -> Evaluation:
+    """Measure how many answers stay right under each plan, through the exported graphs.
+
+    Args:
+        bundle: its folder, or an opened Bundle.
+        plans: presets, plan files, and "btp", the bundle's own plan; all presets without.
+        compression: a budget for all plans, or several; the bundle's own without.
+        samples: how many held-out questions.
+        data: JSONL of image, prompt, answer; drawn scenes without.
+    """
+    from btp_export.measuring.evaluate import DEFAULT_PLANS, evaluate_bundle
+
+    return evaluate_bundle(
+        _opened(bundle),
+        plans=DEFAULT_PLANS if plans is None else plans,
+        compression=compression,
+        samples=samples,
+        seed=seed,
+        data=_path(data),
+        threads=threads,
+        report=report,
+    )
+
+
+def bench(
+    bundle: Bundle | PathLike,
+    *,
+    rounds: int = 10,
+    profile: str | None = None,
+    threads: int | None = None,
+    device: str = "cpu",
+    target: str | None = None,
+    report: Report | None = None,
+) -> Bench:
+    """Measure prefill, selection, decoding and caches beside the same model without pruning.
+
+    Args:
+        bundle: its folder, or an opened Bundle.
+        rounds: runs of each model; medians are given.
+        profile: name of a shape profile; the first without.
+        target: measure the engines built for this device, beside its unpruned ones.
+    """
+    from btp_export.measuring.bench import measure
+
+    return measure(
+        _opened(bundle), profile=profile, threads=threads, device=device, engine=target, rounds=rounds, report=report
+    )
+
+
+def build(
+    bundle: Bundle | PathLike,
+    target: str,
+    *,
+    tensorrt: str | None = None,
+    assemble: Literal["segments", "whole"] | None = None,
+    engine_weights: Literal["baked", "shared"] | None = None,
+    plugins: Literal["auto", "library", "python", "none"] = "auto",
+    memory_bytes: int | None = None,
+    unpruned: bool = False,
+    dry_run: bool = False,
+    force: bool = False,
+    report: Report = lambda done, total, text="": None,
+) -> BuildResult:
+    """Build TensorRT engines in the bundle; without TensorRT, write what the device needs to build and profile them.
+
+    Args:
+        bundle: its folder, or an opened Bundle.
+        target: the device, e.g. "jetson-orin-jp6", "h100", "rtx-ada".
+        tensorrt: its version; the target's without, as for the next three.
+        memory_bytes: of the device.
+        unpruned: also engines without pruning, to measure beside.
+        dry_run: prepare, check and estimate; write nothing. What does not suit is in `findings`.
+        force: replace the engines of this target.
+    """
+    from btp_export.engine_inputs import build_engines
+    from btp_export.results.engines import BuildResult
+    from engines.targets import find_target
+    from engines.tensorrt.build.machine import machine_for
+    from engines.tensorrt.prepare.build_plan import Wishes, plan_build
+
+    device, opened = find_target(target), _opened(bundle)
+    wishes = Wishes(tensorrt, assemble, engine_weights, plugins, memory_bytes, unpruned)
+    if dry_run:
+        return BuildResult.of(plan_build(opened, device, wishes).summary())
+    machine = machine_for(device, wishes)
+    plan = plan_build(opened, device, machine.wishes)
+    return BuildResult.of(plan.summary(), build_engines(plan, machine, force=force, report=report))
+
+
+def _opened(bundle: Bundle | PathLike, *, full: bool = False) -> Bundle:
+    if isinstance(bundle, Bundle):
+        return bundle
+    return Bundle.open(Path(bundle), check="full" if full else "quick")
+
+
+def _path(value: PathLike | None) -> Path | None:
+    return None if value is None else Path(value)
+
+
+def _tuple(values: Sequence[Item] | None) -> tuple[Item, ...] | None:
+    return None if values is None else tuple(values)

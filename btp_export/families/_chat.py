@@ -1,0 +1,90 @@
+"""A question about one picture as the text that a model sees, by the checkpoint's own chat template."""
+
+from pathlib import Path
+from typing import Any
+
+from graphs.records.errors import InputError
+
+PLACEHOLDERS = {"image_token": "a picture", "video_token": "a video", "audio_token": "a sound"}
+
+
+def conversation_text(processor: Any, prompt: str, *, system: str | None = None, folder: Path) -> str:
+    """The whole text with the image placeholder in it; `folder` is where the template is from.
+
+    A template that takes text only gets the placeholder as part of it. Raises InputError for a template that is not
+    there, is broken, refuses the question, or writes no placeholder.
+    """
+    from jinja2 import TemplateError  # syntax errors, unknown names, and what a template's raise_exception raises
+
+    refused: Exception | None = None
+    for text_only in (False, True):
+        try:
+            text = _rendered(processor, _conversation(processor, prompt, system, text_only=text_only), folder)
+        except (TypeError, ValueError, KeyError, AttributeError, TemplateError) as error:
+            refused = refused or error
+            continue
+        if processor.image_token in text:
+            return text
+    if refused is not None:
+        raise InputError(
+            f"the chat template of {folder} cannot be used: {_reason(refused)}",
+            wanted="a chat template that takes a picture and a text",
+            do=f"mend it, or give the whole text with {processor.image_token} in it and --raw-prompt",
+        ) from refused
+    raise InputError(
+        f"the chat template of {folder} writes no {processor.image_token}",
+        wanted="a chat template that takes a picture and a text",
+        do=f"mend it, or give the whole text with {processor.image_token} in it and --raw-prompt",
+    )
+
+
+def refuse_placeholders(processor: Any, prompt: str) -> None:
+    """Raise InputError for a prompt with a placeholder in it: the template puts the picture in.
+
+    Every other special token in a prompt is that token, as for transformers.
+    """
+    for name, meaning in PLACEHOLDERS.items():
+        token = getattr(processor, name, None)
+        if isinstance(token, str) and token in prompt:
+            raise InputError(
+                f"the prompt holds {token}, which stands for {meaning}",
+                wanted="the question alone: the chat template puts the picture in by itself",
+                do=f"take it out; the whole text with {processor.image_token} in it goes with run --raw-prompt",
+            )
+
+
+def writes_begin_token(processor: Any, text: str) -> bool:
+    """Whether the template wrote the begin token, so that the tokenizer must not put a second one before it."""
+    begin = processor.tokenizer.bos_token
+    return bool(begin) and text.startswith(begin)
+
+
+def _conversation(processor: Any, prompt: str, system: str | None, *, text_only: bool) -> list[dict[str, Any]]:
+    def content(text: str, *, picture: bool) -> Any:
+        if text_only:
+            return f"{processor.image_token}\n{text}" if picture else text
+        return [*([{"type": "image"}] if picture else []), {"type": "text", "text": text}]
+
+    messages = [] if system is None else [{"role": "system", "content": content(system, picture=False)}]
+    return [*messages, {"role": "user", "content": content(prompt, picture=True)}]
+
+
+def _rendered(processor: Any, conversation: list[dict[str, Any]], folder: Path) -> str:
+    template = processor.chat_template or processor.tokenizer.chat_template
+    if isinstance(template, dict):
+        template = template.get("default")
+    if not template:
+        raise InputError(
+            f"{folder} has no chat template",
+            wanted="chat_template.jinja, or a template in tokenizer_config.json",
+            do=f"add it, or give the whole text with {processor.image_token} in it and --raw-prompt",
+        )
+    return str(
+        processor.apply_chat_template(conversation, chat_template=template, add_generation_prompt=True, tokenize=False)
+    )
+
+
+def _reason(error: Exception) -> str:
+    line = getattr(error, "lineno", None)
+    text = str(error).strip().splitlines()
+    return (text[0] if text else type(error).__name__) + (f" (line {line})" if line else "")

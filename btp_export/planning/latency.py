@@ -1,0 +1,76 @@
+"""`--latency-from FILE`: what bench, profile or the whole job measured, read back for the cost of a plan."""
+
+import json
+import math
+from pathlib import Path
+
+from btp_export.results.job import JobResult
+from btp_export.results.profile import Profile
+from btp_export.results.timing import Bench
+from calibrate.place.cost import MeasuredParts, MeasuredPrefills, MeasuredSegment
+from graphs.records.errors import InputError
+from graphs.records.record import parse_record
+
+
+def read_latency(path: Path) -> MeasuredPrefills | MeasuredParts:
+    """The times in a document of `btp-export bench`, `profile` or `--model`.
+
+    Raises InputError for a file that is not there, that is another document, or that is not whole.
+    """
+    try:
+        content = path.read_bytes()
+        document = json.loads(content)
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(
+            f"cannot read {path}: {error}", wanted="the JSON document of a bench or profile", do="--latency-from FILE"
+        ) from error
+    if not isinstance(document, dict):
+        raise InputError(f"{path} holds a {type(document).__name__}", wanted="a JSON object", do="--latency-from FILE")
+    kind = document.get("format")
+    if kind == _format(Profile):
+        return _of_profile(parse_record(Profile, content, source=path, noun="profile"))
+    if kind == _format(Bench):
+        return _of_bench(parse_record(Bench, content, source=path, noun="bench"))
+    bench = parse_record(JobResult, content, source=path, noun="result").bench if kind == _format(JobResult) else None
+    if bench is None:
+        raise InputError(
+            f"{path} holds no prefill times with their operations",
+            wanted="what `btp-export bench --json` or `btp-export profile --json` printed",
+            do="btp-export bench BUNDLE --json > bench.json",
+        )
+    return _of_bench(bench)
+
+
+def _format(kind: type[Bench] | type[Profile] | type[JobResult]) -> str:
+    return str(kind.model_fields["format"].default)
+
+
+def _of_bench(bench: Bench) -> MeasuredPrefills:
+    return MeasuredPrefills(
+        full_ms=bench.prefill.full_ms,
+        pruned_ms=bench.prefill.pruned_ms,
+        select_ms=math.fsum(bench.select_ms),
+        full=bench.flops.full,
+        pruned=bench.flops.pruned,
+        selection=bench.flops.selection,
+        batch=bench.batch,
+        machine=f"{bench.engine or bench.device}, {bench.precision}",
+    )
+
+
+def _of_profile(profile: Profile) -> MeasuredParts:
+    parts = [*profile.parts, *(profile.unpruned.parts if profile.unpruned else ())]
+    selects = [part for part in profile.parts if part.kind == "select"]
+    return MeasuredParts(
+        segments=[
+            MeasuredSegment(*part.layers, part.tokens, part.ms)
+            for part in parts
+            if part.kind == "prefill" and part.layers is not None
+        ],
+        head_ms=[part.ms for part in parts if part.kind == "head"],
+        select_ms=math.fsum(part.ms for part in selects),
+        selection=sum(part.flops for part in selects),
+        image_tokens=profile.image_tokens,
+        batch=profile.batch,
+        machine=f"{profile.target}, {profile.precision}",
+    )

@@ -1,0 +1,61 @@
+"""`btp-export doctor`: "btp-doctor/1"."""
+
+from pathlib import Path
+from typing import Literal
+
+from btp_export.results.base import Result
+from graphs.records.record import Record
+
+
+class Package(Record):
+    """A Python package; `install` is what to type where it is missing."""
+
+    package: str
+    purpose: str
+    version: str | None
+    install: str | None
+
+
+class NativeLibraryState(Record):
+    """A library of the custom operators; `problem` says why one that is there cannot be used."""
+
+    library: str
+    purpose: str
+    path: Path | None
+    architectures: tuple[str, ...]
+    problem: str | None
+    do: str | None
+
+
+class EngineBuilderState(Record):
+    """A TensorRT."""
+
+    library: str
+    version: str | None
+    problem: str | None
+    do: str | None
+
+
+class Doctor(Result):
+    """What is installed and what the machine has. `ok`: all that is needed is there; native and TensorRT are not."""
+
+    format: Literal["btp-doctor/1"] = "btp-doctor/1"
+    ok: bool
+    python: str
+    system: str
+    packages: tuple[Package, ...]
+    native: tuple[NativeLibraryState, ...]
+    tensorrt: tuple[EngineBuilderState, ...]
+    gpu_compute_capability: str | None
+    onnxruntime_providers: tuple[str, ...]
+    cores: int
+    memory_bytes: int | None
+    free_disk_bytes: int
+    demo_model: bool
+
+
+class Version(Result):
+    """`btp-export --version`."""
+
+    format: Literal["btp-version/1"] = "btp-version/1"
+    version: str

@@ -1,0 +1,40 @@
+"""`btp-export eval`: "btp-eval/1"."""
+
+from typing import Literal
+
+from btp_export.results.base import Result
+from graphs.records.record import Record
+
+
+class EvaluatedPlan(Record):
+    """One plan's answers. `interval` is Wilson's at the document's confidence.
+
+    `attention_kept`: by stage, the mean share of the stage's attention on the image that the kept tokens hold; null
+    for a stage that drops everything or whose scores are not attention. `kinds`: accuracy by kind of question.
+    """
+
+    plan: str
+    average_tokens: float
+    compression: float
+    accuracy: float
+    kept_accuracy: float | None  # of the unpruned model's; null where that answers nothing right
+    flops_ratio: float
+    interval: tuple[float, float]
+    attention_kept: tuple[float | None, ...]
+    kinds: dict[str, float]
+
+
+class Evaluation(Result):
+    """Accuracy of plans through the exported graphs, the same questions for all.
+
+    `image_size` and `resized` (how many pictures were scaled to it) are there for models that take any size.
+    """
+
+    format: Literal["btp-eval/1"] = "btp-eval/1"
+    samples: int
+    source: str
+    image_size: tuple[int, int] | None = None
+    resized: int | None = None
+    confidence: float = 0.95
+    full_accuracy: float
+    rows: tuple[EvaluatedPlan, ...]

@@ -1,0 +1,65 @@
+"""`btp-export bench`: "btp-bench/1"."""
+
+from typing import Literal
+
+from btp_export.results.base import Result
+from graphs.records.record import Record
+from graphs.records.spec import Precision
+
+
+class PrefillTimes(Record):
+    """The decoder chain with selection and head. `flops_limit` is the speed-up that saved operations allow."""
+
+    full_ms: float
+    pruned_ms: float
+    speedup: float
+    flops_limit: float
+    share_of_limit: float
+
+
+class DecodeTimes(Record):
+    """One token more."""
+
+    ms_per_token: float
+    full_ms_per_token: float
+    speedup: float
+
+
+class CacheBytes(Record):
+    """Key and value caches."""
+
+    full: int
+    pruned: int
+
+
+class Operations(Record):
+    """Operations in matrix products of one prefill."""
+
+    full: int
+    pruned: int
+    selection: int
+
+
+class Bench(Result):
+    """Time and memory, pruned beside unpruned; medians in milliseconds.
+
+    `variation` is how far the middle half of the prefill times lies apart, as a share of the median, of the model that
+    varies more.
+    """
+
+    format: Literal["btp-bench/1"] = "btp-bench/1"
+    prefill: PrefillTimes
+    select_ms: tuple[float, ...]  # by stage
+    decode: DecodeTimes
+    cache_bytes: CacheBytes
+    variation: float
+    vision_ms: float
+    flops: Operations
+    profile: str
+    batch: int
+    precision: Precision
+    rounds: int
+    threads: int | None
+    device: str
+    engine: str | None
+    dummy_weights: bool
