@@ -92,6 +92,7 @@ def export(
     precision: Precision | None = None,
     assemble: Literal["segments", "whole"] = "segments",
     link: Link = "auto",
+    system: str | None = None,
     force: bool = False,
     report: Report | None = None,
     note: Note = lambda text: None,
@@ -108,6 +109,7 @@ def export(
         precision: the model's own if left out; float32 for the demo.
         assemble: the prefill as segments, or as one whole graph.
         link: weights as hard links, copies, or links for the big ones ("auto").
+        system: a message that every prompt begins with; what the chat template writes by itself without.
         force: replace a bundle at `out`.
     """
     from btp_export.exporting import Options, check_target, export_bundle
@@ -118,7 +120,7 @@ def export(
     options = Options(
         profiles=tuple(str(shape) for shape in shapes), opset=opset, precision=precision, assemble=assemble, link=link
     )
-    opened, folder = open_model(model, report=report), Path(out)
+    opened, folder = open_model(model, system=system, report=report), Path(out)
     if isinstance(plan, PruningPlan):
         if compression is not None:
             raise InputError("compression with a Plan", wanted="one of them", do="leave compression out")
@@ -141,6 +143,7 @@ def calibrate(
     prompts: PathLike | None = None,
     samples: int | None = None,
     image_size: tuple[int, int] | None = None,
+    system: str | None = None,
     tune: bool = False,
     importance: Importance = "last-token",
     spatial_metric: SpatialMetric = "euclidean",
@@ -171,6 +174,7 @@ def calibrate(
         images: a folder, a JSONL file or hf:owner/name; drawn scenes without.
         samples: how many; 64, with `tune` 128.
         image_size: height and width in pixels to calibrate at; the model's own without.
+        system: a message that every prompt begins with, as for `export`.
     """
     from btp_export.model.defaults import default_profile
     from btp_export.model.open_model import open_model
@@ -185,7 +189,7 @@ def calibrate(
         device=device, maths=maths,
     )  # fmt: skip
     study.check_settings(settings)
-    opened = open_model(model, report=report)
+    opened = open_model(model, system=system, report=report)
     profile = default_profile(opened, image_size)
     return study.calibrate_model(opened, settings, profile=profile, report=report, note=note)
 

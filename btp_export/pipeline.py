@@ -41,6 +41,7 @@ class Job:
     force: bool = False
     target: str | None = None  # the device for which engines are built
     dummy: DummyWeights | None = None
+    system: str | None = None  # message that every prompt begins with
 
 
 class Clock:
@@ -69,7 +70,7 @@ def run_job(job: Job) -> JobResult:
     clock = Clock()
     with clock.phase("open", say=False) as report:  # what fails here should stand alone
         engines = None if job.target is None else Engines.check(job.target)
-        model = open_model(job.model, job.dummy, report=report)
+        model = open_model(job.model, job.dummy, system=job.system, report=report)
         profiles = check_target(model, job.out, job.export, force=job.force)
     for line in console.dummy_lines(model.source.is_dummy):
         console.note(line)

@@ -83,6 +83,10 @@ MathsOption = Annotated[
     Literal["float32", "float16", "bfloat16"],
     typer.Option("--maths", metavar="TYPE", help="What transformers computes in: float32, float16 or bfloat16."),
 ]
+SystemOption = Annotated[
+    str | None,
+    typer.Option("--system", metavar="TEXT", help="System message that prompts begin with.  [default: the template's]"),
+]
 DummyOption = Annotated[
     bool, typer.Option("--dummy-weights", help="Random weights in the model's shapes: for times and sizes only.")
 ]
@@ -150,13 +154,13 @@ def dummy_weights(asked: bool, *, seed: int, layers: int | None) -> "DummyWeight
     return DummyWeights(seed, layers) if asked else None
 
 
-def open_chosen(model: str, dummy: "DummyWeights | None") -> "Model":
+def open_chosen(model: str, dummy: "DummyWeights | None", system: str | None = None) -> "Model":
     """The model, with a progress bar where dummy weights have to be made, and a word that they are dummies."""
     from btp_export.console import dummy_lines, note, progress
     from btp_export.model.open_model import open_model
 
     with progress("opening") as bar:
-        opened = open_model(model, dummy, report=bar)
+        opened = open_model(model, dummy, system=system, report=bar)
     for line in dummy_lines(opened.source.is_dummy):
         note(line)
     return opened

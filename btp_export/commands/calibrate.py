@@ -125,6 +125,7 @@ def command(
     seed: options.SeedOption = 0,
     device: options.DeviceOption = "auto",
     maths: options.MathsOption = "float32",
+    system: options.SystemOption = None,
     dummy: options.DummyOption = False,
     dummy_layers: options.DummyLayersOption = None,
     dummy_seed: options.DummySeedOption = 0,
@@ -171,16 +172,17 @@ def command(
     if pareto:
         _check_front(settings)
         asked = None if budgets is None else parse_shares(budgets, "--budgets", "0.6,0.78,0.9")
-        _front(model, weights, settings, size, asked, out, force=force, as_json=as_json)
+        _front(model, weights, system, settings, size, asked, out, force=force, as_json=as_json)
     elif budgets is not None:
         raise InputError("--budgets without --pareto", wanted="one budget", do="--compression X, or add --pareto")
     else:
-        _one(model, weights, settings, size, out, force=force, as_json=as_json)
+        _one(model, weights, system, settings, size, out, force=force, as_json=as_json)
 
 
 def _one(
     model: str,
     weights: "DummyWeights | None",
+    system: str | None,
     settings: "CalibrationSettings",
     size: tuple[int, int] | None,
     out: Path | None,
@@ -196,7 +198,7 @@ def _one(
 
     if out is not None:
         check_out(out, force=force)
-    opened = options.open_chosen(model, weights)
+    opened = options.open_chosen(model, weights, system)
     profile = default_profile(opened, size)
     with progress("calibrating") as bar:
         plan = calibrate_model(opened, settings, profile=profile, report=bar, note=note)
@@ -209,6 +211,7 @@ def _one(
 def _front(
     model: str,
     weights: "DummyWeights | None",
+    system: str | None,
     settings: "CalibrationSettings",
     size: tuple[int, int] | None,
     budgets: tuple[float, ...] | None,
@@ -223,7 +226,7 @@ def _front(
     from btp_export.planning.study_tables import show_front
     from calibrate.pareto import front, requests
 
-    opened = options.open_chosen(model, weights)
+    opened = options.open_chosen(model, weights, system)
     if out is not None:
         check_folder(out, force=force)
     with progress("calibrating") as bar, calibration_work(opened, settings, note) as work:

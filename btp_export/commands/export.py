@@ -27,6 +27,7 @@ def command(
     precision: options.PrecisionOption = None,
     assemble: options.AssembleOption = "segments",
     link: options.LinkOption = "auto",
+    system: options.SystemOption = None,
     force: options.ForceOption = False,
     dummy: options.DummyOption = False,
     dummy_layers: options.DummyLayersOption = None,
@@ -53,7 +54,7 @@ def command(
         images=images, samples=samples, compression=compression, keep=keep, seed=seed
     )
     target = out or options.default_out(model)
-    opened = options.open_chosen(model, options.dummy_weights(dummy, seed=dummy_seed, layers=dummy_layers))
+    opened = options.open_chosen(model, options.dummy_weights(dummy, seed=dummy_seed, layers=dummy_layers), system)
     profiles = check_target(opened, target, chosen, force=force)
     with progress("planning") as bar:
         made = choose_plan(opened, plan, settings, profile=profiles[0], report=bar)

@@ -38,6 +38,7 @@ def command(
     assemble: options.AssembleOption = "segments",
     link: options.LinkOption = "auto",
     target: TargetOption = None,
+    system: options.SystemOption = None,
     force: options.ForceOption = False,
     dummy: options.DummyOption = False,
     dummy_layers: options.DummyLayersOption = None,
@@ -78,7 +79,7 @@ def command(
     weights = options.dummy_weights(dummy, seed=dummy_seed, layers=dummy_layers)
     from btp_export.pipeline import Job, run_job
 
-    job = Job(model, out or options.default_out(model), plan, settings, chosen, force, target, weights)
+    job = Job(model, out or options.default_out(model), plan, settings, chosen, force, target, weights, system)
     result = run_job(job)
     total = round(time.perf_counter() - start, 3)  # with the imports
     result = result.model_copy(update={"seconds": {**result.seconds, "total": total}})

@@ -31,6 +31,7 @@ def command(
     raw_prompt: Annotated[
         bool, typer.Option("--raw-prompt", help="Take the prompt as the whole text, image placeholder included.")
     ] = False,
+    system: options.SystemOption = None,
     resize: Annotated[
         bool, typer.Option("--resize", help="Scale pictures that do not fit the profile's size to it.")
     ] = False,
@@ -63,6 +64,7 @@ def command(
         top_p=top_p,
         seed=seed,
         raw_prompt=raw_prompt,
+        system=system,
         resize=resize,
         on_text=(lambda sample, piece: stream(piece)) if live else None,
     )

@@ -11,9 +11,12 @@ PLACEHOLDERS = {"image_token": "a picture", "video_token": "a video", "audio_tok
 def conversation_text(processor: Any, prompt: str, *, system: str | None = None, folder: Path) -> str:
     """The whole text with the image placeholder in it; `folder` is where the template is from.
 
-    A template that takes text only gets the placeholder as part of it. Raises InputError for a template that is not
-    there, is broken, refuses the question, or writes no placeholder.
+    `system` is a message before the question; None leaves that to the template. A template that takes text only gets
+    the placeholder as part of it. Raises InputError for a template that is not there, is broken, refuses the question,
+    writes no placeholder, or leaves the system message out.
     """
+    if system is not None:
+        _check_system(processor, system)
     from jinja2 import TemplateError  # syntax errors, unknown names, and what a template's raise_exception raises
 
     refused: Exception | None = None
@@ -24,6 +27,12 @@ def conversation_text(processor: Any, prompt: str, *, system: str | None = None,
             refused = refused or error
             continue
         if processor.image_token in text:
+            if system is not None and system.strip() not in text:
+                raise InputError(
+                    f"the chat template of {folder} leaves the system message out",
+                    wanted="a template that writes messages of the role system",
+                    do="run without --system, or change the template",
+                )
             return text
     if refused is not None:
         raise InputError(
@@ -51,6 +60,15 @@ def refuse_placeholders(processor: Any, prompt: str) -> None:
                 wanted="the question alone: the chat template puts the picture in by itself",
                 do=f"take it out; the whole text with {processor.image_token} in it goes with run --raw-prompt",
             )
+
+
+def _check_system(processor: Any, system: str) -> None:
+    if not system.strip():
+        raise InputError("the system message is empty", wanted="a text", do="leave --system out")
+    for name in PLACEHOLDERS:
+        token = getattr(processor, name, None)
+        if isinstance(token, str) and token in system:
+            raise InputError(f"the system message holds {token}", wanted="text alone", do="take it out")
 
 
 def writes_begin_token(processor: Any, text: str) -> bool:

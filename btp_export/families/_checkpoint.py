@@ -38,7 +38,7 @@ def model_spec(
     settings = _settings(checkpoint.folder)
     eos, pad = _stop_tokens(checkpoint)
     stored = checkpoint["language_model.layers.0.self_attn.q_proj.weight"].dtype
-    extra = {} if settings.change_threshold is None else {"change_threshold": settings.change_threshold}
+    extra: dict[str, Any] = {} if settings.change_threshold is None else {"change_threshold": settings.change_threshold}
     prefix = settings.prefix_tokens
     return ModelSpec(
         model_type=model_type,
@@ -54,13 +54,14 @@ def model_spec(
     )
 
 
-def count_prefix_tokens(folder: Path, image_token_id: int) -> int:
+def count_prefix_tokens(folder: Path, image_token_id: int, *, system: str | None = None) -> int:
     """P: tokens of the chat template before the first image token, by the checkpoint's own processor.
 
-    Raises InputError if there are no processor files, no chat template, or no image placeholder in it.
+    With `system` the conversation begins with that message. Raises InputError if there are no processor files, no chat
+    template, or no image placeholder in it.
     """
     processor = load_processor(folder)
-    text = conversation_text(processor, "?", folder=folder)
+    text = conversation_text(processor, "?", system=system, folder=folder)
     ids = processor.tokenizer(text, add_special_tokens=not writes_begin_token(processor, text))["input_ids"]
     if image_token_id not in ids:
         raise InputError(

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from btp_export.families import Family, family_for, known_models
+from btp_export.families._checkpoint import count_prefix_tokens
 from graphs.files.checkpoint import Checkpoint, missing_shards, open_checkpoint, read_config
 from graphs.records.errors import InputError, UnavailableError
 from graphs.records.progress import Report
@@ -87,8 +88,12 @@ class DummyWeights:
     layers: int | None = None
 
 
-def open_model(name: str, dummy: DummyWeights | None = None, *, report: Report | None = None) -> Model:
+def open_model(
+    name: str, dummy: DummyWeights | None = None, *, system: str | None = None, report: Report | None = None
+) -> Model:
     """Find a model and read its configuration and headers; with `dummy`, one of its shapes with made-up weights.
+
+    `system` is a message that every prompt is to begin with: its tokens are part of the prefix.
 
     Raises InputError for an unknown name, a model without a family, or a checkpoint that is broken or lacks a part;
     UnavailableError if it must be fetched and cannot.
@@ -98,7 +103,11 @@ def open_model(name: str, dummy: DummyWeights | None = None, *, report: Report |
     family = family_for(read_config(source.folder))
     _check_parts(source)
     checkpoint = open_checkpoint(source.folder, family.renames)
-    return Model(source, family, checkpoint, _spec(family, checkpoint, source.name))
+    spec = _spec(family, checkpoint, source.name)
+    if system is not None:
+        prefix = count_prefix_tokens(source.folder, spec.image_token_id, system=system)
+        spec = spec.model_copy(update={"system": system, "prefix_tokens": prefix})
+    return Model(source, family, checkpoint, spec)
 
 
 def _spec(family: Family, checkpoint: Checkpoint, name: str) -> ModelSpec:

@@ -5,6 +5,7 @@ The processor comes from transformers (the import takes two to three seconds, mo
 the network and no code from the model's folder is run.
 """
 
+import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -112,12 +113,14 @@ class Prompter:
         prompts: Sequence[str],
         *,
         raw: bool = False,
+        system: str | None = None,
         profile: ShapeProfile | None = None,
     ) -> Encoded:
         """One sample for each picture and prompt.
 
         A prompt is put into the chat template after the picture; with `raw` it is the whole text as the model sees it
-        and holds the image placeholder once. With `profile` the samples are checked to fit it.
+        and holds the image placeholder once. `system` takes the place of the system message that the bundle was made
+        for, and must be as many tokens long. With `profile` the samples are checked to fit it.
 
         Raises InputError for an empty prompt, a raw prompt without the placeholder, a text that does not have the
         prefix length P of the bundle, or a sample that does not fit the profile.
@@ -130,10 +133,11 @@ class Prompter:
                 if not fits(image, self.spec, profile):
                     raise misfit(image, self.spec, [profile])
         samples = [
-            self._sample(image, self.text(prompt, raw=raw)) for image, prompt in zip(images, prompts, strict=True)
+            self._sample(image, self.text(prompt, raw=raw, system=system))
+            for image, prompt in zip(images, prompts, strict=True)
         ]
         ids = tuple(sample[0] for sample in samples)
-        image_tokens = self._span(ids)
+        image_tokens = self._span(ids, system)
         unknown = getattr(self.tokenizer, "unk_token_id", None)
         encoded = Encoded(
             input_ids=ids,
@@ -146,13 +150,16 @@ class Prompter:
             encoded.check(profile, most=self.spec.decoder.max_positions)
         return encoded
 
-    def text(self, prompt: str, *, raw: bool = False) -> str:
-        """The whole text as the model sees it, with the image placeholder once."""
+    def text(self, prompt: str, *, raw: bool = False, system: str | None = None) -> str:
+        """The whole text as the model sees it, with the image placeholder once; `system` as in `encode`."""
         if not prompt.strip():
             raise InputError("the prompt is empty", wanted="a question or an instruction", do='--prompt "..."')
         if not raw:
             refuse_placeholders(self.processor, prompt)
-            return conversation_text(self.processor, prompt, folder=self.folder)
+            chosen = self.spec.system if system is None else system
+            return conversation_text(self.processor, prompt, system=chosen, folder=self.folder)
+        if system is not None:
+            raise InputError("--system with --raw-prompt", wanted="one of them", do="write it into the raw prompt")
         if (count := prompt.count(self.image_token)) != 1:
             raise InputError(
                 f"the raw prompt holds the image placeholder {self.image_token} {count} times",
@@ -176,7 +183,7 @@ class Prompter:
         )
         return made["input_ids"][0].astype(np.int64), made["pixel_values"]
 
-    def _span(self, ids: Sequence[np.ndarray[Any, Any]]) -> int:
+    def _span(self, ids: Sequence[np.ndarray[Any, Any]], system: str | None) -> int:
         """Image tokens V, after checking that they stand together, right after the prefix, with text behind them."""
         counts = set()
         for row in ids:
@@ -189,9 +196,11 @@ class Prompter:
                 )
             if places[0] != self.spec.prefix_tokens:
                 raise InputError(
-                    f"{places[0]} tokens before the image",
+                    f"{places[0]} tokens before the image" + ("" if system is None else " with this system message"),
                     wanted=f"{self.spec.prefix_tokens}, what the bundle is built for",
-                    do="begin a raw prompt as the chat template does, or leave out --raw-prompt",
+                    do="begin a raw prompt as the chat template does, or leave out --raw-prompt"
+                    if system is None
+                    else f"export a bundle for it: btp-export export --model NAME --system {shlex.quote(system)}",
                 )
             if places[-1] + 1 == len(row):
                 raise InputError(

@@ -134,7 +134,7 @@ def calibration_work(model: Model, settings: CalibrationSettings, note: Note | N
         return
     from calibrate.measure.statistics_cache import checkpoint_identity
 
-    key = digest(checkpoint_identity(model.checkpoint), repr(settings), tool_versions())
+    key = digest(checkpoint_identity(model.checkpoint), model.spec.system, repr(settings), tool_versions())
     with work_folder(cache_folder("work"), key, note or (lambda text: None)) as work:
         yield work
 
@@ -287,6 +287,7 @@ def _cache_key(
             "processor": {path.name: sha256(path) for path in model.processor_files},
             "pictures": pictures,
             "profile": profile.model_dump(mode="json", include=picture),
+            "system": model.spec.system,
             "settings": {
                 "taus": list(taus),
                 "dropped": DROPPED_SAMPLES,

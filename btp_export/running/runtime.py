@@ -175,6 +175,7 @@ class BundleModel:
         top_p: float = 1.0,
         seed: int = 0,
         raw_prompt: bool = False,
+        system: str | None = None,
         resize: bool = False,
         on_text: OnText | None = None,
     ) -> list[Generation]:
@@ -191,6 +192,7 @@ class BundleModel:
             top_p: draw only from the most probable tokens that together reach this share.
             seed: of the sampling.
             raw_prompt: do not use the chat template.
+            system: a message before the question, as many tokens long as the one that the bundle was exported for.
             resize: scale pictures that do not fit the profile's size to it.
             on_text: called with (sample, piece of text) as text comes; the pieces of a sample make up its text.
 
@@ -199,7 +201,9 @@ class BundleModel:
         room = self._room(max_new_tokens)
         sampling.check_settings(temperature, top_p, seed)
         pictures, texts = _samples(images, prompts)
-        encoded = self.encode(fitted(pictures, self.spec, self.profile) if resize else pictures, texts, raw=raw_prompt)
+        if resize:
+            pictures = fitted(pictures, self.spec, self.profile)
+        encoded = self.encode(pictures, texts, raw=raw_prompt, system=system)
 
         def choose(sample: int, logits: Array) -> int:
             return sampling.choose(logits, generators[sample], temperature=temperature, top_p=top_p)
@@ -211,9 +215,16 @@ class BundleModel:
             answers += self._generate(encoded, samples, room, choose, on_text)
         return answers
 
-    def encode(self, images: "Sequence[Image.Image]", prompts: Sequence[str], *, raw: bool = False) -> Encoded:
+    def encode(
+        self,
+        images: "Sequence[Image.Image]",
+        prompts: Sequence[str],
+        *,
+        raw: bool = False,
+        system: str | None = None,
+    ) -> Encoded:
         """Token ids and pixels of the samples. Raises InputError if one does not fit the bundle."""
-        return self.prompter.encode(images, prompts, raw=raw, profile=self.profile)
+        return self.prompter.encode(images, prompts, raw=raw, system=system, profile=self.profile)
 
     def prefill(self, encoded: Encoded, *, features: Array | None = None) -> Prefill:
         """Run the samples up to their first logits; at most as many as the profile's batch.

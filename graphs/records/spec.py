@@ -95,3 +95,4 @@ class ModelSpec(Record):
     pad_token_id: int
     weight_dtype: Precision  # of the checkpoint's matrices
     change_threshold: float = 0.93  # tau of the calibration, see algorithm.md; a setting of the model
+    system: str | None = None  # the system message that P counts; None: what the chat template writes by itself
