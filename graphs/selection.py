@@ -1,24 +1,66 @@
 """Selection stages: scores -> BtpSelectTokens -> BtpGatherTokens, standing alone as `select_<j>`."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 
-from graphs import ops
 from graphs.builder import BTP_DOMAIN, GraphBuilder, dims
 from graphs.decoder import SegmentResult, Stream, last_query
 from graphs.importance import query_rows
 from graphs.ops import gather_tokens, select_tokens
-from graphs.plan import PruningPlan, Segment, Stage
+from graphs.ops.select_tokens.schema import FARTHEST
+from graphs.plan import PruningPlan, Segment
 from graphs.profile import ShapeProfile
 from graphs.scores import cosine_similarity, image_rows, stage_scores, unit_rows
 from graphs.spatial import stage_seeds
 
 INT32 = ir.DataType.INT32
 PLUGIN: dict[str, Any] = {"plugin_version": "1", "plugin_namespace": ""}
+
+
+@dataclass(frozen=True)
+class DiversityRule:
+    """How BtpSelectTokens picks in its rules 2 and 4: by distance ("farthest") or by gain ("coverage").
+
+    weighted: gains are multiplied by the stage's scores.
+    """
+
+    name: str = FARTHEST
+    weighted: bool = False
+
+    @property
+    def attributes(self) -> dict[str, Any]:
+        """The node's attributes; none for farthest points, which every reader of the operator takes as the default."""
+        return {} if self.name == FARTHEST else {"diversity_rule": self.name, "weighted": int(self.weighted)}
+
+
+@dataclass(frozen=True)
+class OperatorForm:
+    """What a portable body of BtpSelectTokens must know of a node when it is made for exactly this one."""
+
+    similarity: bool
+    seeds: bool
+    diversity_rule: str
+    weighted: int
+
+    @staticmethod
+    def of(node: ir.Node) -> "OperatorForm":
+        """The form of a BtpSelectTokens node."""
+        given = [value is not None for value in node.inputs] + [False, False]
+        rule, weighted = node.attributes.get("diversity_rule"), node.attributes.get("weighted")
+        return OperatorForm(
+            given[1],
+            given[2],
+            FARTHEST if rule is None else str(rule.value),
+            0 if weighted is None else int(weighted.value),
+        )
+
+    def body(self, opset: int) -> onnx.FunctionProto:
+        """The body for nodes of this form."""
+        return select_tokens.body(opset, **asdict(self))
 
 
 @dataclass(frozen=True)
@@ -39,6 +81,7 @@ def add_selection(
     *,
     query: ir.Value | None,
     key: ir.Value | None,
+    rule: DiversityRule = DiversityRule(),
 ) -> Selection:
     """Stage `number` on the stream; query [B,H,Q,D] and key [B,K,S,D] only if its scores need them."""
     stage, count = plan.stages[number], plan.tokens_before(number)
@@ -54,7 +97,7 @@ def add_selection(
         scores = stage_scores(
             b, plan, number, profile, hidden=stream.hidden, image=image, last=stream.last, query=query, key=key
         )
-        indices = _select(b, plan, number, image, scores)
+        indices = _select(b, plan, number, image, scores, rule)
         hidden, cos, sin = (_gather(b, x, indices, profile.prefix_tokens, count, name) for x, name in _rows_of(stream))
         return Selection(Stream(hidden, cos, sin, last), indices, scores)
 
@@ -70,7 +113,9 @@ def _without_image(b: GraphBuilder, x: ir.Value, start: int, count: int, name: s
     return b.concat(parts, 1, name)
 
 
-def _select(b: GraphBuilder, plan: PruningPlan, number: int, image: ir.Value, scores: ir.Value) -> ir.Value:
+def _select(
+    b: GraphBuilder, plan: PruningPlan, number: int, image: ir.Value, scores: ir.Value, rule: DiversityRule
+) -> ir.Value:
     """The BtpSelectTokens node: indices [B,keep] int32."""
     stage = plan.stages[number]
     inputs: list[ir.Value | None] = [scores]
@@ -82,7 +127,7 @@ def _select(b: GraphBuilder, plan: PruningPlan, number: int, image: ir.Value, sc
     return b.op(
         "BtpSelectTokens", inputs, "indices", shape=(dims(scores)[0], stage.keep), dtype=INT32, domain=BTP_DOMAIN,
         keep=stage.keep, attention_quota=stage.attention_quota, diversity_quota=stage.diversity_quota,
-        pool=stage.pool, boundary=stage.boundary, **PLUGIN,
+        pool=stage.pool, boundary=stage.boundary, **rule.attributes, **PLUGIN,
     )  # fmt: skip
 
 
@@ -95,21 +140,21 @@ def _gather(b: GraphBuilder, x: ir.Value, indices: ir.Value, start: int, count: 
     )
 
 
-def embed_bodies(b: GraphBuilder, stages: Sequence[Stage]) -> None:
-    """Put the portable operator bodies that these stages need into the model.
+def embed_bodies(b: GraphBuilder) -> None:
+    """Put the portable operator bodies that the graph's selections need into the model.
 
-    One body per operator and model: where the stages use different optional inputs it is the generic one, else the
-    shorter one made for exactly these inputs.
+    One body per operator and model: where the stages differ in optional inputs or rules it is the generic one, else the
+    shorter one made for exactly these.
     """
-    keeping = [stage for stage in stages if stage.keep]
-    if not keeping:
+    selections = [node for node in b.nodes(BTP_DOMAIN) if node.op_type == select_tokens.NAME]
+    if not selections:
         return
-    forms = {(stage.needs_similarity, stage.seeds > 0) for stage in keeping}
+    forms = {OperatorForm.of(node) for node in selections}
+    rules = {form.diversity_rule for form in forms}
     if len(forms) == 1:
-        similarity, seeds = forms.pop()
-        b.function(select_tokens.body(b.opset, similarity=similarity, seeds=seeds))
+        b.function(forms.pop().body(b.opset))
     else:
-        b.function(next(body for body in ops.functions(b.opset) if body.name == "BtpSelectTokens"))
+        b.function(select_tokens.function(b.opset, only=FARTHEST if rules == {FARTHEST} else None))
     b.function(gather_tokens.body(b.opset))
 
 

@@ -32,8 +32,10 @@ from graphs.builder import BTP_DOMAIN, NUMPY, PORTABLE_OPSET, WEIGHTS_FOLDER, Bu
 from graphs.bundle import Bundle
 from graphs.manifest import TensorRecord
 from graphs.ops import gather_tokens, select_tokens
+from graphs.ops.select_tokens.schema import FARTHEST
 from graphs.plan import PruningPlan
 from graphs.profile import ShapeProfile
+from graphs.selection import OperatorForm
 
 MATRIX_BYTES = 4096  # smaller matrices stay constants: an input costs more than it saves
 FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
@@ -153,31 +155,31 @@ def strip_bodies(model: ir.Model) -> None:
 
 
 def exact_bodies(model: ir.Model, opset: int) -> None:
-    """Give each custom node the portable body for exactly its inputs.
+    """Give each custom node the portable body for exactly its inputs and rule.
 
-    A model holds one body for a name, so a whole graph whose stages have different inputs carries a generic body, which
-    asks for its inputs with OptionalHasElement: TensorRT does not import that. Where the inputs differ, a node's
-    operator is therefore named after its inputs too.
+    A model holds one body for a name, so a whole graph whose stages have different inputs or rules carries a generic
+    body, which asks for its inputs with OptionalHasElement: TensorRT does not import that. Where they differ, a node's
+    operator is therefore named after its inputs and its rule too.
     """
     nodes = [node for node in model.graph if node.domain == BTP_DOMAIN]
-    forms = {_form(node) for node in nodes if node.op_type == select_tokens.NAME}
+    forms = {OperatorForm.of(node) for node in nodes if node.op_type == select_tokens.NAME}
     model.functions.clear()
     for node in nodes:
         if node.op_type == gather_tokens.NAME:
             body = gather_tokens.body(opset)
         else:
-            similarity, seeds = _form(node)
-            body = select_tokens.body(opset, similarity=similarity, seeds=seeds)
+            form = OperatorForm.of(node)
+            body = form.body(opset)
             if len(forms) > 1:
-                body.name = node.op_type = "".join([body.name, "Similarity" * similarity, "Seeds" * seeds])
+                body.name = node.op_type = body.name + _suffix(form)
         function = ir.serde.deserialize_function(body)
         model.functions[function.identifier()] = function
 
 
-def _form(node: ir.Node) -> tuple[bool, bool]:
-    """Whether a BtpSelectTokens node has a similarity, and seeds."""
-    given = [value is not None for value in node.inputs] + [False, False]
-    return given[1], given[2]
+def _suffix(form: OperatorForm) -> str:
+    """Names a form of BtpSelectTokens among the others of a graph."""
+    rule = "" if form.diversity_rule == FARTHEST else form.diversity_rule.capitalize()
+    return "".join(["Similarity" * form.similarity, "Seeds" * form.seeds, rule, "Weighted" * form.weighted])
 
 
 # -- 2. weights as inputs --------------------------------------------------------------------------------------------

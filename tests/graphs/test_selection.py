@@ -4,10 +4,12 @@ import numpy as np
 import pytest
 import torch
 
-from graphs.build import build_decoder_graphs
+from graphs.build import build_decoder_graphs, stream_inputs
+from graphs.builder import BuiltGraph, GraphBuilder
 from graphs.importance import cosine_similarity, importance_scores
 from graphs.ops import gather_tokens, select_tokens
 from graphs.plan import Stage
+from graphs.selection import DiversityRule, add_selection, embed_bodies
 from graphs.spatial import stage_seeds
 from tests.graphs.models import PREFIX, Runner, sample_model, write_graphs
 
@@ -39,7 +41,7 @@ def stage_inputs(sample, plan, number, batch):
     return {"hidden": hidden, "cos": cos, "sin": sin, "last": last, "query": query, "key": key}
 
 
-def reference(plan, number, inputs):
+def reference(plan, number, inputs, **rule):
     stage, count = plan.stages[number], plan.tokens_before(number)
     scores = importance_scores(
         plan,
@@ -61,6 +63,7 @@ def reference(plan, number, inputs):
         diversity_quota=stage.diversity_quota,
         pool=stage.pool,
         boundary=stage.boundary,
+        **rule,
     )
     return scores, indices
 
@@ -131,3 +134,69 @@ def test_operator_nodes_carry_the_contract(models):
     assert attributes[1:] == [{"start": PREFIX, "count": 16, **plugin}] * 3
     assert model.graph.opset_imports == {"": 23, "btp": 1}
     assert {name for _, name, _ in model.functions} == {"BtpSelectTokens", "BtpGatherTokens"}
+
+
+# Coverage, asked for as a parameter: one stage alone, and two stages of one graph.
+
+BEFORE = Stage(layer=0, keep=9, attention_quota=2, pool=4, boundary=8, diversity_quota=3, seeds=2)
+MIDDLE = Stage(layer=3, keep=5, diversity_quota=2)
+UNIFORM, WEIGHTED = DiversityRule("coverage"), DiversityRule("coverage", weighted=True)
+
+
+def chained(sample, plan, rules, *, opset, batch=2) -> BuiltGraph:
+    """One graph of all stages of a plan, each with its rule; outputs indices_<j>."""
+    profile = sample.profile(batch)
+    b = GraphBuilder("stages", opset=opset)
+    stream = stream_inputs(b, sample.spec, profile, plan.image_tokens)
+    for number, rule in enumerate(rules):
+        selection = add_selection(b, plan, number, profile, stream, query=None, key=None, rule=rule)
+        stream = selection.stream
+        b.output(selection.indices, f"indices_{number}")
+    for name in ("hidden", "cos", "sin", "last"):
+        b.output(getattr(stream, name), f"{name}_out")
+    embed_bodies(b)
+    return b.build()
+
+
+@pytest.mark.parametrize("opset", [18, 23])
+@pytest.mark.parametrize(
+    ("rules", "bodies"),
+    [
+        ([UNIFORM], "exact"),
+        ([WEIGHTED], "exact"),
+        ([UNIFORM, WEIGHTED], "both"),
+        ([WEIGHTED, DiversityRule()], "both"),
+        ([DiversityRule(), DiversityRule()], "farthest"),
+    ],
+)
+def test_stages_pick_by_the_rule_that_is_asked_for(rules, bodies, opset, models, tmp_path):
+    sample = sample_model("mistral-gqa", models)
+    plan = sample.plan(*(BEFORE, MIDDLE)[: len(rules)], importance="random")
+    graph = chained(sample, plan, rules, opset=opset)
+    inputs = stage_inputs(sample, plan, 0, 2)
+    run = Runner(write_graphs([graph], sample.checkpoint, tmp_path))
+    got = run("stages", **{name: inputs[name] for name in ("hidden", "cos", "sin", "last")})
+    by_distance = []
+    for number, rule in enumerate(rules):
+        named = {"diversity_rule": rule.name, "weighted": int(rule.weighted)}
+        indices = reference(plan, number, inputs, **named)[1]
+        by_distance.append(reference(plan, number, inputs)[1].tolist())
+        np.testing.assert_array_equal(got[f"indices_{number}"], indices)
+        count = plan.tokens_before(number)
+        inputs["hidden"] = gather_tokens.reference(inputs["hidden"], indices, start=PREFIX, count=count)
+    if rules[0].name == "coverage":
+        assert got["indices_0"].tolist() != by_distance[0], "this input does not tell the rules apart"
+    body = next(body for (_, name, _), body in graph.model.functions.items() if name == "BtpSelectTokens")
+    strings = [node for node in body.all_nodes() if node.op_type == "Unique"]
+    assert bool(strings) == (bodies == "both")
+    assert ("OptionalHasElement" in {node.op_type for node in body.all_nodes()}) == (bodies != "exact")
+
+
+def test_nodes_carry_a_rule_that_is_not_the_default(models):
+    sample = sample_model("mistral-gqa", models)
+    plan = sample.plan(BEFORE, MIDDLE, importance="random")
+    graph = chained(sample, plan, [WEIGHTED, DiversityRule()], opset=23)
+    nodes = [node for node in graph.model.graph if node.op_type == "BtpSelectTokens"]
+    rules = [{name: node.attributes[name].value for name in ("diversity_rule", "weighted") if name in node.attributes}
+             for node in nodes]  # fmt: skip
+    assert rules == [{"diversity_rule": "coverage", "weighted": 1}, {}]
