@@ -10,6 +10,7 @@ from graphs.errors import CheckError, InputError
 from graphs.ops.common.trt_python import Tensor
 
 COUNTS = ("keep", "attention_quota", "diversity_quota", "pool", "boundary")
+RULES = {"farthest": 0, "coverage": 1}  # kernel.h: BTP_FARTHEST, BTP_COVERAGE
 SIMILARITY = {"float32": 1, "float16": 2}  # kernel.h: BTP_FLOAT32, BTP_FLOAT16
 ITEM_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "int32": 4}
 
@@ -17,7 +18,10 @@ ITEM_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "int32": 
 class _Select(ctypes.Structure):
     """kernel.h: BtpSelect."""
 
-    _fields_ = [(name, ctypes.c_int32) for name in ("batch", "tokens", *COUNTS, "seeds", "similarity")]
+    _fields_ = [
+        (name, ctypes.c_int32)
+        for name in ("batch", "tokens", *COUNTS, "seeds", "similarity", "diversity_rule", "weighted")
+    ]
 
 
 class _Gather(ctypes.Structure):
@@ -49,19 +53,20 @@ class Kernels:
         for name in ("btp_select_tokens_problem", "btp_gather_tokens_problem", "btp_error_string"):
             getattr(self._library, name).restype = ctypes.c_char_p
 
-    def workspace(self, inputs: Sequence[Tensor], **counts: int) -> int:
+    def workspace(self, inputs: Sequence[Tensor], **attributes: int | str) -> int:
         """Bytes of workspace that select_tokens needs for these inputs."""
-        return int(self._library.btp_select_tokens_workspace(ctypes.byref(_select(inputs, counts))))
+        return int(self._library.btp_select_tokens_workspace(ctypes.byref(_select(inputs, attributes))))
 
     def select_tokens(
-        self, inputs: Sequence[Tensor], output: int, workspace: int, *, stream: int, **counts: int
+        self, inputs: Sequence[Tensor], output: int, workspace: int, *, stream: int, **attributes: int | str
     ) -> None:
         """BtpSelectTokens. inputs: scores [B,V], similarity [B,V,V], seeds [m] (the last two optional).
 
-        output: address of indices [B,keep] int32; workspace: address of as many bytes as workspace() says; counts: the
-        operator's five attributes. Raises InputError for sizes that break the rules, CheckError if the launch fails.
+        output: address of indices [B,keep] int32; workspace: address of as many bytes as workspace() says, 16-byte
+        aligned; attributes: the operator's, of which diversity_rule and weighted may be missing. Raises InputError for
+        sizes that break the rules, CheckError if the launch fails.
         """
-        select = _select(inputs, counts)
+        select = _select(inputs, attributes)
         self._require(self._library.btp_select_tokens_problem(ctypes.byref(select)))
         bytes_ = int(self._library.btp_select_tokens_workspace(ctypes.byref(select)))
         addresses = [tensor.address for tensor in inputs] + [None] * (3 - len(inputs))
@@ -94,7 +99,9 @@ class Kernels:
             raise CheckError(f"{self.path.name}: {text} (code {status})", do="see docs/native.md")
 
 
-def _select(inputs: Sequence[Tensor], counts: dict[str, int]) -> _Select:
+def _select(inputs: Sequence[Tensor], attributes: dict[str, int | str]) -> _Select:
     similarity = SIMILARITY[inputs[1].dtype] if len(inputs) > 1 else 0
     seeds = inputs[2].shape[0] if len(inputs) > 2 else 0
-    return _Select(*inputs[0].shape, *(counts[name] for name in COUNTS), seeds, similarity)
+    rule = RULES[str(attributes.get("diversity_rule", "farthest"))]
+    weighted = attributes.get("weighted", 0)
+    return _Select(*inputs[0].shape, *(attributes[name] for name in COUNTS), seeds, similarity, rule, weighted)

@@ -50,7 +50,7 @@ OrtCustomOpDomain* domain()
 }  // namespace
 
 // What this library is: interface version and the GPU architectures it was built for ("" for a CPU-only build).
-BTP_EXPORT int32_t btp_ort_version() { return 1; }
+BTP_EXPORT int32_t btp_ort_version() { return 2; }
 BTP_EXPORT const char* btp_ort_architectures() { return BTP_ARCHITECTURES; }
 
 BTP_EXPORT OrtStatus* RegisterCustomOps(OrtSessionOptions* options, const OrtApiBase* base)

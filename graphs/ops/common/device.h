@@ -21,6 +21,26 @@ namespace btp {
 constexpr uint32_t kAllLanes = 0xffffffffu;
 constexpr uint32_t kNone = 0xffffffffu;
 
+// How often a thread looks for what another block owes it before it gives up, many seconds on any GPU.
+#ifdef BTP_SIMT_EMULATION
+constexpr uint32_t kPatience = 1u << 14;
+#else
+constexpr uint32_t kPatience = 1u << 25;
+#endif
+
+// Waits until a counter in global memory reaches `wanted`; what its writers wrote before can be read then. A counter that
+// never does (its memory is somebody else's too) is an error of the launch, not a hang.
+BTP_DEVICE void wait_until(const uint32_t* counter, uint32_t wanted)
+{
+    for (uint32_t looks = 0; *static_cast<const volatile uint32_t*>(counter) < wanted; ++looks) {
+        if (looks == kPatience) {
+            __trap();
+        }
+        __nanosleep(32);
+    }
+    __threadfence();
+}
+
 // Unsigned key with the order of the floats: NaN lowest (all NaNs alike), then -inf ... +inf; x is not -0.
 // 0 lies below every key and is left free for "not to be chosen". No branches: it stands between every two steps.
 BTP_DEVICE uint32_t key_without_minus_zero(float x)

@@ -1,4 +1,4 @@
-// What a thread block does together in the selection: read a row, rank flags, find the farthest token.
+// What a thread block does together in the selection: read a row, rank flags.
 // Every thread owns kItems neighbouring tokens, thread 0 the first ones; so a row is read in wide units, and the lowest
 // lane or warp that holds a value holds the lowest token with it.
 #pragma once
@@ -16,6 +16,7 @@ BTP_DEVICE uint32_t distance_key(T similarity)
     return key_without_minus_zero(__fsub_rn(1.0f, to_float(similarity)));  // 1 - x is never -0
 }
 
+BTP_DEVICE uint32_t higher(uint32_t a, uint32_t b) { return a > b ? a : b; }
 BTP_DEVICE uint32_t lower(uint32_t a, uint32_t b) { return a < b ? a : b; }
 BTP_DEVICE int lower(int a, int b) { return a < b ? a : b; }
 
@@ -33,12 +34,21 @@ struct Block {
     static constexpr int kMaxThreads = 1024;
     static constexpr int kTokens = kMaxThreads * kItems;
 
+    // While the block goes from pick to pick.
+    struct Steps {
+        uint16_t picks[kTokens];    // of rule 2
+        uint16_t covered[kTokens];  // by gain: how far each token is covered
+    };
+
     // Shared memory of the block.
     struct Shared {
-        uint64_t partial[2][32];  // best (distance, token) of each warp, two turns
+        uint64_t partial[2][32];  // best (key, token) of each warp, two turns
         uint32_t counts[32];      // flags set in each warp
         uint32_t word;            // what one thread tells the others
-        uint32_t list[kTokens];   // one after the other: picks of rule 2; first seed that names a token; order
+        union alignas(16) {
+            Steps steps;
+            uint32_t list[kTokens];  // first seed that names a token; order
+        };
         uint8_t member[kTokens];  // 1: the token is kept
     };
 
@@ -73,13 +83,14 @@ struct Block {
         }
     }
 
-    // distance = the smaller of it and the distances in a row.
-    template <typename T>
-    static BTP_DEVICE void approach(const T (&values)[kItems], uint32_t (&distance)[kItems])
+    // This thread's entries of an array [tokens], all read before the first is used; what is behind its end stays as it is.
+    static BTP_DEVICE void read_entries(const uint32_t* entries, int tokens, uint32_t (&values)[kItems])
     {
 #pragma unroll
         for (int item = 0; item < kItems; ++item) {
-            distance[item] = lower(distance[item], distance_key(values[item]));
+            if (element(item) < tokens) {
+                values[item] = entries[element(item)];
+            }
         }
     }
 
@@ -110,33 +121,6 @@ struct Block {
         return static_cast<int>(warp_sum(count));
     }
 
-    // The token with the largest distance key, the lowest one of equals. Two turns of `partial` alternate, so one barrier
-    // a call is enough: a warp can be one call ahead of another, never two.
-    static BTP_DEVICE int farthest(const uint32_t (&distance)[kItems], int turn, Shared& shared)
-    {
-        uint32_t best = distance[0];
-#pragma unroll
-        for (int item = 1; item < kItems; ++item) {
-            best = distance[item] > best ? distance[item] : best;
-        }
-        uint32_t top = warp_max(best);
-        uint32_t token = 0;
-#pragma unroll
-        for (int item = kItems - 1; item >= 0; --item) {  // while the warp's maximum is under way
-            token = distance[item] == best ? static_cast<uint32_t>(element(item)) : token;
-        }
-        uint64_t* const partial = shared.partial[turn & 1];
-        if (lane() == first_lane(best == top)) {
-            partial[warp()] = (static_cast<uint64_t>(top) << 32) | token;
-        }
-        __syncthreads();
-        const uint64_t mine = lane() < warps() ? partial[lane()] : 0u;
-        const uint32_t key = static_cast<uint32_t>(mine >> 32);
-        top = warp_max(key);
-        return static_cast<int>(__shfl_sync(kAllLanes, static_cast<uint32_t>(mine), first_lane(key == top)));
-    }
-
-private:
     static BTP_DEVICE int first_lane(bool flag) { return __ffs(static_cast<int>(__ballot_sync(kAllLanes, flag))) - 1; }
 };
 

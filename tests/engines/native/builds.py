@@ -90,12 +90,23 @@ def emulated_kernels() -> Path:
     return compiled("libbtp_kernels.so", [compiler(), *STRICT, "-shared"], emulated_objects())
 
 
+def _ort_sources() -> list[Path]:
+    files = [OPS / "select_tokens" / "cpu.cc", *(OPS / name / "ort_op.cc" for name in OPERATORS)]
+    return [*files, NATIVE / "ort_library.cc"]
+
+
 @functools.cache
 def ort_library() -> Path:
     """libbtp_ort with CPU kernels."""
-    files = [OPS / "select_tokens" / "cpu.cc", *(OPS / name / "ort_op.cc" for name in OPERATORS)]
     flags = [*STRICT, "-O3", "-shared", "-fvisibility=hidden"]
-    return compiled("libbtp_ort.so", [compiler(), *flags], [*files, NATIVE / "ort_library.cc"])
+    return compiled("libbtp_ort.so", [compiler(), *flags], _ort_sources())
+
+
+@functools.cache
+def ort_cuda_library() -> Path:
+    """libbtp_ort as it is built with nvcc, with the kernels running in the SIMT emulation."""
+    flags = [*STRICT, "-O1", "-shared", "-fvisibility=hidden", "-DBTP_WITH_CUDA"]
+    return compiled("libbtp_ort.so", [compiler(), *flags], [*_ort_sources(), *emulated_objects()])
 
 
 def plugin(headers: Path, *, name: str = "trt_dynamic") -> Path:

@@ -61,7 +61,7 @@ def test_our_onnx_runtime_declarations_match_the_real_header() -> None:
 EMULATED = """
 #include "simt.h"
 __global__ void reverse(int* out, bool wait) {
-    unsigned char* memory = simt::device().shared.data();
+    BTP_DYNAMIC_SHARED(memory);
     memory[threadIdx.x] = static_cast<unsigned char>(threadIdx.x);
     if (wait) { __syncthreads(); }
     out[threadIdx.x] = memory[63 - threadIdx.x];

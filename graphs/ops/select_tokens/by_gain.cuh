@@ -1,0 +1,205 @@
+// Rules 2 and 4 where diversity_rule is "coverage": the next token is the one with the largest gain, lazily. The gain of a
+// token only falls while others are selected, so what it was once is a bound; only the tokens that lead by their bound are
+// summed again, and the first one that leads by its gain of this step is the pick. Which tokens are summed does not change it.
+#pragma once
+
+#include "block.cuh"
+#include "survey.cuh"
+
+namespace btp {
+
+// Order of gain x weight; of a token, so never 0. Neither factor is negative or NaN, so the bits have the order of the floats.
+BTP_DEVICE uint32_t gain_key(uint32_t gain, float weight)
+{
+    const float value = __fmul_rn(__int2float_rn(static_cast<int>(gain)), weight);
+    return gain > 0 ? __float_as_uint(value) + 1u : 1u;
+}
+
+template <typename B>
+struct ByGain {
+    using Element = uint16_t;                   // Survey::levels
+    static constexpr uint32_t kUnselected = 0;  // `state` where nothing is selected
+    static constexpr uint32_t kTogether = 8;    // warps that sum at once: more of them would wait for each other's rows
+
+    const BtpSelect& select;
+    const Row<uint16_t>& row;
+    typename B::Shared& shared;
+    uint32_t state[B::kItems] = {};  // c of the tokens element(item); all of them lie in shared memory too
+    uint32_t key[B::kItems] = {};    // of the tokens own(item): what the gain is at most; 0: selected or no token
+    uint32_t fresh = 0;              // bit i: key[i] is the gain of this step
+    uint32_t place = 0;              // of this warp among all by their best keys, 0 is the highest
+    int turn = 0;
+
+    // Neighbouring tokens have similar gains; they belong to different warps, which can sum them at the same time.
+    static BTP_DEVICE int own(int item) { return own(item, B::lane()); }
+    static BTP_DEVICE int own(int item, int lane) { return (item * 32 + lane) * B::warps() + B::warp(); }
+
+    static BTP_DEVICE void approach(const uint16_t (&values)[B::kItems], uint32_t (&state)[B::kItems])
+    {
+#pragma unroll
+        for (int item = 0; item < B::kItems; ++item) {
+            state[item] = higher(state[item], values[item]);
+        }
+    }
+
+    static BTP_DEVICE void merge(uint32_t* base, uint32_t value) { atomicMax(base, value); }
+
+    BTP_DEVICE float weight(int token) const
+    {
+        const float score = select.weighted != 0 ? row.scores[token] : 1.0f;
+        return score > 0.0f ? score : 0.0f;
+    }
+
+    BTP_DEVICE void start()
+    {
+#pragma unroll
+        for (int item = 0; item < B::kItems; ++item) {
+            const int token = own(item);
+            key[item] = token < select.tokens ? gain_key(row.alone[token], weight(token)) : 0u;
+        }
+        fresh = ~0u;
+        show_state();
+    }
+
+    BTP_DEVICE int first() { return next(); }
+
+    BTP_DEVICE int next()
+    {
+        for (;;) {
+            Best best = best_of_warp();
+            if (best.key != 0 && !best.fresh && place < kTogether) {
+                const uint32_t now = gain_key(gain_of(best.token), weight(best.token));
+#pragma unroll
+                for (int item = 0; item < B::kItems; ++item) {
+                    const bool it = own(item) == best.token;
+                    key[item] = it ? now : key[item];
+                    fresh |= it ? 1u << item : 0u;
+                }
+                best = best_of_warp();
+            }
+            uint64_t* const partial = shared.partial[turn++ & 1];
+            if (B::lane() == 0) {
+                partial[B::warp()] = best.packed();
+            }
+            __syncthreads();
+            const uint64_t its = B::lane() < B::warps() ? partial[B::lane()] : 0u;
+            place = static_cast<uint32_t>(__popc(__ballot_sync(kAllLanes, its > best.packed())));
+            const uint32_t top = warp_max(static_cast<uint32_t>(its >> 32));
+            const uint32_t low = warp_max(static_cast<uint32_t>(its >> 32) == top ? static_cast<uint32_t>(its) : 0u);
+            if ((low & 1u) != 0) {
+                return Best::token_of(low);
+            }
+        }
+    }
+
+    // Selects `token`: what it covers better is covered so from now on, and no gain is of this step.
+    BTP_DEVICE void add(int token)
+    {
+        uint16_t values[B::kItems] = {};
+        B::read_row(row.of(token), static_cast<int>(row.stride), values);
+#pragma unroll
+        for (int item = 0; item < B::kItems; ++item) {
+            key[item] = own(item) == token ? 0u : key[item];
+        }
+        approach(values, state);
+        fresh = 0;
+        show_state();
+    }
+
+    // The members are selected; base: see Survey.
+    BTP_DEVICE void start_from(const uint32_t (&base)[B::kItems])
+    {
+#pragma unroll
+        for (int item = 0; item < B::kItems; ++item) {
+            state[item] = higher(state[item], base[item]);
+            const int token = own(item);
+            key[item] = token < select.tokens && shared.member[token] == 0 ? key[item] : 0u;
+        }
+        fresh = 0;
+        show_state();
+    }
+
+private:
+    // A warp's token with the highest key, the lowest one of equals.
+    struct Best {
+        uint32_t key;
+        int token;
+        bool fresh;
+
+        // In the order of the tokens that are better: by key, then the lower token.
+        BTP_DEVICE uint64_t packed() const
+        {
+            return static_cast<uint64_t>(key) << 32 | static_cast<uint32_t>(0xffff - token) << 1 | (fresh ? 1u : 0u);
+        }
+        static BTP_DEVICE int token_of(uint32_t low) { return 0xffff - static_cast<int>(low >> 1); }
+    };
+
+    BTP_DEVICE Best best_of_warp() const
+    {
+        uint32_t best = key[0];
+        uint32_t at = 0;
+#pragma unroll
+        for (int item = 1; item < B::kItems; ++item) {
+            at = key[item] > best ? static_cast<uint32_t>(item) : at;
+            best = higher(best, key[item]);
+        }
+        const uint32_t top = warp_max(best);
+        const uint32_t slot = warp_min(best == top ? at * 32 + static_cast<uint32_t>(B::lane()) : kNone);
+        const bool is_fresh = B::lane() == static_cast<int>(slot & 31u) && (fresh >> (slot >> 5) & 1u) != 0;
+        const int token = own(static_cast<int>(slot >> 5), static_cast<int>(slot & 31u));
+        return {top, token, __ballot_sync(kAllLanes, is_fresh) != 0};
+    }
+
+    // The sum of max(s, c) - c over a token's row, by one warp.
+    BTP_DEVICE uint32_t gain_of(int token) const
+    {
+        constexpr int kReads = 16 / B::kItems;  // under way at once, as many as registers hold
+        const auto* const levels = reinterpret_cast<const uint4*>(row.of(token));
+        const auto* const covered = reinterpret_cast<const uint4*>(shared.steps.covered);
+        const int units = static_cast<int>(row.stride) / 8;
+        int gain = 0;
+        for (int first = B::lane(); first < units; first += 32 * kReads) {
+            uint4 level[kReads];
+#pragma unroll
+            for (int read = 0; read < kReads; ++read) {
+                const int unit = first + 32 * read;
+                level[read] = unit < units ? levels[unit] : uint4{0, 0, 0, 0};
+            }
+#pragma unroll
+            for (int read = 0; read < kReads; ++read) {
+                const int unit = first + 32 * read;
+                const uint4 c = unit < units ? covered[unit] : uint4{0, 0, 0, 0};
+                gain = add_gain(level[read].x, c.x, gain);
+                gain = add_gain(level[read].y, c.y, gain);
+                gain = add_gain(level[read].z, c.z, gain);
+                gain = add_gain(level[read].w, c.w, gain);
+            }
+        }
+        return warp_sum(static_cast<uint32_t>(gain));
+    }
+
+    // gain + max(s, c) - c for two tokens; both halves lie in 0 ... 32767.
+    static BTP_DEVICE int add_gain(uint32_t s, uint32_t c, int gain)
+    {
+        constexpr int kPlus = 0x0101;   // two bytes 1
+        constexpr int kMinus = 0xffff;  // two bytes -1
+        return __dp2a_lo(static_cast<int>(c), kMinus, __dp2a_lo(static_cast<int>(__vmaxs2(s, c)), kPlus, gain));
+    }
+
+    // c for all threads. Every warp has passed the barrier of the last next(), so nobody reads the old one.
+    BTP_DEVICE void show_state()
+    {
+#pragma unroll
+        for (int item = 0; item < B::kItems; item += 4) {
+            Unit<uint16_t, 4> four;
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                four.value[i] = static_cast<uint16_t>(state[item + i]);
+            }
+            *reinterpret_cast<Unit<uint16_t, 4>*>(&shared.steps.covered[B::element(item)]) = four;
+        }
+        __syncthreads();
+    }
+};
+
+}  // namespace btp
