@@ -1,10 +1,9 @@
 """Selection stages: scores -> BtpSelectTokens -> BtpGatherTokens, standing alone as `select_<j>`."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import onnx
 import onnx_ir as ir
 
 from graphs.builder import BTP_DOMAIN, GraphBuilder, dims
@@ -35,32 +34,6 @@ class DiversityRule:
     def attributes(self) -> dict[str, Any]:
         """The node's attributes; none for farthest points, which every reader of the operator takes as the default."""
         return {} if self.name == FARTHEST else {"diversity_rule": self.name, "weighted": int(self.weighted)}
-
-
-@dataclass(frozen=True)
-class OperatorForm:
-    """What a portable body of BtpSelectTokens must know of a node when it is made for exactly this one."""
-
-    similarity: bool
-    seeds: bool
-    diversity_rule: str
-    weighted: int
-
-    @staticmethod
-    def of(node: ir.Node) -> "OperatorForm":
-        """The form of a BtpSelectTokens node."""
-        given = [value is not None for value in node.inputs] + [False, False]
-        rule, weighted = node.attributes.get("diversity_rule"), node.attributes.get("weighted")
-        return OperatorForm(
-            given[1],
-            given[2],
-            FARTHEST if rule is None else str(rule.value),
-            0 if weighted is None else int(weighted.value),
-        )
-
-    def body(self, opset: int) -> onnx.FunctionProto:
-        """The body for nodes of this form."""
-        return select_tokens.body(opset, **asdict(self))
 
 
 @dataclass(frozen=True)
@@ -149,13 +122,19 @@ def embed_bodies(b: GraphBuilder) -> None:
     selections = [node for node in b.nodes(BTP_DOMAIN) if node.op_type == select_tokens.NAME]
     if not selections:
         return
-    forms = {OperatorForm.of(node) for node in selections}
+    forms = {select_tokens.form(*given_to(node)) for node in selections}
     rules = {form.diversity_rule for form in forms}
     if len(forms) == 1:
         b.function(forms.pop().body(b.opset))
     else:
         b.function(select_tokens.function(b.opset, only=FARTHEST if rules == {FARTHEST} else None))
     b.function(gather_tokens.body(b.opset))
+
+
+def given_to(node: ir.Node) -> tuple[list[bool], dict[str, Any]]:
+    """Whether each input of a node is there, and its attributes."""
+    attributes = {name: attribute.value for name, attribute in node.attributes.items()}
+    return [value is not None for value in node.inputs], attributes
 
 
 def stage_after(plan: PruningPlan, segment: Segment) -> int | None:

@@ -22,20 +22,20 @@ from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
+from onnx import FunctionProto
 
 from engines.tensorrt.lower import lower_to_primitives
 from engines.tensorrt.records import Assemble, EngineWeights, WeightInput, WeightSource
 from engines.tensorrt.versions import Traits
+from graphs import ops
 from graphs.assemble import assemble_whole
 from graphs.build import build_decoder_graphs
 from graphs.builder import BTP_DOMAIN, NUMPY, PORTABLE_OPSET, WEIGHTS_FOLDER, BuiltGraph, dims, dtype_of
 from graphs.bundle import Bundle
 from graphs.manifest import TensorRecord
-from graphs.ops import gather_tokens, select_tokens
-from graphs.ops.select_tokens.schema import FARTHEST
 from graphs.plan import PruningPlan
 from graphs.profile import ShapeProfile
-from graphs.selection import OperatorForm
+from graphs.selection import given_to
 
 MATRIX_BYTES = 4096  # smaller matrices stay constants: an input costs more than it saves
 FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
@@ -161,25 +161,19 @@ def exact_bodies(model: ir.Model, opset: int) -> None:
     body, which asks for its inputs with OptionalHasElement: TensorRT does not import that. Where they differ, a node's
     operator is therefore named after its inputs and its rule too.
     """
-    nodes = [node for node in model.graph if node.domain == BTP_DOMAIN]
-    forms = {OperatorForm.of(node) for node in nodes if node.op_type == select_tokens.NAME}
     model.functions.clear()
-    for node in nodes:
-        if node.op_type == gather_tokens.NAME:
-            body = gather_tokens.body(opset)
-        else:
-            form = OperatorForm.of(node)
-            body = form.body(opset)
-            if len(forms) > 1:
-                body.name = node.op_type = body.name + _suffix(form)
-        function = ir.serde.deserialize_function(body)
-        model.functions[function.identifier()] = function
-
-
-def _suffix(form: OperatorForm) -> str:
-    """Names a form of BtpSelectTokens among the others of a graph."""
-    rule = "" if form.diversity_rule == FARTHEST else form.diversity_rule.capitalize()
-    return "".join(["Similarity" * form.similarity, "Seeds" * form.seeds, rule, "Weighted" * form.weighted])
+    made: dict[str, list[tuple[ir.Node, str, FunctionProto]]] = defaultdict(list)
+    for node in model.graph:
+        operator = ops.of_node(node.op_type) if node.domain == BTP_DOMAIN else None
+        if operator is not None:
+            made[operator.NAME].append((node, *ops.exact_body(operator, opset, *given_to(node))))
+    for bodies in made.values():
+        several = len({suffix for _, suffix, _ in bodies}) > 1
+        for node, suffix, body in bodies:
+            if several:
+                body.name = node.op_type = body.name + suffix
+            function = ir.serde.deserialize_function(body)
+            model.functions[function.identifier()] = function
 
 
 # -- 2. weights as inputs --------------------------------------------------------------------------------------------

@@ -118,10 +118,10 @@ def test_a_body_beside_a_plugin() -> None:
 
 
 def test_the_inside_of_a_body_is_checked() -> None:
-    """The generic body asks for its inputs with OptionalHasElement."""
+    """The generic body asks for its inputs with OptionalHasElement, and compares the name of its rule with Unique."""
     generic = next(body for body in ops.functions(18) if body.name == "BtpSelectTokens")
     findings = found(selecting(functions=[generic]), "10.16", plugins=False)
-    assert {f.got for f in findings} == {"the operator OptionalHasElement"}
+    assert {f.got for f in findings} == {"the operator OptionalHasElement", "the operator Unique"}
 
 
 def test_a_body_that_keeps_too_many_tokens_for_topk() -> None:
