@@ -24,9 +24,11 @@ constexpr bool kWithGpu = false;
 const std::vector<btp::OrtOp>& operators()
 {
     static const std::vector<btp::OrtOp> ops = [] {
-        std::vector<btp::OrtOp> all = btp::select_tokens_ops(kWithGpu);
-        for (const btp::OrtOp& op : btp::gather_tokens_ops(kWithGpu)) {
-            all.push_back(op);
+        std::vector<btp::OrtOp> all;
+        for (const btp::OrtOps ops : btp::ort_operators()) {
+            for (const btp::OrtOp& op : ops(kWithGpu)) {
+                all.push_back(op);
+            }
         }
         return all;
     }();

@@ -252,8 +252,18 @@ OrtOp ort_op(const char* name, const char* device, ONNXTensorElementDataType typ
     return op;
 }
 
-// The operators of this library, filled by one function of each operator's folder.
-std::vector<OrtOp> select_tokens_ops(bool with_gpu);
-std::vector<OrtOp> gather_tokens_ops(bool with_gpu);
+// The operators of a library: the ort_op.cc of each operator's folder adds a function that makes its registrations, with a
+// static OrtRegistration. So a library holds the operators whose sources it is linked from, and no list names them.
+using OrtOps = std::vector<OrtOp> (*)(bool with_gpu);
+
+inline std::vector<OrtOps>& ort_operators()
+{
+    static std::vector<OrtOps> operators;
+    return operators;
+}
+
+struct OrtRegistration {
+    explicit OrtRegistration(OrtOps ops) { ort_operators().push_back(ops); }
+};
 
 }  // namespace btp

@@ -177,8 +177,22 @@ private:
     nvinfer1::PluginFieldCollection collection_{};
 };
 
-// The creators of this library, one function in each operator's folder.
-nvinfer1::IPluginCreatorV3One& select_tokens_creator();
-nvinfer1::IPluginCreatorV3One& gather_tokens_creator();
+// The creators of a library: the trt_plugin.cpp of each operator's folder adds its own with BTP_REGISTER_PLUGIN. So a
+// library holds the operators whose sources it is linked from, and no list names them.
+inline std::vector<nvinfer1::IPluginCreatorV3One*>& creators()
+{
+    static std::vector<nvinfer1::IPluginCreatorV3One*> all;
+    return all;
+}
+
+template <typename Derived>
+struct PluginRegistration {
+    PluginRegistration() { creators().push_back(&creator); }
+    Creator<Derived> creator;
+};
+
+// The priority puts it before trt_static.cpp's initialiser, which hands the creators to TensorRT.
+#define BTP_REGISTER_PLUGIN(Derived) \
+    PluginRegistration<Derived> registration __attribute__((init_priority(2000)))
 
 }  // namespace btp

@@ -25,15 +25,10 @@ class Tensor:
 
 
 class Launcher(Protocol):
-    """The C interface of the kernels, one method an operator (engines.kernels.Kernels)."""
+    """The C interface of the kernels (engines.kernels.Kernels)."""
 
-    def select_tokens(
-        self, inputs: Sequence[Tensor], output: int, workspace: int, *, stream: int, **attributes: int | str
-    ) -> None:
-        """BtpSelectTokens on device addresses."""
-
-    def gather_tokens(self, inputs: Sequence[Tensor], output: int, *, stream: int, start: int, count: int) -> None:
-        """BtpGatherTokens on device addresses."""
+    def __getattr__(self, operator: str) -> Callable[..., None]:
+        """One method an operator, named as its folder: (inputs, output, workspace, *, stream, **attributes)."""
 
 
 class Operator(Protocol):

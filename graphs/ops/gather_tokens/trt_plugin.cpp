@@ -104,12 +104,7 @@ private:
     }
 };
 
+BTP_REGISTER_PLUGIN(GatherTokens);
+
 }  // namespace
-
-nvinfer1::IPluginCreatorV3One& gather_tokens_creator()
-{
-    static Creator<GatherTokens> creator;
-    return creator;
-}
-
 }  // namespace btp

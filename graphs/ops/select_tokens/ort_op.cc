@@ -123,9 +123,7 @@ private:
     const bool gpu_;
 };
 
-}  // namespace
-
-std::vector<OrtOp> select_tokens_ops(bool with_gpu)
+std::vector<OrtOp> ops_of(bool with_gpu)
 {
     std::vector<OrtOp> ops;
     for (const auto type : {ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16}) {
@@ -137,4 +135,7 @@ std::vector<OrtOp> select_tokens_ops(bool with_gpu)
     return ops;
 }
 
+const OrtRegistration registration(ops_of);
+
+}  // namespace
 }  // namespace btp

@@ -152,12 +152,7 @@ private:
     }
 };
 
+BTP_REGISTER_PLUGIN(SelectTokens);
+
 }  // namespace
-
-nvinfer1::IPluginCreatorV3One& select_tokens_creator()
-{
-    static Creator<SelectTokens> creator;
-    return creator;
-}
-
 }  // namespace btp
