@@ -160,7 +160,9 @@ def _plugin_class(trt: Any, operator: type[Operator], kernels: Callable[[], Laun
 
         def get_fields_to_serialize(self) -> Any:
             pairs = [*zip(_names(operator), self.op.values, strict=True), ("inputs", self.inputs)]
-            return trt.PluginFieldCollection([_field(trt, name, value) for name, value in pairs])
+            # A collection copies the fields, not what they point to: the fields themselves hold that.
+            self.serialized = [_field(trt, name, value) for name, value in pairs]
+            return trt.PluginFieldCollection(self.serialized)
 
         def get_output_data_types(self, input_types: Any) -> Any:
             return [types[self.op.output_type([names.get(kind, "") for kind in input_types])]]
