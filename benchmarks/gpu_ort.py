@@ -1,7 +1,6 @@
 """Runs the ONNX Runtime operators (btp_ort), one node a session, on any execution provider."""
 
 import ctypes
-import importlib
 from pathlib import Path
 from typing import Any
 
@@ -97,11 +96,9 @@ def element_type(dtype: Any) -> int:
 
 def input_names(op: str) -> list[str]:
     """Names of an operator's inputs in order, from its schema."""
-    for folder in ops.names():
-        module = importlib.import_module(f"graphs.ops.{folder}")
-        if op == module.NAME:
-            return [parameter.name for parameter in module.SCHEMA.inputs]
-    raise ValueError(f"no operator is called {op}")
+    operator = ops.of_node(op)
+    assert operator is not None, f"no operator is called {op}"
+    return [parameter.name for parameter in operator.SCHEMA.inputs]
 
 
 def one_node(

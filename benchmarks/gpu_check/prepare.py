@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu_check.runner import find_nvcc
+from graphs import ops
 from graphs.errors import InputError, UnavailableError
 
 ROOT = Path(__file__).parents[2]
@@ -49,24 +50,27 @@ def prepare(folder: Path, architecture: str, before: str | None, *, cases: bool 
 
 def compile_all(target: Path, architecture: str, before: str | None, *, report: Any = print) -> None:
     """The program and the libraries, for one architecture ("90")."""
-    ops = ROOT / "graphs" / "ops"
+    folders, common = ops.folders(), ROOT / "graphs" / "ops" / "common"
     named = f'-DBTP_ARCHITECTURES="{architecture}"'
-    compiled(target / "libbtp_kernels.so", architecture, kernel_sources(ops), [*KERNEL_FLAGS, named], report)
+    compiled(
+        target / "libbtp_kernels.so", architecture, kernel_sources(folders, common), [*KERNEL_FLAGS, named], report
+    )
     compiled(target / "harness", architecture, [NATIVE / "harness.cu", NATIVE / "probe.cu"], ["-ldl"], report)
-    operators = [*sorted(ops.glob("*/ort_op.cc")), *sorted(ops.glob("*/cpu.cc"))]
-    sources = [*kernel_sources(ops), *operators, ROOT / "engines" / "native" / "ort_library.cc"]
+    forms = [folder / file for file in ("ort_op.cc", "cpu.cc") for folder in folders if (folder / file).is_file()]
+    sources = [*kernel_sources(folders, common), *forms, ROOT / "engines" / "native" / "ort_library.cc"]
     flags = [*KERNEL_FLAGS, named, "-DBTP_WITH_CUDA", "-Xcompiler=-fvisibility=hidden"]
     compiled(target / "libbtp_ort.so", architecture, sources, flags, report)
     if before is not None:
         with tempfile.TemporaryDirectory(prefix="btp-before-") as name:
             earlier = checked_out(before, Path(name)) / "graphs" / "ops"
             library = target / "before" / "libbtp_kernels.so"
-            compiled(library, architecture, kernel_sources(earlier), [*KERNEL_FLAGS, named], report)
+            sources = kernel_sources(sorted(earlier.iterdir()), earlier / "common")
+            compiled(library, architecture, sources, [*KERNEL_FLAGS, named], report)
 
 
-def kernel_sources(ops: Path) -> list[Path]:
-    """The CUDA sources of all operators and what they share."""
-    return [*sorted(ops.glob("*/kernel.cu")), ops / "common" / "status.cpp"]
+def kernel_sources(folders: Sequence[Path], common: Path) -> list[Path]:
+    """The CUDA sources of these operators and what they share."""
+    return [*(folder / "kernel.cu" for folder in folders if (folder / "kernel.cu").is_file()), common / "status.cpp"]
 
 
 def compiled(target: Path, architecture: str, sources: Sequence[Path], flags: Sequence[str], report: Any) -> None:

@@ -52,6 +52,14 @@ public:
         given = share.sm.smCount;
     }
 
+    // For runtimes that refuse a stream of a context that is not the current one.
+    void make_current() const
+    {
+        CUcontext context = nullptr;
+        DRIVER(driver_, cuCtxFromGreenCtx, &context, context_);
+        DRIVER(driver_, cuCtxSetCurrent, context);
+    }
+
     cudaStream_t stream() const { return stream_; }  // driver and runtime share the type
     unsigned given = 0;
 

@@ -43,7 +43,14 @@ inline std::string green(const Work& work, const Options& given, bool& held)
 {
     const GreenContext context(static_cast<unsigned>(given.count));
     std::vector<std::string> rows;
-    const int used = multiprocessors_used(context.stream());
+    int used = 0;
+    try {
+        used = multiprocessors_used(context.stream());
+    } catch (const std::runtime_error&) {
+        cudaGetLastError();
+        context.make_current();
+        used = multiprocessors_used(context.stream());
+    }
     for (const Call* call : work.calls) {
         const Run run(work.library, work.file, *call);
         const std::string problem = differs(run, context.stream(), true);
