@@ -4,6 +4,7 @@ And both calls where no GPU is: every step says what it misses.
 """
 
 import ctypes
+import hashlib
 import json
 import shutil
 import subprocess
@@ -46,19 +47,21 @@ def native(prepared: Path) -> Path:
     folder.mkdir()
     shutil.copy(builds.emulated_kernels(), folder)
     shutil.copy(builds.ort_library(), folder)
-    if runner.find_nvcc() is not None:
-        flags = [
-            runner.find_nvcc() or "",
-            "-std=c++17",
-            "-arch=sm_90",
-            "-Xcompiler=-Wall,-Wextra",
-            "-Werror=all-warnings",
-        ]
-        sources = [prepare.NATIVE / "harness.cu", prepare.NATIVE / "probe.cu"]
-        headers = b"".join(path.read_bytes() for path in sorted(prepare.NATIVE.glob("*.h")))
-        name = f"-DBTP_HEADERS={len(headers)}{sum(headers)}"  # so that the kept file is of these headers
-        shutil.copy(builds.compiled("harness", [*flags, name], sources), folder)
+    program = built_harness()
+    if program is not None:
+        shutil.copy(program, folder)
     return folder
+
+
+def built_harness() -> Path | None:
+    """The native program, None without nvcc."""
+    nvcc = runner.find_nvcc()
+    if nvcc is None:
+        return None
+    headers = b"".join(path.read_bytes() for path in sorted(prepare.NATIVE.glob("*")))
+    kept = f"-DBTP_SOURCES={hashlib.sha256(headers).hexdigest()[:16]}"  # builds.compiled does not look at ours
+    flags = [nvcc, "-std=c++17", "-arch=sm_90", "-Xcompiler=-Wall,-Wextra", "-Werror=all-warnings", kept]
+    return builds.compiled("harness", flags, [prepare.NATIVE / "harness.cu", prepare.NATIVE / "probe.cu"])
 
 
 # -- the case file -----------------------------------------------------------------------------------------------------
