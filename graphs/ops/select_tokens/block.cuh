@@ -26,6 +26,31 @@ struct alignas(kCount * sizeof(T)) Unit {
     T value[kCount];
 };
 
+// One read of memory that nobody writes during the launch, wherever the compiler believes that it lies.
+template <typename T, int kCount>
+BTP_DEVICE Unit<T, kCount> read_unit(const char* at)
+{
+    Unit<T, kCount> unit;
+#ifdef BTP_SIMT_EMULATION
+    unit = *reinterpret_cast<const Unit<T, kCount>*>(at);
+#else
+    if constexpr (sizeof(unit) == 16) {
+        const uint4 bits = __ldg(reinterpret_cast<const uint4*>(at));
+        memcpy(&unit, &bits, sizeof unit);
+    } else if constexpr (sizeof(unit) == 8) {
+        const uint2 bits = __ldg(reinterpret_cast<const uint2*>(at));
+        memcpy(&unit, &bits, sizeof unit);
+    } else if constexpr (sizeof(unit) == 4) {
+        const uint32_t bits = __ldg(reinterpret_cast<const uint32_t*>(at));
+        memcpy(&unit, &bits, sizeof unit);
+    } else {
+        const uint16_t bits = __ldg(reinterpret_cast<const uint16_t*>(at));
+        memcpy(&unit, &bits, sizeof unit);
+    }
+#endif
+    return unit;
+}
+
 // kWide: rows are aligned for reads of 4 elements, and so many are whole numbers of them.
 template <int kItems_, bool kWide_>
 struct Block {
@@ -36,13 +61,13 @@ struct Block {
 
     // While the block goes from pick to pick.
     struct Steps {
-        uint16_t picks[kTokens];    // of rule 2
-        uint16_t covered[kTokens];  // by gain: how far each token is covered
+        uint16_t picks[kTokens];        // of rule 2
+        uint32_t covered[kTokens / 2];  // by gain: how far each token is covered, two tokens a word
     };
 
     // Shared memory of the block.
     struct Shared {
-        uint64_t partial[2][32];  // best (key, token) of each warp, two turns
+        uint64_t partial[2][32];  // at an address that 512 divides: what each warp tells the others, two turns (Exchange)
         uint32_t counts[32];      // flags set in each warp
         uint32_t word;            // what one thread tells the others
         union alignas(16) {
@@ -122,6 +147,38 @@ struct Block {
     }
 
     static BTP_DEVICE int first_lane(bool flag) { return __ffs(static_cast<int>(__ballot_sync(kAllLanes, flag))) - 1; }
+};
+
+// Each warp tells all others two numbers. Two turns of memory alternate, so one barrier a turn is enough: a warp can be one
+// turn ahead of another, never two.
+template <typename B>
+struct Exchange {
+    static constexpr uint32_t kTurn = sizeof(B::Shared::partial[0]);
+
+    uint32_t out, in;  // shared addresses for this turn
+
+    // Warps that the block does not have tell 0, 0. A barrier must stand before the first meet().
+    BTP_DEVICE void start(typename B::Shared& shared)
+    {
+        for (int entry = static_cast<int>(threadIdx.x); entry < 64; entry += static_cast<int>(blockDim.x)) {
+            shared.partial[entry / 32][entry % 32] = 0;
+        }
+        const uint32_t first = shared_address(shared.partial);
+        out = opaque(first + 8 * static_cast<uint32_t>(B::warp()));
+        in = opaque(first + 8 * static_cast<uint32_t>(B::lane()));
+    }
+
+    // One lane of each warp `tells` a and b; every lane gets those of the warp with its number.
+    BTP_DEVICE void meet(bool tells, uint32_t a, uint32_t b, uint32_t& its_a, uint32_t& its_b)
+    {
+        if (tells) {
+            store_shared(out, a, b);
+        }
+        __syncthreads();
+        load_shared(in, its_a, its_b);
+        out ^= kTurn;
+        in ^= kTurn;
+    }
 };
 
 }  // namespace btp

@@ -6,19 +6,72 @@
 
 namespace btp {
 
+// Reads this thread's part of the rows of one matrix. A row's address is one multiply and add away from the token's index.
+template <typename B, typename T>
+struct Reader {
+    static constexpr int kUnits = B::kWide ? B::kItems / 4 : 1;
+
+    const char* own[kUnits];  // in row 0; wide: behind the row's end its beginning, as what is read there is not used
+    uint32_t pitch;           // bytes a row
+    int tokens;
+
+    BTP_DEVICE void start(const Row<T>& row, int tokens_)
+    {
+        tokens = tokens_;
+        pitch = opaque(static_cast<uint32_t>(row.stride * sizeof(T)));
+#pragma unroll
+        for (int unit = 0; unit < kUnits; ++unit) {
+            const int element = B::kWide ? B::element(unit * 4) : 0;
+            own[unit] = opaque(reinterpret_cast<const char*>(row.matrix + (element < tokens ? element : 0)));
+        }
+    }
+
+    BTP_DEVICE void read(int token, T (&values)[B::kItems]) const
+    {
+        if constexpr (B::kWide) {
+#pragma unroll
+            for (int unit = 0; unit < kUnits; ++unit) {
+                const auto four = read_unit<T, 4>(multiply_add(static_cast<uint32_t>(token), pitch, own[unit]));
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    values[unit * 4 + i] = four.value[i];
+                }
+            }
+        } else {
+            const char* const row = multiply_add(static_cast<uint32_t>(token), pitch, own[0]);
+#pragma unroll
+            for (int item = 0; item < B::kItems; ++item) {
+                values[item] = T{};
+                if (B::element(item) < tokens) {
+                    values[item] = read_unit<T, 1>(row + B::element(item) * sizeof(T)).value[0];
+                }
+            }
+        }
+    }
+};
+
 template <typename B, typename T>
 struct ByDistance {
-    using Element = T;                            // of the rows that are read
-    static constexpr uint32_t kUnselected = kNone;  // `state` where nothing is selected
+    using Element = T;                              // of the rows that are read
+    using Values = T[B::kItems];                    // this thread's part of a row
+    using State = uint32_t[B::kItems];
+    static constexpr uint32_t kUnselected = kNone;  // all of a State where nothing is selected
+    static constexpr int kRows = B::kItems > 4 ? 1 : 4;  // read at once beside the steps, as many as registers hold
 
     const BtpSelect& select;
     const Row<T>& row;
     typename B::Shared& shared;
-    uint32_t state[B::kItems] = {};  // key of the distance to the nearest selected token; 0: selected or no token
-    int turn = 0;
+    State state = {};  // keys of the distances to the nearest selected token; 0: selected or no token
+    Reader<B, T> reader;
+    Exchange<B> exchange;
+
+    static BTP_DEVICE void read(const Row<T>& row, int token, int tokens, Values& values)
+    {
+        B::read_row(row.of(token), tokens, values);
+    }
 
     // state = the smaller of it and the distances in a row.
-    static BTP_DEVICE void approach(const T (&values)[B::kItems], uint32_t (&state)[B::kItems])
+    static BTP_DEVICE void approach(const Values& values, State& state)
     {
 #pragma unroll
         for (int item = 0; item < B::kItems; ++item) {
@@ -26,10 +79,18 @@ struct ByDistance {
         }
     }
 
-    static BTP_DEVICE void merge(uint32_t* base, uint32_t value) { atomicMin(base, value); }
+    // base = the smaller of it and the element of `state`.
+    static BTP_DEVICE void merge(uint32_t* base, const State& state, int item) { atomicMin(base, state[item]); }
+
+    BTP_DEVICE ByDistance(const BtpSelect& select_, const Row<T>& row_, typename B::Shared& shared_)
+        : select(select_), row(row_), shared(shared_)
+    {
+    }
 
     BTP_DEVICE void start()
     {
+        reader.start(row, select.tokens);
+        exchange.start(shared);
         for (int item = 0; item < B::kItems; ++item) {
             state[item] = B::element(item) < select.tokens ? kUnselected : 0u;
         }
@@ -48,8 +109,8 @@ struct ByDistance {
     // Selects `token`: its own distance becomes 0 and every other token may have come nearer.
     BTP_DEVICE void add(int token)
     {
-        T values[B::kItems] = {};
-        B::read_row(row.of(token), select.tokens, values);
+        Values values;
+        reader.read(token, values);
 #pragma unroll
         for (int item = 0; item < B::kItems; ++item) {  // 0 is the lowest key and stays; done while the row is read
             state[item] = B::element(item) == token ? 0u : state[item];
@@ -66,8 +127,7 @@ struct ByDistance {
     }
 
 private:
-    // The token with the largest key, the lowest one of equals. Two turns of `partial` alternate, so one barrier a call is
-    // enough: a warp can be one call ahead of another, never two.
+    // The token with the largest key, the lowest one of equals.
     BTP_DEVICE int farthest(const uint32_t (&key)[B::kItems])
     {
         uint32_t best = key[0];
@@ -81,15 +141,11 @@ private:
         for (int item = B::kItems - 1; item >= 0; --item) {  // while the warp's maximum is under way
             token = key[item] == best ? static_cast<uint32_t>(B::element(item)) : token;
         }
-        uint64_t* const partial = shared.partial[turn++ & 1];
-        if (B::lane() == B::first_lane(best == top)) {
-            partial[B::warp()] = (static_cast<uint64_t>(top) << 32) | token;
-        }
-        __syncthreads();
-        const uint64_t mine = B::lane() < B::warps() ? partial[B::lane()] : 0u;
-        const uint32_t its = static_cast<uint32_t>(mine >> 32);
+        uint32_t its = 0;
+        uint32_t candidate = 0;
+        exchange.meet(B::lane() == B::first_lane(best == top), top, token, its, candidate);
         top = warp_max(its);
-        return static_cast<int>(__shfl_sync(kAllLanes, static_cast<uint32_t>(mine), B::first_lane(its == top)));
+        return static_cast<int>(__shfl_sync(kAllLanes, candidate, B::first_lane(its == top)));
     }
 };
 

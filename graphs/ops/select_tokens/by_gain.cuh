@@ -17,32 +17,58 @@ BTP_DEVICE uint32_t gain_key(uint32_t gain, float weight)
 
 template <typename B>
 struct ByGain {
-    using Element = uint16_t;                   // Survey::levels
-    static constexpr uint32_t kUnselected = 0;  // `state` where nothing is selected
-    static constexpr uint32_t kTogether = 8;    // warps that sum at once: more of them would wait for each other's rows
+    static constexpr int kPairs = B::kItems / 2;  // two neighbouring tokens a register
+    using Element = uint16_t;                     // Survey::levels
+    using Values = uint32_t[kPairs];
+    using State = uint32_t[kPairs];
+    static constexpr uint32_t kUnselected = 0;    // all of a State where nothing is selected
+    static constexpr int kRows = 16 / B::kItems;  // read at once beside the steps, as many as registers hold
+    static constexpr uint32_t kTogether = 16;     // warps that sum at once: more of them would wait for each other's rows
 
     const BtpSelect& select;
     const Row<uint16_t>& row;
     typename B::Shared& shared;
-    uint32_t state[B::kItems] = {};  // c of the tokens element(item); all of them lie in shared memory too
-    uint32_t key[B::kItems] = {};    // of the tokens own(item): what the gain is at most; 0: selected or no token
-    uint32_t fresh = 0;              // bit i: key[i] is the gain of this step
-    uint32_t place = 0;              // of this warp among all by their best keys, 0 is the highest
-    int turn = 0;
+    State state = {};              // c of the tokens element(item); all of them lie in shared memory too
+    uint32_t key[B::kItems] = {};  // of the tokens own(item): what the gain is at most; 0: selected or no token
+    uint32_t fresh = 0;            // bit i: key[i] is the gain of this step
+    uint32_t place = 0;            // of this warp among all by their best keys, 0 is the highest
+    Exchange<B> exchange;
+
+    BTP_DEVICE ByGain(const BtpSelect& select_, const Row<uint16_t>& row_, typename B::Shared& shared_)
+        : select(select_), row(row_), shared(shared_)
+    {
+    }
 
     // Neighbouring tokens have similar gains; they belong to different warps, which can sum them at the same time.
     static BTP_DEVICE int own(int item) { return own(item, B::lane()); }
     static BTP_DEVICE int own(int item, int lane) { return (item * 32 + lane) * B::warps() + B::warp(); }
 
-    static BTP_DEVICE void approach(const uint16_t (&values)[B::kItems], uint32_t (&state)[B::kItems])
+    static BTP_DEVICE void read(const Row<uint16_t>& row, int token, int, Values& values)
     {
 #pragma unroll
-        for (int item = 0; item < B::kItems; ++item) {
-            state[item] = higher(state[item], values[item]);
+        for (int first = 0; first < B::kItems; first += 4) {
+            if (B::element(first) < static_cast<int>(row.stride)) {
+                const auto four = *reinterpret_cast<const Unit<uint32_t, 2>*>(row.of(token) + B::element(first));
+                values[first / 2] = four.value[0];
+                values[first / 2 + 1] = four.value[1];
+            }
         }
     }
 
-    static BTP_DEVICE void merge(uint32_t* base, uint32_t value) { atomicMax(base, value); }
+    // state = the larger of it and the levels in a row.
+    static BTP_DEVICE void approach(const Values& values, State& state)
+    {
+#pragma unroll
+        for (int pair = 0; pair < kPairs; ++pair) {
+            state[pair] = __vmaxs2(state[pair], values[pair]);
+        }
+    }
+
+    // base = the larger of it and the element of `state`.
+    static BTP_DEVICE void merge(uint32_t* base, const State& state, int item)
+    {
+        atomicMax(base, state[item / 2] >> (item % 2 * 16) & 0xffffu);
+    }
 
     BTP_DEVICE float weight(int token) const
     {
@@ -58,6 +84,7 @@ struct ByGain {
             key[item] = token < select.tokens ? gain_key(row.alone[token], weight(token)) : 0u;
         }
         fresh = ~0u;
+        exchange.start(shared);
         show_state();
     }
 
@@ -77,15 +104,13 @@ struct ByGain {
                 }
                 best = best_of_warp();
             }
-            uint64_t* const partial = shared.partial[turn++ & 1];
-            if (B::lane() == 0) {
-                partial[B::warp()] = best.packed();
-            }
-            __syncthreads();
-            const uint64_t its = B::lane() < B::warps() ? partial[B::lane()] : 0u;
-            place = static_cast<uint32_t>(__popc(__ballot_sync(kAllLanes, its > best.packed())));
-            const uint32_t top = warp_max(static_cast<uint32_t>(its >> 32));
-            const uint32_t low = warp_max(static_cast<uint32_t>(its >> 32) == top ? static_cast<uint32_t>(its) : 0u);
+            uint32_t its = 0;
+            uint32_t low = 0;
+            exchange.meet(B::lane() == 0, best.key, best.low(), its, low);
+            const bool better = its > best.key || (its == best.key && low > best.low());
+            place = static_cast<uint32_t>(__popc(__ballot_sync(kAllLanes, better)));
+            const uint32_t top = warp_max(its);
+            low = warp_max(its == top ? low : 0u);
             if ((low & 1u) != 0) {
                 return Best::token_of(low);
             }
@@ -95,8 +120,8 @@ struct ByGain {
     // Selects `token`: what it covers better is covered so from now on, and no gain is of this step.
     BTP_DEVICE void add(int token)
     {
-        uint16_t values[B::kItems] = {};
-        B::read_row(row.of(token), static_cast<int>(row.stride), values);
+        Values values = {};
+        read(row, token, select.tokens, values);
 #pragma unroll
         for (int item = 0; item < B::kItems; ++item) {
             key[item] = own(item) == token ? 0u : key[item];
@@ -111,7 +136,7 @@ struct ByGain {
     {
 #pragma unroll
         for (int item = 0; item < B::kItems; ++item) {
-            state[item] = higher(state[item], base[item]);
+            state[item / 2] = __vmaxs2(state[item / 2], base[item] << (item % 2 * 16));
             const int token = own(item);
             key[item] = token < select.tokens && shared.member[token] == 0 ? key[item] : 0u;
         }
@@ -126,11 +151,8 @@ private:
         int token;
         bool fresh;
 
-        // In the order of the tokens that are better: by key, then the lower token.
-        BTP_DEVICE uint64_t packed() const
-        {
-            return static_cast<uint64_t>(key) << 32 | static_cast<uint32_t>(0xffff - token) << 1 | (fresh ? 1u : 0u);
-        }
+        // Of equal keys the lower token has the larger one. Odd: the key is the gain of this step.
+        BTP_DEVICE uint32_t low() const { return static_cast<uint32_t>(0xffff - token) << 1 | (fresh ? 1u : 0u); }
         static BTP_DEVICE int token_of(uint32_t low) { return 0xffff - static_cast<int>(low >> 1); }
     };
 
@@ -153,11 +175,12 @@ private:
     // The sum of max(s, c) - c over a token's row, by one warp.
     BTP_DEVICE uint32_t gain_of(int token) const
     {
-        constexpr int kReads = 16 / B::kItems;  // under way at once, as many as registers hold
+        constexpr int kReads = 4;  // under way at once
         const auto* const levels = reinterpret_cast<const uint4*>(row.of(token));
         const auto* const covered = reinterpret_cast<const uint4*>(shared.steps.covered);
         const int units = static_cast<int>(row.stride) / 8;
         int gain = 0;
+#pragma unroll 1
         for (int first = B::lane(); first < units; first += 32 * kReads) {
             uint4 level[kReads];
 #pragma unroll
@@ -190,13 +213,9 @@ private:
     BTP_DEVICE void show_state()
     {
 #pragma unroll
-        for (int item = 0; item < B::kItems; item += 4) {
-            Unit<uint16_t, 4> four;
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                four.value[i] = static_cast<uint16_t>(state[item + i]);
-            }
-            *reinterpret_cast<Unit<uint16_t, 4>*>(&shared.steps.covered[B::element(item)]) = four;
+        for (int first = 0; first < B::kItems; first += 4) {
+            const Unit<uint32_t, 2> four{{state[first / 2], state[first / 2 + 1]}};
+            *reinterpret_cast<Unit<uint32_t, 2>*>(&shared.steps.covered[B::element(first) / 2]) = four;
         }
         __syncthreads();
     }

@@ -37,9 +37,9 @@ BTP_DEVICE int draw_part(const Row& row, Shared& shared)
 // seeds; false if none is. (Rule 3 may cut some of them from the base; then the base is full and nobody asks.)
 template <typename B, typename Rule, typename Row>
 BTP_DEVICE bool approach_part(const BtpSelect& select, const Row& row, int part, typename B::Shared& shared,
-                              uint32_t (&state)[B::kItems])
+                              typename Rule::State& state)
 {
-    constexpr int kRows = 16 / B::kItems;  // rows under way at once, as many as registers hold
+    constexpr int kRows = Rule::kRows;
     const int first = part * kPartTokens;
     if (threadIdx.x == 0) {
         shared.word = 0;
@@ -59,13 +59,13 @@ BTP_DEVICE bool approach_part(const BtpSelect& select, const Row& row, int part,
     __syncthreads();
     const uint32_t chosen = shared.word;
     for (uint32_t left = chosen; left != 0;) {
-        typename Rule::Element values[kRows][B::kItems] = {};
+        typename Rule::Values values[kRows] = {};
         int next = 0;
 #pragma unroll
         for (int i = 0; i < kRows; ++i) {
             next = left != 0 ? __ffs(static_cast<int>(left)) - 1 : next;  // none left: the last one again changes nothing
             left &= left - 1;
-            B::read_row(row.of(first + next), select.tokens, values[i]);
+            Rule::read(row, first + next, select.tokens, values[i]);
         }
 #pragma unroll
         for (int i = 0; i < kRows; ++i) {
@@ -84,14 +84,14 @@ BTP_DEVICE void find_part(const BtpSelect& select, const Row& row, int parts, ty
     if (part >= parts) {
         return;
     }
-    uint32_t state[B::kItems];
-    for (int item = 0; item < B::kItems; ++item) {
-        state[item] = Rule::kUnselected;
+    typename Rule::State state;
+    for (uint32_t& one : state) {
+        one = Rule::kUnselected;
     }
     if (approach_part<B, Rule>(select, row, part, shared, state)) {
         for (int item = 0; item < B::kItems; ++item) {
             if (B::element(item) < select.tokens) {
-                Rule::merge(&row.base[B::element(item)], state[item]);
+                Rule::merge(&row.base[B::element(item)], state, item);
             }
         }
     }
@@ -114,7 +114,7 @@ struct Selection {
     int kept = 0;  // tokens in the base so far
 
     BTP_DEVICE Selection(const BtpSelect& select_, const Row& row_, typename B::Shared& shared_)
-        : select(select_), row(row_), shared(shared_), rule{select_, row_, shared_}
+        : select(select_), row(row_), shared(shared_), rule(select_, row_, shared_)
     {
     }
 
@@ -126,7 +126,10 @@ struct Selection {
         if (select.attention_quota > 0) {
             pick_attention();
         }
-        rule.start();
+        if (row.matrix != nullptr) {
+            rule.start();
+            __syncthreads();
+        }
         const int diverse = select.diversity_quota > 0 ? select.diversity_quota
                             : only_seeds(select) && !seed_names_token() ? select.keep : 0;
         if (diverse > 0) {
@@ -170,16 +173,16 @@ struct Selection {
     BTP_DEVICE void pick_diverse(int count)
     {
         uint16_t* const picks = shared.steps.picks;
-        int token = rule.first();
-        for (int pick = 0;; ++pick) {
+        uint32_t at = shared_address(picks);
+        const uint32_t last = at + 2 * static_cast<uint32_t>(count - 1);
+        for (int token = rule.first();; at += 2, token = rule.next()) {
             if (threadIdx.x == 0) {
-                picks[pick] = static_cast<uint16_t>(token);
+                store_shared(at, static_cast<uint16_t>(token));
             }
             rule.add(token);
-            if (pick + 1 == count) {
+            if (at == last) {
                 break;
             }
-            token = rule.next();
         }
         __syncthreads();
         bool flag[B::kItems];
@@ -263,14 +266,15 @@ struct Selection {
     // Rule 4 with similarity: the rule goes on from the base.
     BTP_DEVICE void fill_by_rule()
     {
-        for (; kept < select.keep; ++kept) {
+        for (;;) {
             const int token = rule.next();
             if (threadIdx.x == 0) {
                 shared.member[token] = 1;
             }
-            if (kept + 1 < select.keep) {
-                rule.add(token);
+            if (++kept == select.keep) {
+                break;
             }
+            rule.add(token);
         }
         __syncthreads();
     }

@@ -265,7 +265,11 @@ inline void whole_warp(uint32_t mask)
 #define blockDim (simt::device().block)
 #define BTP_LAUNCH(kernel, grid, block, shared, stream, ...) \
     ((void)(stream), simt::launch((grid), (block), (shared), [=] { kernel(__VA_ARGS__); }))
-#define BTP_DYNAMIC_SHARED(name) unsigned char* const name = simt::device().current->block->shared.data()
+#define BTP_DYNAMIC_SHARED(name) unsigned char* const name = simt::shared_memory()
+
+namespace simt {
+inline unsigned char* shared_memory() { return device().current->block->shared.data(); }
+}  // namespace simt
 
 inline cudaError_t cudaGetLastError() { return std::exchange(simt::device().error, cudaSuccess); }
 

@@ -41,6 +41,21 @@ def test_seeds_that_name_no_token_leave_an_empty_base(seeds: list[int], rule: di
     np.testing.assert_array_equal(backend("cuda-kernel-emulated").select(inputs, counts | rule), wanted.numpy())
 
 
+def test_coverage_of_more_tokens_than_a_thread_has_room_for_in_its_small_form() -> None:
+    """V above 4096 gives a thread 8 tokens in place of 4. Few different similarities: many ties."""
+    tokens = 4102
+    random = np.random.default_rng(0)
+    codes = random.integers(0, 60, tokens)
+    table = random.integers(-3, 9, (60, 60)).astype(np.float32) / 8
+    scores = random.integers(0, 3, (1, tokens)).astype(np.float32)
+    counts = {"keep": 14, "attention_quota": 5, "diversity_quota": 4, "pool": 9, "boundary": tokens // 2}
+    attributes = counts | {"diversity_rule": "coverage", "weighted": 1}
+    similarity = np.ascontiguousarray(table[codes][:, codes][None])
+    inputs = {"scores": scores, "similarity": similarity, "seeds": np.int32([4101, 7])}
+    wanted = select_tokens.reference(*map(torch.from_numpy, inputs.values()), **attributes).numpy()
+    np.testing.assert_array_equal(backend("cuda-kernel-emulated").select(inputs, attributes), wanted)
+
+
 @functools.cache
 def host() -> GpuHost:
     return GpuHost(builds.ort_cuda_library())
