@@ -9,6 +9,7 @@ Exit codes: 0 every step done; 1 a step failed or ran out of time; 3 something i
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -33,14 +34,17 @@ def main() -> int:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.set_defaults(architecture=None, before=None, folder=prepare.FOLDER, out=prepare.FOLDER / "results")
+    out = Path(os.environ.get("OUT") or prepare.FOLDER / "results")
+    parser.set_defaults(architecture=None, before=None, folder=prepare.FOLDER, out=out)
     parts = parser.add_subparsers(dest="what")
     one = parts.add_parser("prepare", help="compile, and work out what is expected")
     one.add_argument("--architecture", help="such as 90; this machine's GPU, or 90, if left out")
     one.add_argument("--before", help="git revision whose kernels are timed beside these; none for no such")
     one = parts.add_parser("run", help="run a call")
     one.add_argument("call", choices=sorted(steps.calls(prepare.FOLDER)))
-    one.add_argument("--out", type=Path, help="folder of the results")
+    one.add_argument(
+        "--out", type=Path, default=out, help="folder of the results; $OUT, or a folder of what was prepared"
+    )
     one = parts.add_parser("record", help="make a result file of what came back")
     one.add_argument("results", type=Path, nargs="+")
     for name, part in parts.choices.items():
