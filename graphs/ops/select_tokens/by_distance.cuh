@@ -9,42 +9,33 @@ namespace btp {
 // Reads this thread's part of the rows of one matrix. A row's address is one multiply and add away from the token's index.
 template <typename B, typename T>
 struct Reader {
-    static constexpr int kUnits = B::kWide ? B::kItems / 4 : 1;
-
-    const char* own[kUnits];  // in row 0; wide: behind the row's end its beginning, as what is read there is not used
-    uint32_t pitch;           // bytes a row
+    const char* own;  // in row 0; wide: behind the row's end its beginning, as what is read there is not used
+    uint32_t pitch;   // bytes a row
     int tokens;
 
     BTP_DEVICE void start(const Row<T>& row, int tokens_)
     {
         tokens = tokens_;
         pitch = opaque(static_cast<uint32_t>(row.stride * sizeof(T)));
-#pragma unroll
-        for (int unit = 0; unit < kUnits; ++unit) {
-            const int element = B::kWide ? B::element(unit * 4) : 0;
-            own[unit] = opaque(reinterpret_cast<const char*>(row.matrix + (element < tokens ? element : 0)));
-        }
+        const int element = B::kWide && B::element(0) < tokens ? B::element(0) : 0;
+        own = opaque(reinterpret_cast<const char*>(row.matrix + element));
     }
 
     BTP_DEVICE void read(int token, T (&values)[B::kItems]) const
     {
-        if constexpr (B::kWide) {
+        constexpr int kUnit = B::kWide ? 4 : 1;
+        const char* const row = multiply_add(static_cast<uint32_t>(token), pitch, own);
 #pragma unroll
-            for (int unit = 0; unit < kUnits; ++unit) {
-                const auto four = read_unit<T, 4>(multiply_add(static_cast<uint32_t>(token), pitch, own[unit]));
-#pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    values[unit * 4 + i] = four.value[i];
-                }
+        for (int first = 0; first < B::kItems; first += kUnit) {
+            Unit<T, kUnit> unit{};
+            if (B::kWide && first == 0) {
+                unit = read_unit<T, kUnit>(row);
+            } else if (B::element(first) < tokens) {
+                unit = read_unit<T, kUnit>(row + (B::kWide ? first : B::element(first)) * sizeof(T));
             }
-        } else {
-            const char* const row = multiply_add(static_cast<uint32_t>(token), pitch, own[0]);
 #pragma unroll
-            for (int item = 0; item < B::kItems; ++item) {
-                values[item] = T{};
-                if (B::element(item) < tokens) {
-                    values[item] = read_unit<T, 1>(row + B::element(item) * sizeof(T)).value[0];
-                }
+            for (int i = 0; i < kUnit; ++i) {
+                values[first + i] = unit.value[i];
             }
         }
     }

@@ -10,13 +10,14 @@ from tests.engines.native import builds
 
 @pytest.mark.parametrize("operator", [path.parent.name for path in builds.of_operators("kernel.cu")])
 def test_kernels_compile_for_all_architectures(operator: str) -> None:
-    """Machine code for each GPU the project names, warnings as errors. (Nothing is run: that takes a GPU.)"""
+    """Machine code for each GPU the project names, warnings and spilled registers as errors. (None is run here.)"""
     nvcc = builds.nvcc()
     known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
     wanted = [number for number in builds.ARCHITECTURES if f"sm_{number}" in known]
     assert {"80", "87", "90"} <= set(wanted), f"this nvcc knows {known}"
     codes = [f"-gencode=arch=compute_{number},code=sm_{number}" for number in wanted]
-    flags = ["-std=c++17", "-O3", "-fmad=false", "-Werror=all-warnings", "-Xcompiler=-Wall,-Wextra", "-fatbin", "-t2"]
+    flags = ["-std=c++17", "-O3", "-fmad=false", "-Werror=all-warnings", "-Xcompiler=-Wall,-Wextra"]
+    flags += ["-Xptxas=-warn-spills", "-fatbin", "-t2"]
     source = builds.OPS / operator / "kernel.cu"
     assert builds.compiled(f"{operator}.fatbin", [nvcc, *flags, *codes], [source]).stat().st_size > 10_000
 
