@@ -3,19 +3,24 @@
 import ctypes
 import json
 import os
+import platform
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from benchmarks.gpu_check.runner import FALLBACK, MISSING, find_nvcc, gpu_architecture, gpu_problems
 
+QUERY = ("name", "driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem", "power.limit")
 USAGE = 2  # the harness's exit code without a command: it has started
 
 
 def main() -> int:
     carried, scratch = Path(os.environ["BTP_GPU_CASES"]) / "native", Path(os.environ["BTP_GPU_SCRATCH"])
     problem = unusable(carried)
-    result, code = {"carried": problem or "runs"}, 0
+    result: dict[str, Any] = {"carried": problem or "runs", "machine": machine()}
+    code = 0
     if problem:
         architecture = gpu_architecture()
         if architecture is None or find_nvcc() is None:
@@ -31,6 +36,16 @@ def main() -> int:
         result["missing"], code = lacking[0], MISSING
     print(json.dumps(result))
     return code
+
+
+def machine() -> dict[str, Any]:
+    """What nvidia-smi says of the GPU, and the processor and the system beside it."""
+    found: dict[str, Any] = {"system": platform.platform(), "processors": os.cpu_count()}
+    if (tool := shutil.which("nvidia-smi")) is not None:
+        command = [tool, f"--query-gpu={','.join(QUERY)}", "--format=csv,noheader", "--id=0"]
+        said = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+        found |= dict(zip(QUERY, said.split(", "), strict=False))
+    return found
 
 
 def unusable(folder: Path) -> str:

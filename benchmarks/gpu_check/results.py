@@ -77,6 +77,7 @@ def summary(prepared: Mapping[str, Any], steps: Records, logs: str) -> dict[str,
     limits = result("probe")
     return {
         "facts": result("facts"),
+        "machine": (result("native") or {}).get("machine"),
         "prepared": {name: prepared.get(name) for name in about},
         "steps": {name: _state(one) for name, one in steps.items()},
         "verified": result("verify"),

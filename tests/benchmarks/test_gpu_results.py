@@ -30,6 +30,7 @@ def test_a_sample_becomes_a_file_and_a_table(sample: Path, tmp_path: Path) -> No
     assert path == tmp_path / "nvidia-h100-80gb-hbm3.json" and path.with_suffix(".md").read_text() == text
     made = json.loads(path.read_text())
     assert made["facts"]["multiprocessors"] == 132 and made["prepared"]["commit"] == "abc1234"
+    assert made["machine"]["driver_version"] == "580.1"
     select, gather = made["rows"]
     # Two launches, 100 steps of a read and the reductions of 160 threads, 3 MB at 3 TB/s.
     assert (select["us"], select["before_us"]) == (50.0, 61.0)
@@ -71,7 +72,8 @@ def test_without_an_answer_of_a_gpu_nothing_is_written(sample: Path, tmp_path: P
     with pytest.raises(InputError, match="no results in"):
         results.record([tmp_path], tmp_path)
     lines = [json.loads(line) for line in (sample / "A.jsonl").read_text().splitlines()]
-    lines[1] |= {"status": "missing", "result": {"missing": "an NVIDIA GPU: there is no driver"}}
+    facts = next(number for number, line in enumerate(lines) if line["step"] == "facts")
+    lines[facts] |= {"status": "missing", "result": {"missing": "an NVIDIA GPU: there is no driver"}}
     (sample / "A.jsonl").write_text("\n".join(map(json.dumps, lines)))
     with pytest.raises(CheckError, match="no GPU has answered: an NVIDIA GPU: there is no driver"):
         results.record([sample], tmp_path)
