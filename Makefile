@@ -46,13 +46,12 @@ native:
 	cmake -S engines/native -B engines/native/build $(NATIVE_OPTIONS)
 	cmake --build engines/native/build
 
-# On a GPU machine: verifies the kernels, then times them. Runs on that machine's own torch, with numpy, onnx, ml_dtypes.
-# TARGET=h200 (or another target of `btp-export build`): then ONNX Runtime on CUDA, and the engines of the demo model,
-# verified and timed too; for that the machine needs the project itself, onnxruntime-gpu and TensorRT.
+# On a machine with an NVIDIA GPU and nvcc: verifies the kernels, then times them, by themselves, in torch and in ONNX
+# Runtime (docs/gpu-check.md, which also has the two prepared calls for a machine that has nothing of ours).
+# TARGET=h200 (or another target of `btp-export build`): then the engines of the demo model too, which needs TensorRT.
 gpu-check:
 	$(PYTHON) -m benchmarks.gpu_check
 ifdef TARGET
-	$(PYTHON) -m benchmarks.gpu_ort
 	$(PYTHON) -m benchmarks.gpu_engines --target $(TARGET)
 endif
 

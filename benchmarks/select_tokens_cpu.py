@@ -2,9 +2,11 @@
 
     python -m benchmarks.select_tokens_cpu
 
-Each form is compared with the reference before it is timed. Prints median and best of the runs; passes no judgement.
+Each form is compared with the reference before it is timed. Prints median and best of the runs and how busy the machine
+is; passes no judgement.
 """
 
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -18,34 +20,46 @@ from onnx import FunctionProto, TensorProto, helper
 from engines.native.libraries import custom_ops, how_to_build
 from graphs.ops import DOMAIN, VERSION, select_tokens
 from graphs.ops.select_tokens import Case
-from graphs.ops.select_tokens.cases import large_case
+from graphs.ops.select_tokens.cases import budget_cases, large_case
 
 OPSET = 23
+ONCE, FEW, MANY = 1, 3, 50  # runs: of what takes a minute, of what takes seconds, and of what takes less
 
 
 def main() -> None:
     torch.set_num_threads(1)
     released = next(case for case in select_tokens.cases() if case.name == "released-1")
-    for case, runs in ((released, 50), (large_case(), 10)):
-        tensors = [
-            None if array is None else torch.from_numpy(array) for array in (case.scores, case.similarity, case.seeds)
-        ]
-        wanted = select_tokens.reference(*tensors, **case.attributes).numpy()
-        print(f"{case.name}: {case.scores.shape[1]} -> {case.attributes['keep']}, opset {OPSET}")
-        show("reference (torch)", lambda: select_tokens.reference(*tensors, **case.attributes), runs)  # noqa: B023
-        forms: list[tuple[str, FunctionProto | None]] = [
-            ("body, generic (ONNX Runtime)", select_tokens.function(OPSET)),
-            ("body, exact (ONNX Runtime)", select_tokens.body(OPSET, similarity=True, seeds=True)),
-            ("custom op (ONNX Runtime)", None),
-        ]
-        for label, body in forms:
-            if body is None and custom_ops() is None:
-                print(f"  {label:<30} not built: {how_to_build('btp_ort')}")
-                continue
-            session = session_of(case, body)
-            if not np.array_equal(session.run(None, case.inputs)[0], wanted):
-                raise SystemExit(f"{label} does not give the reference's indices")
-            show(label, lambda: session.run(None, case.inputs), runs)  # noqa: B023
+    print(f"{os.cpu_count()} CPUs, load {os.getloadavg()[0]:.1f} (1 minute), opset {OPSET}")
+    for case in (released, large_case(), *budget_cases()):
+        measure(case)
+    print(f"load {os.getloadavg()[0]:.1f}")
+
+
+def measure(case: Case) -> None:
+    """Compare and time the forms on one case."""
+    tensors = [
+        None if array is None else torch.from_numpy(array) for array in (case.scores, case.similarity, case.seeds)
+    ]
+    wanted = select_tokens.reference(*tensors, **case.attributes).numpy()
+    large = case.scores.shape[1] > 1000
+    rule = {name: case.attributes[name] for name in ("diversity_rule", "weighted") if name in case.attributes}
+    print(f"{case.name}: {case.scores.shape[1]} -> {case.attributes['keep']}")
+    show("reference (torch)", lambda: select_tokens.reference(*tensors, **case.attributes), FEW if large else MANY)
+    exact = select_tokens.body(OPSET, similarity=True, seeds=case.seeds is not None, **rule)
+    forms: list[tuple[str, FunctionProto | None]] = [
+        ("body, generic (ONNX Runtime)", select_tokens.function(OPSET)),
+        ("body, exact (ONNX Runtime)", exact),
+        ("custom op (ONNX Runtime)", None),
+    ]
+    for label, body in forms:
+        if body is None and custom_ops() is None:
+            print(f"  {label:<30} not built: {how_to_build('btp_ort')}")
+            continue
+        session = session_of(case, body)
+        if not np.array_equal(session.run(None, case.inputs)[0], wanted):
+            raise SystemExit(f"{label} does not give the reference's indices")
+        slow = ONCE if rule else FEW
+        show(label, lambda: session.run(None, case.inputs), slow if large and body else MANY)  # noqa: B023
 
 
 def session_of(case: Case, body: FunctionProto | None) -> onnxruntime.InferenceSession:

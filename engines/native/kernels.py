@@ -1,36 +1,29 @@
-"""The CUDA kernels' C interface (libbtp_kernels) for Python: device addresses in, an error or nothing out."""
+"""The CUDA kernels' C interface (libbtp_kernels) for Python: device addresses in, an error or nothing out.
+
+What differs from operator to operator is in its folder (graphs/ops/<operator>/kernel_python.py): the structure of its
+settings and the pointers it takes.
+"""
 
 import ctypes
-from collections.abc import Sequence
-from math import prod
+from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 from engines.native.libraries import find, open_library
-from graphs import dtypes
+from graphs import ops
 from graphs.ops.common.trt_python import Tensor
-from graphs.records.errors import CheckError, InputError
-
-COUNTS = ("keep", "attention_quota", "diversity_quota", "pool", "boundary")
-SIMILARITY = {"float32": 1, "float16": 2}  # kernel.h: BTP_FLOAT32, BTP_FLOAT16
-
-
-class _Select(ctypes.Structure):
-    """kernel.h: BtpSelect."""
-
-    _fields_ = [(name, ctypes.c_int32) for name in ("batch", "tokens", *COUNTS, "seeds", "similarity")]
-
-
-class _Gather(ctypes.Structure):
-    """kernel.h: BtpGather."""
-
-    _fields_ = [
-        *((name, ctypes.c_int32) for name in ("batch", "rows", "start", "count", "kept")),
-        ("row_bytes", ctypes.c_int64),
-    ]
+from graphs.records.errors import CheckError, InputError, UnavailableError
 
 
 class Kernels:
-    """The kernels of one library. Launches go to a stream and return at once; every refusal is raised.
+    """The kernels of one library, one method an operator, named as its folder. Every refusal is raised.
+
+    `kernels.select_tokens(inputs, output, workspace, stream=0, keep=288, ...)` puts the operator's launches on the
+    stream and returns at once. inputs: the node's, without what is missing at their end; output: address of the output;
+    workspace: address of as many bytes as workspace() says, 16-byte aligned, for the operators that want one; the
+    attributes by name. Raises InputError for sizes that break the rules, CheckError if the launch fails.
 
     Args:
         path: the library; None takes the one that engines.native.libraries finds.
@@ -41,60 +34,49 @@ class Kernels:
     def __init__(self, path: Path | None = None) -> None:
         self.path = path if path is not None else find("btp_kernels")
         self._library = open_library(self.path)
-        pointer, size = ctypes.c_void_p, ctypes.c_size_t
-        select, gather = self._library.btp_select_tokens, self._library.btp_gather_tokens
-        select.argtypes = [pointer] * 6 + [size, pointer]
-        gather.argtypes = [pointer] * 5
-        self._library.btp_select_tokens_workspace.restype = size
-        for name in ("btp_select_tokens_problem", "btp_gather_tokens_problem", "btp_error_string"):
-            getattr(self._library, name).restype = ctypes.c_char_p
 
-    def workspace(self, inputs: Sequence[Tensor], **counts: int) -> int:
-        """Bytes of workspace that select_tokens needs for these inputs."""
-        return int(self._library.btp_select_tokens_workspace(ctypes.byref(_select(inputs, counts))))
+    def workspace(self, operator: str, inputs: Sequence[Tensor], **attributes: int | str) -> int:
+        """Bytes of workspace that the operator needs for these inputs."""
+        interface = _interface(operator)
+        return self._workspace(operator, interface.settings(inputs, attributes)) if interface.WORKSPACE else 0
 
-    def select_tokens(
-        self, inputs: Sequence[Tensor], output: int, workspace: int, *, stream: int, **counts: int
-    ) -> None:
-        """BtpSelectTokens. inputs: scores [B,V], similarity [B,V,V], seeds [m] (the last two optional).
+    def __getattr__(self, operator: str) -> Callable[..., None]:
+        if operator not in ops.names():
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {operator!r}")
+        interface = _interface(operator)
 
-        output: address of indices [B,keep] int32; workspace: address of as many bytes as workspace() says; counts: the
-        operator's five attributes. Raises InputError for sizes that break the rules, CheckError if the launch fails.
-        """
-        select = _select(inputs, counts)
-        self._require(self._library.btp_select_tokens_problem(ctypes.byref(select)))
-        bytes_ = int(self._library.btp_select_tokens_workspace(ctypes.byref(select)))
-        addresses = [tensor.address for tensor in inputs] + [None] * (3 - len(inputs))
-        if select.seeds == 0:
-            addresses[2] = None
-        self._check(
-            self._library.btp_select_tokens(ctypes.byref(select), *addresses, output, workspace, bytes_, stream)
-        )
+        def launch(
+            inputs: Sequence[Tensor], output: int, workspace: int = 0, *, stream: int, **attributes: int | str
+        ) -> None:
+            settings = interface.settings(inputs, attributes)
+            problem = self._function(f"btp_{operator}_problem", ctypes.c_char_p)(ctypes.byref(settings))
+            if problem is not None:
+                raise InputError(problem.decode(), do="export the graph again with settings that fit")
+            room = [workspace, self._workspace(operator, settings)] if interface.WORKSPACE else []
+            function = self._function(f"btp_{operator}")
+            pointer = ctypes.c_void_p
+            room_types = [pointer, ctypes.c_size_t] if interface.WORKSPACE else []
+            function.argtypes = [pointer, *[pointer] * interface.INPUTS, pointer, *room_types, pointer]
+            status = function(ctypes.byref(settings), *interface.pointers(inputs), output, *room, stream)
+            if status != 0:
+                text = self._function("btp_error_string", ctypes.c_char_p)(status).decode()
+                raise CheckError(f"{self.path.name}: {text} (code {status})", do="see docs/native.md")
 
-    def gather_tokens(self, inputs: Sequence[Tensor], output: int, *, stream: int, start: int, count: int) -> None:
-        """BtpGatherTokens. inputs: tokens [B,S,...] and indices [B,k]; output: address of [B,S-count+k,...].
+        return launch
 
-        Raises InputError for sizes that break the rules, CheckError if the launch fails.
-        """
-        tokens, indices = inputs
-        row_bytes = prod(tokens.shape[2:]) * dtypes.BY_NAME[tokens.dtype].nbytes
-        gather = _Gather(*tokens.shape[:2], start, count, indices.shape[1], row_bytes)
-        self._require(self._library.btp_gather_tokens_problem(ctypes.byref(gather)))
-        self._check(
-            self._library.btp_gather_tokens(ctypes.byref(gather), tokens.address, indices.address, output, stream)
-        )
+    def _workspace(self, operator: str, settings: ctypes.Structure) -> int:
+        return int(self._function(f"btp_{operator}_workspace", ctypes.c_size_t)(ctypes.byref(settings)))
 
-    def _require(self, problem: bytes | None) -> None:
-        if problem is not None:
-            raise InputError(problem.decode(), do="export the graph again with settings that fit")
-
-    def _check(self, status: int) -> None:
-        if status != 0:
-            text = self._library.btp_error_string(status).decode()
-            raise CheckError(f"{self.path.name}: {text} (code {status})", do="see docs/native.md")
+    def _function(self, name: str, result: Any = ctypes.c_int32) -> Any:
+        """A function of the library, which returns that type."""
+        try:
+            function = getattr(self._library, name)
+        except AttributeError as error:
+            got = f"{self.path} has no function {name}"
+            raise UnavailableError(got, "a library of these operators", "build it again, see docs/native.md") from error
+        function.restype = result
+        return function
 
 
-def _select(inputs: Sequence[Tensor], counts: dict[str, int]) -> _Select:
-    similarity = SIMILARITY[inputs[1].dtype] if len(inputs) > 1 else 0
-    seeds = inputs[2].shape[0] if len(inputs) > 2 else 0
-    return _Select(*inputs[0].shape, *(counts[name] for name in COUNTS), seeds, similarity)
+def _interface(operator: str) -> ModuleType:
+    return import_module(f"graphs.ops.{operator}.kernel_python")

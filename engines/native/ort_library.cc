@@ -24,9 +24,11 @@ constexpr bool kWithGpu = false;
 const std::vector<btp::OrtOp>& operators()
 {
     static const std::vector<btp::OrtOp> ops = [] {
-        std::vector<btp::OrtOp> all = btp::select_tokens_ops(kWithGpu);
-        for (const btp::OrtOp& op : btp::gather_tokens_ops(kWithGpu)) {
-            all.push_back(op);
+        std::vector<btp::OrtOp> all;
+        for (const btp::OrtOps ops : btp::ort_operators()) {
+            for (const btp::OrtOp& op : ops(kWithGpu)) {
+                all.push_back(op);
+            }
         }
         return all;
     }();
@@ -50,7 +52,7 @@ OrtCustomOpDomain* domain()
 }  // namespace
 
 // What this library is: interface version and the GPU architectures it was built for ("" for a CPU-only build).
-BTP_EXPORT int32_t btp_ort_version() { return 1; }
+BTP_EXPORT int32_t btp_ort_version() { return 2; }
 BTP_EXPORT const char* btp_ort_architectures() { return BTP_ARCHITECTURES; }
 
 BTP_EXPORT OrtStatus* RegisterCustomOps(OrtSessionOptions* options, const OrtApiBase* base)

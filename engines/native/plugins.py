@@ -6,12 +6,14 @@ from typing import Any
 
 from engines.native.kernels import Kernels
 from engines.native.libraries import find, inspect
-from graphs.ops.common.trt_python import creators
-from graphs.ops.gather_tokens.trt_python import GatherTokens
-from graphs.ops.select_tokens.trt_python import SelectTokens
+from graphs import ops
+from graphs.ops.common.trt_python import Operator, creators
 from graphs.records.errors import CheckError, UnavailableError
 
-OPERATORS = (SelectTokens, GatherTokens)
+
+def operators() -> list[type[Operator]]:
+    """What the Python plugins have to know of each operator that has a trt_python.py."""
+    return [module.OPERATOR for module in ops.forms("trt_python")]
 
 
 def register_python(trt: Any, kernels: Path | None = None) -> list[Any]:
@@ -22,7 +24,7 @@ def register_python(trt: Any, kernels: Path | None = None) -> list[Any]:
     """
     registry = trt.get_plugin_registry()
     _refuse_registered(registry)
-    made = creators(trt, OPERATORS, functools.cache(lambda: Kernels(kernels)))
+    made = creators(trt, operators(), functools.cache(lambda: Kernels(kernels)))
     for number, creator in enumerate(made):
         if not registry.register_creator(creator, ""):
             for earlier in made[:number]:
@@ -49,7 +51,7 @@ def register_native(trt: Any, library: Path | None = None) -> Any:
 
 def _refuse_registered(registry: Any) -> None:
     known = {creator.name for creator in registry.all_creators}
-    for operator in OPERATORS:
+    for operator in operators():
         if operator.NAME in known:
             got = f"the plugin {operator.NAME} is registered already"
             raise CheckError(got, "one form of the plugins in a process", "start a new process")

@@ -15,10 +15,9 @@ void btp::report(const std::string& message) noexcept
 
 BTP_EXPORT nvinfer1::IPluginCreatorInterface* const* getCreators(int32_t& count)
 {
-    static nvinfer1::IPluginCreatorInterface* const creators[] = {&btp::select_tokens_creator(),
-                                                                  &btp::gather_tokens_creator()};
-    count = static_cast<int32_t>(sizeof(creators) / sizeof(creators[0]));
-    return creators;
+    static const std::vector<nvinfer1::IPluginCreatorInterface*> creators(btp::creators().begin(), btp::creators().end());
+    count = static_cast<int32_t>(creators.size());
+    return creators.data();
 }
 
 // TensorRT for RTX takes a library only if it exports this too.

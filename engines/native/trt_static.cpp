@@ -27,7 +27,7 @@ const bool registered = [] {
         return false;
     }
     bool all = true;
-    for (nvinfer1::IPluginCreatorV3One* creator : {&btp::select_tokens_creator(), &btp::gather_tokens_creator()}) {
+    for (nvinfer1::IPluginCreatorV3One* const creator : btp::creators()) {
         all = getPluginRegistry()->registerCreator(*creator, "") && all;
     }
     if (!all) {

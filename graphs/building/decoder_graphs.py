@@ -86,7 +86,7 @@ def _select_graph(
         query = b.input("query", (profile.batch, d.num_heads, rows, d.head_dim))
         key = b.input("key", (profile.batch, d.num_kv_heads, profile.tokens_with(image_tokens), d.head_dim))
     selection = add_selection(b, plan, number, profile, stream, query=query, key=key)
-    embed_bodies(b, plan.stages[number : number + 1])
+    embed_bodies(b)
     b.output(selection.stream.hidden, "hidden_out")
     b.output(selection.stream.cos, "cos_out")
     b.output(selection.stream.sin, "sin_out")

@@ -126,6 +126,10 @@ class GraphBuilder:
             value.name = name
         self._graph.outputs.append(value)
 
+    def nodes(self, domain: str) -> list[ir.Node]:
+        """The nodes of an operator domain so far, in order."""
+        return [node for node in self._graph if node.domain == domain]
+
     def function(self, proto: onnx.FunctionProto) -> None:
         """Embed a portable operator body; its domain becomes an import of the model."""
         assert proto.name not in self._functions, f"two bodies for {proto.name}"

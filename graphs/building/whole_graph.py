@@ -52,7 +52,7 @@ def assemble_whole(
             query = segment_query(b, plan, segment, profile, result, stream.last)
             key = result.caches[segment.stop - 1][0]
         stream = Stream(result.hidden, stream.cos, stream.sin, stream.last)
-    embed_bodies(b, plan.stages)
+    embed_bodies(b)
     b.output(add_head(b, spec.decoder, stream.hidden, stream.last), "logits")
     add_cache_outputs(b, caches)
     for stage, indices in chosen.items():

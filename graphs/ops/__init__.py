@@ -1,27 +1,67 @@
 """Custom operators of the ONNX domain `btp`: one folder an operator, holding every form it has.
 
-An operator is a folder with a `schema.py`; adding one is adding a folder (type checkers need its name below). It offers
-`NAME`, `SCHEMA`, `reference` (torch, loaded on first use), `function(opset)` and `cases()`.
+An operator is a folder with a `schema.py`; adding one is adding a folder, nothing else names it. The package offers
+
+- `NAME`, `SCHEMA`, `function(opset)`, `cases()`, and `reference` (torch, loaded on first use);
+- `form(inputs, attributes)`, if nodes with other inputs or attributes want another body (see `exact_body`);
+- `scratch_bytes(shapes)`, if its body needs memory beside its inputs and outputs: for inputs of these shapes.
+
+Beside them, each where there is such a form: `kernel.cu` and `kernel.h` with `kernel_python.py`, `trt_plugin.cpp`,
+`trt_python.py` (its `OPERATOR`), `ort_op.cc`, `cpu.cc`. docs/native.md says how builds and libraries find them.
 """
 
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from graphs.ops.domain import DOMAIN, PLUGIN, VERSION
 
 if TYPE_CHECKING:
     import onnx
 
-    from graphs.ops import gather_tokens, select_tokens
+__all__ = [
+    "DOMAIN",
+    "PLUGIN",
+    "VERSION",
+    "exact_body",
+    "folders",
+    "forms",
+    "functions",
+    "names",
+    "of_node",
+    "operator",
+    "register_schemas",
+]
 
-__all__ = ["DOMAIN", "PLUGIN", "VERSION", "functions", "gather_tokens", "names", "register_schemas", "select_tokens"]
+
+def folders() -> list[Path]:
+    """The operators' folders by name: everything on this package's search path that holds a schema.py."""
+    found = {schema.parent.name: schema.parent for root in __path__ for schema in Path(root).glob("*/schema.py")}
+    return [found[name] for name in sorted(found)]
 
 
 def names() -> list[str]:
     """Folder names of the operators, sorted."""
-    return sorted(schema.parent.name for schema in Path(__file__).parent.glob("*/schema.py"))
+    return [folder.name for folder in folders()]
+
+
+def operator(name: str) -> ModuleType:
+    """The operator of that folder name."""
+    return import_module(f"{__name__}.{name}")
+
+
+def of_node(op_type: str) -> ModuleType | None:
+    """The operator of a node: of its name, or of a name that begins with it (exact bodies are told apart like that)."""
+    known = {str(operator(name).NAME): name for name in names()}
+    fitting = [name for name in known if op_type.startswith(name)]
+    return operator(known[max(fitting, key=len)]) if fitting else None
+
+
+def forms(form: str) -> list[ModuleType]:
+    """The modules `<operator>/<form>.py`, of the operators that have one."""
+    return [import_module(f"{__name__}.{f.name}.{form}") for f in folders() if (f / f"{form}.py").is_file()]
 
 
 def functions(opset: int) -> list["onnx.FunctionProto"]:
@@ -29,8 +69,21 @@ def functions(opset: int) -> list["onnx.FunctionProto"]:
 
     A runtime that does not know the domain runs a model that carries them, without any plugin.
     """
-    bodies: list[onnx.FunctionProto] = [_operator(name).function(opset) for name in names()]
+    bodies: list[onnx.FunctionProto] = [operator(name).function(opset) for name in names()]
     return bodies
+
+
+def exact_body(
+    module: ModuleType, opset: int, inputs: Sequence[bool], attributes: Mapping[str, Any]
+) -> tuple[str, "onnx.FunctionProto"]:
+    """A body for nodes of the operator with exactly these inputs and attributes, and what tells it from its others.
+
+    inputs: whether each input of the node is there. The generic body with "" where the operator has only that.
+    """
+    if not hasattr(module, "form"):
+        return "", module.function(opset)
+    form = module.form(inputs, attributes)
+    return form.suffix, form.body(opset)
 
 
 def register_schemas() -> None:
@@ -38,17 +91,13 @@ def register_schemas() -> None:
     from onnx import defs
 
     for name in names():
-        operator = _operator(name)
-        if not defs.has(operator.NAME, DOMAIN):
-            defs.register_schema(operator.SCHEMA)
-
-
-def _operator(name: str) -> ModuleType:
-    return import_module(f"{__name__}.{name}")
+        module = operator(name)
+        if not defs.has(module.NAME, DOMAIN):
+            defs.register_schema(module.SCHEMA)
 
 
 def __getattr__(name: str) -> ModuleType:
     """`ops.select_tokens` without an import of its own."""
     if name in names():
-        return _operator(name)
+        return operator(name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -17,9 +17,8 @@ import onnx_ir as ir
 from engines.targets import GIB, Target
 from engines.tensorrt.prepare.prepared_graphs import PreparedGraph
 from engines.tensorrt.records import Estimate, WeightInput
-from graphs import dtypes
+from graphs import dtypes, ops
 from graphs.building.graph_builder import BTP_DOMAIN, dims, dtype_of
-from graphs.ops import select_tokens
 from graphs.records.manifest import TensorRecord
 
 ENGINE_BASE: Final = 500_000  # bytes of an engine beside its constants
@@ -113,7 +112,7 @@ def _peak_activations(nodes: Sequence[ir.Node]) -> int:
             if not value.is_graph_output() and value.uses():
                 remaining[value] = len(value.consumers())
                 alive += _value_bytes(value)
-        peak = max(peak, alive + (_selection_bytes(node) if node.domain == BTP_DOMAIN else 0))
+        peak = max(peak, alive + (_scratch_bytes(node) if node.domain == BTP_DOMAIN else 0))
         for value in {given for given in node.inputs if given in remaining}:
             remaining[value] -= 1
             if not remaining[value]:
@@ -126,9 +125,9 @@ def _value_bytes(value: ir.Value) -> int:
     return prod(dims(value)) * dtypes.BY_ONNX[dtype_of(value)].nbytes
 
 
-def _selection_bytes(node: ir.Node) -> int:
-    """Scratch of a custom operator: a body of BtpSelectTokens compares all pairs of tokens, three times in float32."""
-    first = node.inputs[0]
-    assert first is not None
-    batch, tokens = dims(first)[:2]
-    return 3 * 4 * batch * tokens * tokens if node.op_type.startswith(select_tokens.NAME) else 0
+def _scratch_bytes(node: ir.Node) -> int:
+    """Memory that the body of a custom operator needs beside its inputs and outputs."""
+    operator = ops.of_node(node.op_type)
+    if operator is None or not hasattr(operator, "scratch_bytes"):
+        return 0
+    return int(operator.scratch_bytes([dims(value) for value in node.inputs if value is not None]))

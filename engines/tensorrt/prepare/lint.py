@@ -252,9 +252,13 @@ def _plugin_node(context: _Context, node: NodeProto, has_body: bool) -> Iterator
             "files without function bodies",
             "prepare the graphs with `btp-export build`",
         )
-    scores = context.types.get(node.input[0], "")
-    if node.op_type == "BtpSelectTokens" and scores not in ("", "float32"):
-        yield context.finding(_name(node), f"scores of {scores}", "float32", "report it as a defect")
+    plugin = next((form.OPERATOR for form in ops.forms("trt_python") if node.op_type == form.OPERATOR.NAME), None)
+    if plugin is not None:
+        for given_name, taken in zip(node.input, plugin.INPUT_TYPES, strict=False):
+            kind = context.types.get(given_name, "")
+            if kind and kind not in taken:
+                got = f"{node.op_type} of {kind} ({given_name})"
+                yield context.finding(_name(node), got, " or ".join(taken), "report it as a defect")
 
 
 def _interface(context: _Context, model: ModelProto) -> Iterator[Finding]:

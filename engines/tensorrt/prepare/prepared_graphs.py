@@ -19,21 +19,20 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
 import onnx_ir as ir
+from onnx import FunctionProto
 
 from engines.tensorrt.prepare.opset18 import lower_to_primitives
 from engines.tensorrt.records import Assemble, EngineWeights, WeightInput, WeightSource
 from engines.tensorrt.versions import Traits
-from graphs import dtypes, names
+from graphs import dtypes, names, ops
 from graphs.building.decoder_graphs import build_decoder_graphs
 from graphs.building.graph_builder import BTP_DOMAIN, PORTABLE_OPSET, WEIGHTS_FOLDER, BuiltGraph, dims, dtype_of
+from graphs.building.selection import given_to
 from graphs.building.whole_graph import assemble_whole
 from graphs.files.bundle import Bundle
-from graphs.ops import gather_tokens, select_tokens
-from graphs.ops.select_tokens.schema import COVERAGE, FARTHEST
 from graphs.records.manifest import TensorRecord
 from graphs.records.plan import PruningPlan
 from graphs.records.shapes import ShapeProfile
@@ -155,52 +154,25 @@ def strip_bodies(model: ir.Model) -> None:
 
 
 def exact_bodies(model: ir.Model, opset: int) -> None:
-    """Give each custom node the portable body for exactly its inputs.
+    """Give each custom node the portable body for exactly its inputs and rule.
 
-    A model holds one body for a name, so a whole graph whose stages have different inputs carries a generic body, which
-    asks for its inputs with OptionalHasElement: TensorRT does not import that. Where the inputs differ, a node's
-    operator is therefore named after its inputs too.
+    A model holds one body for a name, so a whole graph whose stages have different inputs or rules carries a generic
+    body, which asks for its inputs with OptionalHasElement: TensorRT does not import that. Where they differ, a node's
+    operator is therefore named after its inputs and its rule too.
     """
-    nodes = [node for node in model.graph if node.domain == BTP_DOMAIN]
-    forms = {_form(node) for node in nodes if node.op_type == select_tokens.NAME}
     model.functions.clear()
-    for node in nodes:
-        if node.op_type == gather_tokens.NAME:
-            body = gather_tokens.body(opset)
-        else:
-            form = _form(node)
-            body = select_tokens.body(opset, **form.arguments)
-            if len(forms) > 1:
-                body.name = node.op_type = body.name + form.name
-        function = ir.serde.deserialize_function(body)
-        model.functions[function.identifier()] = function
-
-
-class _Form(NamedTuple):
-    """What decides the body of a BtpSelectTokens node: its optional inputs and its rule."""
-
-    similarity: bool
-    seeds: bool
-    diversity_rule: str
-    weighted: int
-
-    @property
-    def arguments(self) -> dict[str, Any]:
-        """As select_tokens.body takes them."""
-        return self._asdict()
-
-    @property
-    def name(self) -> str:
-        """What tells an operator of this form from others."""
-        coverage = self.diversity_rule == COVERAGE
-        parts = [("Similarity", self.similarity), ("Seeds", self.seeds), ("Coverage", coverage)]
-        return "".join(word for word, said in [*parts, ("Weighted", bool(self.weighted))] if said)
-
-
-def _form(node: ir.Node) -> _Form:
-    given = [value is not None for value in node.inputs] + [False, False]
-    rule = node.attributes.get_string("diversity_rule", FARTHEST)
-    return _Form(given[1], given[2], str(rule), int(node.attributes.get_int("weighted", 0) or 0))
+    made: dict[str, list[tuple[ir.Node, str, FunctionProto]]] = defaultdict(list)
+    for node in model.graph:
+        operator = ops.of_node(node.op_type) if node.domain == BTP_DOMAIN else None
+        if operator is not None:
+            made[operator.NAME].append((node, *ops.exact_body(operator, opset, *given_to(node))))
+    for bodies in made.values():
+        several = len({suffix for _, suffix, _ in bodies}) > 1
+        for node, suffix, body in bodies:
+            if several:
+                body.name = node.op_type = body.name + suffix
+            function = ir.serde.deserialize_function(body)
+            model.functions[function.identifier()] = function
 
 
 # -- 2. weights as inputs --------------------------------------------------------------------------------------------

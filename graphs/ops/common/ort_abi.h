@@ -58,8 +58,8 @@ struct OrtApi {
     OrtStatus* (*GetTensorTypeAndShape)(const OrtValue*, OrtTensorTypeAndShapeInfo**);  // 65
     void* skip_66[20];
     OrtStatus* (*KernelInfoGetAttribute_int64)(const OrtKernelInfo*, const char*, int64_t*);  // 86
-    void* skip_87[1];
-    OrtStatus* (*KernelContext_GetInputCount)(const OrtKernelContext*, size_t*);  // 88
+    OrtStatus* (*KernelInfoGetAttribute_string)(const OrtKernelInfo*, const char*, char*, size_t*);
+    OrtStatus* (*KernelContext_GetInputCount)(const OrtKernelContext*, size_t*);
     void* skip_89[1];
     OrtStatus* (*KernelContext_GetInput)(const OrtKernelContext*, size_t, const OrtValue**);  // 90
     OrtStatus* (*KernelContext_GetOutput)(OrtKernelContext*, size_t, const int64_t*, size_t, OrtValue**);
@@ -74,6 +74,8 @@ struct OrtApi {
     OrtStatus* (*GetTensorMemoryInfo)(const OrtValue*, const OrtMemoryInfo**);
     void* skip_195[58];
     OrtStatus* (*KernelContext_GetAllocator)(const OrtKernelContext*, const OrtMemoryInfo*, OrtAllocator**);  // 253
+    void* skip_254[23];
+    OrtStatus* (*KernelContext_GetScratchBuffer)(const OrtKernelContext*, const OrtMemoryInfo*, size_t, void**);  // 277
 };
 
 // What a custom operator hands over; `version` says how much of it the runtime may read.

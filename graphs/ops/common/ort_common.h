@@ -55,20 +55,57 @@ inline void require_ok(const std::string& problem)
     }
 }
 
-inline int32_t int_attribute(const OrtKernelInfo* info, const char* op, const char* name)
+// Whether an attribute was read; false where the node does not have it. Throws where it has it with another type.
+inline bool attribute_read(OrtStatus* status, const char* op, const char* name, const char* type)
+{
+    if (status == nullptr) {
+        return true;
+    }
+    const std::string message = ort()->GetErrorMessage(status);
+    ort()->ReleaseStatus(status);
+    if (message.find("No attribute with name") != std::string::npos) {
+        return false;
+    }
+    throw std::invalid_argument(std::string(op) + ": attribute " + name + " cannot be read as " + type + " (" + message
+                                + ")");
+}
+
+// `fallback`: the value where the node does not have the attribute; null: it must have it.
+inline int32_t int_attribute(const OrtKernelInfo* info, const char* op, const char* name,
+                             const int32_t* fallback = nullptr)
 {
     int64_t value = 0;
-    OrtStatus* const status = ort()->KernelInfoGetAttribute_int64(info, name, &value);
-    if (status != nullptr) {
-        const std::string message = ort()->GetErrorMessage(status);
-        ort()->ReleaseStatus(status);
-        throw std::invalid_argument(std::string(op) + ": attribute " + name + " cannot be read as INT (" + message + ")");
+    if (!attribute_read(ort()->KernelInfoGetAttribute_int64(info, name, &value), op, name, "INT")) {
+        if (fallback == nullptr) {
+            throw std::invalid_argument(std::string(op) + ": attribute " + name + " is missing, wanted one INT");
+        }
+        return *fallback;
     }
     if (value < INT32_MIN || value > INT32_MAX) {
         throw std::invalid_argument(std::string(op) + ": attribute " + name + " is " + std::to_string(value)
                                     + ", wanted a 32-bit value");
     }
     return static_cast<int32_t>(value);
+}
+
+// The place of a STRING attribute's text among `choices` (null behind the last); 0 where the node does not have it.
+inline int32_t choice_attribute(const OrtKernelInfo* info, const char* op, const char* name, const char* const* choices)
+{
+    size_t size = 0;  // with the zero at its end
+    if (!attribute_read(ort()->KernelInfoGetAttribute_string(info, name, nullptr, &size), op, name, "STRING")) {
+        return 0;
+    }
+    std::string text(size, '\0');
+    check(ort()->KernelInfoGetAttribute_string(info, name, text.data(), &size));
+    text.resize(text.find('\0'));
+    std::string wanted;
+    for (int32_t place = 0; choices[place] != nullptr; ++place) {
+        if (text == choices[place]) {
+            return place;
+        }
+        wanted += (place > 0 ? " or \"" : "\"") + std::string(choices[place]) + "\"";
+    }
+    throw std::invalid_argument(std::string(op) + ": " + name + " is \"" + text + "\", wanted " + wanted);
 }
 
 // An input tensor; `data` is null for an optional input that is not there.
@@ -111,6 +148,39 @@ inline void* output(OrtKernelContext* context, size_t index, const std::vector<i
     check(ort()->GetTensorMutableData(value, &data));
     return data;
 }
+
+// Memory beside the tensor `beside`, for work on the kernel's stream. The arena keeps what is freed for this stream: another
+// run gets it only behind the work that is on the stream by then. (OrtAllocator::Alloc knows no stream: memory from there
+// may be handed to two runs at once.)
+class StreamBuffer {
+public:
+    StreamBuffer(const OrtKernelContext* context, const OrtValue* beside, size_t bytes)
+    {
+        const OrtMemoryInfo* memory = nullptr;
+        check(ort()->GetTensorMemoryInfo(beside, &memory));
+        check(ort()->KernelContext_GetAllocator(context, memory, &allocator_));
+        OrtStatus* const status = ort()->KernelContext_GetScratchBuffer(context, memory, bytes, &data_);
+        if (status != nullptr) {
+            ort()->ReleaseAllocator(allocator_);
+            check(status);
+        }
+    }
+    ~StreamBuffer()
+    {
+        if (data_ != nullptr) {
+            allocator_->Free(allocator_, data_);
+        }
+        ort()->ReleaseAllocator(allocator_);
+    }
+    StreamBuffer(const StreamBuffer&) = delete;
+    StreamBuffer& operator=(const StreamBuffer&) = delete;
+
+    void* data() const { return data_; }
+
+private:
+    OrtAllocator* allocator_ = nullptr;
+    void* data_ = nullptr;
+};
 
 inline std::string text(const std::vector<int64_t>& shape)
 {
@@ -182,8 +252,18 @@ OrtOp ort_op(const char* name, const char* device, ONNXTensorElementDataType typ
     return op;
 }
 
-// The operators of this library, filled by one function of each operator's folder.
-std::vector<OrtOp> select_tokens_ops(bool with_gpu);
-std::vector<OrtOp> gather_tokens_ops(bool with_gpu);
+// The operators of a library: the ort_op.cc of each operator's folder adds a function that makes its registrations, with a
+// static OrtRegistration. So a library holds the operators whose sources it is linked from, and no list names them.
+using OrtOps = std::vector<OrtOp> (*)(bool with_gpu);
+
+inline std::vector<OrtOps>& ort_operators()
+{
+    static std::vector<OrtOps> operators;
+    return operators;
+}
+
+struct OrtRegistration {
+    explicit OrtRegistration(OrtOps ops) { ort_operators().push_back(ops); }
+};
 
 }  // namespace btp

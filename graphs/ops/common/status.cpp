@@ -19,7 +19,7 @@ extern "C" const char* btp_error_string(int32_t code)
     switch (code) {
     case BTP_OK: return "no error";
     case BTP_BAD_ARGUMENT: return "a size, an attribute or a pointer breaks the operator's rules";
-    case BTP_WORKSPACE: return "the workspace is smaller than the operator asks for";
+    case BTP_WORKSPACE: return "the workspace is smaller than the operator asks for, or not 16-byte aligned";
     default: break;
     }
     if (code >= BTP_CUDA) {
@@ -30,7 +30,7 @@ extern "C" const char* btp_error_string(int32_t code)
     return text.c_str();
 }
 
-#define BTP_VERSION 1
+#define BTP_VERSION 2
 #define BTP_TEXT_OF(value) #value
 #define BTP_TEXT(value) BTP_TEXT_OF(value)
 

@@ -12,7 +12,7 @@ extern "C" {
 enum {
     BTP_OK = 0,
     BTP_BAD_ARGUMENT = 1,   // a size, count or pointer breaks the operator's rules; *_problem() says which
-    BTP_WORKSPACE = 2,      // the workspace is smaller than *_workspace() asks for
+    BTP_WORKSPACE = 2,      // the workspace is smaller than *_workspace() asks for, or not 16-byte aligned
     BTP_CUDA = 1000         // BTP_CUDA + n: the launch gave CUDA error n
 };
 
@@ -25,7 +25,7 @@ BTP_API const char* btp_error_string(int32_t code);
 BTP_API int32_t btp_kernels_version(void);
 BTP_API const char* btp_kernels_architectures(void);
 
-// Both once more as text in the file, "btp-kernels 1 for 80,87,90;", for those who cannot load it (btp_trt needs TensorRT).
+// Both once more as text in the file, "btp-kernels 2 for 80,87,90;", for those who cannot load it (btp_trt needs TensorRT).
 BTP_API extern const char btp_kernels_description[];
 
 #ifdef __cplusplus

@@ -48,25 +48,62 @@ int32_t value_of(const std::string& op, const nvinfer1::PluginField& field)
     return static_cast<int32_t>(value);
 }
 
+// The place among `choices` of a text of field.length characters, of which a zero at the end may be one.
+int32_t choice_of(const std::string& op, const nvinfer1::PluginField& field, const char* const* choices)
+{
+    if (field.type != nvinfer1::PluginFieldType::kCHAR || field.data == nullptr) {
+        throw std::invalid_argument(op + ": attribute " + field.name + " is " + type_name(field.type)
+                                    + ", wanted one STRING");
+    }
+    const auto* const data = static_cast<const char*>(field.data);
+    const std::string text(data, strnlen(data, static_cast<size_t>(field.length)));
+    std::string wanted;
+    for (int32_t place = 0; choices[place] != nullptr; ++place) {
+        if (text == choices[place]) {
+            return place;
+        }
+        wanted += (place > 0 ? " or \"" : "\"") + std::string(choices[place]) + "\"";
+    }
+    throw std::invalid_argument(op + ": " + field.name + " is \"" + text + "\", wanted " + wanted);
+}
+
+const nvinfer1::PluginField* find(const nvinfer1::PluginFieldCollection* fields, const char* name)
+{
+    const nvinfer1::PluginField* found = nullptr;
+    for (int32_t i = 0; fields != nullptr && i < fields->nbFields; ++i) {
+        if (fields->fields[i].name != nullptr && std::strcmp(fields->fields[i].name, name) == 0) {
+            found = &fields->fields[i];
+        }
+    }
+    return found;
+}
+
 }  // namespace
 
-std::vector<int32_t> read_attributes(const std::string& op, const std::vector<const char*>& names,
+std::vector<int32_t> read_attributes(const std::string& op, const std::vector<Attribute>& attributes,
                                      const nvinfer1::PluginFieldCollection* fields)
 {
     std::vector<int32_t> values;
-    for (const char* name : names) {
-        const nvinfer1::PluginField* found = nullptr;
-        for (int32_t i = 0; fields != nullptr && i < fields->nbFields; ++i) {
-            if (fields->fields[i].name != nullptr && std::strcmp(fields->fields[i].name, name) == 0) {
-                found = &fields->fields[i];
-            }
+    for (const Attribute& attribute : attributes) {
+        const nvinfer1::PluginField* const found = find(fields, attribute.name);
+        if (found == nullptr && !attribute.optional) {
+            throw std::invalid_argument(op + ": attribute " + attribute.name + " is missing, wanted one INT");
         }
-        if (found == nullptr) {
-            throw std::invalid_argument(op + ": attribute " + name + " is missing, wanted one INT");
-        }
-        values.push_back(value_of(op, *found));
+        values.push_back(found == nullptr               ? 0
+                         : attribute.choices != nullptr ? choice_of(op, *found, attribute.choices)
+                                                        : value_of(op, *found));
     }
     return values;
+}
+
+nvinfer1::PluginField field_of(const Attribute& attribute, const int32_t* value)
+{
+    if (attribute.choices == nullptr) {
+        return {attribute.name, value, nvinfer1::PluginFieldType::kINT32, 1};
+    }
+    const char* const text = attribute.choices[value == nullptr ? 0 : *value];
+    return {attribute.name, value == nullptr ? nullptr : text, nvinfer1::PluginFieldType::kCHAR,
+            static_cast<int32_t>(std::strlen(text))};
 }
 
 void require_rank(const std::string& op, const char* input, int32_t got, int32_t wanted, bool exact)

@@ -34,10 +34,21 @@ inline void require_ok(const std::string& problem)
     }
 }
 
-// The INT attributes `names` of operator `op`, from what the parser or an engine file hands over: every one must be there
-// once, as one integer. Throws std::invalid_argument naming op, attribute, got and wanted.
-std::vector<int32_t> read_attributes(const std::string& op, const std::vector<const char*>& names,
+// One attribute of an operator; its value is an integer, in all that follows.
+struct Attribute {
+    const char* name;
+    const char* const* choices = nullptr;  // of a STRING: what it may be (null behind the last), by place; else it is an INT
+    bool optional = false;                 // where it is missing it is 0
+    bool serialized_only = false;          // the plugin's own note to itself: engines carry it, graphs do not
+};
+
+// The values of the attributes of operator `op`, from what the parser or an engine file hands over: one integer or one text
+// each. Throws std::invalid_argument naming op, attribute, got and wanted.
+std::vector<int32_t> read_attributes(const std::string& op, const std::vector<Attribute>& attributes,
                                      const nvinfer1::PluginFieldCollection* fields);
+
+// The field for an attribute, with its value at `value` or, null, without one (as creators list them).
+nvinfer1::PluginField field_of(const Attribute& attribute, const int32_t* value);
 
 // A dimension that must be known or is still open: its value, or `unknown`.
 inline int32_t constant_or(const nvinfer1::IDimensionExpr* dimension, int32_t unknown)
@@ -54,7 +65,7 @@ inline bool is_linear(const nvinfer1::PluginTensorDesc& tensor)
 }
 
 // The half of a plugin that does not depend on the operator. Derived: constructed from the attributes' values in the
-// order of Derived::names(), with Derived::kName.
+// order of Derived::attributes_of(), with Derived::kName.
 template <typename Derived>
 class Plugin : public nvinfer1::IPluginV3,
                public nvinfer1::IPluginV3OneCore,
@@ -64,7 +75,7 @@ public:
     explicit Plugin(std::vector<int32_t> values) : values_(std::move(values))
     {
         for (size_t i = 0; i < values_.size(); ++i) {
-            fields_.emplace_back(Derived::names()[i], &values_[i], nvinfer1::PluginFieldType::kINT32, 1);
+            fields_.push_back(field_of(Derived::attributes_of()[i], &values_[i]));
         }
         collection_.nbFields = static_cast<int32_t>(fields_.size());
         collection_.fields = fields_.data();
@@ -103,17 +114,23 @@ public:
             largest.push_back(in[i].desc);
             largest.back().dims = in[i].max;
         }
+        static_cast<Derived*>(this)->note_inputs(inputs);
         return accept(largest.data(), inputs);
     }
 
     int32_t onShapeChange(const nvinfer1::PluginTensorDesc* in, int32_t inputs, const nvinfer1::PluginTensorDesc*,
                           int32_t) noexcept override
     {
+        static_cast<Derived*>(this)->note_inputs(inputs);
         return accept(in, inputs);
     }
 
+    // How many inputs the node has; a plugin whose enqueue() wants to know writes it to one of its values.
+    void note_inputs(int32_t) noexcept {}
+
 protected:
     const std::vector<int32_t>& values() const { return values_; }
+    void set_value(size_t place, int32_t value) { values_[place] = value; }
 
 private:
     int32_t accept(const nvinfer1::PluginTensorDesc* in, int32_t inputs) noexcept
@@ -124,7 +141,7 @@ private:
         });
     }
 
-    const std::vector<int32_t> values_;
+    std::vector<int32_t> values_;
     std::vector<nvinfer1::PluginField> fields_;
     nvinfer1::PluginFieldCollection collection_{};
 };
@@ -134,8 +151,10 @@ class Creator : public nvinfer1::IPluginCreatorV3One {
 public:
     Creator()
     {
-        for (const char* name : Derived::names()) {
-            fields_.emplace_back(name, nullptr, nvinfer1::PluginFieldType::kINT32, 1);
+        for (const Attribute& attribute : Derived::attributes_of()) {
+            if (!attribute.serialized_only) {
+                fields_.push_back(field_of(attribute, nullptr));
+            }
         }
         collection_.nbFields = static_cast<int32_t>(fields_.size());
         collection_.fields = fields_.data();
@@ -145,7 +164,7 @@ public:
                                       nvinfer1::TensorRTPhase) noexcept override
     {
         return guarded<nvinfer1::IPluginV3*>(
-            nullptr, [&] { return new Derived(read_attributes(Derived::kName, Derived::names(), fields)); });
+            nullptr, [&] { return new Derived(read_attributes(Derived::kName, Derived::attributes_of(), fields)); });
     }
 
     const nvinfer1::PluginFieldCollection* getFieldNames() noexcept override { return &collection_; }
@@ -158,8 +177,22 @@ private:
     nvinfer1::PluginFieldCollection collection_{};
 };
 
-// The creators of this library, one function in each operator's folder.
-nvinfer1::IPluginCreatorV3One& select_tokens_creator();
-nvinfer1::IPluginCreatorV3One& gather_tokens_creator();
+// The creators of a library: the trt_plugin.cpp of each operator's folder adds its own with BTP_REGISTER_PLUGIN. So a
+// library holds the operators whose sources it is linked from, and no list names them.
+inline std::vector<nvinfer1::IPluginCreatorV3One*>& creators()
+{
+    static std::vector<nvinfer1::IPluginCreatorV3One*> all;
+    return all;
+}
+
+template <typename Derived>
+struct PluginRegistration {
+    PluginRegistration() { creators().push_back(&creator); }
+    Creator<Derived> creator;
+};
+
+// The priority puts it before trt_static.cpp's initialiser, which hands the creators to TensorRT.
+#define BTP_REGISTER_PLUGIN(Derived) \
+    PluginRegistration<Derived> registration __attribute__((init_priority(2000)))
 
 }  // namespace btp

@@ -28,27 +28,23 @@ class Tensor:
 
 
 class Launcher(Protocol):
-    """The C interface of the kernels, one method an operator (engines.native.kernels.Kernels)."""
+    """The C interface of the kernels (engines.native.kernels.Kernels)."""
 
-    def select_tokens(
-        self, inputs: Sequence[Tensor], output: int, workspace: int, *, stream: int, **counts: int
-    ) -> None:
-        """BtpSelectTokens on device addresses."""
-
-    def gather_tokens(self, inputs: Sequence[Tensor], output: int, *, stream: int, start: int, count: int) -> None:
-        """BtpGatherTokens on device addresses."""
+    def __getattr__(self, operator: str) -> Callable[..., None]:
+        """One method an operator, named as its folder: (inputs, output, workspace, *, stream, **attributes)."""
 
 
 class Operator(Protocol):
     """What a plugin has to know of its operator; one object for each set of attribute values."""
 
     NAME: ClassVar[str]
-    ATTRIBUTES: ClassVar[tuple[str, ...]]
+    ATTRIBUTES: ClassVar[tuple[str, ...]]  # INT, all of them wanted
+    OPTIONS: ClassVar[dict[str, int | str]]  # INT or STRING that may be missing: name -> the value it has then
     INPUT_TYPES: ClassVar[tuple[tuple[str, ...], ...]]
 
-    values: tuple[int, ...]
+    values: tuple[int | str, ...]  # of ATTRIBUTES, then of OPTIONS
 
-    def __init__(self, *values: int) -> None:
+    def __init__(self, *values: int | str) -> None:
         """Check the values alone; raises InputError."""
 
     @abstractmethod
@@ -76,21 +72,36 @@ class Dimension:
     terms: tuple[tuple[int, int], ...] = ()
 
 
-def attribute_values(trt: Any, operator: type[Operator], fields: Any) -> tuple[int, ...]:
-    """The operator's INT attributes from the parser's or the engine's fields; InputError names the wrong one."""
+def attribute_values(trt: Any, operator: type[Operator], fields: Any) -> tuple[int | str, ...]:
+    """The operator's attributes from the parser's or the engine's fields; InputError names the wrong one."""
     given = {field.name: field for field in fields}
-    values = []
+    values: list[int | str] = []
     for name in operator.ATTRIBUTES:
         if name not in given:
             raise InputError(f"{operator.NAME}: attribute {name} is missing", "one INT", "export the graph again")
-        field = given[name]
-        if field.type not in (trt.PluginFieldType.INT32, trt.PluginFieldType.INT64):
-            raise InputError(f"{operator.NAME}: attribute {name} is {field.type.name}", "one INT", "export it again")
-        if field.data is None or field.data.size != 1:
-            count = 0 if field.data is None else field.data.size
-            raise InputError(f"{operator.NAME}: attribute {name} is {count} values", "one INT", "export it again")
-        values.append(int(field.data.reshape(-1)[0]))
+        values.append(_integer(trt, operator, given[name]))
+    for name, default in operator.OPTIONS.items():
+        read = _text if isinstance(default, str) else _integer
+        values.append(read(trt, operator, given[name]) if name in given else default)
     return tuple(values)
+
+
+def _integer(trt: Any, operator: type[Operator], field: Any) -> int:
+    if field.type not in (trt.PluginFieldType.INT32, trt.PluginFieldType.INT64):
+        raise InputError(f"{operator.NAME}: attribute {field.name} is {field.type.name}", "one INT", "export it again")
+    if field.data is None or field.data.size != 1:
+        count = 0 if field.data is None else field.data.size
+        raise InputError(f"{operator.NAME}: attribute {field.name} is {count} values", "one INT", "export it again")
+    return int(field.data.reshape(-1)[0])
+
+
+def _text(trt: Any, operator: type[Operator], field: Any) -> str:
+    """A CHAR field as TensorRT hands it over: bytes, or an array of them, with or without a zero at the end."""
+    if field.type != trt.PluginFieldType.CHAR or field.data is None:
+        raise InputError(
+            f"{operator.NAME}: attribute {field.name} is {field.type.name}", "one STRING", "export it again"
+        )
+    return bytes(field.data).rstrip(b"\0").decode("utf-8", "replace")
 
 
 def creators(trt: Any, operators: Sequence[type[Operator]], kernels: Callable[[], Launcher]) -> list[Any]:
@@ -111,10 +122,9 @@ def _creator(trt: Any, operator: type[Operator], kernels: Callable[[], Launcher]
             self.name = operator.NAME
             self.plugin_version = "1"
             self.plugin_namespace = ""
-            kind = trt.PluginFieldType.INT32
-            empty = _int32([])
+            values = (*(0 for _ in operator.ATTRIBUTES), *operator.OPTIONS.values())
             self.field_names = trt.PluginFieldCollection(
-                [trt.PluginField(name, empty, kind) for name in operator.ATTRIBUTES]
+                [_field(trt, name, value, empty=True) for name, value in zip(_names(operator), values, strict=True)]
             )
 
         def create_plugin(self, name: str, fields: Any, phase: Any) -> Any:
@@ -134,6 +144,7 @@ def _plugin_class(trt: Any, operator: type[Operator], kernels: Callable[[], Laun
             trt.IPluginV3OneBuild.__init__(self)
             trt.IPluginV3OneRuntime.__init__(self)
             self.op = op
+            self.inputs = 0  # of the node; the C++ form of the plugin wants to find it in engines
             self.plugin_name = operator.NAME
             self.plugin_version = "1"
             self.plugin_namespace = ""
@@ -143,15 +154,18 @@ def _plugin_class(trt: Any, operator: type[Operator], kernels: Callable[[], Laun
             return self
 
         def clone(self) -> Any:
-            return Plugin(self.op)
+            copy = Plugin(self.op)
+            copy.inputs = self.inputs
+            return copy
 
         def attach_to_context(self, context: Any) -> Any:
             return self.clone()
 
         def get_fields_to_serialize(self) -> Any:
-            kind = trt.PluginFieldType.INT32
-            pairs = zip(operator.ATTRIBUTES, self.op.values, strict=True)
-            return trt.PluginFieldCollection([trt.PluginField(name, _int32([value]), kind) for name, value in pairs])
+            pairs = [*zip(_names(operator), self.op.values, strict=True), ("inputs", self.inputs)]
+            # A collection copies the fields, not what they point to: the fields themselves hold that.
+            self.serialized = [_field(trt, name, value) for name, value in pairs]
+            return trt.PluginFieldCollection(self.serialized)
 
         def get_output_data_types(self, input_types: Any) -> Any:
             return [types[self.op.output_type([names.get(kind, "") for kind in input_types])]]
@@ -174,6 +188,7 @@ def _plugin_class(trt: Any, operator: type[Operator], kernels: Callable[[], Laun
             return kind == self.op.output_type([names.get(tensors[i].desc.type, "") for i in range(inputs)])
 
         def configure_plugin(self, inputs: Any, outputs: Any) -> None:
+            self.inputs = len(inputs)
             self.op.output_shape([tuple(tensor.max) for tensor in inputs])
 
         def on_shape_change(self, inputs: Any, outputs: Any) -> None:
@@ -218,7 +233,14 @@ def _constant(dimension: Any) -> int | None:
     return int(dimension.get_constant_value()) if dimension.is_constant() else None
 
 
-def _int32(values: Sequence[int]) -> Any:
+def _names(operator: type[Operator]) -> tuple[str, ...]:
+    return (*operator.ATTRIBUTES, *operator.OPTIONS)
+
+
+def _field(trt: Any, name: str, value: int | str, *, empty: bool = False) -> Any:
+    """A field of the type of `value`, with that value or none."""
     import numpy as np
 
-    return np.array(values, dtype=np.int32)
+    if isinstance(value, str):
+        return trt.PluginField(name, b"" if empty else value.encode(), trt.PluginFieldType.CHAR)
+    return trt.PluginField(name, np.array([] if empty else [value], np.int32), trt.PluginFieldType.INT32)

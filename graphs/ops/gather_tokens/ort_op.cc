@@ -117,9 +117,7 @@ private:
     const int32_t count_;
 };
 
-}  // namespace
-
-std::vector<OrtOp> gather_tokens_ops(bool with_gpu)
+std::vector<OrtOp> ops_of(bool with_gpu)
 {
     std::vector<OrtOp> ops;
     for (const auto type : {ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16,
@@ -132,4 +130,7 @@ std::vector<OrtOp> gather_tokens_ops(bool with_gpu)
     return ops;
 }
 
+const OrtRegistration registration(ops_of);
+
+}  // namespace
 }  // namespace btp

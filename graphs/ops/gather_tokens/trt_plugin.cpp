@@ -12,9 +12,9 @@ class GatherTokens : public Plugin<GatherTokens> {
 public:
     static constexpr const char* kName = "BtpGatherTokens";
 
-    static const std::vector<const char*>& names()
+    static const std::vector<Attribute>& attributes_of()
     {
-        static const std::vector<const char*> all{"start", "count"};
+        static const std::vector<Attribute> all{{"start"}, {"count"}};
         return all;
     }
 
@@ -104,12 +104,7 @@ private:
     }
 };
 
+BTP_REGISTER_PLUGIN(GatherTokens);
+
 }  // namespace
-
-nvinfer1::IPluginCreatorV3One& gather_tokens_creator()
-{
-    static Creator<GatherTokens> creator;
-    return creator;
-}
-
 }  // namespace btp

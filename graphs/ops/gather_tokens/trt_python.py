@@ -15,12 +15,13 @@ class GatherTokens:
 
     NAME: ClassVar[str] = NAME
     ATTRIBUTES: ClassVar[tuple[str, ...]] = ("start", "count")
+    OPTIONS: ClassVar[dict[str, int | str]] = {}
     INPUT_TYPES: ClassVar[tuple[tuple[str, ...], ...]] = (FLOATS, ("int32",))
 
-    def __init__(self, *values: int) -> None:
+    def __init__(self, *values: int | str) -> None:
         self.values = values
-        self.start, self.count = values
-        for name, value in zip(self.ATTRIBUTES, values, strict=True):
+        self.start, self.count = map(int, values)
+        for name, value in zip(self.ATTRIBUTES, (self.start, self.count), strict=True):
             if value < 0:
                 raise InputError(f"{NAME}: {name} is {value}", "0 or more", "export the graph again")
 
@@ -48,3 +49,6 @@ class GatherTokens:
 
     def launch(self, kernels: Launcher, inputs: Sequence[Tensor], output: int, workspace: int, stream: int) -> None:
         kernels.gather_tokens(inputs, output, stream=stream, start=self.start, count=self.count)
+
+
+OPERATOR = GatherTokens

@@ -3,13 +3,13 @@
 from typing import TYPE_CHECKING, Any
 
 from graphs.ops.select_tokens.cases import Case, cases
-from graphs.ops.select_tokens.onnx_body import body, function
+from graphs.ops.select_tokens.onnx_body import body, form, function, scratch_bytes
 from graphs.ops.select_tokens.schema import NAME, SCHEMA, check
 
 if TYPE_CHECKING:
     from graphs.ops.select_tokens.torch_reference import reference
 
-__all__ = ["NAME", "SCHEMA", "Case", "body", "cases", "check", "function", "reference"]
+__all__ = ["NAME", "SCHEMA", "Case", "body", "cases", "check", "form", "function", "reference", "scratch_bytes"]
 
 
 def __getattr__(name: str) -> Any:

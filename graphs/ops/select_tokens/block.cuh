@@ -1,4 +1,4 @@
-// What a thread block does together in the selection: read a row, rank flags, find the farthest token.
+// What a thread block does together in the selection: read a row, rank flags.
 // Every thread owns kItems neighbouring tokens, thread 0 the first ones; so a row is read in wide units, and the lowest
 // lane or warp that holds a value holds the lowest token with it.
 #pragma once
@@ -16,6 +16,7 @@ BTP_DEVICE uint32_t distance_key(T similarity)
     return key_without_minus_zero(__fsub_rn(1.0f, to_float(similarity)));  // 1 - x is never -0
 }
 
+BTP_DEVICE uint32_t higher(uint32_t a, uint32_t b) { return a > b ? a : b; }
 BTP_DEVICE uint32_t lower(uint32_t a, uint32_t b) { return a < b ? a : b; }
 BTP_DEVICE int lower(int a, int b) { return a < b ? a : b; }
 
@@ -25,6 +26,31 @@ struct alignas(kCount * sizeof(T)) Unit {
     T value[kCount];
 };
 
+// One read of memory that nobody writes during the launch, wherever the compiler believes that it lies.
+template <typename T, int kCount>
+BTP_DEVICE Unit<T, kCount> read_unit(const char* at)
+{
+    Unit<T, kCount> unit;
+#ifdef BTP_SIMT_EMULATION
+    unit = *reinterpret_cast<const Unit<T, kCount>*>(at);
+#else
+    if constexpr (sizeof(unit) == 16) {
+        const uint4 bits = __ldg(reinterpret_cast<const uint4*>(at));
+        memcpy(&unit, &bits, sizeof unit);
+    } else if constexpr (sizeof(unit) == 8) {
+        const uint2 bits = __ldg(reinterpret_cast<const uint2*>(at));
+        memcpy(&unit, &bits, sizeof unit);
+    } else if constexpr (sizeof(unit) == 4) {
+        const uint32_t bits = __ldg(reinterpret_cast<const uint32_t*>(at));
+        memcpy(&unit, &bits, sizeof unit);
+    } else {
+        const uint16_t bits = __ldg(reinterpret_cast<const uint16_t*>(at));
+        memcpy(&unit, &bits, sizeof unit);
+    }
+#endif
+    return unit;
+}
+
 // kWide: rows are aligned for reads of 4 elements, and so many are whole numbers of them.
 template <int kItems_, bool kWide_>
 struct Block {
@@ -33,12 +59,21 @@ struct Block {
     static constexpr int kMaxThreads = 1024;
     static constexpr int kTokens = kMaxThreads * kItems;
 
+    // While the block goes from pick to pick.
+    struct Steps {
+        uint16_t picks[kTokens];        // of rule 2
+        uint32_t covered[kTokens / 2];  // by gain: how far each token is covered, two tokens a word
+    };
+
     // Shared memory of the block.
     struct Shared {
-        uint64_t partial[2][32];  // best (distance, token) of each warp, two turns
+        uint64_t partial[2][32];  // at an address that 512 divides: what each warp tells the others, two turns (Exchange)
         uint32_t counts[32];      // flags set in each warp
         uint32_t word;            // what one thread tells the others
-        uint32_t list[kTokens];   // one after the other: picks of rule 2; first seed that names a token; order
+        union alignas(16) {
+            Steps steps;
+            uint32_t list[kTokens];  // first seed that names a token; order
+        };
         uint8_t member[kTokens];  // 1: the token is kept
     };
 
@@ -73,13 +108,14 @@ struct Block {
         }
     }
 
-    // distance = the smaller of it and the distances in a row.
-    template <typename T>
-    static BTP_DEVICE void approach(const T (&values)[kItems], uint32_t (&distance)[kItems])
+    // This thread's entries of an array [tokens], all read before the first is used; what is behind its end stays as it is.
+    static BTP_DEVICE void read_entries(const uint32_t* entries, int tokens, uint32_t (&values)[kItems])
     {
 #pragma unroll
         for (int item = 0; item < kItems; ++item) {
-            distance[item] = lower(distance[item], distance_key(values[item]));
+            if (element(item) < tokens) {
+                values[item] = entries[element(item)];
+            }
         }
     }
 
@@ -110,34 +146,39 @@ struct Block {
         return static_cast<int>(warp_sum(count));
     }
 
-    // The token with the largest distance key, the lowest one of equals. Two turns of `partial` alternate, so one barrier
-    // a call is enough: a warp can be one call ahead of another, never two.
-    static BTP_DEVICE int farthest(const uint32_t (&distance)[kItems], int turn, Shared& shared)
+    static BTP_DEVICE int first_lane(bool flag) { return __ffs(static_cast<int>(__ballot_sync(kAllLanes, flag))) - 1; }
+};
+
+// Each warp tells all others two numbers. Two turns of memory alternate, so one barrier a turn is enough: a warp can be one
+// turn ahead of another, never two.
+template <typename B>
+struct Exchange {
+    static constexpr uint32_t kTurn = sizeof(B::Shared::partial[0]);
+
+    uint32_t out, in;  // shared addresses for this turn
+
+    // Warps that the block does not have tell 0, 0. A barrier must stand before the first meet().
+    BTP_DEVICE void start(typename B::Shared& shared)
     {
-        uint32_t best = distance[0];
-#pragma unroll
-        for (int item = 1; item < kItems; ++item) {
-            best = distance[item] > best ? distance[item] : best;
+        for (int entry = static_cast<int>(threadIdx.x); entry < 64; entry += static_cast<int>(blockDim.x)) {
+            shared.partial[entry / 32][entry % 32] = 0;
         }
-        uint32_t top = warp_max(best);
-        uint32_t token = 0;
-#pragma unroll
-        for (int item = kItems - 1; item >= 0; --item) {  // while the warp's maximum is under way
-            token = distance[item] == best ? static_cast<uint32_t>(element(item)) : token;
-        }
-        uint64_t* const partial = shared.partial[turn & 1];
-        if (lane() == first_lane(best == top)) {
-            partial[warp()] = (static_cast<uint64_t>(top) << 32) | token;
-        }
-        __syncthreads();
-        const uint64_t mine = lane() < warps() ? partial[lane()] : 0u;
-        const uint32_t key = static_cast<uint32_t>(mine >> 32);
-        top = warp_max(key);
-        return static_cast<int>(__shfl_sync(kAllLanes, static_cast<uint32_t>(mine), first_lane(key == top)));
+        const uint32_t first = shared_address(shared.partial);
+        out = opaque(first + 8 * static_cast<uint32_t>(B::warp()));
+        in = opaque(first + 8 * static_cast<uint32_t>(B::lane()));
     }
 
-private:
-    static BTP_DEVICE int first_lane(bool flag) { return __ffs(static_cast<int>(__ballot_sync(kAllLanes, flag))) - 1; }
+    // One lane of each warp `tells` a and b; every lane gets those of the warp with its number.
+    BTP_DEVICE void meet(bool tells, uint32_t a, uint32_t b, uint32_t& its_a, uint32_t& its_b)
+    {
+        if (tells) {
+            store_shared(out, a, b);
+        }
+        __syncthreads();
+        load_shared(in, its_a, its_b);
+        out ^= kTurn;
+        in ^= kTurn;
+    }
 };
 
 }  // namespace btp

@@ -9,13 +9,8 @@
 #include <vector>
 
 #include "../common/half.h"
-
-// Hot loops are compiled for several instruction sets and the best is taken when the library is loaded.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define BTP_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define BTP_CLONES
-#endif
+#include "cpu_coverage.h"
+#include "cpu_loops.h"
 
 namespace btp {
 namespace {
@@ -101,23 +96,14 @@ public:
             sort_by_score();
             pick_attention();
         }
-        const bool nothing = select_.attention_quota == 0 && select_.seeds == 0;
-        if (similarity_ != nullptr) {
-            distance_.assign(static_cast<size_t>(tokens_), kFar);
-            const int diverse = select_.diversity_quota > 0 ? select_.diversity_quota : nothing ? select_.keep : 0;
-            const std::vector<int> attention = base_;
-            const int32_t best = diverse > 0 ? pick_diverse(diverse) : kFar;
-            const size_t before_seeds = base_.size();
-            for (int seed = 0; seed < select_.seeds; ++seed) {
-                if (seeds_[seed] >= 0 && seeds_[seed] < tokens_) {
-                    take(seeds_[seed]);
-                }
-            }
-            fill_by_distance(attention, before_seeds, best);
-        } else {
+        if (similarity_ == nullptr) {
             for (const int token : order_) {
                 take(token);
             }
+        } else if (select_.diversity_rule == BTP_COVERAGE) {
+            select_by_gain();
+        } else {
+            select_by_distance();
         }
         for (int token = 0; token < tokens_; ++token) {
             if (member_[static_cast<size_t>(token)] != 0) {
@@ -162,6 +148,52 @@ private:
                 }
             }
         }
+    }
+
+    // Rule 3, its last part.
+    void take_seeds()
+    {
+        for (int seed = 0; seed < select_.seeds; ++seed) {
+            if (seeds_[seed] >= 0 && seeds_[seed] < tokens_) {
+                take(seeds_[seed]);
+            }
+        }
+    }
+
+    // Rules 2 to 4 by gain.
+    void select_by_gain()
+    {
+        Coverage coverage(tokens_, similarity_, select_.weighted != 0 ? scores_ : nullptr);
+        coverage.start();
+        for (int pick = 0; pick < select_.diversity_quota; ++pick) {
+            take(coverage.select_next());
+        }
+        take_seeds();
+        coverage.start();
+        for (const int token : base_) {
+            coverage.select(token);
+        }
+        while (static_cast<int>(base_.size()) < select_.keep) {
+            take(coverage.select_next());
+        }
+    }
+
+    // Rules 2 to 4 by distance. Rule 4 from nothing is rule 2 with more picks.
+    void select_by_distance()
+    {
+        const bool nothing = select_.attention_quota == 0 && select_.diversity_quota == 0 && !any_seed();
+        distance_.assign(static_cast<size_t>(tokens_), kFar);
+        const int diverse = nothing ? select_.keep : select_.diversity_quota;
+        const std::vector<int> attention = base_;
+        const int32_t best = diverse > 0 ? pick_diverse(diverse) : kFar;
+        const size_t before_seeds = base_.size();
+        take_seeds();
+        fill_by_distance(attention, before_seeds, best);
+    }
+
+    bool any_seed() const
+    {
+        return std::any_of(seeds_, seeds_ + select_.seeds, [this](int32_t seed) { return seed >= 0 && seed < tokens_; });
     }
 
     const T* row(int token) const { return similarity_ + static_cast<size_t>(token) * static_cast<size_t>(tokens_); }

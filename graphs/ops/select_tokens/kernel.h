@@ -11,6 +11,7 @@ extern "C" {
 #endif
 
 enum { BTP_NO_SIMILARITY = 0, BTP_FLOAT32 = 1, BTP_FLOAT16 = 2 };
+enum { BTP_FARTHEST = 0, BTP_COVERAGE = 1 };
 
 // Sizes and attributes of one selection. Letters of the project: B batch, V image tokens, k tokens kept.
 typedef struct BtpSelect {
@@ -23,6 +24,8 @@ typedef struct BtpSelect {
     int32_t boundary;
     int32_t seeds;            // number of seeds, 0 without
     int32_t similarity;       // BTP_NO_SIMILARITY, BTP_FLOAT32 or BTP_FLOAT16
+    int32_t diversity_rule;   // BTP_FARTHEST or BTP_COVERAGE
+    int32_t weighted;         // 1: gains are multiplied by the scores (BTP_COVERAGE only)
 } BtpSelect;
 
 enum { BTP_SELECT_MAX_TOKENS = 8192 };

@@ -11,8 +11,9 @@ The text below is ONNX's own textual form and follows the numbered rules of the 
 - Scan outputs are [B] a step: onnx's reference evaluator stacks only vectors as the specification says.
 """
 
-from collections.abc import Mapping
-from typing import Final
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Final
 
 from onnx import FunctionProto, helper, parser
 
@@ -139,6 +140,30 @@ def body(
     return _function(opset, inputs, _ORDER + listed + "  similarity32 = Cast<to = 1>(similarity)\n" + picked + _KEPT)
 
 
+@dataclass(frozen=True)
+class Form:
+    """What an exact body is made for; `suffix` tells forms apart in names."""
+
+    similarity: bool
+    seeds: bool
+    diversity_rule: str = FARTHEST
+    weighted: int = 0
+
+    @property
+    def suffix(self) -> str:
+        rule = "" if self.diversity_rule == FARTHEST else self.diversity_rule.capitalize()
+        return "".join(["Similarity" * self.similarity, "Seeds" * self.seeds, rule, "Weighted" * self.weighted])
+
+    def body(self, opset: int) -> FunctionProto:
+        return body(opset, **asdict(self))
+
+
+def form(inputs: Sequence[bool], attributes: Mapping[str, Any]) -> Form:
+    """The form of nodes with these inputs (is each there?) and attributes; without similarity no rule matters."""
+    similarity, seeds = (*inputs[1:], False, False)[:2]
+    return Form(similarity, seeds, **{name: attributes[name] for name in OPTIONS if similarity and name in attributes})
+
+
 def function(opset: int, *, only: str | None = None) -> FunctionProto:
     """The one body for nodes with any of the inputs: scores; scores, similarity; scores, similarity, seeds.
 
@@ -196,3 +221,9 @@ def _function(
 def _check_opset(opset: int) -> None:
     if opset < FIRST_OPSET:
         raise InputError(f"{NAME}: opset {opset}", f"opset {FIRST_OPSET} or later", "convert the model")
+
+
+def scratch_bytes(shapes: Sequence[Sequence[int]]) -> int:
+    """Memory of a body beside its inputs: it compares all pairs of tokens, three times in four bytes."""
+    batch, tokens = shapes[0]
+    return 3 * 4 * batch * tokens * tokens

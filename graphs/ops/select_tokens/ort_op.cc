@@ -33,6 +33,9 @@ public:
         attributes_.diversity_quota = int_attribute(info, kName, "diversity_quota");
         attributes_.pool = int_attribute(info, kName, "pool");
         attributes_.boundary = int_attribute(info, kName, "boundary");
+        attributes_.diversity_rule = choice_attribute(info, kName, "diversity_rule", kDiversityRules);
+        const int32_t not_weighted = 0;
+        attributes_.weighted = int_attribute(info, kName, "weighted", &not_weighted);
     }
 
     void run(OrtKernelContext* context) const
@@ -101,21 +104,9 @@ private:
         const char* const problem = btp_select_tokens_problem(&select);
         require_ok(problem != nullptr ? problem : "");
         const size_t bytes = btp_select_tokens_workspace(&select);
-        OrtAllocator* allocator = nullptr;
-        void* workspace = nullptr;
-        if (bytes > 0) {
-            const OrtMemoryInfo* memory = nullptr;
-            check(ort()->GetTensorMemoryInfo(on_device, &memory));
-            check(ort()->KernelContext_GetAllocator(context, memory, &allocator));
-            workspace = allocator->Alloc(allocator, bytes);
-        }
+        const StreamBuffer workspace(context, on_device, bytes);
         const int32_t status =
-            btp_select_tokens(&select, scores, similarity, seeds, indices, workspace, bytes, stream);
-        if (allocator != nullptr) {
-            // The arena keeps the memory, and whoever gets it next on this stream comes after the launches above.
-            allocator->Free(allocator, workspace);
-            ort()->ReleaseAllocator(allocator);
-        }
+            btp_select_tokens(&select, scores, similarity, seeds, indices, workspace.data(), bytes, stream);
         if (status != BTP_OK) {
             throw std::runtime_error(std::string(kName) + ": " + btp_error_string(status));
         }
@@ -132,9 +123,7 @@ private:
     const bool gpu_;
 };
 
-}  // namespace
-
-std::vector<OrtOp> select_tokens_ops(bool with_gpu)
+std::vector<OrtOp> ops_of(bool with_gpu)
 {
     std::vector<OrtOp> ops;
     for (const auto type : {ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16}) {
@@ -146,4 +135,7 @@ std::vector<OrtOp> select_tokens_ops(bool with_gpu)
     return ops;
 }
 
+const OrtRegistration registration(ops_of);
+
+}  // namespace
 }  // namespace btp

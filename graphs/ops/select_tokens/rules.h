@@ -10,6 +10,9 @@
 
 namespace btp {
 
+// What the STRING attribute diversity_rule may be, in the order of BTP_FARTHEST and BTP_COVERAGE; null behind the last.
+inline constexpr const char* kDiversityRules[] = {"farthest", "coverage", nullptr};
+
 constexpr int32_t kUnknown = -1;  // a size that is not known yet; what depends on it is checked when it is
 
 // Empty if the selection can be run, otherwise one line "BtpSelectTokens: <name> is <got>, wanted <wanted>".
@@ -49,6 +52,12 @@ inline std::string select_problem(const BtpSelect& s)
     }
     if (s.similarity < BTP_NO_SIMILARITY || s.similarity > BTP_FLOAT16) {
         return wrong("the type of similarity", s.similarity, "none, float32 or float16");
+    }
+    if (s.diversity_rule != BTP_FARTHEST && s.diversity_rule != BTP_COVERAGE) {
+        return wrong("diversity_rule", s.diversity_rule, "0 (\"farthest\") or 1 (\"coverage\")");
+    }
+    if (s.weighted != 0 && s.weighted != 1) {
+        return wrong("weighted", s.weighted, "0 or 1");
     }
     if (s.similarity == BTP_NO_SIMILARITY && s.diversity_quota > 0) {
         return wrong("diversity_quota", s.diversity_quota, "0, because there is no similarity");

@@ -1,16 +1,17 @@
 // The selection of one batch row: rules 1, 2, 3 and 4 of the operator's definition (schema.py).
 //
-// One block goes from pick to pick. What rule 4 wants to know of picks A and the seeds, the distance of every token to the
-// nearest of them, does not depend on those steps: other blocks find it meanwhile (approach_base).
+// One block goes from pick to pick. What rule 4 wants to know of picks A and the seeds, how near every token is to them,
+// does not depend on those steps: other blocks find it meanwhile (find_part).
+//
+// Rule: ByDistance or ByGain.
 #pragma once
 
-#include "block.cuh"
-#include "kernel.h"
-#include "survey.cuh"
+#include "by_distance.cuh"
+#include "by_gain.cuh"
 
 namespace btp {
 
-constexpr int kPartTokens = 32;  // tokens whose rows one block of approach_base reads, at most
+constexpr int kPartTokens = 32;  // tokens whose rows one part of `base` is made from, at most
 
 // Rule 4 looks at picks A and the seeds only where the base is not full without them.
 inline int base_parts(const BtpSelect& select)
@@ -19,36 +20,26 @@ inline int base_parts(const BtpSelect& select)
     return any && select.attention_quota < select.keep ? (select.tokens + kPartTokens - 1) / kPartTokens : 0;
 }
 
-// One batch row's inputs and its part of the survey.
-template <typename T>
-struct Row {
-    const T* similarity;      // [V,V] or null
-    const int32_t* seeds;     // [m] or null
-    const uint32_t* nearest;  // [V]
-    const uint32_t* ahead;    // [V]
-    uint32_t* base;           // [V]
-    const uint32_t* below;    // [1]
-    uint32_t* finished;       // [1]
-
-    BTP_DEVICE Row(const BtpSelect& select, const T* similarity_, const int32_t* seeds_, const Survey& survey, size_t batch)
-    {
-        const size_t tokens = static_cast<size_t>(select.tokens);
-        similarity = similarity_ == nullptr ? nullptr : similarity_ + batch * tokens * tokens;
-        seeds = seeds_;
-        nearest = survey.nearest + batch * tokens;
-        ahead = survey.ahead + batch * tokens;
-        base = survey.base + batch * tokens;
-        below = survey.below + batch;
-        finished = survey.finished + batch;
-    }
-};
-
-// Lowers row.base to the distances from those of kPartTokens tokens, beginning at part * kPartTokens, that are among picks
-// A or the seeds. (Rule 3 may cut some of them from the base; then the base is full and nobody asks.)
-template <typename B, typename T>
-BTP_DEVICE void approach_base(const BtpSelect& select, const Row<T>& row, int part, typename B::Shared& shared)
+// The next part of a batch row's base that no block works at; `parts` or more: there is none.
+template <typename Shared, typename Row>
+BTP_DEVICE int draw_part(const Row& row, Shared& shared)
 {
-    constexpr int kRows = 4;  // rows under way at once
+    if (threadIdx.x == 0) {
+        shared.word = atomicAdd(row.drawn, 1u);
+    }
+    __syncthreads();
+    const int part = static_cast<int>(shared.word);
+    __syncthreads();
+    return part;
+}
+
+// Brings `state` nearer to those of kPartTokens tokens, beginning at part * kPartTokens, that are among picks A or the
+// seeds; false if none is. (Rule 3 may cut some of them from the base; then the base is full and nobody asks.)
+template <typename B, typename Rule, typename Row>
+BTP_DEVICE bool approach_part(const BtpSelect& select, const Row& row, int part, typename B::Shared& shared,
+                              typename Rule::State& state)
+{
+    constexpr int kRows = Rule::kRows;
     const int first = part * kPartTokens;
     if (threadIdx.x == 0) {
         shared.word = 0;
@@ -67,46 +58,65 @@ BTP_DEVICE void approach_base(const BtpSelect& select, const Row<T>& row, int pa
     }
     __syncthreads();
     const uint32_t chosen = shared.word;
-    uint32_t nearest[B::kItems];
-    for (int item = 0; item < B::kItems; ++item) {
-        nearest[item] = kNone;
-    }
     for (uint32_t left = chosen; left != 0;) {
-        T values[kRows][B::kItems] = {};
+        typename Rule::Values values[kRows] = {};
         int next = 0;
 #pragma unroll
         for (int i = 0; i < kRows; ++i) {
             next = left != 0 ? __ffs(static_cast<int>(left)) - 1 : next;  // none left: the last one again changes nothing
             left &= left - 1;
-            const size_t token = static_cast<size_t>(first + next);
-            B::read_row(row.similarity + token * static_cast<size_t>(select.tokens), select.tokens, values[i]);
+            Rule::read(row, first + next, select.tokens, values[i]);
         }
 #pragma unroll
         for (int i = 0; i < kRows; ++i) {
-            B::approach(values[i], nearest);
+            Rule::approach(values[i], state);
         }
     }
-    for (int item = 0; item < B::kItems; ++item) {
-        if (chosen != 0 && B::element(item) < select.tokens) {
-            atomicMin(&row.base[B::element(item)], nearest[item]);
+    __syncthreads();  // `word` is free again
+    return chosen != 0;
+}
+
+// Finds one part of a batch row's base.
+template <typename B, typename Rule, typename Row>
+BTP_DEVICE void find_part(const BtpSelect& select, const Row& row, int parts, typename B::Shared& shared)
+{
+    const int part = draw_part(row, shared);
+    if (part >= parts) {
+        return;
+    }
+    typename Rule::State state;
+    for (uint32_t& one : state) {
+        one = Rule::kUnselected;
+    }
+    if (approach_part<B, Rule>(select, row, part, shared, state)) {
+        for (int item = 0; item < B::kItems; ++item) {
+            if (B::element(item) < select.tokens) {
+                Rule::merge(&row.base[B::element(item)], state, item);
+            }
         }
     }
     __syncthreads();
     if (threadIdx.x == 0) {
-        __threadfence();  // the block's minima can be seen before its count
+        __threadfence();  // the block's part can be seen before its count
         atomicAdd(row.finished, 1u);
     }
 }
 
 // The block that goes from pick to pick.
-template <typename B, typename T>
+template <typename B, typename Rule>
 struct Selection {
+    using Row = btp::Row<typename Rule::Element>;
+
     const BtpSelect& select;
-    const Row<T>& row;
+    const Row& row;
     typename B::Shared& shared;
-    uint32_t distance[B::kItems] = {};  // key of the distance to the nearest selected token; 0: selected or no token
-    int kept = 0;                       // tokens in the base so far
-    int turn = 0;
+    Rule rule;
+    int kept = 0;  // tokens in the base so far
+
+    BTP_DEVICE Selection(const BtpSelect& select_, const Row& row_, typename B::Shared& shared_)
+        : select(select_), row(row_), shared(shared_), rule(select_, row_, shared_)
+    {
+    }
 
     BTP_DEVICE void run(int parts, int32_t* indices)
     {
@@ -116,12 +126,12 @@ struct Selection {
         if (select.attention_quota > 0) {
             pick_attention();
         }
-        for (int item = 0; item < B::kItems; ++item) {
-            distance[item] = B::element(item) < select.tokens ? kNone : 0u;
+        if (row.matrix != nullptr) {
+            rule.start();
+            __syncthreads();
         }
-        const bool nothing = select.attention_quota == 0 && select.seeds == 0;
         const int diverse = select.diversity_quota > 0 ? select.diversity_quota
-                            : row.similarity != nullptr && nothing ? select.keep : 0;
+                            : only_seeds(select) && !seed_names_token() ? select.keep : 0;
         if (diverse > 0) {
             pick_diverse(diverse);
         }
@@ -129,11 +139,11 @@ struct Selection {
             pick_seeds();
         }
         if (kept < select.keep) {
-            if (row.similarity == nullptr) {
+            if (row.matrix == nullptr) {
                 fill_by_order();
             } else {
-                wait_for_base(parts);
-                fill_by_distance();
+                complete_base(parts);
+                fill_by_rule();
             }
         }
         write_members(indices);
@@ -143,7 +153,7 @@ struct Selection {
     BTP_DEVICE void pick_attention()
     {
         uint32_t ahead[B::kItems] = {};
-        read_entries(row.ahead, ahead);
+        B::read_entries(row.ahead, select.tokens, ahead);
         const uint32_t below = *row.below;
         for (int item = 0; item < B::kItems; ++item) {
             const int token = B::element(item);
@@ -154,29 +164,33 @@ struct Selection {
         kept = lower(select.attention_quota, select.keep);
     }
 
-    // Rule 2: farthest-point selection from nothing; the picks that are new join the base, cut at keep.
+    BTP_DEVICE bool seed_names_token()
+    {
+        return __syncthreads_or(names_token(select, row.seeds, threadIdx.x, blockDim.x)) != 0;
+    }
+
+    // Rule 2: selection from nothing; the picks that are new join the base, cut at keep.
     BTP_DEVICE void pick_diverse(int count)
     {
-        uint32_t start[B::kItems] = {};
-        read_entries(row.nearest, start);
-        int token = B::farthest(start, turn++, shared);
-        for (int pick = 0;; ++pick) {
+        uint16_t* const picks = shared.steps.picks;
+        uint32_t at = shared_address(picks);
+        const uint32_t last = at + 2 * static_cast<uint32_t>(count - 1);
+        for (int token = rule.first();; at += 2, token = rule.next()) {
             if (threadIdx.x == 0) {
-                shared.list[pick] = static_cast<uint32_t>(token);
+                store_shared(at, static_cast<uint16_t>(token));
             }
-            approach(token);
-            if (pick + 1 == count) {
+            rule.add(token);
+            if (at == last) {
                 break;
             }
-            token = B::farthest(distance, turn++, shared);
         }
         __syncthreads();
         bool flag[B::kItems];
         for (int item = 0; item < B::kItems; ++item) {
             const int pick = B::element(item);
-            flag[item] = pick < count && shared.member[shared.list[pick < count ? pick : 0]] == 0;
+            flag[item] = pick < count && shared.member[picks[pick < count ? pick : 0]] == 0;
         }
-        take(flag, select.keep, [this](int pick) { return shared.list[pick]; });
+        take(flag, select.keep, [picks](int pick) { return picks[pick]; });
     }
 
     // Rule 3, end: the seeds that are new, in their order, cut at keep. A seed named twice counts where it stands first.
@@ -211,7 +225,7 @@ struct Selection {
     BTP_DEVICE void fill_by_order()
     {
         uint32_t ahead[B::kItems] = {};
-        read_entries(row.ahead, ahead);
+        B::read_entries(row.ahead, select.tokens, ahead);
         for (int item = 0; item < B::kItems; ++item) {
             const int token = B::element(item);
             if (token < select.tokens) {
@@ -227,63 +241,42 @@ struct Selection {
         take(flag, select.keep, [this](int place) { return shared.list[place]; });
     }
 
-    // The base is complete with what the blocks of approach_base found. They started before this block, so they end.
-    BTP_DEVICE void wait_for_base(int parts)
+    // The base is complete with picks A and the seeds. This block works too, until every part is drawn; then it waits for
+    // those that other blocks have drawn, which run or are done. So it never waits for a block that has not started.
+    BTP_DEVICE void complete_base(int parts)
     {
+        int own = 0;
+        for (int part = parts; parts > 0 && (part = draw_part(row, shared)) < parts; ++own) {
+            approach_part<B, Rule>(select, row, part, shared, rule.state);
+        }
         if (threadIdx.x == 0) {
-            while (*static_cast<volatile uint32_t*>(row.finished) < static_cast<uint32_t>(parts)) {
-            }
-            __threadfence();
+            wait_until(row.finished, static_cast<uint32_t>(parts - own));
         }
         __syncthreads();
-        uint32_t base[B::kItems] = {};
+        uint32_t base[B::kItems];
         for (int item = 0; item < B::kItems; ++item) {
+            base[item] = Rule::kUnselected;
             if (B::element(item) < select.tokens) {
                 base[item] = __ldcg(&row.base[B::element(item)]);  // from L2, where the other blocks put it
             }
         }
-        for (int item = 0; item < B::kItems; ++item) {
-            distance[item] = shared.member[B::element(item)] != 0 ? 0u : lower(distance[item], base[item]);
-        }
+        rule.start_from(base);
     }
 
-    // Rule 4 with similarity: farthest-point selection goes on from the base.
-    BTP_DEVICE void fill_by_distance()
+    // Rule 4 with similarity: the rule goes on from the base.
+    BTP_DEVICE void fill_by_rule()
     {
-        for (; kept < select.keep; ++kept) {
-            const int token = B::farthest(distance, turn++, shared);
+        for (;;) {
+            const int token = rule.next();
             if (threadIdx.x == 0) {
                 shared.member[token] = 1;
             }
-            if (kept + 1 < select.keep) {
-                approach(token);
+            if (++kept == select.keep) {
+                break;
             }
+            rule.add(token);
         }
         __syncthreads();
-    }
-
-    // This thread's entries of an array of the survey, all read before the first is used; 0 stays behind the last token.
-    BTP_DEVICE void read_entries(const uint32_t* entries, uint32_t (&values)[B::kItems])
-    {
-#pragma unroll
-        for (int item = 0; item < B::kItems; ++item) {
-            if (B::element(item) < select.tokens) {
-                values[item] = entries[B::element(item)];
-            }
-        }
-    }
-
-    // Selects `token`: its own distance becomes 0 and every other token may have come nearer.
-    BTP_DEVICE void approach(int token)
-    {
-        T values[B::kItems] = {};
-        B::read_row(row.similarity + static_cast<size_t>(token) * static_cast<size_t>(select.tokens), select.tokens,
-                    values);
-#pragma unroll
-        for (int item = 0; item < B::kItems; ++item) {  // 0 is the lowest key and stays; done while the row is read
-            distance[item] = B::element(item) == token ? 0u : distance[item];
-        }
-        B::approach(values, distance);
     }
 
     // Lets the flagged elements join the base in element order until it holds `limit` tokens. Flags may be made from

@@ -6,32 +6,87 @@
 
 namespace btp {
 
-// The workspace of one call; every array has one element a token [B,V] where nothing else is said.
+// Whether rules 2 and 4 pick by gain; without similarity there is nothing to pick by but the order.
+BTP_HOST_DEVICE bool by_gain(const BtpSelect& s)
+{
+    return s.diversity_rule == BTP_COVERAGE && s.similarity != BTP_NO_SIMILARITY;
+}
+
+// The workspace of one call; every array has one element a token [B,V] where nothing else is said. "Near" is by distance the
+// smallest distance's key, by gain the largest level.
 struct Survey {
-    uint32_t* nearest;   // key of the smallest distance to another token (start of rule 2)
+    uint16_t* levels;    // [B,V,stride] by gain only: s of the definition, 0 behind the V of a row
+    size_t stride;       // of the rows of `levels`: whole reads of 8
+    uint32_t* alone;     // by distance: near to any other token (start of rule 2); by gain: the gain where none is selected
     uint32_t* ahead;     // tokens before this one in the order: below the boundary (low half), the others (high half)
-    uint32_t* base;      // key of the smallest distance to picks A and seeds (rule 4), which the second launch finds
+    uint32_t* base;      // near to picks A and seeds (rule 4), which the second launch finds
     uint32_t* below;     // [B] candidates below the boundary (rule 1)
+    uint32_t* drawn;     // [B] parts of `base` that a block works at or has done
     uint32_t* finished;  // [B] parts of `base` that are complete
     uint32_t* ticket;    // [1] blocks of the second launch that have started
+
+    static size_t stride_of(const BtpSelect& select) { return (static_cast<size_t>(select.tokens) + 7) / 8 * 8; }
+
+    static size_t level_count(const BtpSelect& select)
+    {
+        const size_t rows = static_cast<size_t>(select.batch) * static_cast<size_t>(select.tokens);
+        return by_gain(select) ? rows * stride_of(select) : 0;
+    }
 
     static size_t bytes(const BtpSelect& select)
     {
         const size_t batch = static_cast<size_t>(select.batch);
-        return sizeof(uint32_t) * (3 * batch * static_cast<size_t>(select.tokens) + 2 * batch + 1);
+        return sizeof(uint16_t) * level_count(select)
+               + sizeof(uint32_t) * (3 * batch * static_cast<size_t>(select.tokens) + 3 * batch + 1);
     }
 
     Survey(const BtpSelect& select, void* workspace)
     {
         const size_t batch = static_cast<size_t>(select.batch);
         const size_t tokens = batch * static_cast<size_t>(select.tokens);
-        nearest = static_cast<uint32_t*>(workspace);
-        ahead = nearest + tokens;
+        levels = static_cast<uint16_t*>(workspace);
+        stride = stride_of(select);
+        alone = reinterpret_cast<uint32_t*>(levels + level_count(select));
+        ahead = alone + tokens;
         base = ahead + tokens;
         below = base + tokens;
-        finished = below + batch;
+        drawn = below + batch;
+        finished = drawn + batch;
         ticket = finished + batch;
     }
+};
+
+// One batch row's inputs and its part of the survey. Element: of the matrix that the steps read, similarity or levels.
+template <typename Element>
+struct Row {
+    const Element* matrix;    // [V,stride] or null
+    size_t stride;
+    const float* scores;      // [V]
+    const int32_t* seeds;     // [m] or null
+    const uint32_t* alone;    // [V], as all that follow but the last three
+    const uint32_t* ahead;
+    uint32_t* base;
+    const uint32_t* below;    // [1]
+    uint32_t* drawn;          // [1]
+    uint32_t* finished;       // [1]
+
+    BTP_DEVICE Row(const BtpSelect& select, const Element* matrices, size_t stride_, const float* scores_,
+                   const int32_t* seeds_, const Survey& survey, size_t batch)
+    {
+        const size_t tokens = static_cast<size_t>(select.tokens);
+        matrix = matrices == nullptr ? nullptr : matrices + batch * tokens * stride_;
+        stride = stride_;
+        scores = scores_ + batch * tokens;
+        seeds = seeds_;
+        alone = survey.alone + batch * tokens;
+        ahead = survey.ahead + batch * tokens;
+        base = survey.base + batch * tokens;
+        below = survey.below + batch;
+        drawn = survey.drawn + batch;
+        finished = survey.finished + batch;
+    }
+
+    BTP_DEVICE const Element* of(int token) const { return matrix + static_cast<size_t>(token) * stride; }
 };
 
 BTP_HOST_DEVICE bool uses_order(const BtpSelect& s)
@@ -39,9 +94,20 @@ BTP_HOST_DEVICE bool uses_order(const BtpSelect& s)
     return s.attention_quota > 0 || s.similarity == BTP_NO_SIMILARITY;
 }
 
-BTP_HOST_DEVICE bool starts_from_nothing(const BtpSelect& s)
+// Whether the base is empty if no seed names a token; then rule 4 starts from nothing.
+BTP_HOST_DEVICE bool only_seeds(const BtpSelect& s)
 {
-    return s.similarity != BTP_NO_SIMILARITY && (s.diversity_quota > 0 || (s.attention_quota == 0 && s.seeds == 0));
+    return s.similarity != BTP_NO_SIMILARITY && s.diversity_quota == 0 && s.attention_quota == 0;
+}
+
+// Whether a seed names a token, looked at by the threads `first`, `first` + `step` ... together: one of them says so.
+BTP_DEVICE bool names_token(const BtpSelect& select, const int32_t* seeds, unsigned first, unsigned step)
+{
+    bool any = false;
+    for (int seed = static_cast<int>(first); seed < select.seeds && !any; seed += static_cast<int>(step)) {
+        any = seeds[seed] >= 0 && seeds[seed] < select.tokens;
+    }
+    return any;
 }
 
 // Place in the order of a token whose entry of Survey::ahead this is.
@@ -93,6 +159,50 @@ BTP_DEVICE uint32_t nearest_other(const T* row, int token, int tokens)
     return warp_min(best);
 }
 
+// s of the definition: 32767 times the similarity within 0 ... 1, halves to even; NaN is 0.
+template <typename T>
+BTP_DEVICE uint16_t level_of(T similarity)
+{
+    const float inside = fminf(fmaxf(to_float(similarity), 0.0f), 1.0f);
+    return static_cast<uint16_t>(__float2int_rn(__fmul_rn(32767.0f, inside)));
+}
+
+// Writes a token's row of levels [stride] from its row of similarities [tokens], by one warp; returns the sum.
+template <bool kWide, typename T>
+BTP_DEVICE uint32_t write_levels(const T* row, int tokens, uint16_t* levels, int stride)
+{
+    constexpr int kReads = 4;
+    uint32_t sum = 0;
+    for (int start = (static_cast<int>(threadIdx.x) & 31) * 4; start < stride; start += kReads * 128) {
+        Unit<T, 4> units[kReads] = {};
+#pragma unroll
+        for (int read = 0; read < kReads; ++read) {
+            const int first = start + read * 128;
+            if (kWide && first < tokens) {
+                units[read] = *reinterpret_cast<const Unit<T, 4>*>(row + first);
+            }
+            for (int i = 0; !kWide && i < 4; ++i) {
+                if (first + i < tokens) {
+                    units[read].value[i] = row[first + i];
+                }
+            }
+        }
+#pragma unroll
+        for (int read = 0; read < kReads; ++read) {
+            Unit<uint16_t, 4> four;
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                four.value[i] = level_of(units[read].value[i]);  // of 0 behind the end
+                sum += four.value[i];
+            }
+            if (start + read * 128 < stride) {
+                *reinterpret_cast<Unit<uint16_t, 4>*>(levels + start + read * 128) = four;
+            }
+        }
+    }
+    return warp_sum(sum);
+}
+
 // Survey::ahead of `token`; scores [V].
 template <bool kWide>
 BTP_DEVICE uint32_t tokens_ahead(const float* scores, int token, int tokens, int boundary)
@@ -111,10 +221,10 @@ constexpr int kSurveyWarps = 8;  // warps a block
 
 // One warp a token. Also sets to their start what the second launch counts in. With the registers that the bounds leave, all
 // reads of a turn are under way at once; without them the compiler saves registers and puts one behind the other.
-template <bool kWide, typename T>
+template <bool kWide, bool kByGain, typename T>
 __global__ void __launch_bounds__(32 * kSurveyWarps, 4)
-survey_tokens(const BtpSelect select, const float* __restrict__ scores,
-                              const T* __restrict__ similarity, const Survey survey)
+survey_tokens(const BtpSelect select, const float* __restrict__ scores, const T* __restrict__ similarity,
+              const int32_t* __restrict__ seeds, const Survey survey)
 {
     const size_t row = size_t{blockIdx.x} * kSurveyWarps + (threadIdx.x >> 5);
     const size_t tokens = static_cast<size_t>(select.tokens);
@@ -123,11 +233,19 @@ survey_tokens(const BtpSelect select, const float* __restrict__ scores,
     }
     const size_t batch = row / tokens;
     const int token = static_cast<int>(row % tokens);
-    const bool writes = (threadIdx.x & 31u) == 0;
-    if (starts_from_nothing(select)) {
+    const unsigned lane = threadIdx.x & 31u;
+    const bool writes = lane == 0;
+    if (kByGain) {
+        const uint32_t gain = write_levels<kWide>(similarity + row * tokens, select.tokens,
+                                                  survey.levels + row * survey.stride, static_cast<int>(survey.stride));
+        if (writes) {
+            survey.alone[row] = gain;
+        }
+    } else if (select.diversity_quota > 0
+               || (only_seeds(select) && __ballot_sync(kAllLanes, names_token(select, seeds, lane, 32)) == 0)) {
         const uint32_t nearest = nearest_other<kWide>(similarity + row * tokens, token, select.tokens);
         if (writes) {
-            survey.nearest[row] = nearest;
+            survey.alone[row] = nearest;
         }
     }
     if (uses_order(select)) {
@@ -140,8 +258,9 @@ survey_tokens(const BtpSelect select, const float* __restrict__ scores,
         }
     }
     if (writes) {
-        survey.base[row] = kNone;
+        survey.base[row] = kByGain ? 0u : kNone;
         if (token == 0) {
+            survey.drawn[batch] = 0;
             survey.finished[batch] = 0;
         }
         if (row == 0) {

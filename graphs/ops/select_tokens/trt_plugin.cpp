@@ -12,11 +12,21 @@ class SelectTokens : public Plugin<SelectTokens> {
 public:
     static constexpr const char* kName = "BtpSelectTokens";
 
-    static const std::vector<const char*>& names()
+    static const std::vector<Attribute>& attributes_of()
     {
-        static const std::vector<const char*> all{"keep", "attention_quota", "diversity_quota", "pool", "boundary"};
+        static const std::vector<Attribute> all{{"keep"},
+                                                {"attention_quota"},
+                                                {"diversity_quota"},
+                                                {"pool"},
+                                                {"boundary"},
+                                                {"diversity_rule", kDiversityRules, true},
+                                                {"weighted", nullptr, true},
+                                                {"inputs", nullptr, true, true}};
         return all;
     }
+
+    // enqueue() is not told how many inputs there are. Known since the engine was built, and in the engine.
+    void note_inputs(int32_t inputs) noexcept { set_value(kInputs, inputs); }
 
     explicit SelectTokens(std::vector<int32_t> values) : Plugin(std::move(values))
     {
@@ -88,7 +98,7 @@ public:
                     void* const* outputs, void* workspace, cudaStream_t stream) noexcept override
     {
         return guarded<int32_t>(-1, [&] {
-            const BtpSelect select = sizes(in, count_);
+            const BtpSelect select = sizes(in, values()[kInputs]);
             const size_t bytes = btp_select_tokens_workspace(&select);
             const int32_t status = btp_select_tokens(
                 &select, static_cast<const float*>(inputs[0]), select.similarity != BTP_NO_SIMILARITY ? inputs[1] : nullptr,
@@ -97,14 +107,6 @@ public:
             require_ok(status == BTP_OK ? "" : std::string(kName) + ": " + btp_error_string(status));
             return 0;
         });
-    }
-
-    // enqueue() is not told how many inputs there are; TensorRT always calls this one before it.
-    int32_t onShapeChange(const PluginTensorDesc* in, int32_t inputs, const PluginTensorDesc* out,
-                          int32_t outputs) noexcept override
-    {
-        count_ = inputs;
-        return Plugin::onShapeChange(in, inputs, out, outputs);
     }
 
     // The selection for these tensors; throws where they break the rules.
@@ -132,6 +134,8 @@ public:
     }
 
 private:
+    static constexpr size_t kInputs = 7;  // the place of "inputs"
+
     static void require_inputs(int32_t inputs)
     {
         if (inputs < 1 || inputs > 3) {
@@ -143,18 +147,12 @@ private:
     BtpSelect attributes(int32_t batch, int32_t tokens, int32_t inputs, int32_t similarity) const
     {
         const std::vector<int32_t>& v = values();
-        return BtpSelect{batch, tokens, v[0], v[1], v[2], v[3], v[4], 0, inputs > 1 ? similarity : BTP_NO_SIMILARITY};
+        const int32_t type = inputs > 1 ? similarity : BTP_NO_SIMILARITY;
+        return BtpSelect{batch, tokens, v[0], v[1], v[2], v[3], v[4], 0, type, v[5], v[6]};
     }
-
-    int32_t count_ = 0;
 };
 
+BTP_REGISTER_PLUGIN(SelectTokens);
+
 }  // namespace
-
-nvinfer1::IPluginCreatorV3One& select_tokens_creator()
-{
-    static Creator<SelectTokens> creator;
-    return creator;
-}
-
 }  // namespace btp

@@ -4,23 +4,24 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 from graphs.ops.common.trt_python import Dimension, Launcher, Shape, Tensor
-from graphs.ops.select_tokens.schema import NAME, check
+from graphs.ops.select_tokens.schema import COUNTS, COVERAGE, NAME, check
+from graphs.ops.select_tokens.schema import OPTIONS as DEFAULTS
 from graphs.records.errors import InputError
 
-COUNTS = ("keep", "attention_quota", "diversity_quota", "pool", "boundary")
 LARGE = 2**31 - 1  # stands for a number of tokens that is not known yet
 
 
 class SelectTokens:
-    """One selection; `values` in the order of ATTRIBUTES. Raises InputError for values that never fit."""
+    """One selection; `values` of ATTRIBUTES, then of OPTIONS. Raises InputError for values that never fit."""
 
     NAME: ClassVar[str] = NAME
-    ATTRIBUTES: ClassVar[tuple[str, ...]] = COUNTS
+    ATTRIBUTES: ClassVar[tuple[str, ...]] = tuple(COUNTS)
+    OPTIONS: ClassVar[dict[str, int | str]] = {name: default for name, (default, _) in DEFAULTS.items()}
     INPUT_TYPES: ClassVar[tuple[tuple[str, ...], ...]] = (("float32",), ("float32", "float16"), ("int32",))
 
-    def __init__(self, *values: int) -> None:
+    def __init__(self, *values: int | str) -> None:
         self.values = values
-        self._settings = dict(zip(COUNTS, values, strict=True))
+        self._settings = dict(zip((*self.ATTRIBUTES, *self.OPTIONS), values, strict=True))
         self._check(LARGE, similarity=True)
 
     def output_shape(self, inputs: Sequence[Shape]) -> list[Dimension]:
@@ -35,27 +36,37 @@ class SelectTokens:
             if None not in (got, wanted) and got != wanted:
                 raise InputError(f"{NAME}: a dimension of similarity is {got}", f"{wanted}", "export the graph again")
         self._check(LARGE if tokens is None else tokens, similarity=len(inputs) > 1)
-        return [Dimension(terms=((0, 0),)), Dimension(self._settings["keep"])]
+        return [Dimension(terms=((0, 0),)), Dimension(int(self._settings["keep"]))]
 
     def _check(self, tokens: int, *, similarity: bool) -> None:
-        keep, attention_quota, diversity_quota, pool, boundary = self.values
+        given = self._settings
         check(
             tokens,
-            keep=keep,
-            attention_quota=attention_quota,
-            diversity_quota=diversity_quota,
-            pool=pool,
-            boundary=boundary,
+            keep=int(given["keep"]),
+            attention_quota=int(given["attention_quota"]),
+            diversity_quota=int(given["diversity_quota"]),
+            pool=int(given["pool"]),
+            boundary=int(given["boundary"]),
             similarity=similarity,
+            diversity_rule=str(given["diversity_rule"]),
+            weighted=int(given["weighted"]),
         )
 
     def output_type(self, inputs: Sequence[str]) -> str:
         return "int32"
 
     def workspace(self, inputs: Sequence[Tensor]) -> int:
-        """What survey.cuh keeps: three numbers a token, two a batch row and one more, four bytes each."""
+        """What survey.cuh keeps: three numbers a token, three a batch row and one more, four bytes each.
+
+        For coverage also the similarity in 16 bits, its rows filled up to whole reads of 8.
+        """
         batch, tokens = inputs[0].shape
-        return 4 * (3 * batch * tokens + 2 * batch + 1)
+        covers = len(inputs) > 1 and self._settings["diversity_rule"] == COVERAGE
+        levels = batch * tokens * ((tokens + 7) // 8 * 8) if covers else 0
+        return 2 * levels + 4 * (3 * batch * tokens + 3 * batch + 1)
 
     def launch(self, kernels: Launcher, inputs: Sequence[Tensor], output: int, workspace: int, stream: int) -> None:
         kernels.select_tokens(inputs, output, workspace, stream=stream, **self._settings)
+
+
+OPERATOR = SelectTokens

@@ -10,14 +10,20 @@ from pathlib import Path
 
 import pytest
 
+from graphs import ops
+
 ROOT = Path(__file__).parents[3]
 OPS = ROOT / "graphs" / "ops"
 NATIVE = ROOT / "engines" / "native"
 TESTS = Path(__file__).parent
-OPERATORS = ("select_tokens", "gather_tokens")
 STRICT = ["-std=c++17", "-fPIC", "-Wall", "-Wextra", "-Werror"]
 ARCHITECTURES = ("80", "86", "87", "89", "90", "110", "120")  # as in CMakeLists.txt
 KEPT = ROOT / ".pytest_cache" / "d" / "native"
+
+
+def of_operators(file: str) -> list[Path]:
+    """That file of every operator that has it."""
+    return [folder / file for folder in ops.folders() if (folder / file).is_file()]
 
 
 def compiler() -> str:
@@ -80,7 +86,7 @@ def compiled(name: str, command: Sequence[str | Path], inputs: Sequence[Path]) -
 def emulated_objects() -> tuple[Path, ...]:
     """The kernels' own source, compiled for the CPU with tests/engines/native/simt.h."""
     flags = [*STRICT, "-O2", "-Wno-unknown-pragmas", "-DBTP_SIMT_EMULATION", f"-I{TESTS}", "-x", "c++", "-c"]
-    files = [*(OPS / name / "kernel.cu" for name in OPERATORS), OPS / "common" / "status.cpp"]
+    files = [*of_operators("kernel.cu"), OPS / "common" / "status.cpp"]
     return tuple(compiled(f"{path.parent.name}.o", [compiler(), *flags], [path]) for path in files)
 
 
@@ -90,18 +96,29 @@ def emulated_kernels() -> Path:
     return compiled("libbtp_kernels.so", [compiler(), *STRICT, "-shared"], emulated_objects())
 
 
+def ort_sources() -> list[Path]:
+    """What libbtp_ort is made of, beside the kernels."""
+    return [*of_operators("ort_op.cc"), *of_operators("cpu.cc"), NATIVE / "ort_library.cc"]
+
+
 @functools.cache
 def ort_library() -> Path:
     """libbtp_ort with CPU kernels."""
-    files = [OPS / "select_tokens" / "cpu.cc", *(OPS / name / "ort_op.cc" for name in OPERATORS)]
     flags = [*STRICT, "-O3", "-shared", "-fvisibility=hidden"]
-    return compiled("libbtp_ort.so", [compiler(), *flags], [*files, NATIVE / "ort_library.cc"])
+    return compiled("libbtp_ort.so", [compiler(), *flags], ort_sources())
+
+
+@functools.cache
+def ort_cuda_library() -> Path:
+    """libbtp_ort as it is built with nvcc, with the kernels running in the SIMT emulation."""
+    flags = [*STRICT, "-O1", "-shared", "-fvisibility=hidden", "-DBTP_WITH_CUDA"]
+    return compiled("libbtp_ort.so", [compiler(), *flags], [*ort_sources(), *emulated_objects()])
 
 
 def plugin(headers: Path, *, name: str = "trt_dynamic") -> Path:
     """A TensorRT plugin library compiled against these headers, with emulated kernels."""
     include = ["-isystem", headers, "-isystem", cuda_include()]
-    files = [*(OPS / name / "trt_plugin.cpp" for name in OPERATORS), OPS / "common" / "trt_common.cpp"]
+    files = [*of_operators("trt_plugin.cpp"), OPS / "common" / "trt_common.cpp"]
     flags = [compiler(), *STRICT, "-O1", "-shared", "-fvisibility=hidden", *include]
     return compiled(f"libbtp_{name}.so", flags, [*files, NATIVE / f"{name}.cpp", *emulated_objects()])
 

@@ -123,17 +123,20 @@ PluginTensorDesc desc(DataType type, const std::vector<int64_t>& dims)
     return result;
 }
 
-// Serialised fields recreate the same plugin: same attributes again, same shapes.
+// Serialised fields recreate the same plugin: same attributes again, same shapes. `rule`: what diversity_rule must be.
 void round_trip(IPluginCreatorV3One& creator, IPluginV3& plugin, const Given& given,
-                const std::vector<std::vector<int64_t>>& inputs)
+                const std::vector<std::vector<int64_t>>& inputs, const std::string& rule = "")
 {
     const PluginFieldCollection* const fields = runtime(plugin).getFieldsToSerialize();
-    check(fields->nbFields == static_cast<int32_t>(given.size()), "every attribute is serialised once");
+    check(fields->nbFields == static_cast<int32_t>(given.size()) + (rule.empty() ? 0 : 1), "attributes are serialised once");
     for (int32_t i = 0; i < fields->nbFields; ++i) {
-        const auto found = given.find(fields->fields[i].name);
-        check(found != given.end() && fields->fields[i].type == PluginFieldType::kINT32 && fields->fields[i].length == 1
-                  && *static_cast<const int32_t*>(fields->fields[i].data) == found->second,
-              std::string("serialised attribute ") + fields->fields[i].name);
+        const PluginField& field = fields->fields[i];
+        const auto found = given.find(field.name);
+        const bool text = found == given.end() && field.type == PluginFieldType::kCHAR
+                          && rule == std::string(static_cast<const char*>(field.data), static_cast<size_t>(field.length));
+        check(text || (found != given.end() && field.type == PluginFieldType::kINT32 && field.length == 1
+                       && *static_cast<const int32_t*>(field.data) == found->second),
+              std::string("serialised attribute ") + field.name);
     }
     const std::unique_ptr<IPluginV3> again(creator.createPlugin("node", fields, TensorRTPhase::kRUNTIME));
     const std::unique_ptr<IPluginV3> copy(plugin.clone());
@@ -144,6 +147,31 @@ void round_trip(IPluginCreatorV3One& creator, IPluginV3& plugin, const Given& gi
     auto& core = *static_cast<IPluginV3OneCore*>(plugin.getCapabilityInterface(PluginCapabilityType::kCORE));
     check(std::string(core.getPluginName()) == creator.getPluginName() && std::string(core.getPluginVersion()) == "1"
               && std::string(core.getPluginNamespace()).empty(), "name, version and namespace");
+}
+
+// The attributes that may be missing.
+void check_rule(IPluginCreatorV3One& creator, const std::vector<std::vector<int64_t>>& full)
+{
+    Given given = kSelect;
+    given["weighted"] = 1;
+    const auto with = [&given](const char* text, int32_t length) {
+        Attributes attributes(given);
+        attributes.fields.emplace_back("diversity_rule", text, PluginFieldType::kCHAR, length);
+        return attributes;
+    };
+    const std::unique_ptr<IPluginV3> plugin(create(creator, with("coverage", 8)));
+    check(plugin != nullptr, "a plugin with coverage: " + messages.text());
+    Given serialized = given;
+    serialized["inputs"] = 0;
+    round_trip(creator, *plugin, serialized, full, "coverage");
+    const std::unique_ptr<IPluginV3> ended(create(creator, with("farthest", 9)));
+    check(ended != nullptr, "a zero at the end of a text is none of it: " + messages.text());
+    refused(creator, with("cover", 5), "diversity_rule is \"cover\", wanted \"farthest\" or \"coverage\"");
+    given["weighted"] = 2;
+    refused(creator, with("coverage", 8), "weighted is 2, wanted 0 or 1");
+    given["weighted"] = 1;
+    given["diversity_rule"] = 1;
+    refused(creator, Attributes(given), "attribute diversity_rule is INT32, wanted one STRING");
 }
 
 void check_select(IPluginCreatorV3One& creator)
@@ -200,7 +228,11 @@ void check_select(IPluginCreatorV3One& creator)
     check(runtime(*plugin).onShapeChange(narrow.data(), 2, &out, 1) != 0, "keep above V is refused at run time too");
     DataType type = D::kFLOAT;
     check(build(*plugin).getOutputDataTypes(&type, 1, nullptr, 2) == 0 && type == D::kINT32, "indices are int32");
-    round_trip(creator, *plugin, kSelect, full);
+    Given serialized = kSelect;
+    serialized["weighted"] = 0;
+    serialized["inputs"] = 2;  // onShapeChange() was told
+    round_trip(creator, *plugin, serialized, full, "farthest");
+    check_rule(creator, full);
 }
 
 void check_gather(IPluginCreatorV3One& creator)
@@ -235,6 +267,30 @@ void check_gather(IPluginCreatorV3One& creator)
 
 // --- enqueue(), where the library's kernels run on the CPU -------------------------------------------------------------
 
+// A plugin made from what an engine holds knows how many inputs it has before anybody tells it.
+void run_from_engine(IPluginCreatorV3One& creator, const std::vector<PluginTensorDesc>& in, const PluginTensorDesc& out,
+                     const void* const* inputs, void* const* outputs, int32_t* indices)
+{
+    std::vector<DynamicPluginTensorDesc> built(3);
+    for (size_t i = 0; i < 2; ++i) {
+        built[i].desc = in[i];
+        built[i].min = built[i].opt = built[i].max = in[i].dims;
+    }
+    built[2].desc = out;
+    built[2].max = out.dims;
+    const std::unique_ptr<IPluginV3> plugin(create(creator, Attributes(kSelect)));
+    check(build(*plugin).configurePlugin(built.data(), 2, &built[2], 1) == 0, "the plugin is configured");
+    const std::unique_ptr<IPluginV3> clone(plugin->clone());
+    const std::unique_ptr<IPluginV3> loaded(
+        creator.createPlugin("node", runtime(*clone).getFieldsToSerialize(), TensorRTPhase::kRUNTIME));
+    alignas(16) uint32_t workspace[64];
+    indices[0] = -1;
+    messages.forget();
+    check(runtime(*loaded).enqueue(in.data(), &out, inputs, outputs, workspace, nullptr) == 0,
+          "enqueue of a plugin from an engine: " + messages.text());
+    check(indices[0] == 1 && indices[1] == 2 && indices[2] == 4, "it selects the same");
+}
+
 void run_select(IPluginCreatorV3One& creator)
 {
     const std::unique_ptr<IPluginV3> plugin(create(creator, Attributes(kSelect)));
@@ -254,12 +310,13 @@ void run_select(IPluginCreatorV3One& creator)
     const std::vector<PluginTensorDesc> in{desc(DataType::kFLOAT, {1, 5}), desc(DataType::kFLOAT, {1, 5, 5})};
     const PluginTensorDesc out = desc(DataType::kINT32, {1, 3});
     int32_t indices[3] = {-1, -1, -1};
-    uint32_t workspace[64];
+    alignas(16) uint32_t workspace[64];
     const void* const inputs[] = {scores, similarity};
     void* const outputs[] = {indices};
     check(runtime(*plugin).onShapeChange(in.data(), 2, &out, 1) == 0, "shapes are taken");
     check(runtime(*plugin).enqueue(in.data(), &out, inputs, outputs, workspace, nullptr) == 0, "enqueue runs");
     check(indices[0] == 1 && indices[1] == 2 && indices[2] == 4, "the selection is 1 (score), 4 (diverse), 2 (fill)");
+    run_from_engine(creator, in, out, inputs, outputs, indices);
 }
 
 void run_gather(IPluginCreatorV3One& creator)
@@ -311,7 +368,7 @@ int main(int count, char** arguments)
         named[creator->getPluginName()] = creator;
     }
     check(number == 2 && named.count("BtpSelectTokens") == 1 && named.count("BtpGatherTokens") == 1, "two creators");
-    check(named["BtpSelectTokens"]->getFieldNames()->nbFields == 5, "fields of BtpSelectTokens");
+    check(named["BtpSelectTokens"]->getFieldNames()->nbFields == 7, "fields of BtpSelectTokens");
     check(named["BtpGatherTokens"]->getFieldNames()->nbFields == 2, "fields of BtpGatherTokens");
     check_select(*named["BtpSelectTokens"]);
     check_gather(*named["BtpGatherTokens"]);

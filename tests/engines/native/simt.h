@@ -1,12 +1,15 @@
-// Test only: runs the CUDA kernels' own source on a CPU, one block after the other, each thread a fiber (ucontext).
+// Test only: runs the CUDA kernels' own source on a CPU, each thread a fiber (ucontext).
 //
 // Served: threadIdx, blockIdx, blockDim, __syncthreads, warp shuffles, ballot and redux with all lanes, dynamic shared
 // memory, atomics. What it shows is the kernels' logic; it says nothing about their speed and cannot see everything that
 // a GPU's memory model allows. To bring missing barriers to light, threads run in another order every time a barrier opens
 // (seeded), shared memory starts full of noise, and a block whose threads wait at different places ends the program with
-// a message. Blocks run in another order every launch: one that waits for a block that comes later hangs for ever.
+// a message. Blocks start in another order every launch, one to three of them at a time (the device has room for no more), and
+// go on by turns at their own paces; so a block that waits for one that starts later waits for ever, unless it gives up:
+// __trap() ends the launch, and cudaGetLastError() tells once.
 #pragma once
 
+#include <math.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -19,6 +22,7 @@
 #include <numeric>
 #include <random>
 #include <string>
+#include <utility>
 #include <vector>
 
 #define __global__ static
@@ -39,7 +43,8 @@ using cudaError_t = int;
 using cudaStream_t = struct simt_stream*;
 constexpr cudaError_t cudaSuccess = 0;
 constexpr int cudaFuncAttributeMaxDynamicSharedMemorySize = 8;
-inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+constexpr cudaError_t cudaErrorLaunchFailure = 719;
+cudaError_t cudaGetLastError();
 inline const char* cudaGetErrorString(cudaError_t) { return "error of the emulated device"; }
 template <typename Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel, int, int) { return cudaSuccess; }
@@ -55,9 +60,12 @@ struct Meeting {  // of a warp's 32 lanes or of a block: values are kept for two
     uint64_t values[2][32] = {};
 };
 
+struct Block;
+
 struct Fiber {
     ucontext_t context{};
     std::unique_ptr<char[]> stack;
+    Block* block = nullptr;
     dim3 thread;
     unsigned lane = 0;
     Meeting* warp = nullptr;
@@ -67,16 +75,28 @@ struct Fiber {
     bool done = false;
 };
 
-struct Device {
-    dim3 grid, block, block_index;
+// A block that has started: it has room on the device until its last thread is done.
+struct Block {
+    dim3 index;
     std::vector<unsigned char> shared;
-    std::vector<Fiber> fibers;
+    std::vector<std::unique_ptr<Fiber>> fibers;
+    std::vector<Fiber*> running;
     std::vector<std::unique_ptr<Meeting>> warps;
     Meeting all;
+    bool any = false;  // of __syncthreads_or
+};
+
+struct Device {
+    dim3 grid, block;
+    std::vector<std::unique_ptr<Block>> rooms;  // kept between launches, for their stacks
     Fiber* current = nullptr;
     ucontext_t scheduler{};
     std::function<void()> body;
     std::mt19937 random{20};
+    bool trapped = false;
+    cudaError_t error = cudaSuccess;
+
+    void leave() { swapcontext(&current->context, &scheduler); }
 
     void arrive(Meeting& meeting)
     {
@@ -87,7 +107,7 @@ struct Device {
             meeting.arrived = 0;
             ++meeting.turns;
         }
-        swapcontext(&self.context, &scheduler);
+        leave();
         self.waits_for = nullptr;
     }
 
@@ -119,39 +139,16 @@ inline void enter()
     Device& d = device();
     d.body();
     d.current->done = true;
-    swapcontext(&d.current->context, &d.scheduler);
+    d.leave();
 }
 
-// Runs the block's fibers until all are done, in a new order after every pass.
-inline void schedule(Device& d)
+inline void start(Block& block, Fiber& fiber, unsigned index)
 {
-    std::vector<Fiber*> order;
-    for (Fiber& fiber : d.fibers) {
-        order.push_back(&fiber);
-    }
-    while (!order.empty()) {
-        std::shuffle(order.begin(), order.end(), d.random);
-        bool moved = false;
-        for (Fiber* fiber : order) {
-            if (fiber->waits_for != nullptr && fiber->waits_for->turns < fiber->waits_until) {
-                continue;
-            }
-            moved = true;
-            d.current = fiber;
-            swapcontext(&d.scheduler, &fiber->context);
-        }
-        order.erase(std::remove_if(order.begin(), order.end(), [](Fiber* f) { return f->done; }), order.end());
-        if (!moved) {
-            fail("the threads of a block wait at different places");
-        }
-    }
-}
-
-inline void start(Device& d, Fiber& fiber, unsigned index)
-{
-    fiber.thread = dim3(index % d.block.x, index / d.block.x % d.block.y, index / (d.block.x * d.block.y));
+    const dim3 size = device().block;
+    fiber.block = &block;
+    fiber.thread = dim3(index % size.x, index / size.x % size.y, index / (size.x * size.y));
     fiber.lane = index % 32;
-    fiber.warp = d.warps[index / 32].get();
+    fiber.warp = block.warps[index / 32].get();
     fiber.turn = 0;
     fiber.done = false;
     fiber.waits_for = nullptr;
@@ -165,38 +162,92 @@ inline void start(Device& d, Fiber& fiber, unsigned index)
     makecontext(&fiber.context, enter, 0);
 }
 
+inline void start(Block& block, unsigned number, size_t shared)
+{
+    Device& d = device();
+    const unsigned threads = d.block.x * d.block.y * d.block.z;
+    block.index = dim3(number % d.grid.x, number / d.grid.x % d.grid.y, number / (d.grid.x * d.grid.y));
+    block.shared.resize(shared);
+    for (unsigned char& byte : block.shared) {
+        byte = static_cast<unsigned char>(d.random());
+    }
+    block.all = Meeting{};
+    block.any = false;
+    block.all.size = threads;
+    block.warps.clear();
+    for (unsigned warp = 0; warp < threads / 32; ++warp) {
+        block.warps.push_back(std::make_unique<Meeting>());
+        block.warps.back()->size = 32;
+    }
+    block.running.clear();
+    for (unsigned thread = 0; thread < threads; ++thread) {
+        if (block.fibers.size() == thread) {
+            block.fibers.push_back(std::make_unique<Fiber>());
+        }
+        start(block, *block.fibers[thread], thread);
+        block.running.push_back(block.fibers[thread].get());
+    }
+}
+
+// Lets every thread of the block that waits for nobody go on to its next barrier, in a new order.
+inline void pass(Block& block)
+{
+    Device& d = device();
+    std::shuffle(block.running.begin(), block.running.end(), d.random);
+    bool moved = false;
+    for (Fiber* fiber : block.running) {
+        if (fiber->waits_for != nullptr && fiber->waits_for->turns < fiber->waits_until) {
+            continue;
+        }
+        moved = true;
+        d.current = fiber;
+        swapcontext(&d.scheduler, &fiber->context);
+        if (d.trapped) {
+            return;
+        }
+    }
+    auto& running = block.running;
+    running.erase(std::remove_if(running.begin(), running.end(), [](Fiber* f) { return f->done; }), running.end());
+    if (!moved) {
+        fail("the threads of a block wait at different places");
+    }
+}
+
 inline void launch(dim3 grid, dim3 block, size_t shared, std::function<void()> body)
 {
     Device& d = device();
-    const unsigned threads = block.x * block.y * block.z;
-    if (threads % 32 != 0) {
+    if (block.x * block.y * block.z % 32 != 0) {
         fail("a block must be whole warps");
     }
     d.grid = grid;
     d.block = block;
     d.body = std::move(body);
-    d.fibers.resize(threads);
     std::vector<unsigned> order(grid.x * grid.y * grid.z);
     std::iota(order.begin(), order.end(), 0u);
     std::shuffle(order.begin(), order.end(), d.random);
-    for (const unsigned index : order) {
-        d.block_index = dim3(index % grid.x, index / grid.x % grid.y, index / (grid.x * grid.y));
-        d.shared.resize(shared);
-        for (unsigned char& byte : d.shared) {
-            byte = static_cast<unsigned char>(d.random());
-        }
-        d.all = Meeting{};
-        d.all.size = threads;
-        d.warps.clear();
-        for (unsigned warp = 0; warp < threads / 32; ++warp) {
-            d.warps.push_back(std::make_unique<Meeting>());
-            d.warps.back()->size = 32;
-        }
-        for (unsigned thread = 0; thread < threads; ++thread) {
-            start(d, d.fibers[thread], thread);
-        }
-        schedule(d);
+    const size_t room = 1 + d.random() % 3;
+    while (d.rooms.size() < room) {
+        d.rooms.push_back(std::make_unique<Block>());
     }
+    size_t started = 0;
+    for (bool running = true; running && !d.trapped;) {
+        running = false;
+        for (size_t place = 0; place < room && !d.trapped; ++place) {
+            Block& own = *d.rooms[place];
+            if (own.running.empty() && started < order.size()) {
+                start(own, order[started++], shared);
+            }
+            running = running || !own.running.empty();
+            if (!own.running.empty() && d.random() % 4 != 0) {
+                pass(own);
+            }
+        }
+    }
+    for (auto& own : d.rooms) {
+        own->running.clear();
+    }
+    d.error = d.trapped ? cudaErrorLaunchFailure : d.error;
+    d.trapped = false;
 }
 
 inline void whole_warp(uint32_t mask)
@@ -209,13 +260,40 @@ inline void whole_warp(uint32_t mask)
 }  // namespace simt
 
 #define threadIdx (simt::device().current->thread)
-#define blockIdx (simt::device().block_index)
+#define blockIdx (simt::device().current->block->index)
+#define gridDim (simt::device().grid)
 #define blockDim (simt::device().block)
 #define BTP_LAUNCH(kernel, grid, block, shared, stream, ...) \
     ((void)(stream), simt::launch((grid), (block), (shared), [=] { kernel(__VA_ARGS__); }))
-#define BTP_DYNAMIC_SHARED(name) unsigned char* const name = simt::device().shared.data()
+#define BTP_DYNAMIC_SHARED(name) unsigned char* const name = simt::shared_memory()
 
-inline void __syncthreads() { simt::device().arrive(simt::device().all); }
+namespace simt {
+inline unsigned char* shared_memory() { return device().current->block->shared.data(); }
+}  // namespace simt
+
+inline cudaError_t cudaGetLastError() { return std::exchange(simt::device().error, cudaSuccess); }
+
+inline void __syncthreads() { simt::device().arrive(simt::device().current->block->all); }
+
+inline int __syncthreads_or(int flag)
+{
+    simt::Block& block = *simt::device().current->block;
+    block.any = block.any || flag != 0;
+    __syncthreads();
+    const bool any = block.any;
+    __syncthreads();
+    block.any = false;
+    return any;
+}
+
+// Lets the other threads go on.
+inline void __nanosleep(unsigned) { simt::device().leave(); }
+
+inline void __trap()
+{
+    simt::device().trapped = true;
+    simt::device().leave();
+}
 
 template <typename T>
 T __shfl_sync(uint32_t mask, T value, int lane)
@@ -265,59 +343,4 @@ inline uint32_t __reduce_add_sync(uint32_t mask, uint32_t value)
     return static_cast<uint32_t>(std::accumulate(values, values + 32, uint64_t{0}));
 }
 
-inline int __ffs(int bits) { return __builtin_ffs(bits); }
-inline int __popc(uint32_t bits) { return __builtin_popcount(bits); }
-
-inline uint32_t __float_as_uint(float x)
-{
-    uint32_t bits;
-    memcpy(&bits, &x, sizeof bits);
-    return bits;
-}
-
-inline float __fadd_rn(float a, float b) { return a + b; }
-inline float __fsub_rn(float a, float b) { return a - b; }
-
-inline uint32_t atomicMin(uint32_t* address, uint32_t value)
-{
-    const uint32_t old = *address;
-    *address = std::min(old, value);
-    return old;
-}
-
-inline uint32_t atomicAdd(uint32_t* address, uint32_t value)
-{
-    const uint32_t old = *address;
-    *address = old + value;
-    return old;
-}
-
-inline uint32_t atomicOr(uint32_t* address, uint32_t value)
-{
-    const uint32_t old = *address;
-    *address = old | value;
-    return old;
-}
-
-inline uint32_t __ldcg(const uint32_t* address) { return *address; }
-inline void __threadfence() {}
-
-struct __half {
-    uint16_t bits;
-};
-
-// Exact: every float16 is a float32.
-inline float __half2float(__half x)
-{
-    const uint32_t sign = (x.bits & 0x8000u) << 16;
-    const uint32_t exponent = (x.bits >> 10) & 31u;
-    const uint32_t fraction = x.bits & 0x3ffu;
-    if (exponent == 0) {
-        const float value = static_cast<float>(fraction) / 16777216.0f;
-        return sign != 0 ? -value : value;
-    }
-    const uint32_t bits = sign | (exponent == 31 ? 0x7f800000u : (exponent + 112) << 23) | fraction << 13;
-    float value;
-    memcpy(&value, &bits, sizeof value);
-    return value;
-}
+#include "simt_math.h"

@@ -79,8 +79,9 @@ def test_what_cannot_be_loaded_here_is_described_by_its_file(tmp_path: Path) -> 
     """btp_trt registers plugins when it is loaded; the text that its kernels carry says enough."""
     library = tmp_path / "libbtp_trt.so"
     source = tmp_path / "library.cpp"
-    for text, architectures in (("1 for 80,87-real,90", ("80", "87", "90")), ("1 for ", ())):
-        source.write_text(f'extern "C" const char text[] = "btp-kernels {text};";')
+    for text, architectures in (("80,87-real,90", ("80", "87", "90")), ("", ())):
+        description = f"btp-kernels {libraries.VERSION} for {text}"
+        source.write_text(f'extern "C" const char text[] = "{description};";')
         builds.run([builds.compiler(), "-shared", "-fPIC", source, "-o", library])
         assert inspect("btp_trt", library) == NativeLibrary("btp_trt", library, architectures)
     for text, message in (

@@ -5,7 +5,9 @@ import numpy as np
 import pytest
 import torch
 
-from graphs.building.decoder_graphs import build_decoder_graphs
+from graphs.building.decoder_graphs import build_decoder_graphs, stream_inputs
+from graphs.building.graph_builder import BuiltGraph, GraphBuilder
+from graphs.building.selection import add_selection, embed_bodies
 from graphs.ops import gather_tokens, select_tokens
 from graphs.pruning.spatial_set import stage_seeds
 from graphs.pruning.torch_scores import cosine_similarity, importance_scores
@@ -143,3 +145,73 @@ def test_operator_nodes_carry_the_contract(models):
     assert attributes[1:] == [{"start": PREFIX, "count": 16, **plugin}] * 3
     assert model.graph.opset_imports == {"": 23, "btp": 1}
     assert {name for _, name, _ in model.functions} == {"BtpSelectTokens", "BtpGatherTokens"}
+
+
+# The rules of stages: one stage alone, and two stages of one graph.
+
+BEFORE = Stage(layer=0, keep=9, attention_quota=2, pool=4, boundary=8, diversity_quota=3, seeds=2)
+MIDDLE = Stage(layer=3, keep=5, diversity_quota=2)
+FARTHEST, UNIFORM = {}, {"diversity": "coverage"}
+WEIGHTED = {"diversity": "coverage", "weights": "scores"}
+
+
+def chained(sample, plan, *, opset, batch=2) -> BuiltGraph:
+    """One graph of all stages of a plan; outputs indices_<j>."""
+    profile = sample.profile(batch)
+    b = GraphBuilder("stages", opset=opset)
+    stream = stream_inputs(b, sample.spec, profile, plan.image_tokens)
+    for number in range(len(plan.stages)):
+        selection = add_selection(b, plan, number, profile, stream, query=None, key=None)
+        stream = selection.stream
+        b.output(selection.indices, f"indices_{number}")
+    for name in ("hidden", "cos", "sin", "last"):
+        b.output(getattr(stream, name), f"{name}_out")
+    embed_bodies(b)
+    return b.build()
+
+
+def ruled(sample, rules):
+    """BEFORE and MIDDLE with those rules, scored by lot."""
+    stages = [stage.model_copy(update=rule) for stage, rule in zip((BEFORE, MIDDLE), rules, strict=False)]
+    return sample.plan(*stages, importance="random")
+
+
+@pytest.mark.parametrize("opset", [18, 23])
+@pytest.mark.parametrize(
+    ("rules", "bodies"),
+    [
+        ([UNIFORM], "exact"),
+        ([WEIGHTED], "exact"),
+        ([UNIFORM, WEIGHTED], "both"),
+        ([WEIGHTED, FARTHEST], "both"),
+        ([FARTHEST, FARTHEST], "farthest"),
+    ],
+)
+def test_every_stage_picks_by_its_own_rule(rules, bodies, opset, models, tmp_path):
+    sample = sample_model("mistral-gqa", models)
+    plan, distant = ruled(sample, rules), ruled(sample, [FARTHEST] * len(rules))
+    graph = chained(sample, plan, opset=opset)
+    inputs = stage_inputs(sample, plan, 0, 2)
+    run = Runner(write_graphs([graph], sample.checkpoint, tmp_path))
+    got = run("stages", **{name: inputs[name] for name in ("hidden", "cos", "sin", "last")})
+    by_distance = reference(distant, 0, inputs)[1].tolist()
+    for number in range(len(rules)):
+        indices = reference(plan, number, inputs)[1]
+        np.testing.assert_array_equal(got[f"indices_{number}"], indices)
+        count = plan.tokens_before(number)
+        inputs["hidden"] = gather_tokens.reference(inputs["hidden"], indices, start=PREFIX, count=count)
+    if rules[0] != FARTHEST:
+        assert got["indices_0"].tolist() != by_distance, "this input does not tell the rules apart"
+    body = next(body for (_, name, _), body in graph.model.functions.items() if name == "BtpSelectTokens")
+    strings = [node for node in body.all_nodes() if node.op_type == "Unique"]
+    assert bool(strings) == (bodies == "both")
+    assert ("OptionalHasElement" in {node.op_type for node in body.all_nodes()}) == (bodies != "exact")
+
+
+def test_nodes_carry_a_rule_that_is_not_the_default(models):
+    sample = sample_model("mistral-gqa", models)
+    graph = chained(sample, ruled(sample, [WEIGHTED, FARTHEST]), opset=23)
+    nodes = [node for node in graph.model.graph if node.op_type == "BtpSelectTokens"]
+    rules = [{name: node.attributes[name].value for name in ("diversity_rule", "weighted") if name in node.attributes}
+             for node in nodes]  # fmt: skip
+    assert rules == [{"diversity_rule": "coverage", "weighted": 1}, {}]

@@ -30,7 +30,7 @@ class Emulated:
 
     def select(self, inputs: dict[str, Array], attributes: dict[str, int]) -> Array:
         tensors = [_tensor(np.ascontiguousarray(array)) for array in inputs.values()]
-        workspace = np.full(self.kernels.workspace(tensors, **attributes) + 8, 0xA5, np.uint8)
+        workspace = np.full(self.kernels.workspace("select_tokens", tensors, **attributes) + 8, 0xA5, np.uint8)
         output = np.full((inputs["scores"].shape[0], attributes["keep"]), -7, np.int32)
         self.kernels.select_tokens(tensors, output.ctypes.data, workspace.ctypes.data, stream=0, **attributes)
         assert (workspace[-8:] == 0xA5).all(), "the kernel wrote behind its workspace"

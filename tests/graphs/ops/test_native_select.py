@@ -32,21 +32,33 @@ def test_equals_the_reference(case: Case, name: str) -> None:
 SPECIAL = np.float32([0.0, -0.0, 1.0, -1.0, 0.5, np.inf, -np.inf, np.nan, 1e-8, 3e38])
 
 
+RULES: list[dict[str, Any]] = [
+    {},
+    {"diversity_rule": "farthest", "weighted": 1},
+    {"diversity_rule": "coverage"},
+    {"diversity_rule": "coverage", "weighted": 1},
+]
+
+
+SMALL = st.integers(1, 70)
+
+
 @st.composite
-def selections(draw: Any) -> Case:
+def selections(draw: Any, tokens: st.SearchStrategy[int] = SMALL) -> Case:
     """Any legal call: sizes, quotas beyond keep, ties, NaN and infinities, asymmetric similarity, repeated seeds."""
-    tokens, batch = draw(st.integers(1, 70)), draw(st.integers(1, 3))
+    size, batch = draw(tokens), draw(st.integers(1, 3))
     random = np.random.default_rng(draw(st.integers(0, 2**32)))
-    quota = st.integers(0, tokens)
+    quota = st.integers(0, size)
     attributes = {
-        "keep": draw(st.integers(1, tokens)),
+        "keep": draw(st.integers(1, size)),
         "attention_quota": draw(quota),
         "diversity_quota": draw(quota),
-        "boundary": draw(st.integers(0, tokens + 2)),
+        "boundary": draw(st.integers(0, size + 2)),
     }
-    attributes["pool"] = draw(st.integers(attributes["attention_quota"], tokens + 3))
+    attributes["pool"] = draw(st.integers(attributes["attention_quota"], size + 3))
+    attributes |= draw(st.sampled_from(RULES))
     kind = draw(st.sampled_from(["smooth", "ties", "special"]))
-    shape = (batch, tokens, tokens)
+    shape = (batch, size, size)
     if kind == "smooth":
         scores, similarity = random.standard_normal(shape[:2]), np.tanh(random.standard_normal(shape))
     elif kind == "ties":
@@ -58,9 +70,7 @@ def selections(draw: Any) -> Case:
         return Case("drawn", scores.astype(np.float32), None, None, attributes)
     with np.errstate(over="ignore"):
         similarity = similarity.astype(draw(st.sampled_from([np.float32, np.float16])))
-    seeds = (
-        random.integers(0, tokens, draw(st.integers(0, 2 * tokens))).astype(np.int32) if draw(st.booleans()) else None
-    )
+    seeds = random.integers(0, size, draw(st.integers(0, 2 * size))).astype(np.int32) if draw(st.booleans()) else None
     return Case("drawn", scores.astype(np.float32), similarity, seeds, attributes)
 
 
@@ -85,6 +95,45 @@ def test_every_form_of_the_kernel(tokens: int, name: str) -> None:
     np.testing.assert_array_equal(backend(name).select(case.inputs, case.attributes), expected(case))
 
 
+@pytest.mark.parametrize(("tokens", "name"), [(1025, "cuda-kernel-emulated"), (4100, BACKENDS[1]), (8192, BACKENDS[1])])
+def test_coverage_of_many_tokens(tokens: int, name: str) -> None:
+    """Smooth similarities in the first half of the tokens; ties, negative ones and weights of 0 in the second."""
+    random = np.random.default_rng(tokens)
+    features = random.standard_normal((1, tokens, 8)).astype(np.float32)
+    features[:, tokens // 2 :] = random.integers(-1, 2, (1, tokens - tokens // 2, 8))
+    features /= np.linalg.norm(features, axis=-1, keepdims=True) + np.float32(1e-9)
+    scores = random.integers(-2, 9, (1, tokens)).astype(np.float32)
+    counts = {"keep": 40, "attention_quota": 6, "diversity_quota": 12, "pool": 60, "boundary": tokens // 2}
+    attributes = counts | {"diversity_rule": "coverage", "weighted": 1}
+    case = Case("large", scores, features @ features.transpose(0, 2, 1), np.arange(3, dtype=np.int32), attributes)
+    np.testing.assert_array_equal(backend(name).select(case.inputs, case.attributes), expected(case))
+
+
+@settings(max_examples=3, deadline=None)
+@given(case=selections(tokens=st.integers(1000, 3000)))
+def test_the_custom_op_on_large_drawn_calls(case: Case) -> None:
+    np.testing.assert_array_equal(backend("ort-custom-op").select(case.inputs, case.attributes), expected(case))
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_runs_at_the_same_time_do_not_disturb_each_other(threads: int) -> None:
+    """One session, called from four threads, with one and with two threads of its own."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    import onnxruntime as ort
+
+    chosen = {case.name: case for case in CASES}["coverage-576-127"]
+    model = one_node("BtpSelectTokens", chosen.inputs, chosen.attributes, np.dtype(np.int32), 2)
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.register_custom_ops_library(str(backend("ort-custom-op").library))  # type: ignore[attr-defined]
+    session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    wanted = expected(chosen)
+    with ThreadPoolExecutor(4) as pool:
+        for got in pool.map(lambda _: session.run(None, chosen.inputs)[0], range(24)):
+            np.testing.assert_array_equal(got, wanted)
+
+
 COUNTS = {"keep": 4, "attention_quota": 2, "diversity_quota": 1, "pool": 3, "boundary": 4}
 SCORES, SIMILARITY = np.zeros((1, 6), np.float32), np.eye(6, dtype=np.float32)[None]
 WRONG = [
@@ -94,12 +143,13 @@ WRONG = [
     ({"diversity_quota": -1}, "diversity_quota is -1"),
     ({"pool": 1}, "pool is 1, wanted at least attention_quota = 2"),
     ({"boundary": -1}, "boundary is -1"),
+    ({"weighted": 2}, "weighted is 2, wanted 0 or 1"),
 ]
 
 
 @pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize(("change", "message"), WRONG, ids=lambda value: "-".join(value) if value else "")
-def test_refuses_settings_that_do_not_fit(name: str, change: dict[str, int], message: str) -> None:
+def test_refuses_settings_that_do_not_fit(name: str, change: dict[str, Any], message: str) -> None:
     inputs = {"scores": SCORES, "similarity": SIMILARITY}
     with pytest.raises((InputError, RuntimeError), match=message):
         backend(name).select(inputs, COUNTS | change)
@@ -117,6 +167,8 @@ def test_the_custom_op_refuses_wrong_shapes_and_seeds() -> None:
         ort.select({"scores": SCORES, "similarity": SIMILARITY[:, :5, :5].copy()}, COUNTS)
     with pytest.raises(RuntimeError, match="seed 6 is outside 0 to 5"):
         ort.select({"scores": SCORES, "similarity": SIMILARITY, "seeds": np.int32([1, 6])}, COUNTS)
+    with pytest.raises(Exception, match='diversity_rule is "nearest", wanted "farthest" or "coverage"'):
+        ort.select({"scores": SCORES, "similarity": SIMILARITY}, COUNTS | {"diversity_rule": "nearest"})
     with pytest.raises(RuntimeError, match="there are seeds"):
         ort.select({"scores": SCORES, "seeds": np.int32([1])}, COUNTS | {"diversity_quota": 0})
 

@@ -109,6 +109,13 @@ def test_custom_nodes_need_their_string_attributes() -> None:
     assert [f.node for f in found(model)] == ["select", "select"]
 
 
+def test_a_plugin_takes_the_types_that_its_folder_names() -> None:
+    model = selecting()
+    model.graph.input[0].type.tensor_type.elem_type = TensorProto.FLOAT16
+    finding = only(found(model))
+    assert finding.got == "BtpSelectTokens of float16 (x)" and finding.wanted == "float32"
+
+
 def test_a_body_beside_a_plugin() -> None:
     """Up to 10.6 the body would win in silence; later the node is marked for the plugin."""
     body = ops.select_tokens.body(18, similarity=False, seeds=False)
@@ -119,10 +126,10 @@ def test_a_body_beside_a_plugin() -> None:
 
 
 def test_the_inside_of_a_body_is_checked() -> None:
-    """The generic body asks for its inputs with OptionalHasElement."""
+    """The generic body asks for its inputs with OptionalHasElement, and compares the name of its rule with Unique."""
     generic = next(body for body in ops.functions(18) if body.name == "BtpSelectTokens")
     findings = found(selecting(functions=[generic]), "10.16", plugins=False)
-    assert {f.got for f in findings} == {"the operator OptionalHasElement"}
+    assert {f.got for f in findings} == {"the operator OptionalHasElement", "the operator Unique"}
 
 
 def test_a_body_that_keeps_too_many_tokens_for_topk() -> None:

@@ -13,13 +13,23 @@ import onnx
 import onnx_ir as ir
 import onnxruntime
 import pytest
+import torch
 from safetensors import safe_open
 
-from engines.tensorrt.prepare.prepared_graphs import Choices, PreparedGraph, prepare, suited_opset, without_pruning
+from engines.tensorrt.prepare.prepared_graphs import (
+    Choices,
+    PreparedGraph,
+    exact_bodies,
+    prepare,
+    suited_opset,
+    without_pruning,
+)
 from engines.tensorrt.versions import traits
 from graphs.building.decoder_graphs import build_decoder_graphs
-from graphs.building.graph_builder import BTP_DOMAIN
+from graphs.building.graph_builder import BTP_DOMAIN, GraphBuilder
+from graphs.building.selection import embed_bodies
 from graphs.files.bundle import Bundle
+from graphs.ops import select_tokens
 from tests.engines.tensorrt.plans import staged_bundle
 from tests.graphs import models
 
@@ -215,6 +225,32 @@ def test_a_whole_graph_has_a_body_for_each_form_of_stage(tiny_bundle: Any, opset
     feeds = random_inputs(prepared, last=45)
     wanted = onnxruntime.InferenceSession(str(bundle.graph_path("prefill"))).run(None, feeds)
     assert_equal(session(prepared, bundle.root / "graphs", prepack=True).run(None, feeds), wanted, "whole")
+
+
+def test_a_whole_graph_has_a_body_for_each_rule() -> None:
+    """Nodes of one graph with the same inputs and different rules; each gets the body of its own."""
+    cases = [c for c in select_tokens.cases() if c.name in ("batch", "coverage-batch", "coverage-weighted-batch")]
+    inputs = cases[0].inputs
+    b = GraphBuilder("prefill", opset=18)
+    values = [b.input(name, array.shape, ir.DataType.from_numpy(array.dtype)) for name, array in inputs.items()]
+    for case in cases:
+        shape = (len(case.scores), case.attributes["keep"])
+        b.output(
+            b.op("BtpSelectTokens", values, case.name, shape=shape, dtype=ir.DataType.INT32, domain=BTP_DOMAIN,
+                 **case.attributes),
+            f"indices_{case.name}",
+        )  # fmt: skip
+    embed_bodies(b)
+    model = b.build().model
+    generic = onnxruntime.InferenceSession(ir.serde.serialize_model(model).SerializeToString()).run(None, inputs)
+    exact_bodies(model, 18)
+    names = {name for _, name, _ in model.functions}
+    assert names == {f"BtpSelectTokensSimilaritySeeds{rule}" for rule in ("", "Coverage", "CoverageWeighted")}
+    exact = onnxruntime.InferenceSession(ir.serde.serialize_model(model).SerializeToString()).run(None, inputs)
+    assert_equal(exact, generic, "rules")
+    for case, got in zip(cases, exact, strict=True):
+        wanted = select_tokens.reference(*map(torch.from_numpy, inputs.values()), **case.attributes)
+        assert np.array_equal(got, wanted), case.name
 
 
 def test_a_fused_bundle_is_brought_to_an_old_version(tiny_bundle: Any) -> None:

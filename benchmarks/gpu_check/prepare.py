@@ -1,0 +1,221 @@
+"""Puts into one folder what the GPU's time must not be spent on: compiled programs, cases, expected outputs, a plan.
+
+    build/gpu-check/     what is carried; git ignores it
+        native/          harness, libbtp_kernels.so, libbtp_ort.so, and before/libbtp_kernels.so of an earlier version
+        cases.bin        calls.json          calls.py
+        prepared.json    what all of it was made from, shapes for the floors, the 7B's stages
+
+Nothing is compiled twice: a file is kept while its sources and its command stay the same.
+"""
+
+import hashlib
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu_check.runner import find_nvcc
+from graphs import ops
+from graphs.records.errors import InputError, UnavailableError
+
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "build" / "gpu-check"
+NATIVE = Path(__file__).parent / "native"
+KEY = ".key"  # beside a compiled file: what it was compiled from
+DRAWN = 200
+# The C++ library goes along, so that a program made on one system starts on another.
+FLAGS = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-static-libstdc++,-static-libgcc"]
+KERNEL_FLAGS = ["-shared", "-fmad=false"]
+
+
+def prepare(folder: Path, architecture: str, before: str | None, *, cases: bool = True, report: Any = print) -> None:
+    """Bring the folder up to date. `before`: the git revision whose kernels are timed beside these, None for none.
+
+    Raises UnavailableError without nvcc or for an architecture that it does not know, InputError for a wrong revision.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    compile_all(folder / "native", architecture, before, report=report)
+    record: dict[str, Any] = {"architecture": architecture, "nvcc": nvcc_version(), **versions(before)}
+    if cases:
+        record |= {"shapes": write_all_cases(folder, report), "model": model_7b()}
+        (folder / "prepared.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    report(f"{folder}: {sum(path.stat().st_size for path in folder.rglob('*') if path.is_file()) / 1e6:.1f} MB")
+
+
+# -- compiling ---------------------------------------------------------------------------------------------------------
+
+
+def compile_all(target: Path, architecture: str, before: str | None, *, report: Any = print) -> None:
+    """The program and the libraries, for one architecture ("90")."""
+    folders, common = ops.folders(), ROOT / "graphs" / "ops" / "common"
+    named = f'-DBTP_ARCHITECTURES="{architecture}"'
+    compiled(
+        target / "libbtp_kernels.so", architecture, kernel_sources(folders, common), [*KERNEL_FLAGS, named], report
+    )
+    compiled(target / "harness", architecture, [NATIVE / "harness.cu", NATIVE / "probe.cu"], ["-ldl"], report)
+    forms = [folder / file for file in ("ort_op.cc", "cpu.cc") for folder in folders if (folder / file).is_file()]
+    sources = [*kernel_sources(folders, common), *forms, ROOT / "engines" / "native" / "ort_library.cc"]
+    flags = [*KERNEL_FLAGS, named, "-DBTP_WITH_CUDA", "-Xcompiler=-fvisibility=hidden"]
+    compiled(target / "libbtp_ort.so", architecture, sources, flags, report)
+    if before is not None:
+        with tempfile.TemporaryDirectory(prefix="btp-before-") as name:
+            earlier = checked_out(before, Path(name)) / "graphs" / "ops"
+            library = target / "before" / "libbtp_kernels.so"
+            sources = kernel_sources(sorted(earlier.iterdir()), earlier / "common")
+            compiled(library, architecture, sources, [*KERNEL_FLAGS, named], report)
+
+
+def kernel_sources(folders: Sequence[Path], common: Path) -> list[Path]:
+    """The CUDA sources of these operators and what they share."""
+    return [*(folder / "kernel.cu" for folder in folders if (folder / "kernel.cu").is_file()), common / "status.cpp"]
+
+
+def compiled(target: Path, architecture: str, sources: Sequence[Path], flags: Sequence[str], report: Any) -> None:
+    """Compile `target` unless it is there and of the same sources; it appears whole or not at all."""
+    nvcc = find_nvcc()
+    if nvcc is None:
+        raise UnavailableError("nvcc was not found", "a CUDA toolkit", "put nvcc on PATH")
+    command = [nvcc, f"-gencode=arch=compute_{architecture},code=sm_{architecture}", *FLAGS]
+    key = hashlib.sha256("\0".join([nvcc_version(), *command[1:], *flags]).encode() + _contents(sources)).hexdigest()
+    note = target.with_name(target.name + KEY)
+    if target.is_file() and note.is_file() and note.read_text() == key:
+        return
+    report(f"compiling {target.name} for sm_{architecture}")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(target.name + ".partial")
+    inputs = [str(path) for path in sources]
+    done = subprocess.run([*command, *inputs, *flags, "-o", str(partial)], capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        do = f"use a CUDA toolkit that knows sm_{architecture}:\n{done.stderr}"
+        raise UnavailableError(f"nvcc could not build {target.name}", f"machine code for sm_{architecture}", do)
+    partial.replace(target)
+    note.write_text(key)
+
+
+def _contents(sources: Sequence[Path]) -> bytes:
+    """The sources and every header beside them or in graphs/ops, without where they lie."""
+    folders = {path.parent for path in sources} | {sources[0].parents[1]}
+    headers = {path for folder in folders for pattern in ("*.h", "*.cuh") for path in folder.rglob(pattern)}
+    files = sorted({*sources, *headers}, key=lambda path: (path.parent.name, path.name))
+    return b"".join(path.name.encode() + path.read_bytes() for path in files)
+
+
+def checked_out(revision: str, folder: Path) -> Path:
+    """The operators' sources of a git revision."""
+    made = subprocess.run(["git", "archive", revision, "graphs/ops"], cwd=ROOT, capture_output=True, check=False)
+    if made.returncode != 0:
+        got = f"git has no {revision}: {made.stderr.decode().strip()}"
+        raise InputError(got, "a revision with graphs/ops", "--before none")
+    subprocess.run(["tar", "-x", "-C", str(folder)], input=made.stdout, check=True)
+    return folder
+
+
+def nvcc_version() -> str:
+    """Its last line, which names the build."""
+    nvcc = find_nvcc()
+    if nvcc is None:
+        return ""
+    done = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False)
+    return done.stdout.strip().splitlines()[-1] if done.stdout.strip() else ""
+
+
+def versions(before: str | None) -> dict[str, Any]:
+    """What git says of the sources; "unknown" outside a checkout."""
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+        return done.stdout.strip() if done.returncode == 0 else "unknown"
+
+    return {
+        "commit": git("rev-parse", "--short", "HEAD"),
+        "changed": bool(git("status", "--porcelain", "--", "graphs/ops", "engines/native", "benchmarks/gpu_check")),
+        "before": None if before is None else git("rev-parse", "--short", before),
+    }
+
+
+def last_other_kernels() -> str | None:
+    """The last revision whose kernels are not those of HEAD; None where git knows none."""
+    command = ["git", "log", "-n", "1", "--format=%H", "--", "graphs/ops/*.cu", "graphs/ops/*.cuh"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    changed = done.stdout.strip()
+    if done.returncode != 0 or not changed:
+        return None
+    parent = subprocess.run(["git", "rev-parse", f"{changed}^"], cwd=ROOT, capture_output=True, text=True, check=False)
+    return parent.stdout.strip() if parent.returncode == 0 else None
+
+
+# -- cases and plan ----------------------------------------------------------------------------------------------------
+
+
+def write_all_cases(folder: Path, report: Any) -> dict[str, Any]:
+    """cases.bin and calls.json; gives the shapes of the timed selections by name. Kept while their sources are."""
+    from benchmarks.gpu_check import calls, drawn
+
+    places = [ROOT / "graphs" / "ops", Path(__file__).parent]
+    files = sorted(path for place in places for path in place.rglob("*.py"))
+    key = hashlib.sha256(b"".join(p.read_bytes() for p in [*files, ROOT / "engines" / "kernels.py"])).hexdigest()
+    note = folder / f"cases.bin{KEY}"
+    if note.is_file() and (kept := json.loads(note.read_text()))["key"] == key and (folder / "cases.bin").is_file():
+        return dict(kept["shapes"])
+    writer, shapes = calls.CaseWriter(), {}
+    cases = [*calls.all_cases(), *drawn.large_cases(), *drawn.drawn_cases(DRAWN)]
+    report(f"expected outputs of {len(cases)} cases")
+    for given in cases:
+        wanted = calls.expected(given)
+        writer.add(given, wanted)
+        if "timed" in given.tags and given.operator == drawn.SELECT:
+            shapes[f"{given.operator}/{given.name}"] = vars(drawn.shape_of(given, wanted))
+    writer.write(folder)
+    note.write_text(json.dumps({"key": key, "shapes": shapes}), encoding="utf-8")
+    return shapes
+
+
+def model_7b() -> dict[str, Any]:
+    """LLaVA-1.5 7B under the released plan: sizes, what each stage selects, and the limit that operations set."""
+    from btp_export.families.llava import VICUNA_7B, Llava
+    from calibrate.place.presets import preset
+    from graphs.pruning.operations import cost
+    from graphs.pruning.spatial_set import stage_seeds
+    from graphs.records.shapes import ShapeProfile
+    from graphs.records.spec import DecoderSpec
+
+    text = VICUNA_7B
+    heads, sizes = text["num_attention_heads"], {name: text[name] for name in ("hidden_size", "intermediate_size")}
+    decoder = DecoderSpec(
+        num_layers=text["num_hidden_layers"], num_heads=heads, num_kv_heads=heads, vocab_size=text["vocab_size"],
+        head_dim=sizes["hidden_size"] // heads, rms_norm_eps=text["rms_norm_eps"], max_positions=4096, **sizes,
+    )  # fmt: skip
+    plans = {
+        name: preset(name, model_type="llava", num_layers=32, image_tokens=576, grid=(24, 24), released=Llava.released)
+        for name in ("none", "btp-paper")
+    }
+    profile = ShapeProfile(
+        name="7b", image_size=(336, 336), grid=(24, 24), prefix_tokens=35, image_tokens=576, text_tokens=64,
+        new_tokens=64,
+    )  # fmt: skip
+    plan = plans["btp-paper"]
+    operations = {name: cost(decoder, one, profile, "float16").decoder for name, one in plans.items()}
+    stages = []
+    for number, stage in enumerate(plan.stages):
+        seeds = stage_seeds(plan, number) if stage.keep else None
+        counts = stage.model_dump(include={"keep", "attention_quota", "diversity_quota", "pool", "boundary"})
+        pairs = bool(stage.keep) and stage.needs_similarity
+        listed = None if seeds is None else seeds.tolist()
+        stages.append({"layer": stage.layer, "attributes": counts, "similarity": pairs, "seeds": listed})
+    return {
+        "layers": decoder.num_layers, "heads": heads, **sizes, "prefix": 35, "image": 576, "text": 64, "stages": stages,
+        "operations": operations, "flops_limit": operations["none"] / operations["btp-paper"],
+    }  # fmt: skip
+
+
+def main(architecture: str | None, before: str | None, folder: Path) -> int:
+    """`prepare`: for the architecture that is named, or for the GPU that is there."""
+    from benchmarks.gpu_check.runner import gpu_architecture
+
+    chosen = architecture or gpu_architecture() or "90"
+    revision = last_other_kernels() if before is None else None if before == "none" else before
+    prepare(folder, chosen, revision, report=lambda text: print(text, file=sys.stderr))
+    return 0

@@ -1,0 +1,238 @@
+"""From the folder that came back (A.jsonl, B.jsonl and their logs) to benchmarks/results/<gpu>.json and a table.
+
+A file for a GPU is written only where the GPU has answered: without the step `facts` there is nothing to name it after.
+What a step did not give is absent, and `steps` says why.
+"""
+
+import json
+import re
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from benchmarks.gpu_check.runner import what_is_missing
+from benchmarks.gpu_check.steps import SANITIZERS
+from graphs.records.errors import CheckError, InputError
+
+RESULTS: Final = Path(__file__).parents[1] / "results"
+SUMMARY: Final = re.compile(r"(?:ERROR|RACECHECK) SUMMARY: (.*)")
+NCU_KERNEL: Final = re.compile(
+    r"^ {2}(?:void )?(?:\w+::|<unnamed>::|\(anonymous namespace\)::)*(\w+)[<(].*\((\d+, \d+, \d+)\)x\((\d+, \d+, \d+)\)"
+)
+NCU_FIELD: Final = re.compile(r"^ +(Duration|Registers Per Thread|L2 Hit Rate|Memory Throughput)  +(\S+) +([\d.,]+)")
+
+Records = dict[str, dict[str, Any]]
+
+
+def record(folders: Sequence[Path], target: Path = RESULTS) -> tuple[Path, str]:
+    """Write <gpu>.json and <gpu>.md; gives the first and the table.
+
+    Raises InputError for folders without results, CheckError where no GPU has answered.
+    """
+    prepared, steps, logs = read(folders)
+    if steps.get("facts", {}).get("status") != "done":
+        why = what_is_missing(steps["facts"]) if "facts" in steps else "the step facts was not run"
+        raise CheckError(f"no GPU has answered: {why}", "results of a GPU machine", "docs/gpu-check.md says how")
+    document = summary(prepared, steps, logs)
+    name = re.sub(r"[^a-z0-9]+", "-", str(document["facts"]["gpu"]).lower()).strip("-")
+    text = table(document)
+    path = target / f"{name}.json"
+    path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    path.with_suffix(".md").write_text(text, encoding="utf-8")
+    return path, text
+
+
+def read(folders: Sequence[Path]) -> tuple[dict[str, Any], Records, str]:
+    """What was prepared, the last record of each step, and the logs. A line that was cut off is left out."""
+    prepared: dict[str, Any] = {}
+    steps: Records = {}
+    files = [path for folder in folders for path in sorted(folder.glob("*.jsonl"))]
+    if not files:
+        raise InputError(f"no results in {', '.join(map(str, folders))}", "a folder with A.jsonl", "run a call first")
+    for path in files:
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                one = json.loads(line)
+            except ValueError:
+                continue
+            if one["step"] == "prepared":
+                prepared |= {**one["result"], "date": one["date"]}
+            elif one["step"] not in steps or one["status"] == "done":
+                steps[one["step"]] = one
+    logs = "".join(path.with_suffix(".log").read_text() for path in files if path.with_suffix(".log").is_file())
+    return prepared, steps, logs
+
+
+# -- the document ------------------------------------------------------------------------------------------------------
+
+
+def summary(prepared: Mapping[str, Any], steps: Records, logs: str) -> dict[str, Any]:
+    """Everything, by what it says."""
+
+    def result(name: str) -> Any:
+        return steps[name]["result"] if steps.get(name, {}).get("status") == "done" else None
+
+    about = ("date", "commit", "changed", "before", "architecture", "nvcc")
+    limits = result("probe")
+    return {
+        "facts": result("facts"),
+        "machine": (result("native") or {}).get("machine"),
+        "prepared": {name: prepared.get(name) for name in about},
+        "steps": {name: _state(one) for name, one in steps.items()},
+        "verified": result("verify"),
+        "limits": limits,
+        "rows": _rows(steps.get("time", {}).get("result", {}).get("rows", []), prepared.get("shapes", {}), limits),
+        "replays": result("replay"),
+        "streams": result("streams"),
+        "green": result("green"),
+        "sanitizers": {tool: _sanitized(steps[tool]) for tool in SANITIZERS if tool in steps},
+        "ncu": {name: list(_profiled(logs, name)) for name in steps if name.startswith("ncu")},
+        "layers": result("layers"),
+        "products": result("products"),
+        "onnxruntime": {
+            name: result(name)
+            for name in ("ort-cases", "ort-threads", "demo-float32", "demo-float16", "7b-bench")
+            if name in steps
+        },
+    }  # fmt: skip
+
+
+def _state(one: Mapping[str, Any]) -> dict[str, Any]:
+    state = {"status": one["status"], "seconds": one["seconds"]}
+    why = what_is_missing(one)
+    return state | ({"why": why} if why else {})
+
+
+def _rows(timed: Iterable[Mapping[str, Any]], shapes: Mapping[str, Any], limits: Any) -> list[dict[str, Any]]:
+    """One row a timed call: this version, the one before, and for selections what their floor is made of.
+
+    floor = two launches + steps x (dependent read from L2 + reductions of a block of that many threads) + bytes of the
+    similarity / bandwidth where rule 2 starts from nothing.
+    """
+    rows = []
+    for one in timed:
+        row: dict[str, Any] = {"name": one["name"], "us": statistics.median(one["us"]), "problem": one["problem"]}
+        if one["before_us"]:
+            row["before_us"] = statistics.median(one["before_us"])
+        shape = shapes.get(one["name"])
+        if shape is not None and limits is not None:
+            step = (limits["l2_read_ns"] + limits[_reduction(shape["tokens"], limits)]) / 1e3
+            moved = shape["bytes"] / limits["copy_gb_per_s"] / 1e3
+            row |= {"steps": shape["steps"], "floor_us": limits["two_launches_us"] + shape["steps"] * step + moved}
+        rows.append(row)
+    return rows
+
+
+def _reduction(tokens: int, limits: Mapping[str, float]) -> str:
+    """The measured reduction with the fewest threads that hold V tokens, four a thread."""
+    sizes = sorted(int(name.split("_")[1]) for name in limits if name.startswith("reduce_"))
+    fitting = [threads for threads in sizes if 4 * threads >= tokens]
+    return f"reduce_{fitting[0] if fitting else sizes[-1]}_ns"
+
+
+def _sanitized(one: Mapping[str, Any]) -> str:
+    """The tool's own summary, or why there is none."""
+    found = SUMMARY.findall(str(one.get("tail", "")))
+    return found[-1].strip() if found else what_is_missing(one) or "no summary"
+
+
+def _profiled(logs: str, step: str) -> Iterable[dict[str, Any]]:
+    """Kernel by kernel what ncu said: grid, block, and the fields of NCU_FIELD with their units."""
+    part = logs.split(f"==== {step}:", 1)[-1].split("\n====", 1)[0] if f"==== {step}:" in logs else ""
+    current: dict[str, Any] | None = None
+    for line in part.splitlines():
+        if kernel := NCU_KERNEL.match(line):
+            if current is not None:
+                yield current
+            current = {"kernel": kernel[1], "grid": kernel[2], "block": kernel[3]}
+        elif current is not None and (field := NCU_FIELD.match(line)):
+            current.setdefault(f"{field[1]} ({field[2]})", float(field[3].replace(",", "")))
+    if current is not None:
+        yield current
+
+
+# -- the table ---------------------------------------------------------------------------------------------------------
+
+
+def table(document: Mapping[str, Any]) -> str:
+    """The document in Markdown."""
+    facts, prepared = document["facts"], document["prepared"]
+    lines = [
+        f"# {facts['gpu']}",
+        "",
+        f"{prepared['date']}, kernels of {prepared['commit']}{' with changes' if prepared['changed'] else ''}"
+        f", before: {prepared['before'] or 'none'}. [How this was made](../../docs/gpu-check.md).",
+        "",
+        *_checked(document),
+        "",
+        *_timed(document["rows"]),
+        *_model(document["layers"], document["products"]),
+        *_runtime(document["onnxruntime"]),
+    ]
+    undone = {name: one for name, one in document["steps"].items() if one["status"] != "done"}
+    failed = [f"- {name}: {one['status']}. {one.get('why', '')}" for name, one in undone.items()]
+    return "\n".join([*lines, *(["", "Not done:", "", *failed] if failed else []), ""])
+
+
+def _checked(document: Mapping[str, Any]) -> list[str]:
+    lines = []
+    if verified := document["verified"]:
+        lines.append(f"- {verified['calls']} calls in {verified['launches']} launches equal the reference")
+    for kind in ("replays", "streams"):
+        for row in (document[kind] or {"rows": []})["rows"]:
+            what = "replayed" if kind == "replays" else "two streams"
+            lines.append(f"- {what}, {row['name']}: {row['replays']} times, {row['wrong_bytes']} wrong bytes")
+    if green := document["green"]:
+        rows = ", ".join(f"{row['name']} {row['us']:.1f} us" for row in green["rows"])
+        lines.append(f"- on {green['multiprocessors_used']} multiprocessors: {rows}")
+    return [*lines, *(f"- compute-sanitizer {tool}: {said}" for tool, said in document["sanitizers"].items())]
+
+
+def _timed(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    lines = ["| call | us | before | steps | floor us | x floor |", "|---|---|---|---|---|---|"]
+    for row in rows:
+        earlier = f"{row['before_us']:.1f}" if "before_us" in row else "-"
+        floor = "- | - | -"
+        if "floor_us" in row:
+            floor = f"{row['steps']} | {row['floor_us']:.1f} | {row['us'] / row['floor_us']:.2f}"
+        lines.append(f"| {row['name']} | {row['us']:.1f} | {earlier} | {floor} |")
+    return lines if rows else []
+
+
+def _model(layers: Any, products: Any) -> list[str]:
+    lines = []
+    if layers:
+        lines += [
+            "",
+            f"32 layers of a 7B in float16: prefill {layers['full_ms']:.2f} ms, pruned {layers['pruned_ms']:.2f} ms, "
+            f"{layers['speedup']:.2f} x of the {layers['flops_limit']:.2f} x that operations allow "
+            f"({layers['share_of_limit']:.0%}). Selection: {', '.join(f'{ms:.3f}' for ms in layers['select_ms'])} ms.",
+        ]
+    if products:
+        lines += ["", "| in torch | ms | |", "|---|---|---|"]
+        for row in products["rows"]:
+            more = f"{row['tflops']:.0f} TFLOP/s, error {row['error']:.1e}" if "tflops" in row else ""
+            more = f"{row['gb_per_s']:.0f} GB/s" if "gb_per_s" in row else more
+            lines.append(f"| {row['what']} | {row['ms']:.4f} | {more} |")
+    return lines
+
+
+def _runtime(given: Mapping[str, Any]) -> list[str]:
+    lines = []
+    if found := given.get("ort-cases"):
+        where = ", ".join(f"{count} {what}" for what, count in sorted(found["placement"].items()))
+        lines.append(f"- {found['cases']} cases equal the reference; {where}")
+    if found := given.get("ort-threads"):
+        lines.append(f"- two threads in one session: {found['runs'][0]} and {found['runs'][1]} runs, none differs")
+    for name in ("demo-float32", "demo-float16", "7b-bench"):
+        if not (found := given.get(name)):
+            continue
+        prefill, decode = found["bench"]["prefill"], found["bench"]["decode"]
+        passed = "" if "verify" not in found else "verified, " if found["verify"]["passed"] else "NOT verified, "
+        memory = f", {found['most_memory_mib']} MiB at most" if "most_memory_mib" in found else ""
+        lines.append(
+            f"- {name}: {passed}prefill {prefill['full_ms']:.2f} ms, pruned {prefill['pruned_ms']:.2f} ms "
+            f"({prefill['share_of_limit']:.0%} of the limit), decode {decode['ms_per_token']:.2f} ms a token{memory}"
+        )
+    return ["", "ONNX Runtime on CUDA:", "", *lines] if lines else []
