@@ -17,8 +17,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from btp_export.report import Machine, Picture, ReportData
+from btp_export.report.data import Picture, ReportData
 from btp_export.results.evaluation import EvaluatedPlan, Evaluation
+from btp_export.results.report import Machine
 from btp_export.results.timing import Bench, CacheBytes, DecodeTimes, Operations, PrefillTimes
 from btp_export.results.verification import GateValues, GraphParity, Verification
 from calibrate.data.scenes import samples
