@@ -15,8 +15,8 @@ from btp_export.exporting import Options, check_plan, check_target, export_into
 from btp_export.model.open_model import DummyWeights, open_model
 from btp_export.planning.choose_plan import choose_plan
 from btp_export.planning.study import CalibrationSettings
-from btp_export.report import write_report
 from btp_export.report.collect import Settings, collect
+from btp_export.report.write import write_report
 from btp_export.results.engines import BuildResult
 from btp_export.results.job import JobResult
 from btp_export.results.verification import Verification

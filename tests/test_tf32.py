@@ -65,10 +65,11 @@ def test_the_builder_is_told(tmp_path: Path, precision: Precision, allowed: bool
     building.need_rtx()
     from engines.tensorrt import installed
     from engines.tensorrt.build import builder
+    from engines.tensorrt.messages import Messages
 
     rtx = installed.load("rtx")
     job = building.job(building.product(tmp_path), precision=precision)
-    made, network = builder._create(rtx, builder.Log(rtx.module), job.graph)
+    made, network = builder._create(rtx, Messages(rtx.module, echo=True), job.graph)
     config = builder.configuration(rtx, job, None, builder._monitor(rtx.module, lambda share: None))
     assert config(made, network).get_flag(rtx.module.BuilderFlag.TF32) is allowed
 

@@ -20,8 +20,8 @@ def command(
     as_json: JsonOption = False,
 ) -> int:
     """Verify, evaluate and time a bundle, and write report/index.html and report/report.json into it."""
-    from btp_export.report import write_report
     from btp_export.report.collect import Settings, collect
+    from btp_export.report.write import write_report
     from btp_export.results.report import ReportResult
     from graphs.files.bundle import Bundle
 

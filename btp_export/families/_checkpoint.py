@@ -27,14 +27,21 @@ class Settings(Record):
 
 
 def model_spec(
-    checkpoint: Checkpoint, *, model_type: str, name: str, vision: VisionSpec, image_token_id: int
+    checkpoint: Checkpoint,
+    *,
+    model_type: str,
+    name: str,
+    vision: VisionSpec,
+    image_token_id: int,
+    unused: frozenset[str] = frozenset(),
 ) -> ModelSpec:
     """The model as data; reads config.json, generation_config.json, btp.json and the tokenizer's chat template.
 
-    Raises InputError for what the graphs cannot express.
+    `unused` are settings that published files have and that say nothing about the computation. Raises InputError for
+    what the graphs cannot express.
     """
     decoder = decoder_spec(checkpoint)
-    refuse_unknown_keys(checkpoint)
+    refuse_unknown_keys(checkpoint, unused)
     settings = _settings(checkpoint.folder)
     eos, pad = _stop_tokens(checkpoint)
     stored = checkpoint["language_model.layers.0.self_attn.q_proj.weight"].dtype

@@ -25,24 +25,22 @@ BOOKKEEPING = """
 """
 # Read under another name or in another place than transformers' classes have them.
 READ = {"rope_theta", "rope_scaling", "rope_parameters", "head_dim", "use_image_newline_parameter", *NEUTRAL}
-# In published files and without effect: of CLIP beside its tower, of Qwen2.5-VL (whose decoder settings repeat the
-# ids of the whole model, as transformers 4.52 to 4.57 write them).
+# In published files and without effect: of CLIP beside its tower. A family names its own.
 UNUSED = {"vocab_size", "dropout", "logit_scale_init_value", "projection_dim"}
-UNUSED |= {"in_chans", "spatial_patch_size", "vision_token_id", "vision_start_token_id", "vision_end_token_id"}
-UNUSED |= {"image_token_id", "video_token_id"}
 # What other programs write into config.json about themselves.
 FOREIGN = {"unsloth_fixed", "unsloth_version", "transformers.js_config", "name_or_path", "processor_class"}
 KNOWN = frozenset({*BOOKKEEPING.split(), *READ, *UNUSED, *FOREIGN, "transformers_weights"})
 EMPTY: tuple[Any, ...] = (None, False, [], {}, "")
 
 
-def refuse_unknown_keys(checkpoint: Checkpoint) -> None:
+def refuse_unknown_keys(checkpoint: Checkpoint, unused: frozenset[str] = frozenset()) -> None:
     """Raise InputError naming the first key that is set and that transformers' class for that part does not know.
 
-    Looks at config.json itself, its text_config and its vision_config.
+    `unused` are those that the family's published files have without effect. Looks at config.json itself, its
+    text_config and its vision_config.
     """
     for part, fields, config in _parts(checkpoint.config):
-        known = KNOWN | _settings_of(config)
+        known = KNOWN | unused | _settings_of(config)
         for key, value in fields.items():
             if key not in known and not key.startswith("_") and not any(value is one or value == one for one in EMPTY):
                 raise InputError(

@@ -83,6 +83,9 @@ CONFIG_7B: dict[str, Any] = {
     "text_config": DECODER_7B,
     "vision_config": TOWER,
 }
+# Settings of published files without effect; text_config repeats ids of the whole model (transformers 4.52 to 4.57).
+UNUSED = frozenset({"in_chans", "spatial_patch_size", "image_token_id", "video_token_id", "vision_token_id"})
+UNUSED |= {"vision_start_token_id", "vision_end_token_id"}
 SPECIAL = {
     "<|endoftext|>": 151643,
     "<|im_start|>": 151644,
@@ -153,7 +156,12 @@ class Qwen2_5_VL:
         """The model as data."""
         token = checkpoint.config.get("image_token_id", 151655)
         return model_spec(
-            checkpoint, model_type=self.model_type, name=name, vision=_vision_spec(checkpoint), image_token_id=token
+            checkpoint,
+            model_type=self.model_type,
+            name=name,
+            vision=_vision_spec(checkpoint),
+            image_token_id=token,
+            unused=UNUSED,
         )
 
     def layout(self, spec: ModelSpec, picture: tuple[int, int]) -> Layout:

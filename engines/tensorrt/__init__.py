@@ -9,6 +9,7 @@
     records.py    engines.json
     installed.py  the TensorRT of this machine
     trtexec.py    running it and reading what it exports
+    messages.py   what TensorRT says while it builds or runs
 
 prepare/, kit/ and records.py need no TensorRT; build/builder.py, build/worker.py, run/session.py and installed.py do.
 """

@@ -14,6 +14,7 @@ from typing import Any, Final, Literal
 
 from engines.tensorrt.build.engine_checks import custom_layer, require_plugins, require_tensors
 from engines.tensorrt.installed import Library, gpu_capability, load
+from engines.tensorrt.messages import Messages
 from engines.tensorrt.records import EngineLayer, Flavour, PluginForm
 from graphs import dtypes
 from graphs.records.errors import BtpError, CheckError, InputError, UnavailableError
@@ -74,7 +75,7 @@ def build_engine(job: Job, report: Report) -> Built:
     """
     start = time.monotonic()
     library = load(job.flavour)
-    log = Log(library.module)
+    log = Messages(library.module, echo=True)
     held = _register_plugins(library, job)
     builder, network = _create(library, log, job.graph)
     _parse(library.module, network, log, job)
@@ -113,46 +114,23 @@ def peak_memory() -> int | None:
 # -- what TensorRT says ----------------------------------------------------------------------------------------------
 
 
-class Log:
-    """TensorRT's messages: errors and warnings are kept and printed, of the rest only the engine's layers."""
-
-    def __init__(self, trt: Any) -> None:
-        self.errors: list[str] = []
-        self.layers = ""
-        owner = self
-        loud = {trt.ILogger.INTERNAL_ERROR, trt.ILogger.ERROR, trt.ILogger.WARNING}
-
-        class Logger(trt.ILogger):  # type: ignore[misc]
-            def __init__(self) -> None:
-                trt.ILogger.__init__(self)
-
-            def log(self, severity: Any, message: str) -> None:
-                if severity in loud:
-                    sys.stderr.write(f"{severity.name}: {message}\n")
-                    if severity != trt.ILogger.WARNING:
-                        owner.errors.append(message)
-                elif message.startswith("Layers:"):
-                    owner.layers = message
-
-        self.logger = Logger()
-
-    def failure(self, graph: str, what: str) -> BtpError:
-        """The error that these messages amount to."""
-        text = " ".join(self.errors)
-        if OUT_OF_MEMORY.search(text):
-            return out_of_memory(graph)
-        if cuda := CUDA_FAILURE.search(text):
-            reason = CUDA_REASONS.get(cuda[1], "see the CUDA documentation")
-            return UnavailableError(
-                f"CUDA does not start: error {cuda[1]}, {reason}",
-                "a GPU and a driver that suit this TensorRT",
-                "nvidia-smi shows the driver; install the TensorRT of your CUDA version",
-            )
-        return CheckError(
-            f"{graph}: TensorRT {what}: {_sentence(self.errors[-1]) if self.errors else 'it does not say why'}",
-            "an engine",
-            "the log has more; --opset 18 exports primitives only, --plugins none takes the portable bodies",
+def failure(log: Messages, graph: str, what: str) -> BtpError:
+    """The error that TensorRT's messages amount to."""
+    text = " ".join(log.errors)
+    if OUT_OF_MEMORY.search(text):
+        return out_of_memory(graph)
+    if cuda := CUDA_FAILURE.search(text):
+        reason = CUDA_REASONS.get(cuda[1], "see the CUDA documentation")
+        return UnavailableError(
+            f"CUDA does not start: error {cuda[1]}, {reason}",
+            "a GPU and a driver that suit this TensorRT",
+            "nvidia-smi shows the driver; install the TensorRT of your CUDA version",
         )
+    return CheckError(
+        f"{graph}: TensorRT {what}: {_sentence(log.errors[-1]) if log.errors else 'it does not say why'}",
+        "an engine",
+        "the log has more; --opset 18 exports primitives only, --plugins none takes the portable bodies",
+    )
 
 
 def out_of_memory(graph: str) -> UnavailableError:
@@ -184,7 +162,7 @@ def _register_plugins(library: Library, job: Job) -> Any:
     return register_native(library.module, job.plugin_library)
 
 
-def _create(library: Library, log: Log, graph: str) -> tuple[Any, Any]:
+def _create(library: Library, log: Messages, graph: str) -> tuple[Any, Any]:
     """An empty, strongly typed network and its builder."""
     os.environ["POLYGRAPHY_USE_TENSORRT_RTX"] = "1" if library.flavour == "rtx" else "0"
     try:
@@ -203,18 +181,18 @@ def _create(library: Library, log: Log, graph: str) -> tuple[Any, Any]:
     try:
         builder, network = create_network(strongly_typed=typed)
     except (TypeError, PolygraphyException) as error:  # the first is pybind's for a builder that could not be made
-        raise log.failure(graph, "gives no builder") from error
+        raise failure(log, graph, "gives no builder") from error
     return builder, network
 
 
-def _parse(trt: Any, network: Any, log: Log, job: Job) -> None:
+def _parse(trt: Any, network: Any, log: Messages, job: Job) -> None:
     """Read the graph, its weights from the files beside it. Raises CheckError naming the first node refused."""
     parser = trt.OnnxParser(network, log.logger)
     if parser.parse_from_file(str(job.onnx)):
         return
     errors = [parser.get_error(number) for number in range(parser.num_errors)]
     if not errors:
-        raise log.failure(job.graph, "does not read the graph")
+        raise failure(log, job.graph, "does not read the graph")
     if unopened := UNOPENED.search(" ".join(log.errors)):
         raise InputError(
             f"{job.graph}: {unopened[1]} cannot be opened",
@@ -249,7 +227,7 @@ def _tensor(value: Any) -> TensorRecord:
     return TensorRecord(name=value.name, dtype=dtypes.name_of_tensorrt(value.dtype.name), shape=tuple(value.shape))
 
 
-def _build(library: Library, builder: Any, network: Any, log: Log, job: Job, report: Report) -> Any:
+def _build(library: Library, builder: Any, network: Any, log: Messages, job: Job, report: Report) -> Any:
     """The serialized engine, an object with the buffer protocol."""
     from polygraphy.backend.trt import engine_bytes_from_network
     from polygraphy.exception import PolygraphyException
@@ -265,7 +243,7 @@ def _build(library: Library, builder: Any, network: Any, log: Log, job: Job, rep
     try:
         engine = engine_bytes_from_network((builder, network), config=config, save_timing_cache=cache)
     except (PolygraphyException, MemoryError) as error:
-        raise log.failure(job.graph, "built no engine") from error
+        raise failure(log, job.graph, "built no engine") from error
     return engine
 
 
@@ -333,7 +311,7 @@ def _write(path: Path, engine: Any) -> int:
 _LOGGED_LAYER = re.compile(r"^Name: (.*?), LayerType: ([^,\n]*)", re.MULTILINE)
 
 
-def _layers(trt: Any, engine: Any, log: Log, job: Job) -> tuple[tuple[EngineLayer, ...], Literal["engine", "log"]]:
+def _layers(trt: Any, engine: Any, log: Messages, job: Job) -> tuple[tuple[EngineLayer, ...], Literal["engine", "log"]]:
     """The engine's layers: from the engine itself where its GPU is here, else from the build log."""
     if gpu_capability() == job.compute_capability:
         pairs, source = _deserialized(trt, engine, log, job), "engine"
@@ -350,11 +328,11 @@ def _plugin(name: str, kind: str, job: Job) -> str | None:
     return None
 
 
-def _deserialized(trt: Any, engine: Any, log: Log, job: Job) -> list[tuple[str, str]]:
+def _deserialized(trt: Any, engine: Any, log: Messages, job: Job) -> list[tuple[str, str]]:
     """(name, type) of the layers of the engine as it will be loaded; its inputs and outputs are checked too."""
     loaded = trt.Runtime(log.logger).deserialize_cuda_engine(engine)
     if loaded is None:
-        raise log.failure(job.graph, "does not load the engine that it has just built")
+        raise failure(log, job.graph, "does not load the engine that it has just built")
     tensors: dict[Any, list[TensorRecord]] = {trt.TensorIOMode.INPUT: [], trt.TensorIOMode.OUTPUT: []}
     for number in range(loaded.num_io_tensors):
         name = loaded.get_tensor_name(number)

@@ -20,7 +20,8 @@ from typing import Any, Final
 from engines.runners import Array, Buffer, Dtype, TensorSpec, cuda
 from engines.runners.binding import check_arrays, check_names, check_tensor
 from engines.tensorrt.records import BuiltEngine, EngineGraph, EnginesRecord, bundle_digest
-from engines.tensorrt.run.session import Session, build_again, explain
+from engines.tensorrt.run import session
+from engines.tensorrt.run.session import build_again, explain
 from graphs import dtypes, names
 from graphs.files.atomic import SMALL_FILE, sha256
 from graphs.files.bundle import Bundle, Check
@@ -88,7 +89,7 @@ class TrtLoader:
         self.folder, self.record = folder, record
         number = _device_number(device)
         self.device = f"cuda:{number}"
-        self.session = Session.of(record.flavour, number)
+        self.session = session.PROCESS.session(record.flavour, number)
         self.session.require(record)
         self._graphs = {graph.engine.file: graph for graph in record.graphs if graph.engine is not None}
 
@@ -96,14 +97,14 @@ class TrtLoader:
         graph = self._graphs.get(path.name)
         if graph is None or not path.is_file():
             raise InputError(f"no engine {path}", wanted="engines as they were built", do=build_again(self.record))
-        session = self.session
-        cuda.use_device(session.device)
-        weights = session.weights.bind(self.folder, graph)
-        session.log.clear()
+        shared = self.session
+        cuda.use_device(shared.device)
+        weights = shared.weights.bind(self.folder, graph)
+        shared.log.clear()
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            engine = session.runtime.deserialize_cuda_engine(data)
+            engine = shared.runtime.deserialize_cuda_engine(data)
         if engine is None:
-            raise explain(session.log.errors, path, "open", self.record)
+            raise explain(shared.log.errors, path, "open", self.record)
         return TrtRunner(engine, path, graph, weights, self)
 
     def allocate(self, dtype: Dtype, shape: Sequence[int]) -> Buffer:

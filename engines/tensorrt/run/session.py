@@ -5,6 +5,7 @@ Not yet run on a GPU; see engines/tensorrt/run/runner.py.
 
 import weakref
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -12,42 +13,55 @@ from typing import Any, Final
 from engines.native import libraries, plugins
 from engines.runners import Buffer, Dtype, cuda
 from engines.tensorrt import installed
+from engines.tensorrt.messages import Messages
 from engines.tensorrt.records import BuiltEngine, EngineGraph, EnginesRecord, Flavour, PluginForm
 from engines.tensorrt.run.weights import SharedWeights
 from graphs.files.atomic import sha256, size_text
 from graphs.records.errors import BtpError, CheckError, InputError, UnavailableError
 
 
-class Session:
-    """One TensorRT on one GPU. `Session.of` gives the one there is, as long as anything uses it."""
+@dataclass(frozen=True)
+class Process:
+    """What TensorRT keeps for the whole process, whoever asks for it, and the sessions that are open in it."""
 
-    _open: Final["weakref.WeakValueDictionary[tuple[Flavour, int], Session]"] = weakref.WeakValueDictionary()
-    _logs: Final[list[Any]] = []  # TensorRT goes on using the first one it was given
-    _plugins: Final[dict[Flavour, tuple[PluginForm, str | None, Any]]] = {}  # registered for the whole process
+    sessions: "weakref.WeakValueDictionary[tuple[Flavour, int], Session]" = field(
+        default_factory=weakref.WeakValueDictionary
+    )
+    loggers: list[Any] = field(default_factory=list)  # TensorRT goes on using the first one it was given
+    plugins: dict[Flavour, tuple[PluginForm, str | None, Any]] = field(default_factory=dict)  # form, hash, library
 
-    @staticmethod
-    def of(flavour: Flavour, device: int) -> "Session":
-        """The session of this process. Raises UnavailableError without a GPU, its driver or TensorRT."""
-        session = Session._open.get((flavour, device))
+    def session(self, flavour: Flavour, device: int) -> "Session":
+        """The session of that TensorRT on that GPU: the one there is as long as anything uses it, else a new one.
+
+        Raises UnavailableError without a GPU, its driver or TensorRT.
+        """
+        session = self.sessions.get((flavour, device))
         if session is None:
-            session = Session._open[flavour, device] = Session(flavour, device)
+            session = self.sessions[flavour, device] = Session(flavour, device, self)
         return session
 
-    def __init__(self, flavour: Flavour, device: int) -> None:
-        self.flavour, self.device = flavour, device
+
+PROCESS: Final = Process()  # this one: TensorRT registers plugins and its logger once, not for each caller
+
+
+class Session:
+    """One TensorRT on one GPU, in one process."""
+
+    def __init__(self, flavour: Flavour, device: int, process: Process) -> None:
+        self.flavour, self.device, self.process = flavour, device, process
         self.compute_capability = cuda.compute_capability(device)
         self.library = installed.load(flavour)
         self.trt = self.library.module
         self.stream = cuda.Stream(device)
-        self.log = make_log(self.trt)
-        Session._logs.append(self.log)
+        self.log = Messages(self.trt, echo=False)
+        process.loggers.append(self.log.logger)
         self.runtime = self._start()
         self.scratch = Scratch(device)
         self.weights = SharedWeights(partial(_allocate, device, self.stream), self.stream.finish)
 
     def _start(self) -> Any:
         try:
-            return self.trt.Runtime(self.log)
+            return self.trt.Runtime(self.log.logger)
         except TypeError as error:  # pybind's words for a runtime that could not be made
             raise UnavailableError(
                 f"{self.library.title} does not start: {' '.join(self.log.errors) or 'it does not say why'}",
@@ -107,8 +121,8 @@ class Session:
         form, digest = record.plugins.form, record.plugins.sha256
         if form == "none":
             return
-        if self.flavour in Session._plugins:
-            if Session._plugins[self.flavour][:2] != (form, digest):
+        if self.flavour in self.process.plugins:
+            if self.process.plugins[self.flavour][:2] != (form, digest):
                 got = f"this process runs engines with other plugins than those for {record.target}"
                 raise CheckError(got, "one form of the plugins in a process", "start a new process")
             return
@@ -122,8 +136,8 @@ class Session:
                 wanted=f"sha256 {digest}",
                 do=f"restore that library, or {build_again(record)}",
             )
-        made = plugins.register_native(self.trt, path) if form == "library" else plugins.register_python(self.trt, path)
-        Session._plugins[self.flavour] = (form, digest, made)
+        register = plugins.register_native if form == "library" else plugins.register_python
+        self.process.plugins[self.flavour] = (form, digest, register(self.trt, path))
 
 
 class Scratch:
@@ -148,26 +162,6 @@ class Scratch:
     def pointer(self) -> int:
         """The address, 0 while no engine needs any."""
         return 0 if self._memory is None else self._memory.data_ptr()
-
-
-def make_log(trt: Any) -> Any:
-    """A logger for this TensorRT that keeps its errors."""
-
-    class Log(trt.ILogger):  # type: ignore[misc]
-        """`errors` since the last `clear`; everything else is left unsaid."""
-
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-            self.errors: list[str] = []
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity in (trt.ILogger.Severity.INTERNAL_ERROR, trt.ILogger.Severity.ERROR):
-                self.errors.append(message)
-
-        def clear(self) -> None:
-            self.errors.clear()
-
-    return Log()
 
 
 def _release(version: str) -> list[str]:

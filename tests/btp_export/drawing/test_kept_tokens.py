@@ -6,8 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from btp_export.drawing.kept_tokens import draw_stage, fit, kept_mask
-from btp_export.report import draw_kept
+from btp_export.drawing.kept_tokens import draw_kept, draw_stage, fit, kept_mask
 
 RNG = np.random.default_rng(0)
 PICTURE = Image.fromarray(RNG.integers(0, 256, (96, 96, 3), dtype=np.uint8))

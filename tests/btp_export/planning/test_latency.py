@@ -12,6 +12,7 @@ from btp_export.results.timing import Bench
 from calibrate.place.cost import MeasuredParts, MeasuredPrefills, MeasuredSegment
 from graphs.records.errors import InputError
 from graphs.records.plan import PruningPlan, Stage
+from tests.btp_export.results.examples import verification
 
 PLAN = PruningPlan(
     model_type="llava",
@@ -20,12 +21,6 @@ PLAN = PruningPlan(
     grid=(6, 6),
     stages=(Stage(layer=2, keep=12, attention_quota=6, pool=12, boundary=12), Stage(layer=4, keep=0)),
 )
-VERIFICATION: dict[str, Any] = {
-    "format": "btp-verify/1", "passed": True, "graphs": [], "kept_agreement": [], "tokens_equal": True, "samples": 1,
-    "tokens": 1, "profile": "b1", "profiles": ["b1"], "engine": None, "streamed": False, "maths": "float32",
-    "precision": "float32", "computed_in": "float32", "dummy_weights": False, "failures": [], "near_ties": [],
-    "gates": {"cosine": 1.0, "norm_ratio_within": 0.0, "kept_agreement": 1.0},
-}  # fmt: skip
 
 
 def part(name: str, kind: str, layers: list[int] | None, tokens: int, flops: int, ms: float) -> dict[str, Any]:
@@ -70,7 +65,7 @@ def test_a_bench_is_read_back(bench: Bench, tmp_path: Path) -> None:
     assert read_latency(path) == wanted
     job = {
         "format": "btp-job/1", "bundle": "b", "plan": json.loads(PLAN.to_json()), "average_tokens": 1.0,
-        "compression": 0.5, "verify": VERIFICATION, "eval": None, "bench": bench.document(), "report": "r",
+        "compression": 0.5, "verify": verification().document(), "eval": None, "bench": bench.document(), "report": "r",
         "engines": None, "dummy_weights": False, "seconds": {},
     }  # fmt: skip
     path.write_text(json.dumps(job))
@@ -101,7 +96,7 @@ def test_a_profile_is_read_back(tmp_path: Path) -> None:
         ("[" * 100_000, "cannot read"),
         ("[1]", "holds a list"),
         ('{"samples": 3}', "no prefill times"),
-        (json.dumps(VERIFICATION), "no prefill times"),
+        (verification().to_json(), "no prefill times"),
         ('{"format": "btp-bench/1"}', "not a valid bench: prefill: Field required"),
         ('{"format": "btp-job/1"}', "not a valid result: bundle: Field required"),
         (json.dumps(profile_document() | {"parts": [{"name": "head"}]}), "not a valid profile: parts.0.kind"),

@@ -17,15 +17,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from btp_export.report import Machine, Picture, ReportData
+from btp_export.report.data import Picture, ReportData
 from btp_export.results.evaluation import EvaluatedPlan, Evaluation
+from btp_export.results.report import Machine
 from btp_export.results.timing import Bench, CacheBytes, DecodeTimes, Operations, PrefillTimes
-from btp_export.results.verification import AppliedGates, GateValues, GraphParity, Verification
+from btp_export.results.verification import GateValues, GraphParity, Verification
 from calibrate.data.scenes import samples
 from graphs.records.manifest import BuildRecord, FileRecord, Manifest, ModelRecord
 from graphs.records.plan import PruningPlan, Stage
 from graphs.records.shapes import ShapeProfile
 from graphs.records.spec import DecoderSpec, ModelSpec, VisionSpec
+from tests.btp_export.results.examples import verification
 
 GRID = (24, 24)
 CHANGED = [0.5, 3.1, 151.0, 325.4, 359.2, 141.0, 136.3, 155.1, 38.0, 45.2, 11.4, 1.2]
@@ -145,23 +147,11 @@ def _verification() -> Verification:
         )
         for n, name in enumerate(names)
     )
-    return Verification(
-        passed=True,
+    return verification(
         graphs=graphs,
         kept_agreement=(1.0, 1.0, 0.9973, 1.0),
-        tokens_equal=True,
         samples=4,
         tokens=8,
-        profile="b1",
-        profiles=("b1",),
-        engine=None,
-        streamed=False,
-        maths="float32",
-        precision="float32",
-        computed_in="float32",
-        dummy_weights=False,
-        gates=AppliedGates(**gates, kept_agreement=0.99),
-        failures=(),
         near_ties=("select_2, sample 5: 1 of 37 kept tokens differ; test data",),
     )
 

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from btp_export.report import ReportData, write_report
+from btp_export.report.data import ReportData
+from btp_export.report.write import write_report
 
 if TYPE_CHECKING:
     from tests.btp_export.report.conftest import Browser

@@ -14,11 +14,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from btp_export.report import ReportData, machine, write_report
+from btp_export.report.data import ReportData
 from btp_export.report.document import document
+from btp_export.report.machine import machine
 from btp_export.report.numbers import count, percent, size
 from btp_export.report.picture_views import data_uri
 from btp_export.report.rows import headlines
+from btp_export.report.write import write_report
 from btp_export.results.verification import GraphParity
 
 NBSP = "\N{NO-BREAK SPACE}"

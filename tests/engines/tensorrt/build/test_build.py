@@ -32,6 +32,7 @@ from engines.tensorrt.records import EnginesRecord
 from graphs.files.bundle import Bundle
 from graphs.records.errors import CheckError, InputError, UnavailableError
 from graphs.records.plan import Stage
+from tests.btp_export.results.examples import verification
 from tests.engines.tensorrt import building
 from tests.engines.tensorrt.plans import staged_plan
 
@@ -335,9 +336,8 @@ def test_the_main_job_builds_engines_too(
 ) -> None:
     """With a plan that needs no calibration; what is verified, measured and reported before is left out."""
     building.need_rtx()
-    verified = {"passed": True, "graphs": [], "failures": []}
-    found = SimpleNamespace(verification=verified, evaluation=None, bench=None)
-    monkeypatch.setattr("btp_export.pipeline.collect", lambda *_, **__: found)
+    measured = SimpleNamespace(verification=verification(), evaluation=None, bench=None)
+    monkeypatch.setattr("btp_export.pipeline.collect", lambda *_, **__: measured)
     monkeypatch.setattr("btp_export.pipeline.write_report", lambda *_: None)
     out = tmp_path / "b"
     shapes = ["--text-tokens", "16", "--max-new-tokens", "4", "--precision", "float16"]

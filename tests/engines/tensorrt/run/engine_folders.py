@@ -1,6 +1,5 @@
 """A machine with a GPU in host memory, and folders like engines/<target>/ whose engines run on it."""
 
-import weakref
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from engines.tensorrt.records import (
     bundle_digest,
     engine_file,
 )
-from engines.tensorrt.run.session import Session
+from engines.tensorrt.run import session
 from graphs.files.atomic import record
 from graphs.files.bundle import Bundle
 from graphs.records.plan import Stage
@@ -35,8 +34,7 @@ STAGES = (  # of the tiny model: one stage that selects by every rule, one that 
 
 def new_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sessions and registered plugins of one test are not another's."""
-    monkeypatch.setattr(Session, "_open", weakref.WeakValueDictionary())
-    monkeypatch.setattr(Session, "_plugins", {})
+    monkeypatch.setattr(session, "PROCESS", session.Process())
 
 
 def machine_with_gpu(monkeypatch: pytest.MonkeyPatch) -> HostCuda:

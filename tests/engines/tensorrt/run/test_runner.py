@@ -18,10 +18,11 @@ from engines.runners import cuda
 from engines.runners.onnxruntime import OrtLoader
 from engines.tensorrt import installed
 from engines.tensorrt.installed import Library
+from engines.tensorrt.messages import Messages
 from engines.tensorrt.prepare.prepared_graphs import Choices
 from engines.tensorrt.records import EnginesRecord, PluginRecord
 from engines.tensorrt.run.runner import TrtLoader, open_engines
-from engines.tensorrt.run.session import explain, make_log
+from engines.tensorrt.run.session import explain
 from graphs.files.bundle import ROPE_WEIGHTS, Bundle
 from graphs.files.checkpoint import open_tensors
 from graphs.records.errors import CheckError, InputError, UnavailableError
@@ -456,8 +457,8 @@ def test_the_real_library_reads_a_mapped_file_and_says_what_is_wrong(
     """Our log class and the mapped file as the real bindings take them; no GPU is needed to refuse a file."""
     path = tmp_path / "head.engine"
     path.write_bytes(b"no engine " * 100)
-    log = make_log(real)
-    runtime = real.Runtime(log)
+    log = Messages(real, echo=False)
+    runtime = real.Runtime(log.logger)
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         assert runtime.deserialize_cuda_engine(data) is None
     error = explain(log.errors, path, "open", EnginesRecord.load(folders["baked"]))
