@@ -14,15 +14,18 @@ export HF_HUB_OFFLINE ?= 1
 .PHONY: demo test table schemas lint format native gpu-check clean
 
 demo: $(VENV)/.ready
+	$(BIN)/python -m engines.native.compile_ort
 	$(BIN)/btp-export --model demo --out $(OUT) --force
 	@echo
 	@echo "report: $(OUT)/report/index.html"
 
 test: $(VENV)/.ready-dev
+	$(BIN)/python -m engines.native.compile_ort
 	$(BIN)/python -m pytest
 
 # The accuracy tables of the README, measured again (about ten minutes on two idle cores).
 table: $(VENV)/.ready-dev
+	$(BIN)/python -m engines.native.compile_ort
 	$(BIN)/python -m benchmarks.table
 
 # docs/schemas/, JSON schemas of what the commands print, and the signatures in docs/api.md: both from the code.

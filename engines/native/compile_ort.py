@@ -1,0 +1,85 @@
+"""Compiles `btp_ort` with CPU kernels by the system's C++ compiler alone: `python -m engines.native.compile_ort`.
+
+The operators' fast form on a CPU must not be an extra that somebody has to know of: the set-up of a checkout runs this.
+CMake builds the same library, and the ones for GPUs (docs/native.md). Nothing is done where the library that is there
+was compiled from the same sources, and nothing is replaced that CMake built with CUDA.
+"""
+
+import hashlib
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Final
+
+from engines.native.libraries import inspect
+from graphs import ops
+from graphs.files.atomic import sha256, write_bytes, write_text
+from graphs.records.errors import BtpError, CheckError, UnavailableError
+
+NATIVE: Final = Path(__file__).parent
+FLAGS: Final = ("-std=c++17", "-fPIC", "-O3", "-shared", "-fvisibility=hidden", "-Wl,--no-undefined")
+
+
+def sources() -> list[Path]:
+    """The CPU kernels and ONNX Runtime forms of all operators, and the library's entry point."""
+    found = [folder / name for folder in ops.folders() for name in ("cpu.cc", "ort_op.cc")]
+    return [*(path for path in found if path.is_file()), NATIVE / "ort_library.cc"]
+
+
+def digest() -> str:
+    """sha256 of everything that is compiled, headers included."""
+    folders = [NATIVE, Path(ops.__file__).parent / "common", *ops.folders()]
+    files = sorted(path for folder in folders for path in folder.glob("*") if path.suffix in (".cc", ".h"))
+    state = hashlib.sha256(" ".join(FLAGS).encode())
+    for path in files:
+        state.update(path.name.encode() + path.read_bytes())
+    return state.hexdigest()
+
+
+def compile_ort(folder: Path = NATIVE / "build") -> Path | None:
+    """libbtp_ort.so in `folder`; None where the one there is current, or has CUDA kernels.
+
+    Raises UnavailableError where there is no C++ compiler, CheckError where it refuses the sources.
+    """
+    library, note = folder / "libbtp_ort.so", folder / "libbtp_ort.sources"
+    wanted = digest()
+    if library.is_file():
+        ours = note.is_file() and note.read_text(encoding="utf-8").split()
+        if not ours or ours[1:] != [sha256(library)] or ours[0] == wanted:
+            return None  # CMake built it, or it is current
+    compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        raise UnavailableError(
+            "no C++ compiler (c++, g++ or clang++) is installed",
+            wanted="one, for fast selections on a CPU; without it the graphs' portable bodies run",
+            do="apt-get install g++",
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        made = Path(scratch) / library.name
+        command = [compiler, *FLAGS, *map(str, sources()), "-o", str(made)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            reason = (done.stderr.strip().splitlines() or ["no reason given"])[0]
+            raise CheckError(f"{Path(compiler).name} does not compile btp_ort: {reason}", do="a compiler with C++17")
+        write_bytes(library, made.read_bytes())
+    write_text(note, f"{wanted} {sha256(library)}\n")
+    return library
+
+
+def main() -> int:
+    """Compile where it is needed, and say so; a machine without a compiler goes on with the portable bodies."""
+    try:
+        made = compile_ort()
+        if made is not None:
+            inspect("btp_ort", made)
+            print(f"compiled {made.name}: selections run natively on this CPU", file=sys.stderr)
+    except BtpError as error:
+        print(f"note: {error}", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,45 @@
+"""The library that set-up compiles: found, current, replaced when sources change, and CMake's left alone."""
+
+import ctypes
+from pathlib import Path
+
+import pytest
+
+from engines.native import compile_ort as module
+from engines.native.compile_ort import compile_ort
+from engines.native.libraries import inspect
+from graphs.records.errors import UnavailableError
+from tests.engines.native import builds
+
+
+def test_it_is_compiled_once_and_again_when_sources_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    builds.compiler()
+    monkeypatch.setattr(module, "FLAGS", tuple(flag if flag != "-O3" else "-O0" for flag in module.FLAGS))
+    library = compile_ort(tmp_path)
+    assert library == tmp_path / "libbtp_ort.so"
+    assert inspect("btp_ort", library).architectures == () and hasattr(ctypes.CDLL(str(library)), "RegisterCustomOps")
+    assert compile_ort(tmp_path) is None, "it is current"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["libbtp_ort.so", "libbtp_ort.sources"]
+    note = tmp_path / "libbtp_ort.sources"
+    note.write_text("0" * 64 + " " + note.read_text().split()[1])
+    assert compile_ort(tmp_path) == library, "other sources"
+
+
+@pytest.mark.parametrize("note", [None, "0" * 64 + " " + "1" * 64, "not a note"])
+def test_what_cmake_built_is_left_alone(note: str | None, tmp_path: Path) -> None:
+    (tmp_path / "libbtp_ort.so").write_bytes(b"built with CUDA")
+    if note is not None:
+        (tmp_path / "libbtp_ort.sources").write_text(note)
+    assert compile_ort(tmp_path) is None
+    assert (tmp_path / "libbtp_ort.so").read_bytes() == b"built with CUDA"
+
+
+def test_without_a_compiler_it_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    with pytest.raises(UnavailableError, match="no C\\+\\+ compiler") as error:
+        compile_ort(tmp_path / "new")
+    assert error.value.do == "apt-get install g++" and not (tmp_path / "new").exists()
+    monkeypatch.setattr(module, "compile_ort", lambda: compile_ort(tmp_path / "new"))
+    assert module.main() == 0 and "portable bodies run" in capsys.readouterr().err
