@@ -80,7 +80,7 @@ def _open_graphs(bundle: Bundle, folder: Path, **options: Any) -> dict[str, Bund
     bundles = {"full": derive(bundle, bundle.plan.without_stages(), folder / "full"), "pruned": bundle}
     if bundle.manifest.build.assemble == "whole":
         bundles["pruned"] = derive(bundle, bundle.plan, folder / "pruned")
-    return {name: load(made, **options) for name, made in bundles.items()}
+    return {name: load(each, **options) for name, each in bundles.items()}
 
 
 def _open_engines(

@@ -102,13 +102,13 @@ def evaluate_plans(
     total = len(different) * len(chosen.samples)
     with scratch_folder(bundle) as folder:
         for digest, (name, plan) in different.items():
-            made = bundle if digest == bundle.plan.digest() else derive(bundle, plan, folder / digest)
+            derived = bundle if digest == bundle.plan.digest() else derive(bundle, plan, folder / digest)
             start = len(answers) * len(chosen.samples)
-            model = load(made, threads=threads)
+            model = load(derived, threads=threads)
             questions = questions or _ask(model, chosen)
             answers[digest] = _answer(model, questions, _offset(report, start, total, name))
     profile = bundle.profile()
-    flops = {digest: cost(bundle.spec.decoder, one.plan, profile).prefill for digest, one in answers.items()}
+    flops = {digest: cost(bundle.spec.decoder, each.plan, profile).prefill for digest, each in answers.items()}
     best, every = _score(chosen, answers[unpruned]), flops[unpruned]
     rows = [
         _row(name, answers[digest], chosen, best, flops[digest] / every)
@@ -251,13 +251,13 @@ def _attention_kept(model: BundleModel, prefill: Prefill) -> dict[int, list[floa
     from graphs.pruning.torch_scores import uses_attention
 
     scored = model.chain.stage_scores
-    found: dict[int, list[float]] = {}
+    shares: dict[int, list[float]] = {}
     for number, indices in enumerate(prefill.kept_relative):
         if number in scored and uses_attention(model.plan, number):
             scores = scored[number][: len(indices)].astype(np.float64)
             held = np.take_along_axis(scores, indices, axis=1).sum(axis=1)
-            found[number] = (held / np.maximum(scores.sum(axis=1), np.finfo(np.float64).tiny)).tolist()
-    return found
+            shares[number] = (held / np.maximum(scores.sum(axis=1), np.finfo(np.float64).tiny)).tolist()
+    return shares
 
 
 def _greedy(model: BundleModel, prefill: Prefill, room: int) -> list[list[int]]:

@@ -190,7 +190,9 @@ def _verify(job: _Job, work: Work | None) -> tuple[CheckResults, bool]:
     free = _streamed_answers(job, samples, work) if job.streamed else _answers(job, samples)
     gc.collect()  # a chain refers to itself; from here on one layer or one graph is open at a time
     # Every free token but the last is appended: the row of each then predicts the next one.
-    inputs = [replace(one.input, new_tokens=tuple(run.tokens[:-1])) for one, run in zip(prepared, free, strict=True)]
+    inputs = [
+        replace(sample.input, new_tokens=tuple(run.tokens[:-1])) for sample, run in zip(prepared, free, strict=True)
+    ]
     checkpoint = job.bundle.checkpoint()
     reference = StreamedReference(checkpoint, dtype=dtypes.BY_NAME[job.maths].torch, device=job.device, work=work)
     runs = reference.run(inputs, plan, record_segments=True, progress=job.phases.named("reference"))
@@ -268,10 +270,10 @@ def _forced_where_needed(
     """Reference runs forced to the bundle's kept sets, if they differ anywhere and can be forced."""
     from engines.verify.verification import same_kept
 
-    if all(same_kept(run, mine) for run, mine in zip(runs, free, strict=True)):
+    if all(same_kept(run, own) for run, own in zip(runs, free, strict=True)):
         return None
     keeps = [stage.keep for stage in runs[0].plan.stages]
-    if any([len(kept) for kept in mine.kept] != keeps for mine in free):
+    if any([len(kept) for kept in own.kept] != keeps for own in free):
         return None
     forced = [[indices.tolist() for indices in kept_tokens.relative(run.kept)] for run in free]
     return reference.run(inputs, runs[0].plan, forced_kept=forced)
@@ -281,6 +283,6 @@ def _verify_samples(prepared: list[Prepared], runs: list[RunRecord]) -> list[Any
     from engines.verify.verification import VerifySample
 
     return [
-        VerifySample(one.pixel_values, one.input.image_features.float().numpy(), run)
-        for one, run in zip(prepared, runs, strict=True)
+        VerifySample(sample.pixel_values, sample.input.image_features.float().numpy(), run)
+        for sample, run in zip(prepared, runs, strict=True)
     ]

@@ -150,10 +150,8 @@ def open_study(
     check_settings(settings)
 
     from btp_export.model.prompting import Prompter
-    from btp_export.planning.latency import read_latency
     from calibrate import calibrate as calibration
     from calibrate.measure.statistics_cache import StatisticsCache
-    from calibrate.place.cost import PrefillCost, measured_cost
     from calibrate.place.counts import Shape
     from calibrate.place.search import check_tuning
     from calibrate.reference.streamed_model import StreamedReference, torch_device
@@ -162,18 +160,12 @@ def open_study(
     device = torch_device(settings.device)
     profile = profile or default_profile(model)
     shape = Shape(spec.model_type, spec.decoder.num_layers, profile.image_tokens, profile.grid, profile.blocks)
-    cost = PrefillCost(spec.decoder, profile)
-    if settings.latency_from is not None:
-        cost = measured_cost(read_latency(settings.latency_from), settings.latency_from, spec.decoder, profile)
+    cost = _prefill_cost(settings, spec, profile)
     request = request_of(settings)
     (check or type(request).check)(request, shape, cost)
     prompter = Prompter(model.source.folder, spec)
     chosen = calibration_samples(settings, prompter, note)
-    check_memory(
-        needed_bytes(model, profile, len(chosen.samples), settings.maths),
-        f"calibrating {spec.name} on {len(chosen.samples)} samples",
-        do=f"fewer --samples (a layer at a time needs {size_text(needed_bytes(model, profile, 1, settings.maths))})",
-    )
+    _check_memory(model, profile, len(chosen.samples), settings.maths)
     if settings.tune:
         check_tuning(len(chosen.samples), counts=settings.keep is None, shares=settings.balance is None)
     cache = StatisticsCache(cache_folder("statistics") if settings.cache else None, note)
@@ -200,6 +192,24 @@ def open_study(
         source=_source(chosen, spec, profile),
     )
     return study, request
+
+
+def _prefill_cost(settings: CalibrationSettings, spec: ModelSpec, profile: ShapeProfile) -> PrefillCost:
+    """What a plan's prefill costs: in operations, or in the time of a measurement."""
+    from btp_export.planning.latency import read_latency
+    from calibrate.place.cost import PrefillCost, measured_cost
+
+    if settings.latency_from is None:
+        return PrefillCost(spec.decoder, profile)
+    return measured_cost(read_latency(settings.latency_from), settings.latency_from, spec.decoder, profile)
+
+
+def _check_memory(model: Model, profile: ShapeProfile, samples: int, maths: Precision) -> None:
+    check_memory(
+        needed_bytes(model, profile, samples, maths),
+        f"calibrating {model.spec.name} on {samples} samples",
+        do=f"fewer --samples (a layer at a time needs {size_text(needed_bytes(model, profile, 1, maths))})",
+    )
 
 
 def needed_bytes(model: Model, profile: ShapeProfile, samples: int, maths: Precision) -> int:
