@@ -23,6 +23,21 @@ from graphs.records.shapes import ShapeProfile
 
 
 @dataclass(frozen=True)
+class Batch:
+    """What a prefill takes, for the B samples of a profile.
+
+    pixel_values: [B,3,h,w] float32, or what else the model takes (ShapeProfile.pixel_shape).
+    prefix: embedding rows before the image [B,P,C]; text: those after it [B,T,C], anything right of a sample's last.
+    last: [B] index of each sample's last token in the unpruned sequence.
+    """
+
+    pixel_values: Array
+    prefix: Array
+    text: Array
+    last: Array
+
+
+@dataclass(frozen=True)
 class PrefillRun:
     """What a prefill gave, for the whole batch B of the profile.
 

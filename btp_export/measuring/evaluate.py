@@ -236,8 +236,8 @@ def _answer(model: BundleModel, questions: _Questions, report: Report | None) ->
             questions.features[first] = model.chain.image_features
         for stage, shares in _attention_kept(model, prefill).items():
             kept.setdefault(stage, []).extend(shares)
-        for ids in _greedy(model, prefill, questions.room):
-            texts.append(model.prompter.tokenizer.decode(ids, skip_special_tokens=True))
+        for answer in model.greedy(prefill, part, questions.room):
+            texts.append(model.prompter.tokenizer.decode(answer.without_end(), skip_special_tokens=True))
         if report is not None:
             report(len(texts), total)
     return Answers(model.plan, texts, kept)
@@ -258,23 +258,6 @@ def _attention_kept(model: BundleModel, prefill: Prefill) -> dict[int, list[floa
             held = np.take_along_axis(scores, indices, axis=1).sum(axis=1)
             shares[number] = (held / np.maximum(scores.sum(axis=1), np.finfo(np.float64).tiny)).tolist()
     return shares
-
-
-def _greedy(model: BundleModel, prefill: Prefill, room: int) -> list[list[int]]:
-    """Likeliest tokens of each sample until its end token, at most `room`."""
-    logits, ends = prefill.logits, set(model.spec.eos_token_ids)
-    ids: list[list[int]] = [[] for _ in logits]
-    done = [False] * len(ids)
-    for step in range(room):
-        tokens = [int(row.argmax()) for row in logits]
-        for sample, token in enumerate(tokens):
-            done[sample] = done[sample] or token in ends
-            if not done[sample]:
-                ids[sample].append(token)
-        if all(done) or step == room - 1:
-            break
-        logits = model.decode_step(prefill, tokens)
-    return ids
 
 
 def _score(chosen: SampleSet, answers: Answers) -> Score:

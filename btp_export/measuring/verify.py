@@ -23,6 +23,7 @@ from graphs.records.shapes import ShapeProfile
 from graphs.records.spec import Precision
 
 if TYPE_CHECKING:
+    from btp_export.running.logit_rules import LogitRules
     from calibrate.data.samples import Prepared, Sample
     from calibrate.reference.records import RunRecord
     from calibrate.reference.streamed_model import StreamedReference
@@ -60,8 +61,8 @@ def verify_bundle(
     run, or too little memory; what merely does not hold is in the document.
     """
     _check_counts(samples, tokens)
+    from btp_export.running.memory_fit import must_stream, streaming_bytes
     from btp_export.running.runtime import open_graphs
-    from btp_export.running.streamed import must_stream, streaming_bytes
     from calibrate.reference.streamed_model import torch_device
     from engines.runners.onnxruntime import onnxruntime_device
     from graphs.files.memory import check_memory
@@ -215,7 +216,17 @@ def _verify(job: _Job, work: Work | None) -> tuple[CheckResults, bool]:
         steps=work.sequence("graphs") if work is not None else None,
         progress=None if job.streamed else progress,
     )
-    return findings, verify_free(findings, plan, runs, free, forced)
+    rules = _rules(job, prepared)
+    return findings, verify_free(findings, plan, runs, free, forced, rules)
+
+
+def _rules(job: _Job, prepared: Sequence[Prepared]) -> list[LogitRules]:
+    """What the checkpoint's generation settings do to the logits of each sample."""
+    from btp_export.running.logit_rules import LogitRules
+
+    spec = job.bundle.spec
+    prompts = [one.input.input_ids.tolist() for one in prepared]
+    return [LogitRules(spec.generation, spec.eos_token_ids, prompt, job.tokens) for prompt in prompts]
 
 
 def _prepared(job: _Job) -> tuple[list[Sample], list[Prepared]]:
@@ -249,7 +260,7 @@ def _answers(job: _Job, samples: Sequence[Sample]) -> list[FreeRun]:
 def _streamed_answers(job: _Job, samples: Sequence[Sample], work: Work | None) -> list[FreeRun]:
     """The free run with one part of a graph open."""
     from btp_export.model.prompting import Prompter
-    from btp_export.running.streamed import free_runs
+    from btp_export.running.streamed_run import free_runs
 
     prompter = Prompter(job.bundle.processor, job.bundle.spec)
     return free_runs(
@@ -259,7 +270,7 @@ def _streamed_answers(job: _Job, samples: Sequence[Sample], work: Work | None) -
         prompter.encode([one.image for one in samples], [one.prompt for one in samples], profile=job.profile),
         job.loader,
         tokens=job.tokens,
-        steps=work.sequence("free") if work is not None else None,
+        steps=work.sequence("tokens") if work is not None else None,
         progress=job.phases.named("free run"),
     )
 
