@@ -44,9 +44,10 @@ def command(
     as_json: JsonOption = False,
 ) -> None:
     """Generate text about a picture; it is shown as it comes."""
-    from btp_export.model.pictures import open_picture, profile_for
+    from btp_export.model.pictures import profile_for
     from btp_export.running.runtime import load
     from graphs.files.bundle import Bundle
+    from graphs.files.pictures import open_picture
 
     pictures = [open_picture(path) for path in image]
     if show is not None:

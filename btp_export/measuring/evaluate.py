@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from btp_export.model.pictures import fits, fitted
+from btp_export.model.pictures import fitted
 from btp_export.planning.plan_files import CALIBRATED, plan_for
 from btp_export.results.evaluation import EvaluatedPlan, Evaluation
 from graphs import names
@@ -117,7 +117,7 @@ def evaluate_plans(
     evaluation = Evaluation(
         samples=len(chosen.samples),
         source=chosen.source,
-        **_resizing(bundle, chosen),
+        **_resizing(bundle, questions.resized if questions else 0),
         full_accuracy=best.accuracy,
         rows=tuple(rows),
     )
@@ -180,13 +180,9 @@ def _samples(count: int, seed: int, data: Path | None) -> SampleSet:
     return scene_samples(count, seed=seed, split="eval") if data is None else jsonl_samples(data, count=count)
 
 
-def _resizing(bundle: Bundle, chosen: SampleSet) -> dict[str, Any]:
+def _resizing(bundle: Bundle, resized: int) -> dict[str, Any]:
     """What is said of a model that takes any picture size, but was exported for one."""
-    profile = bundle.profile()
-    if not bundle.spec.vision.dynamic:
-        return {}
-    resized = sum(not fits(one.image, bundle.spec, profile) for one in chosen.samples)
-    return {"image_size": profile.image_size, "resized": resized}
+    return {"image_size": bundle.profile().image_size, "resized": resized} if bundle.spec.vision.dynamic else {}
 
 
 @dataclass
@@ -196,31 +192,33 @@ class _Questions:
     encoded: Encoded
     room: int  # new tokens that are enough to tell a right answer
     features: dict[int, Any]  # by first sample of a batch: [B,V,C]
+    resized: int  # pictures that were scaled to the profile's size
 
 
 def _ask(model: BundleModel, chosen: SampleSet) -> _Questions:
-    encoded = _encode(model, chosen)
+    encoded, resized = _encode(model, chosen)
     tokenizer = model.prompter.tokenizer
     longest = max(len(tokenizer(one.answer or "", add_special_tokens=False)["input_ids"]) for one in chosen.samples)
-    return _Questions(encoded, min(model.profile.new_tokens, longest + 2), {})
+    return _Questions(encoded, min(model.profile.new_tokens, longest + 2), {}, resized)
 
 
-def _encode(model: BundleModel, chosen: SampleSet) -> Encoded:
-    """All samples in one. Raises InputError with file and line of the first that the model cannot take."""
+def _encode(model: BundleModel, chosen: SampleSet) -> tuple[Encoded, int]:
+    """All samples in one, and how many pictures were scaled for it. Raises InputError with file and line of the first that the model cannot take."""
     from calibrate.data.text_files import at
 
-    def encode(samples: Sequence[Sample]) -> Encoded:
-        pictures = fitted([one.image for one in samples], model.spec, model.profile)
-        return model.encode(pictures, [one.prompt for one in samples])
+    def encode(samples: Sequence[Sample]) -> tuple[Encoded, int]:
+        pictures, resized = fitted([sample.image for sample in samples], model.spec, model.profile)
+        prompts = [sample.prompt for sample in samples]
+        return model.prompter.encode(pictures, prompts, profile=model.profile), resized
 
     try:
         return encode(chosen.samples)
     except InputError:
-        for one in chosen.samples:
+        for sample in chosen.samples:
             try:
-                encode([one])
+                encode([sample])
             except InputError as error:
-                raise at(one.where, error) from error
+                raise at(sample.where, error) from error
         raise
 
 

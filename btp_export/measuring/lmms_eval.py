@@ -26,6 +26,7 @@ from btp_export.running.generation import Answer
 from btp_export.running.runtime import BundleModel, load
 from graphs.building.derived_bundles import derive, scratch_folder
 from graphs.files.bundle import Bundle
+from graphs.files.pictures import to_rgb
 from graphs.records.errors import InputError
 
 if TYPE_CHECKING:
@@ -148,8 +149,9 @@ class BtpExport(lmms):  # type: ignore[misc]
                 wanted=f"1 to {room}",
                 do="export with a larger --max-new-tokens",
             )
-        pictures = fitted([picture], self.model.spec, self.model.profile)
-        prefill = self.model.prefill(self.model.encode(pictures, [prompt]))
+        pictures, _ = fitted([picture], self.model.spec, self.model.profile)
+        encoded = self.model.prompter.encode(pictures, [prompt], profile=self.model.profile)
+        prefill = self.model.prefill(encoded)
         scored = _Continuation(ids)
         self.model.complete(prefill, [Answer(scored.next_token, frozenset(), room=len(ids))])
         return scored.loss / len(ids), scored.is_greedy
@@ -195,7 +197,7 @@ def _question(request: Instance, tasks: Any) -> tuple[Image.Image, str]:
             wanted="exactly one picture for each question",
             do="choose tasks of one picture (scienceqa_img instead of scienceqa)",
         )
-    return pictures[0].convert("RGB"), context.replace(PLACEHOLDER, "").strip()
+    return to_rgb(pictures[0]), context.replace(PLACEHOLDER, "").strip()
 
 
 def _sampling(settings: dict[str, Any]) -> tuple[float, float]:

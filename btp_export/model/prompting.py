@@ -16,7 +16,6 @@ from PIL import Image
 
 from btp_export.families._chat import conversation_text, refuse_placeholders, writes_begin_token
 from btp_export.families._processor import load_processor
-from btp_export.model.pictures import fits, misfit, to_rgb
 from graphs.records.errors import InputError
 from graphs.records.shapes import ShapeProfile
 from graphs.records.spec import ModelSpec
@@ -116,7 +115,7 @@ class Prompter:
         system: str | None = None,
         profile: ShapeProfile | None = None,
     ) -> Encoded:
-        """One sample for each picture and prompt.
+        """One sample for each picture (upright, in RGB: graphs/files/pictures.py) and prompt.
 
         A prompt is put into the chat template after the picture; with `raw` it is the whole text as the model sees it
         and holds the image placeholder once. `system` takes the place of the system message that the bundle was made
@@ -127,11 +126,6 @@ class Prompter:
         """
         if len(images) != len(prompts) or not images:
             raise InputError(f"{len(images)} pictures and {len(prompts)} prompts", wanted="one picture for each prompt")
-        images = [to_rgb(image) for image in images]
-        if profile is not None:
-            for image in images:
-                if not fits(image, self.spec, profile):
-                    raise misfit(image, self.spec, [profile])
         samples = [
             self._sample(image, self.text(prompt, raw=raw, system=system))
             for image, prompt in zip(images, prompts, strict=True)

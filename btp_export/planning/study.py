@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from btp_export.model.defaults import default_profile, fitted_samples
-from btp_export.model.pictures import fits, to_rgb
 from graphs import dtypes
 from graphs.files.atomic import size_text
 from graphs.files.bundle import tool_versions
@@ -172,7 +171,8 @@ def open_study(
     taus = calibration.taus_for(settings.tau, spec.change_threshold)
     key = _cache_key(model, profile, chosen.digest(), taus, settings.maths, device)
     statistics = cache.get(key)
-    inputs = _inputs(model, prompter, profile, chosen.samples, report)
+    samples, resized = fitted_samples(chosen.samples, spec, profile)
+    inputs = _inputs(model, prompter, profile, samples, report)
     reference = StreamedReference(
         model.checkpoint, dtype=dtypes.BY_NAME[settings.maths].torch, device=device, work=work
     )
@@ -189,7 +189,7 @@ def open_study(
         threshold=calibration.threshold_of(statistics, shape, tau=settings.tau, model_tau=spec.change_threshold),
         cost=cost,
         seed=settings.seed,
-        source=_source(chosen, spec, profile),
+        source=_source(chosen, spec, profile, resized),
     )
     return study, request
 
@@ -253,8 +253,7 @@ def _inputs(
     from calibrate.data.samples import prepare
 
     vision = model.family.vision_module(model.checkpoint, profile.image_size)
-    pictures, _ = fitted_samples(samples, model.spec, profile)
-    prepared = prepare(pictures, prompter, vision, progress=labelled(report, "reading the pictures"))
+    prepared = prepare(samples, prompter, vision, progress=labelled(report, "reading the pictures"))
     return [one.input for one in prepared]
 
 
@@ -286,7 +285,7 @@ def _cache_key(
     )
 
 
-def _source(chosen: SampleSet, spec: ModelSpec, profile: ShapeProfile) -> dict[str, Any]:
+def _source(chosen: SampleSet, spec: ModelSpec, profile: ShapeProfile, resized: int) -> dict[str, Any]:
     """Where the samples came from, as the plan's record holds it."""
     source: dict[str, Any] = {
         "pictures": chosen.source,
@@ -295,7 +294,6 @@ def _source(chosen: SampleSet, spec: ModelSpec, profile: ShapeProfile) -> dict[s
         "sha256": chosen.digest(),
     }
     if spec.vision.dynamic:
-        resized = sum(not fits(one.image, spec, profile) for one in chosen.samples)
         source |= {"image_size": list(profile.image_size), "resized": resized}
     return source
 
@@ -336,7 +334,7 @@ def calibration_samples(
     """
     from calibrate.data import samples, sources
 
-    checks = samples.NO_CHECKS if prompter is None else samples.Checks(picture=to_rgb, prompt=prompter.text)
+    checks = samples.NO_CHECKS if prompter is None else samples.Checks(prompt=prompter.text)
     return sources.calibration_samples(
         settings.images, prompts=settings.prompts, count=settings.samples, seed=settings.seed, note=note, checks=checks
     )

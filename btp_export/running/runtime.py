@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from btp_export.model.pictures import fitted, open_picture
+from btp_export.model.pictures import fitted, require_fit
 from btp_export.model.prompting import Encoded, Prompter
 from btp_export.running.detokenise import Detokeniser
 from btp_export.running.embedding import TokenEmbedding, filled
@@ -29,6 +29,7 @@ from graphs import names
 from graphs.building.rope import token_tables
 from graphs.files.bundle import ROPE_WEIGHTS, Bundle, Check
 from graphs.files.checkpoint import open_tensors
+from graphs.files.pictures import open_picture, to_rgb
 from graphs.pruning import kept_tokens
 from graphs.records.errors import InputError
 from graphs.tf32 import allows_tf32
@@ -204,8 +205,10 @@ class BundleModel:
         chosen_by = Sampling(temperature, top_p, seed)
         pictures, texts = _samples(images, prompts)
         if resize:
-            pictures = fitted(pictures, self.spec, self.profile)
-        encoded = self.encode(pictures, texts, raw=raw_prompt, system=system)
+            pictures, _ = fitted(pictures, self.spec, self.profile)
+        else:
+            require_fit(pictures, self.spec, self.profile)
+        encoded = self.prompter.encode(pictures, texts, raw=raw_prompt, system=system, profile=self.profile)
         answers: list[Generation] = []
         for first in range(0, len(texts), self.profile.batch):
             samples = range(first, min(first + self.profile.batch, len(texts)))
@@ -221,7 +224,9 @@ class BundleModel:
         system: str | None = None,
     ) -> Encoded:
         """Token ids and pixels of the samples. Raises InputError if one does not fit the bundle."""
-        return self.prompter.encode(images, prompts, raw=raw, system=system, profile=self.profile)
+        pictures = [to_rgb(image) for image in images]
+        require_fit(pictures, self.spec, self.profile)
+        return self.prompter.encode(pictures, prompts, raw=raw, system=system, profile=self.profile)
 
     def prefill(self, encoded: Encoded, *, features: Array | None = None) -> Prefill:
         """Run the samples up to their first logits; at most as many as the profile's batch.
@@ -343,7 +348,7 @@ class _Text:
 
 
 def _samples(images: "Pictures", prompts: Sequence[str] | str) -> "tuple[list[Image.Image], list[str]]":
-    """As many pictures as prompts, the pictures opened."""
+    """As many pictures as prompts, the pictures upright and in RGB."""
     given = list(images) if isinstance(images, Sequence) and not isinstance(images, str) else [images]
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     count = max(len(given), len(texts))
@@ -352,5 +357,5 @@ def _samples(images: "Pictures", prompts: Sequence[str] | str) -> "tuple[list[Im
             f"{len(given)} pictures and {len(texts)} prompts",
             wanted="one prompt for each picture, one picture for all prompts, or one prompt for all pictures",
         )
-    opened = [open_picture(Path(item)) if isinstance(item, (str, Path)) else item for item in given]
+    opened = [open_picture(Path(item)) if isinstance(item, (str, Path)) else to_rgb(item) for item in given]
     return opened * (count // len(opened)), texts * (count // len(texts))
