@@ -203,7 +203,10 @@ def _ask(model: BundleModel, chosen: SampleSet) -> _Questions:
 
 
 def _encode(model: BundleModel, chosen: SampleSet) -> tuple[Encoded, int]:
-    """All samples in one, and how many pictures were scaled for it. Raises InputError with file and line of the first that the model cannot take."""
+    """All samples in one, and how many pictures were scaled for it.
+
+    Raises InputError with file and line of the first that the model cannot take.
+    """
     from calibrate.data.text_files import at
 
     def encode(samples: Sequence[Sample]) -> tuple[Encoded, int]:

@@ -86,7 +86,7 @@ class Encoded:
         rows, *rest = profile.pixel_input(self.pixel_values.shape[1])
         shape = (rows // profile.batch * len(self), *rest)
         if self.image_tokens != profile.image_tokens or self.pixel_values.shape != shape:
-            got, wanted = (" x ".join(map(str, one)) for one in _sizes(self.pixel_values.shape, shape))
+            got, wanted = (" x ".join(map(str, size)) for size in _sizes(self.pixel_values.shape, shape))
             raise InputError(
                 f"the processor makes {self.image_tokens} image tokens from {got} pixels",
                 wanted=f"{profile.image_tokens} tokens from {wanted} pixels (profile {profile.name})",
@@ -164,18 +164,18 @@ class Prompter:
         return prompt
 
     def ids(self, image: Image.Image, prompt: str) -> np.ndarray[Any, np.dtype[np.int64]]:
-        """Token ids of one sample, [P + V + t], not checked."""
-        return self._sample(to_rgb(image), self.text(prompt))[0]
+        """Token ids of one sample (the picture in RGB), [P + V + t], not checked."""
+        return self._sample(image, self.text(prompt))[0]
 
     def _sample(self, image: Image.Image, text: str) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-        made = self.processor(
+        model_inputs = self.processor(
             images=[image],
             text=[text],
             add_special_tokens=not writes_begin_token(self.processor, text),
             input_data_format="channels_last",
             return_tensors="np",
         )
-        return made["input_ids"][0].astype(np.int64), made["pixel_values"]
+        return model_inputs["input_ids"][0].astype(np.int64), model_inputs["pixel_values"]
 
     def _span(self, ids: Sequence[np.ndarray[Any, Any]], system: str | None) -> int:
         """Image tokens V, after checking that they stand together, right after the prefix, with text behind them."""

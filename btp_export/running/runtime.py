@@ -240,10 +240,10 @@ class BundleModel:
         if count > batch:
             raise InputError(f"{count} samples", wanted=f"at most {batch}, the batch of profile {self.profile.name}")
         inputs = self._embedding.batch(encoded, self.profile, filled(count, batch))
-        run = self.chain.prefill(inputs.pixel_values, inputs.prefix, inputs.text, inputs.last, features=features)
+        run = self.chain.prefill(inputs, features=features)
         self._prefills += 1
-        given = {stage: indices[:count] for stage, indices in run.kept.items()}
-        relative = kept_tokens.every_stage(given, [stage.keep for stage in self.plan.stages], samples=count)
+        own = {stage: indices[:count] for stage, indices in run.kept.items()}
+        relative = kept_tokens.every_stage(own, [stage.keep for stage in self.plan.stages], samples=count)
         segmented = names.WHOLE not in run.milliseconds
         stages = range(len(self.plan.stages)) if segmented else range(0)
         return Prefill(

@@ -63,7 +63,7 @@ def free_runs(
     _generate(chain, answers, [sample for samples in batches for sample in samples])
     keeps = [stage.keep for stage in plan.stages]
     kept = [
-        kept_tokens.absolute(kept_tokens.every_stage(given, keeps, samples=chosen.batch)) for given in chain.kept
+        kept_tokens.absolute(kept_tokens.every_stage(indices, keeps, samples=chosen.batch)) for indices in chain.kept
     ]  # for each batch and stage [B,k]
     return [
         FreeRun(answer.ids, [indices[number % chosen.batch] for indices in kept[number // chosen.batch]])

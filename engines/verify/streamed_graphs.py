@@ -94,8 +94,8 @@ class StreamedRunner:
             later = {name for rest in self._parts[number + 1 :] for name in rest.inputs}
             for place, feed in enumerate(feeds):
                 held = carried[place]
-                given = {name: held[name] if name in held else feed[name] for name in part.inputs}
-                outputs = runner.run(given)
+                inputs = {name: held[name] if name in held else feed[name] for name in part.inputs}
+                outputs = runner.run(inputs)
                 see(place, {name: value for name, value in outputs.items() if name in self.outputs})
                 carried[place] = {name: value for name, value in (held | outputs).items() if name in later}
                 if self._progress is not None:
