@@ -135,8 +135,8 @@ def test_verify_follows_them(
     plan = PruningPlan(model_type="llava", num_layers=6, image_tokens=36, grid=(6, 6), stages=stages)
     pruned = derive(bundle, plan, tmp_path / "pruned")
     result = verify_bundle(pruned, samples=2, tokens=8, threads=1)
-    assert result["passed"] and result["streamed"] == streamed
-    assert result["near_ties"] == []
+    assert result.passed and result.streamed == streamed
+    assert not result.near_ties
 
 
 def test_the_loop_ends_where_each_answer_does() -> None:
