@@ -12,6 +12,7 @@ from PIL import Image
 from transformers.image_utils import load_image
 
 from calibrate.data import samples
+from calibrate.data.sources import calibration_samples
 from graphs.files import pictures
 from graphs.files.pictures import open_picture, to_rgb
 from graphs.records.errors import InputError
@@ -208,7 +209,7 @@ def test_a_file_is_the_same_picture_for_every_reader(tmp_path: Path) -> None:
     lines = [f'{{"image": "{name}", "prompt": "?", "answer": "!"}}' for name in names]
     (tmp_path / "lines.jsonl").write_text("\n".join(lines))
     folder = samples.folder_samples(tmp_path, count=4, seed=0)
-    calibration = samples.calibration_samples(str(tmp_path / "lines.jsonl"), count=4)
+    calibration = calibration_samples(str(tmp_path / "lines.jsonl"), count=4)
     measured = samples.jsonl_samples(tmp_path / "lines.jsonl")
     for found in (folder, calibration, measured):
         assert {sample.name: sample.image.tobytes() for sample in found.samples} == wanted
