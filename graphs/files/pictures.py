@@ -41,7 +41,7 @@ def open_picture(source: Path | bytes, name: str = "") -> Image.Image:
     name = name or ("the picture" if isinstance(source, bytes) else str(source))
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # MAX_PIXELS is the limit
+            warnings.simplefilter("ignore")  # of large pictures, for which MAX_PIXELS is the limit, and of odd metadata
             # An open file and not its path: Pillow 13 maps uncompressed TIFFs into memory and turns them wrongly then.
             with _opened(source) as file, Image.open(file, formats=FORMATS) as image:
                 _check_size(image, name)
