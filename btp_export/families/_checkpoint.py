@@ -1,6 +1,7 @@
 """What the families read of a checkpoint beside decoder and tower: settings, stop tokens, where the image stands."""
 
 from pathlib import Path
+from typing import Any
 
 from pydantic import Field
 
