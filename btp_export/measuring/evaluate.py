@@ -198,7 +198,9 @@ class _Questions:
 def _ask(model: BundleModel, chosen: SampleSet) -> _Questions:
     encoded, resized = _encode(model, chosen)
     tokenizer = model.prompter.tokenizer
-    longest = max(len(tokenizer(one.answer or "", add_special_tokens=False)["input_ids"]) for one in chosen.samples)
+    longest = max(
+        len(tokenizer(sample.answer or "", add_special_tokens=False)["input_ids"]) for sample in chosen.samples
+    )
     return _Questions(encoded, min(model.profile.new_tokens, longest + 2), {}, resized)
 
 

@@ -225,7 +225,7 @@ def _rules(job: _Job, prepared: Sequence[Prepared]) -> list[LogitRules]:
     from btp_export.running.logit_rules import LogitRules
 
     spec = job.bundle.spec
-    prompts = [one.input.input_ids.tolist() for one in prepared]
+    prompts = [sample.input.input_ids.tolist() for sample in prepared]
     return [LogitRules(spec.generation, spec.eos_token_ids, prompt, job.tokens) for prompt in prompts]
 
 
@@ -251,7 +251,7 @@ def _answers(job: _Job, samples: Sequence[Sample]) -> list[FreeRun]:
     model = BundleModel(job.bundle, job.loader, profile=job.profile.name, graphs=job.files)
     free = []
     for answer in model.generate(
-        [one.image for one in samples], [one.prompt for one in samples], max_new_tokens=job.tokens
+        [sample.image for sample in samples], [sample.prompt for sample in samples], max_new_tokens=job.tokens
     ):
         free.append(FreeRun(answer.token_ids, answer.kept))
     return free
@@ -267,7 +267,9 @@ def _streamed_answers(job: _Job, samples: Sequence[Sample], work: Work | None) -
         job.bundle,
         job.profile.name,
         job.files,
-        prompter.encode([one.image for one in samples], [one.prompt for one in samples], profile=job.profile),
+        prompter.encode(
+            [sample.image for sample in samples], [sample.prompt for sample in samples], profile=job.profile
+        ),
         job.loader,
         tokens=job.tokens,
         steps=work.sequence("tokens") if work is not None else None,

@@ -254,7 +254,7 @@ def _inputs(
 
     vision = model.family.vision_module(model.checkpoint, profile.image_size)
     prepared = prepare(samples, prompter, vision, progress=labelled(report, "reading the pictures"))
-    return [one.input for one in prepared]
+    return [sample.input for sample in prepared]
 
 
 def _cache_key(
