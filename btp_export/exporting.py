@@ -322,7 +322,7 @@ def _bad_profile(text: str) -> InputError:
     return InputError(
         f"profile {text!r}",
         wanted="batch, text, new and image (height x width), each a positive number",
-        do="--profile batch=2,text=64,new=128",
+        do="--shape batch=2,text=64,new=128",
     )
 
 

@@ -135,6 +135,6 @@ def _require_passed(verification: Verification) -> None:
     if not verification.passed:
         raise CheckError(
             f"the exported graphs do not verify: {'; '.join(verification.failures[:2])}",
-            wanted="the same numbers, kept tokens and text as transformers; the bundle was not put in place",
-            do="btp-export export and then btp-export verify show all of it",
+            wanted="the numbers, kept tokens and text of transformers; no bundle was written",
+            do="btp-export export, then btp-export verify, which lists every difference",
         )

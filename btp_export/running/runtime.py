@@ -136,7 +136,7 @@ def open_graphs(
     from engines.tensorrt.run.runner import open_engines
 
     if threads is not None:
-        raise InputError(f"--threads {threads} with --engine", wanted="one or the other", do="leave --threads out")
+        raise InputError(f"--threads {threads} with --target", wanted="one or the other", do="leave --threads out")
     folder = engines_folder(bundle, find_target(engine).name) / part
     gpu = "cuda" if device in ("cpu", "auto") else device  # engines run on nothing else
     return open_engines(bundle, folder, profile=profile, device=gpu, check=check)
