@@ -12,6 +12,7 @@ picture everywhere and the same limits hold. What a file holds, in the order in 
 
 import io
 import math
+import re
 import struct
 import warnings
 from pathlib import Path
@@ -26,6 +27,7 @@ FORMATS: Final = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 MAX_PIXELS: Final = 178_000_000  # Pillow's own limit for what it takes for an attack; in memory 4 bytes each
 SCALE_ABOVE: Final = 50_000_000  # no processor keeps as many: Qwen2.5-VL's takes 13 million
 MAX_ASPECT: Final = 200  # longer side / shorter side; processors scale the shorter side up
+ADDRESS: Final = re.compile(r"(^|/)(https?|ftp|s3|gs|file):/")  # a Path has one slash where an address has two
 _STRIP: Final = 256  # rows of the scaled picture that are made at a time
 
 # What Pillow raises for damaged files, depending on the format and on where the damage is.
@@ -51,6 +53,10 @@ def open_picture(source: Path | bytes, name: str = "") -> Image.Image:
     except Image.DecompressionBombError as error:
         raise _too_large(f"{name}: {error}") from error
     except _DAMAGE as error:
+        if ADDRESS.search(name):
+            raise InputError(
+                f"the picture {name} is an address", wanted="a picture file", do="download it and give the file"
+            ) from error
         reason = (getattr(error, "strerror", None) or str(error)) if isinstance(error, OSError) else "damaged data"
         if isinstance(error, UnidentifiedImageError):
             reason = "not a picture of a known format"

@@ -229,3 +229,11 @@ def test_nothing_else_opens_pictures() -> None:
         if re.search(r"\bImage\.open\(|exif_transpose\(", path.read_text(encoding="utf-8"))
     }
     assert openers == {"graphs/files/pictures.py"}
+
+
+def test_an_address_is_to_be_downloaded_first(tmp_path: Path) -> None:
+    """As `run --image` gives it, and as a line of a JSONL file names it beside the file."""
+    for path in (Path("https://example.com/cat.png"), tmp_path / "https://example.com/cat.png"):
+        with pytest.raises(InputError, match="is an address") as caught:
+            open_picture(path)
+        assert caught.value.do == "download it and give the file"
