@@ -2,8 +2,8 @@
 
     python -m benchmarks.gpu_engines --target h100 [--bundle DIR] [--profile]
 
-For baked and for shared weights: `btp-export build --unpruned`, `verify --engine`, and only if that passed `bench
---engine` and, with --profile, `profile` (which needs trtexec). Without --bundle the demo model is exported first. What
+For baked and for shared weights: `btp-export build --unpruned`, `verify --target`, and only if that passed `bench
+--target` and, with --profile, `profile` (which needs trtexec). Without --bundle the demo model is exported first. What
 the commands print goes to benchmarks/results/engines-<target>.json. Ends with the exit code of the first command that
 does not end with 0. Not yet run on a GPU.
 """
@@ -56,8 +56,8 @@ def measure(bundle: Path, target: str, weights: str, profile: bool) -> dict[str,
     place = str(bundle)
     build = ("build", place, "--target", target, "--engine-weights", weights, "--assemble", "segments", "--unpruned")
     found = {"build": command(*build)}
-    found["verify"] = command("verify", place, "--engine", target)
-    found["bench"] = command("bench", place, "--engine", target, "--rounds", "30")
+    found["verify"] = command("verify", place, "--target", target)
+    found["bench"] = command("bench", place, "--target", target, "--rounds", "30")
     if profile:
         found["profile"] = command("profile", place, "--target", target)
     return found

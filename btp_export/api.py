@@ -23,10 +23,10 @@ if TYPE_CHECKING:
     from btp_export.results.timing import Bench
     from btp_export.results.verification import Verification
     from btp_export.running.runtime import BundleModel
+    from graphs.dtypes import Precision
     from graphs.files.atomic import Link
     from graphs.records.plan import Importance, SpatialMetric
     from graphs.records.progress import Note, Report
-    from graphs.records.spec import Precision
 
 PathLike = Path | str
 Item = TypeVar("Item")

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any, get_args
 
 import btp_export
+from graphs.dtypes import Precision
 from graphs.files.atomic import Link
 from graphs.records.plan import Importance, SpatialMetric
-from graphs.records.spec import Precision
 
 PAGE = Path(__file__).parents[1] / "docs" / "api.md"
 MARKS = ("<!-- signatures: begin -->", "<!-- signatures: end -->")

@@ -21,10 +21,12 @@ from types import FrameType
 import typer
 
 from btp_export import commands, console
+from btp_export.commands._groups import as_command
 from graphs.records.errors import BtpError, shortened
 
 ORDER = ("calibrate", "export", "verify", "run", "eval", "bench", "build", "profile", "plan", "report", "doctor")
 OURS = ("btp_export", "calibrate", "engines", "graphs")
+NO_MEMORY = ("DefaultCPUAllocator: can't allocate", "CUDA out of memory", "bad_alloc", "Failed to allocate memory")
 INTERRUPTED = 130
 PIPE_CLOSED = 141
 
@@ -33,16 +35,16 @@ def make_app() -> typer.Typer:
     """The typer application: one command for each module in btp_export/commands, `main` for no command."""
     app = typer.Typer(
         name="btp-export",
-        add_completion=False,
         pretty_exceptions_enable=False,
         rich_markup_mode=None,
         context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     )
     for name in command_names():
         module = importlib.import_module(f"{commands.__name__}.{name}")
-        app.command(name, short_help=_first_sentence(module.command.__doc__))(module.command)
+        command = as_command(module.command, console.stdout_for_results)
+        app.command(name, short_help=_first_sentence(command.__doc__))(command)
     main_module = importlib.import_module(f"{commands.__name__}.main")
-    app.callback(invoke_without_command=True)(main_module.command)
+    app.callback(invoke_without_command=True)(as_command(main_module.command, console.stdout_for_results))
     return app
 
 
@@ -54,21 +56,20 @@ def _first_sentence(text: str | None) -> str:
 def command_names() -> list[str]:
     """Names of the command modules, in the order of the help page; new ones come last."""
     modules = {module.name for module in pkgutil.iter_modules(commands.__path__)}
-    found = {name for name in modules if not name.startswith("_")} - {"main"}
-    return [name for name in ORDER if name in found] + sorted(found - set(ORDER))
+    names = {name for name in modules if not name.startswith("_")} - {"main"}
+    return [name for name in ORDER if name in names] + sorted(names - set(ORDER))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    debug = "--debug" in given  # taken at any place, also after a command
-    given = [argument for argument in given if argument != "--debug"]
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in words  # every command takes it; it is needed before the command line is understood
+    _occupy_standard_descriptors()
+    if "_BTP_EXPORT_COMPLETE" in os.environ:
+        os.environ["COLUMNS"] = "1000"  # typer wraps the descriptions that it gives to zsh
     _set_up_libraries(debug)
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(_signals_interrupt())
-        if "--json" in given and not {"-h", "--help"} & set(given):
-            stack.enter_context(console.stdout_for_results())
-        return _run(given, debug)
+    with _signals_interrupt():
+        return _run(words, debug)
 
 
 def _run(arguments: list[str], debug: bool) -> int:
@@ -80,12 +81,17 @@ def _run(arguments: list[str], debug: bool) -> int:
     except KeyboardInterrupt:
         console.show_lines(["interrupted"], prefix="")
         return INTERRUPTED
-    except (BrokenPipeError, SystemExit):  # typer exits when a pipe is closed, and only then
+    except SystemExit as left:  # so typer ends when it has printed completions, and when a pipe is closed
+        if not isinstance(left.__context__, BrokenPipeError):
+            return left.code if isinstance(left.code, int) else 0
+        _discard_stdout()
+        return PIPE_CLOSED
+    except BrokenPipeError:
         _discard_stdout()
         return PIPE_CLOSED
     except Exception as error:
         if debug:
-            traceback.print_exc()
+            console.note(traceback.format_exc())
         lines, code = describe(error)
         console.show_lines(lines)
         return code
@@ -99,19 +105,42 @@ def describe(error: BaseException) -> tuple[list[str], int]:
         context = getattr(error, "ctx", None)
         path = context.command_path if context else "btp-export"
         return [error.format_message(), f"do this: {path} --help"], 2
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        where = f" while writing {error.filename}" if error.filename else ""
-        return [f"{error.strerror}{where}", "do this: free some space, or give --out on another disk"], 2
-    if isinstance(error, OSError) and error.filename:
-        return [f"{error.filename}: {error.strerror}", "do this: check the path and its permissions"], 2
     if isinstance(error, ModuleNotFoundError) and (error.name or "").split(".")[0] not in OURS:
         return [f"{error.name} is not installed", "do this: btp-export doctor"], 3
-    if isinstance(error, MemoryError):
-        return ["not enough memory", "do this: btp-export doctor shows how much there is; close other programs"], 3
+    surroundings = _describe_surroundings(error)
+    if surroundings is not None:
+        return surroundings
     return [
         shortened(f"{type(error).__name__}: {error}"),
         "this is a defect of btp-export; --debug shows where it happened",
     ], 1
+
+
+def _describe_surroundings(error: BaseException) -> tuple[list[str], int] | None:
+    """The same for what the machine refuses: disk, memory, open files, folders. None for anything else."""
+    number = error.errno if isinstance(error, OSError) else None
+    if isinstance(error, MemoryError) or number == errno.ENOMEM or any(text in str(error) for text in NO_MEMORY):
+        return ["not enough memory", "do this: btp-export doctor shows how much there is; close other programs"], 3
+    if number in (errno.EMFILE, errno.ENFILE):
+        return ["too many open files", "do this: ulimit -n 4096 raises the limit of this shell"], 3
+    if isinstance(error, OSError) and number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        where = f" while writing {error.filename}" if error.filename else ""
+        return [f"{error.strerror}{where}", "do this: free some space, or give --out on another disk"], 2
+    if isinstance(error, FileNotFoundError) and error.filename is None and not _in_a_folder():
+        return ["the current folder was removed", "do this: cd to a folder that exists"], 2
+    if isinstance(error, RuntimeError) and "home directory" in str(error):  # Python's words where there is none
+        return ["there is no home folder", "wanted: HOME, or a user the system knows", "do this: export HOME=..."], 2
+    if isinstance(error, OSError) and error.filename:
+        return [f"{os.fsdecode(error.filename)}: {error.strerror}", "do this: check the path and its permissions"], 2
+    return None
+
+
+def _in_a_folder() -> bool:
+    try:
+        os.getcwd()
+    except OSError:
+        return False
+    return True
 
 
 def _set_up_libraries(debug: bool) -> None:
@@ -151,6 +180,17 @@ def _signals_interrupt() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _occupy_standard_descriptors() -> None:
+    """Open 0, 1 and 2 if they are closed: the next file opened would get the number, and be printed into."""
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - it stays open until the process ends
 
 
 def _discard_stdout() -> None:

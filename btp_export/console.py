@@ -1,17 +1,22 @@
 """What every command shares: results on standard output, everything else on standard error.
 
 A command ends with one `emit(...)`. Before that it may call `note(...)` and open `progress(...)`; both write to
-standard error only, so that `--json` leaves exactly one JSON document on standard output.
+standard error only. While a command runs, what libraries print goes there too, so that `--json` leaves exactly one JSON
+document on standard output. All text passes btp_export/printable.py on its way.
 """
 
+import ctypes
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Annotated, Any, Protocol, TextIO, TypeVar
 
 import typer
 
+from btp_export.printable import json_safe, one_line, printable
+from graphs.records.errors import InputError
 from graphs.records.progress import Report
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")]
@@ -58,15 +63,23 @@ def emit(result: Shown, *, as_json: bool, render: Callable[[Shown], Any] | None 
     With `as_json` it is exactly that document. Without, it is what `render(result)` returns (text or anything rich can
     print; None prints nothing).
     """
-    if as_json:
-        _stdout().write(result.to_json())
-    elif render is not None and (shown := render(result)) is not None:
+    shown = _json(result) if as_json else render(result) if render is not None else None
+    if shown is not None:
         _print(_stdout(), shown)
-    _stdout().flush()
+
+
+def _json(result: Printable) -> str:
+    """One document, in ASCII where the reader's encoding, or a file name that is no text, demands it."""
+    document = result.to_json()
+    try:
+        document.encode(getattr(_stdout(), "encoding", None) or "utf-8")
+    except UnicodeEncodeError:
+        return json_safe(document, ascii_only=True)
+    return json_safe(document)
 
 
 def note(text: str) -> None:
-    """Say something on standard error."""
+    """Print a line on standard error."""
     _print(sys.stderr, text)
 
 
@@ -91,16 +104,16 @@ class Bar:
 
     def __init__(self, title: str, total: int | None) -> None:
         self.title, self.total, self.done, self.text = title, total, 0, ""
-        self._start = self._said = self._told = time.monotonic()
+        self._start = self._last_line = self._last_report = time.monotonic()
 
     def __call__(self, done: int, total: int, text: str = "") -> None:
         """`done` of `total` steps are finished."""
         now = time.monotonic()
         if done == 0:
             self._start = now  # how long preparations took says nothing of the steps
-        elif done < self.done:  # another kind of work began when the last of the former was told
-            self._start = self._told
-        self._told = now
+        elif done < self.done:  # another kind of work began when the last step of the former was reported
+            self._start = self._last_report
+        self._last_report = now
         self.done, self.total, self.text = done, total, text
         self._show(now)
 
@@ -113,12 +126,12 @@ class Bar:
         """Take the bar away."""
 
     def _show(self, now: float) -> None:
-        if now - self._said < self.INTERVAL or not self.total or not self.done:
+        if now - self._last_line < self.INTERVAL or not self.total or not self.done:
             return
-        self._said = now
+        self._last_line = now
         left = (now - self._start) / self.done * max(self.total - self.done, 0)
         text = f" ({self.text})" if self.text else ""
-        note(f"{self.title}: {self.done} of {self.total}, about {left:.0f} s left{text}")
+        note(one_line(f"{self.title}: {self.done} of {self.total}, about {left:.0f} s left{text}"))
 
 
 class _LiveBar(Bar):
@@ -130,11 +143,11 @@ class _LiveBar(Bar):
 
         super().__init__(title, total)
         self._progress = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=None),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[text]}"),
+            TextColumn("{task.fields[text]}", markup=False),
             console=Console(stderr=True),
             transient=True,
         )
@@ -145,7 +158,7 @@ class _LiveBar(Bar):
         self._progress.stop()
 
     def _show(self, now: float) -> None:
-        self._progress.update(self._task, completed=self.done, total=self.total, text=self.text)
+        self._progress.update(self._task, completed=self.done, total=self.total, text=printable(self.text)[:80])
 
 
 def dummy_lines(dummy_weights: bool) -> list[str]:
@@ -160,51 +173,76 @@ def table(columns: list[str], rows: list[list[str]], *, title: str = "", text: i
     from rich import box
     from rich.table import Table
 
-    made = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    shown = Table(title=printable(title) or None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for number, column in enumerate(columns):
-        made.add_column(column, justify="left" if number < text else "right")
+        shown.add_column(column, justify="left" if number < text else "right")
     for row in rows:
-        made.add_row(*row)
-    return made
+        shown.add_row(*map(printable, row))
+    return shown
 
 
 def show_lines(lines: list[str], *, prefix: str = "error: ") -> None:
     """Print an error's one to three lines on standard error, each shortened to one line of text."""
     for number, line in enumerate(lines[:3]):
-        flat = " ".join(line.split())
-        sys.stderr.write((prefix if number == 0 else "  ") + flat + "\n")
-    sys.stderr.flush()
+        note((prefix if number == 0 else "  ") + one_line(line))
 
 
-_saved_stdout: TextIO | None = None
+_results: TextIO | None = None  # where results go while standard output leads to standard error
 
 
 @contextmanager
 def stdout_for_results() -> Iterator[None]:
-    """Inside, only `emit` reaches standard output; what libraries print goes to standard error."""
-    global _saved_stdout
-    before, _saved_stdout = _saved_stdout, sys.stdout
+    """Inside, only results reach standard output; what libraries print, in Python or C, goes to standard error.
+
+    Raises InputError if standard output is closed, before the work whose result it would take.
+    """
+    global _results
+    if sys.stdout is None:
+        raise InputError(
+            "standard output is closed", wanted="a terminal, file or pipe for the result", do="add > /dev/null"
+        )
+    before, stdout = _results, sys.stdout
+    saved = os.dup(1)
+    _results = _reopened(stdout, saved)
+    stdout.flush()
+    os.dup2(2, 1)
     sys.stdout = sys.stderr
     try:
         yield
     finally:
-        sys.stdout, _saved_stdout = _saved_stdout, before
+        ctypes.CDLL(None).fflush(None)  # what C libraries have printed and hold back
+        os.dup2(saved, 1)
+        sys.stdout, results, _results = stdout, _results, before
+        if results is not stdout:
+            with suppress(OSError):  # what could not be written has been reported
+                results.close()  # and `saved` with it
+        else:
+            os.close(saved)
+
+
+def _reopened(stdout: TextIO, descriptor: int) -> TextIO:
+    """Standard output by another descriptor; as it is where Python's does not lead to the process's (in tests)."""
+    try:
+        own = stdout.fileno() == 1
+    except (OSError, ValueError):
+        own = False
+    if not own:
+        return stdout
+    return open(descriptor, "w", encoding=stdout.encoding, errors="backslashreplace")
 
 
 def stream(text: str) -> None:
     """Write a piece of a result on standard output at once, without a line end (text as it is generated)."""
-    _stdout().write(text)
-    _stdout().flush()
+    _write(_stdout(), printable(text))
 
 
 def _stdout() -> TextIO:
-    return _saved_stdout if _saved_stdout is not None else sys.stdout
+    return _results if _results is not None else sys.stdout
 
 
 def _print(file: TextIO, shown: Any) -> None:
     if isinstance(shown, str):
-        file.write(shown.rstrip("\n") + "\n")
-        file.flush()
+        _write(file, printable(shown).rstrip("\n") + "\n")
         return
     from rich.console import Console, Group
 
@@ -212,4 +250,20 @@ def _print(file: TextIO, shown: Any) -> None:
         for part in shown.renderables:
             _print(file, part)
         return
-    Console(file=file, highlight=False, markup=False, emoji=False).print(shown)
+    drawn = Console(file=file, highlight=False, markup=False, emoji=False)
+    with drawn.capture() as lines:
+        drawn.print(shown)
+    _write(file, lines.get())
+
+
+def _write(file: TextIO, text: str) -> None:
+    """Write and flush. Raises InputError, except for a pipe that nobody reads, which cli.main treats by itself."""
+    try:
+        file.write(text)
+        file.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        if file is sys.stderr:
+            return  # there is nowhere left to report it
+        raise InputError(f"standard output: {error.strerror}", do="give it more space, or another file") from error

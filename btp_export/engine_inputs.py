@@ -59,7 +59,7 @@ def record_calibration(bundle: Bundle, profile: str, graphs: Mapping[str, Path],
     loader = RecordingLoader(OrtLoader(custom_ops=None, prepack=False), folder, not_run=(names.DECODE,))
     model = BundleModel(bundle, loader, profile=profile, graphs=graphs)
     samples = scene_samples(chosen.batch, seed=0, split="calibration").samples
-    pictures = fitted([sample.image for sample in samples], bundle.spec, chosen)
+    pictures, _ = fitted([sample.image for sample in samples], bundle.spec, chosen)
     prefill = model.prefill(_encoded(model, pictures, [sample.prompt for sample in samples]))
     model.decode_step(prefill, [int(row.argmax()) for row in prefill.logits])
 
@@ -69,7 +69,8 @@ def _encoded(model: "BundleModel", pictures: "list[Image.Image]", prompts: list[
     words = max(len(prompt.split()) for prompt in prompts)
     while True:
         try:
-            return model.encode(pictures, [" ".join(prompt.split()[:words]) for prompt in prompts])
+            shortened = [" ".join(prompt.split()[:words]) for prompt in prompts]
+            return model.prompter.encode(pictures, shortened, profile=model.profile)
         except InputError as error:
             if words == 1:
                 raise UnavailableError(f"no calibration prompt fits: {error.got}", error.wanted, error.do) from error

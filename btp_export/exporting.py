@@ -18,6 +18,7 @@ from graphs.building.graph_builder import IR_VERSIONS, BuiltGraph
 from graphs.building.rope import rope_tables
 from graphs.building.vision_capture import capture_vision, share_weights
 from graphs.building.whole_graph import assemble_whole
+from graphs.dtypes import Precision
 from graphs.files.atomic import (
     Link,
     check_destination,
@@ -38,7 +39,6 @@ from graphs.records.plan import PruningPlan
 from graphs.records.progress import Note, Report
 from graphs.records.record import Record
 from graphs.records.shapes import ShapeProfile
-from graphs.records.spec import Precision
 
 GRAPH_BYTES = 4 * 2**20  # more than the .onnx files of one profile take
 
@@ -72,11 +72,14 @@ def export_bundle(
 ) -> Bundle:
     """Export to a bundle at `out`, which appears there whole or not at all.
 
-    A plan for other image tokens than a profile's is rescaled to it, and `note` is told. Raises InputError if anything
+    A plan for other image tokens than a profile's is rescaled to it; `note` is told of that and of generation settings
+    that are not followed. Raises InputError if anything
     does not fit together, before the first long step.
     """
     profiles = check_target(model, out, options, force=force)
     plans = check_plan(model, plan, profiles, note=note)
+    if note is not None:
+        note_generation(model, note)
     with staged(out, force=force) as root:
         export_into(model, plans, profiles, root, options, report=report)
     return Bundle.open(out)
@@ -150,6 +153,18 @@ def check_plan(
                 f"{made.image_tokens}"
             )
     return plans
+
+
+def note_generation(model: Model, note: Note) -> None:
+    """Say where answers will differ from what `generate` gives with the checkpoint's own settings."""
+    settings = model.spec.generation.not_followed
+    if settings:
+        note(
+            f"generation settings of the checkpoint that are not followed: {', '.join(settings)} "
+            "(the most probable token is taken, unless `run` gets --temperature; docs/models.md)"
+        )
+    if not model.spec.eos_token_ids:
+        note("the checkpoint names no end token (eos_token_id): answers end where the room for new tokens does")
 
 
 def export_into(
@@ -307,7 +322,7 @@ def _bad_profile(text: str) -> InputError:
     return InputError(
         f"profile {text!r}",
         wanted="batch, text, new and image (height x width), each a positive number",
-        do="--profile batch=2,text=64,new=128",
+        do="--shape batch=2,text=64,new=128",
     )
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from btp_export import console
-from btp_export.exporting import Options, check_plan, check_target, export_into
+from btp_export.exporting import Options, check_plan, check_target, export_into, note_generation
 from btp_export.model.open_model import DummyWeights, open_model
 from btp_export.planning.choose_plan import choose_plan
 from btp_export.planning.study import CalibrationSettings
@@ -77,6 +77,7 @@ def run_job(job: Job) -> JobResult:
     with clock.phase("calibrate") as report:
         plan = choose_plan(model, job.plan, job.calibration, profile=profiles[0], report=report)
         plans = check_plan(model, plan, profiles, note=console.note)
+    note_generation(model, console.note)
     with staged(job.out, force=job.force) as root:
         with clock.phase("export") as report:
             export_into(model, plans, profiles, root, job.export, report=report)
@@ -134,6 +135,6 @@ def _require_passed(verification: Verification) -> None:
     if not verification.passed:
         raise CheckError(
             f"the exported graphs do not verify: {'; '.join(verification.failures[:2])}",
-            wanted="the same numbers, kept tokens and text as transformers; the bundle was not put in place",
-            do="btp-export export and then btp-export verify show all of it",
+            wanted="the numbers, kept tokens and text of transformers; no bundle was written",
+            do="btp-export export, then btp-export verify, which lists every difference",
         )

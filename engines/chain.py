@@ -23,6 +23,21 @@ from graphs.records.shapes import ShapeProfile
 
 
 @dataclass(frozen=True)
+class Batch:
+    """What a prefill takes, for the B samples of a profile.
+
+    pixel_values: [B,3,h,w] float32, or what else the model takes (ShapeProfile.pixel_shape).
+    prefix: embedding rows before the image [B,P,C]; text: those after it [B,T,C], anything right of a sample's last.
+    last: [B] index of each sample's last token in the unpruned sequence.
+    """
+
+    pixel_values: Array
+    prefix: Array
+    text: Array
+    last: Array
+
+
+@dataclass(frozen=True)
 class PrefillRun:
     """What a prefill gave, for the whole batch B of the profile.
 
@@ -93,21 +108,14 @@ class Chain:
 
     # Prefill
 
-    def prefill(
-        self, pixel_values: Array, prefix: Array, text: Array, last: Array, *, features: Array | None = None
-    ) -> PrefillRun:
+    def prefill(self, batch: Batch, *, features: Array | None = None) -> PrefillRun:
         """Run a batch from pictures to the logits of its last tokens; the caches then hold it.
 
-        Args:
-            pixel_values: [B,3,h,w] float32.
-            prefix: embedding rows before the image [B,P,C].
-            text: embedding rows after it [B,T,C], anything right of a sample's last token.
-            last: [B] index of each sample's last token in the unpruned sequence.
-            features: [B,V,C] image features of an earlier run of the same pictures (`image_features`), in place of
-                running the vision graph; a whole graph has no such place.
+        `features` [B,V,C] are `image_features` of an earlier run of the same pictures, in place of running the vision
+        graph; a whole graph has no such place.
         """
         times: dict[str, float] = {}
-        self._write_inputs(pixel_values, prefix, text, last, times, features)
+        self._write_inputs(batch, times, features)
         begin = time.perf_counter()
         for step in self._steps:
             start = time.perf_counter()
@@ -119,9 +127,9 @@ class Chain:
         times["total"] = _since(begin)
         lasts = [buffer.read() for buffer in self._last]
         kept = {stage: buffer.read() for stage, buffer in self._kept.items()}
-        self._check_pruning(np.asarray(last), lasts, kept)
+        self._check_pruning(np.asarray(batch.last), lasts, kept)
         self._lengths = [values.astype(np.int32) + 1 for values in lasts]
-        self._places = np.asarray(last, np.int64) + 1
+        self._places = np.asarray(batch.last, np.int64) + 1
         return PrefillRun(logits, kept, tuple(values.copy() for values in self._lengths), times)
 
     # Decode
@@ -253,12 +261,12 @@ class Chain:
     def _allocate_positions(self) -> dict[str, Buffer]:
         """cos and sin [B,S,D/2] of the unpruned sequence and `last` [B]; the first two never change."""
         batch, tokens = self.profile.batch, self.profile.total_tokens
-        made: dict[str, Buffer] = {}
+        positions: dict[str, Buffer] = {}
         for name, table in zip(("cos", "sin"), self._rope, strict=True):
-            made[name] = self._loader.allocate(self.dtype, (batch, tokens, table.shape[1]))
-            made[name].write(np.broadcast_to(table[:tokens], made[name].shape))
-        made["last"] = self._last_in = self._loader.allocate(np.dtype(np.int32), (batch,))
-        return made
+            positions[name] = self._loader.allocate(self.dtype, (batch, tokens, table.shape[1]))
+            positions[name].write(np.broadcast_to(table[:tokens], positions[name].shape))
+        positions["last"] = self._last_in = self._loader.allocate(np.dtype(np.int32), (batch,))
+        return positions
 
     def _wire_segments(self) -> None:
         vision = self._open(names.VISION)
@@ -314,21 +322,13 @@ class Chain:
 
     # Running
 
-    def _write_inputs(
-        self,
-        pixel_values: Array,
-        prefix: Array,
-        text: Array,
-        last: Array,
-        times: dict[str, float],
-        features: Array | None,
-    ) -> None:
+    def _write_inputs(self, batch: Batch, times: dict[str, float], features: Array | None) -> None:
         profile = self.profile
-        self._pixels.write(pixel_values)
-        self._last_in.write(np.asarray(last, np.int32))
+        self._pixels.write(batch.pixel_values)
+        self._last_in.write(np.asarray(batch.last, np.int32))
         if self._vision is None:
-            self._prefix.write(prefix)
-            self._text.write(text)
+            self._prefix.write(batch.prefix)
+            self._text.write(batch.text)
             return
         start = time.perf_counter()
         if features is None:
@@ -337,7 +337,7 @@ class Chain:
         else:
             self._features.write(features)
         image, rest = profile.prefix_tokens, profile.prefix_tokens + profile.image_tokens
-        parts: list[tuple[int, Array | Buffer]] = [(0, prefix), (image, self._features), (rest, text)]
+        parts: list[tuple[int, Array | Buffer]] = [(0, batch.prefix), (image, self._features), (rest, batch.text)]
         for first, rows in parts:
             self._hidden.write_rows(rows, [first] * profile.batch)
 

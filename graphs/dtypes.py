@@ -7,16 +7,16 @@ are heavy are imported when their type is asked for.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, get_args
+from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 
 import ml_dtypes
 import numpy as np
 
-from graphs.records.spec import Precision
-
 if TYPE_CHECKING:
     import onnx_ir
     import torch
+
+Precision = Literal["float32", "float16", "bfloat16"]
 
 BFLOAT16: Final = np.dtype(ml_dtypes.bfloat16)
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from graphs.records.spec import Precision
+from graphs.dtypes import Precision
 
 
 def allows_tf32(precision: Precision) -> bool:

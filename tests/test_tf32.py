@@ -14,7 +14,7 @@ from calibrate.reference.streamed_model import StreamedReference
 from engines.runners.onnxruntime import OrtLoader
 from engines.targets import find_target
 from engines.tensorrt.prepare.build_plan import Wishes, plan_build
-from graphs.records.spec import Precision
+from graphs.dtypes import Precision
 from graphs.tf32 import allows_tf32, torch_without_tf32
 from tests.conftest import unpruned
 from tests.engines.tensorrt import building

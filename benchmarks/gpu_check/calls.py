@@ -26,11 +26,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-from graphs import ops
+from graphs import dtypes, ops
 from graphs.ops.common.trt_python import Tensor
 
 Array = npt.NDArray[Any]
@@ -112,7 +111,7 @@ def from_torch(tensor: Any) -> Array:
     import torch
 
     if tensor.dtype == torch.bfloat16:
-        return np.asarray(tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16))
+        return np.asarray(tensor.view(torch.int16).numpy().view(dtypes.BFLOAT16))
     return np.asarray(tensor.numpy())
 
 
@@ -272,7 +271,7 @@ def read_calls(folder: Path, tag: str | None = None) -> Iterable[Call]:
 
 
 def _read(content: memoryview, offset: int, shape: Sequence[int], dtype: str) -> Array:
-    kind = np.dtype(ml_dtypes.bfloat16) if dtype == "bfloat16" else np.dtype(dtype)
+    kind = dtypes.numpy_of(dtype)
     count = int(np.prod(shape))
     return np.frombuffer(content, kind, count, offset).reshape(shape)
 

@@ -19,6 +19,7 @@ from typing import Any
 
 from benchmarks.gpu_check.runner import find_nvcc
 from graphs import ops
+from graphs.files.atomic import move
 from graphs.records.errors import InputError, UnavailableError
 
 ROOT = Path(__file__).parents[2]
@@ -91,7 +92,7 @@ def compiled(target: Path, architecture: str, sources: Sequence[Path], flags: Se
     if done.returncode != 0:
         do = f"use a CUDA toolkit that knows sm_{architecture}:\n{done.stderr}"
         raise UnavailableError(f"nvcc could not build {target.name}", f"machine code for sm_{architecture}", do)
-    partial.replace(target)
+    move(partial, target)
     note.write_text(key)
 
 

@@ -16,6 +16,7 @@ from benchmarks.gpu_check.steps import SANITIZERS
 from graphs.records.errors import CheckError, InputError
 
 RESULTS: Final = Path(__file__).parents[1] / "results"
+REDUCTION: Final = re.compile(r"reduce_(\d+)_ns")
 SUMMARY: Final = re.compile(r"(?:ERROR|RACECHECK) SUMMARY: (.*)")
 NCU_KERNEL: Final = re.compile(
     r"^ {2}(?:void )?(?:\w+::|<unnamed>::|\(anonymous namespace\)::)*(\w+)[<(].*\((\d+, \d+, \d+)\)x\((\d+, \d+, \d+)\)"
@@ -126,7 +127,7 @@ def _rows(timed: Iterable[Mapping[str, Any]], shapes: Mapping[str, Any], limits:
 
 def _reduction(tokens: int, limits: Mapping[str, float]) -> str:
     """The measured reduction with the fewest threads that hold V tokens, four a thread."""
-    sizes = sorted(int(name.split("_")[1]) for name in limits if name.startswith("reduce_"))
+    sizes = sorted(int(found[1]) for found in map(REDUCTION.fullmatch, limits) if found is not None)
     fitting = [threads for threads in sizes if 4 * threads >= tokens]
     return f"reduce_{fitting[0] if fitting else sizes[-1]}_ns"
 

@@ -1,10 +1,17 @@
-"""Options that several commands share, so that they read the same everywhere."""
+"""Options that several commands share, each declared once: annotations for single ones, dataclasses for groups.
 
+A group is a dataclass whose fields are options, with a method that makes of them what the toolkit takes; see _groups.
+"""
+
+import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from btp_export.commands import _complete as complete
+from btp_export.commands._groups import Between, Formerly
 from btp_export.families import known_models
 
 if TYPE_CHECKING:
@@ -12,88 +19,223 @@ if TYPE_CHECKING:
     from btp_export.model.open_model import DummyWeights, Model
     from btp_export.planning.study import CalibrationSettings
 
-MODEL_HELP = f"demo, {', '.join(known_models())}, a checkpoint folder, or a hub id."
+Importance = Literal["last-token", "mean-text", "similar-text"]
+Metric = Literal["euclidean", "manhattan"]
+Float = Literal["float32", "float16", "bfloat16"]
 
-ModelOption = Annotated[str, typer.Option("--model", metavar="NAME", help=MODEL_HELP)]
-OutOption = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="The bundle.  [default: ./NAME-bundle]")]
-PlanOption = Annotated[
+MOST_SEEDS = 2**24 - 1  # the calibration keeps the upper bits of a seed for its own draws
+MOST_TOKENS = 2**20  # more than any model has positions
+MOST_THREADS = max(64, 2 * (os.cpu_count() or 1))  # thousands of threads take a machine down
+SAMPLES = 4096
+
+MODEL_HELP = f"demo, {', '.join(known_models())}, a checkpoint folder, or a hub id."
+TARGET_HELP = "The device, e.g. jetson-orin-jp6, h100, rtx-ada."
+
+BundleArgument = Annotated[Path, typer.Argument(help="Folder of the bundle.")]
+ModelOption = Annotated[str, typer.Option("--model", metavar="NAME", help=MODEL_HELP, autocompletion=complete.models)]
+MaybeModelOption = Annotated[
+    str | None, typer.Option("--model", metavar="NAME", help=MODEL_HELP, autocompletion=complete.models)
+]
+OutOption = Annotated[
+    Path | None, typer.Option("--out", metavar="DIR", help="Folder of the new bundle.  [default: ./NAME-bundle]")
+]
+ForceOption = Annotated[bool, typer.Option("--force", help="Replace the bundle at --out.")]
+SeedOption = Annotated[int, typer.Option("--seed", metavar="N", help="Chooses the samples."), Between(0, MOST_SEEDS, 0)]
+TargetOption = Annotated[
+    str, typer.Option("--target", metavar="NAME", help=TARGET_HELP, autocompletion=complete.targets)
+]
+EnginesOption = Annotated[
+    str | None,
+    typer.Option(
+        "--target", metavar="NAME", help="Use the engines built for this device.", autocompletion=complete.targets
+    ),
+    Formerly("--engine"),
+]
+ProfileOption = Annotated[
+    str | None,
+    typer.Option(
+        "--profile", metavar="NAME", help="Shape profile.  [default: the first]", autocompletion=complete.profiles
+    ),
+]
+ThreadsOption = Annotated[
+    int | None,
+    typer.Option("--threads", metavar="N", help="CPU threads for each graph.  [default: all cores]"),
+    Between(1, MOST_THREADS, 4),
+]
+DeviceOption = Annotated[
     str,
-    typer.Option("--plan", metavar="PRESET|FILE", help="btp (calibrated), a preset (plan --list) or a plan.json."),
+    typer.Option(
+        "--device",
+        metavar="D",
+        help="Where PyTorch or ONNX Runtime computes: cpu, cuda, cuda:<n>, or auto (a GPU if there is one).",
+        autocompletion=complete.devices,
+    ),
+]
+MathsOption = Annotated[
+    Float,
+    typer.Option("--maths", metavar="TYPE", help="Type transformers computes in: float32, float16 or bfloat16."),
 ]
 CompressionOption = Annotated[
     float | None,
     typer.Option("--compression", metavar="X", help="Share of image tokens to save, mean over layers, e.g. 0.78."),
 ]
 KeepOption = Annotated[
-    str | None, typer.Option("--keep", metavar="K,K,...", help="Tokens kept by each stage instead, e.g. 288,144,0.")
+    str | None,
+    typer.Option(
+        "--keep", metavar="K,K,...", help="Tokens kept by each stage, e.g. 288,144,0; not with --compression."
+    ),
 ]
-SamplesOption = Annotated[int, typer.Option("--samples", metavar="N", help="Calibration samples.")]
 ImagesOption = Annotated[
     str | None,
     typer.Option(
         "--images",
         metavar="DIR|JSONL|hf:NAME",
-        help="Calibrate on these pictures: a folder, image and prompt by line, or a data set.  [default: drawn scenes]",
+        help="Calibration pictures: a folder, a JSONL file of image and prompt, or a data set.  "
+        "[default: drawn scenes]",
     ),
 ]
-SeedOption = Annotated[int, typer.Option("--seed", metavar="N", help="Chooses the samples.")]
-BatchOption = Annotated[int, typer.Option("--batch", metavar="B", help="Samples at a time.")]
-TextOption = Annotated[
-    int | None,
-    typer.Option("--text-tokens", metavar="T", help="Room for the prompt after the image.  [default: 64; demo 32]"),
-]
-NewOption = Annotated[
-    int | None,
-    typer.Option("--max-new-tokens", metavar="N", help="Room for generated tokens.  [default: 128; demo 8]"),
-]
-ProfileOption = Annotated[
-    list[str] | None,
-    typer.Option("--profile", metavar="SHAPE", help="batch=B,text=T,new=N,image=HxW; again for several."),
-]
-ImageSizeOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--image-size",
-        metavar="HxW",
-        help="Pictures of this height and width in pixels; again for several.  [default: the model's]",
-    ),
-]
-OpsetOption = Annotated[int, typer.Option("--opset", help="23: fused operators; 18: primitives only.")]
-PrecisionOption = Annotated[
-    Literal["float32", "float16", "bfloat16"] | None,
-    typer.Option(
-        "--precision", metavar="TYPE", help="float32, float16 or bfloat16.  [default: the model's; demo float32]"
-    ),
-]
-AssembleOption = Annotated[
-    Literal["segments", "whole"], typer.Option("--assemble", help="Prefill as segments, or one whole graph.")
-]
-LinkOption = Annotated[
-    Literal["auto", "hard", "copy"],
-    typer.Option("--link", help="Weights: hard links, copies, or links for the big ones."),
-]
-EngineOption = Annotated[
-    str | None, typer.Option("--engine", metavar="TARGET", help="Use the engines built for this target.")
-]
-TARGET_HELP = "The device, e.g. jetson-orin-jp6, h100, rtx-ada."
-ForceOption = Annotated[bool, typer.Option("--force", help="Replace a bundle at --out.")]
-
-DeviceOption = Annotated[str, typer.Option("--device", metavar="D", help="cpu, cuda, cuda:<n>, or auto: a GPU if any.")]
-MathsOption = Annotated[
-    Literal["float32", "float16", "bfloat16"],
-    typer.Option("--maths", metavar="TYPE", help="What transformers computes in: float32, float16 or bfloat16."),
+DataOption = Annotated[
+    Path | None,
+    typer.Option("--data", metavar="FILE", help="JSONL of image, prompt, answer.  [default: drawn scenes]"),
 ]
 SystemOption = Annotated[
     str | None,
     typer.Option("--system", metavar="TEXT", help="System message that prompts begin with.  [default: the template's]"),
 ]
-DummyOption = Annotated[
-    bool, typer.Option("--dummy-weights", help="Random weights in the model's shapes: for times and sizes only.")
+SizeOption = Annotated[
+    str | None,
+    typer.Option("--image-size", metavar="HxW", help="Height and width of pictures in pixels.  [default: the model's]"),
 ]
-DummyLayersOption = Annotated[
-    int | None, typer.Option("--dummy-layers", metavar="N", help="With --dummy-weights: only so many decoder layers.")
-]
-DummySeedOption = Annotated[int, typer.Option("--dummy-seed", metavar="N", help="Chooses the dummy weights.")]
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """Which plan, and how it is calibrated."""
+
+    plan: Annotated[
+        str,
+        typer.Option(
+            "--plan",
+            metavar="PRESET|FILE",
+            help="btp (calibrated), a preset (see plan --list) or a plan.json.",
+            autocompletion=complete.plans,
+        ),
+    ] = "btp"
+    compression: CompressionOption = None
+    keep: KeepOption = None
+    images: ImagesOption = None
+    samples: Annotated[
+        int, typer.Option("--samples", metavar="N", help="Calibration samples."), Between(1, SAMPLES, 64)
+    ] = 64
+    seed: SeedOption = 0
+
+    def settings(self) -> "CalibrationSettings":
+        """The calibration's settings. Raises InputError for settings out of range."""
+        from btp_export.planning.study import CalibrationSettings, check_settings, parse_keep
+
+        settings = CalibrationSettings(
+            images=self.images,
+            samples=self.samples,
+            compression=self.compression,
+            keep=None if self.keep is None else parse_keep(self.keep),
+            seed=self.seed,
+        )
+        check_settings(settings)
+        return settings
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """The static shapes, and the form of the graphs."""
+
+    batch: Annotated[int, typer.Option("--batch", metavar="B", help="Samples at a time."), Between(1, 1024, 1)] = 1
+    text_tokens: Annotated[
+        int | None,
+        typer.Option("--text-tokens", metavar="T", help="Room for the prompt after the image.  [default: 64; demo 32]"),
+        Between(1, MOST_TOKENS, 64),
+    ] = None
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option("--max-new-tokens", metavar="N", help="Room for generated tokens.  [default: 128; demo 8]"),
+        Between(1, MOST_TOKENS, 128),
+    ] = None
+    image_size: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--image-size",
+            metavar="HxW",
+            help="Height and width of pictures in pixels; repeat for several sizes.  [default: the model's]",
+        ),
+    ] = None
+    shape: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--shape",
+            metavar="SHAPE",
+            help="A shape profile, batch=B,text=T,new=N,image=HxW; repeat for several.",
+        ),
+        Formerly("--profile"),
+    ] = None
+    opset: Annotated[
+        int,
+        typer.Option("--opset", metavar="N", help="23: fused operators; 18: primitive operators only."),
+    ] = 23
+    precision: Annotated[
+        Float | None,
+        typer.Option(
+            "--precision", metavar="TYPE", help="float32, float16 or bfloat16.  [default: the model's; demo float32]"
+        ),
+    ] = None
+    assemble: Annotated[
+        Literal["segments", "whole"], typer.Option("--assemble", help="Prefill in segments, or as one graph.")
+    ] = "segments"
+    link: Annotated[
+        Literal["auto", "hard", "copy"],
+        typer.Option("--link", help="Weights as hard links or copies; auto: links for large files."),
+    ] = "auto"
+
+    def options(self) -> "Options":
+        """The export's options. Raises InputError for an image size that is none."""
+        from btp_export.exporting import Options
+
+        return Options(
+            batch=self.batch,
+            text_tokens=self.text_tokens,
+            new_tokens=self.max_new_tokens,
+            profiles=tuple(self.shape or ()),
+            image_sizes=tuple(parse_image_size(text) for text in self.image_size or ()),
+            opset=self.opset,
+            precision=self.precision,
+            assemble=self.assemble,
+            link=self.link,
+        )
+
+
+@dataclass(frozen=True)
+class DummyOptions:
+    """Random weights in place of a model's own."""
+
+    dummy_weights: Annotated[
+        bool, typer.Option("--dummy-weights", help="Random weights of the model's shapes: for times and sizes only.")
+    ] = False
+    dummy_layers: Annotated[
+        int | None,
+        typer.Option("--dummy-layers", metavar="N", help="With --dummy-weights: this many decoder layers only."),
+        Between(1, 1024, 2),
+    ] = None
+    dummy_seed: Annotated[
+        int, typer.Option("--dummy-seed", metavar="N", help="Chooses the dummy weights."), Between(0, MOST_SEEDS, 0)
+    ] = 0
+
+    def chosen(self) -> "DummyWeights | None":
+        """What the three options say together. Raises InputError for the others without the first."""
+        from btp_export.model.open_model import DummyWeights
+        from graphs.records.errors import InputError
+
+        if not self.dummy_weights and (self.dummy_layers is not None or self.dummy_seed):
+            flag, value = ("seed", self.dummy_seed) if self.dummy_layers is None else ("layers", self.dummy_layers)
+            raise InputError(f"--dummy-{flag} {value} without --dummy-weights", wanted="both", do="add --dummy-weights")
+        return DummyWeights(self.dummy_seed, self.dummy_layers) if self.dummy_weights else None
 
 
 def default_out(model: str) -> Path:
@@ -101,61 +243,18 @@ def default_out(model: str) -> Path:
     return Path(f"{Path(model.rstrip('/')).resolve().name if model in ('.', '..') else Path(model).name}-bundle")
 
 
-def export_options(
-    *,
-    batch: int,
-    text_tokens: int | None,
-    max_new_tokens: int | None,
-    image_size: list[str] | None,
-    profile: list[str] | None,
-    opset: int,
-    precision: Literal["float32", "float16", "bfloat16"] | None,
-    assemble: Literal["segments", "whole"],
-    link: Literal["auto", "hard", "copy"],
-) -> "Options":
-    """The export's options from the command line's. Raises InputError for a count below 1."""
-    from btp_export.exporting import Options
-    from graphs.records.errors import InputError
-
-    for flag, count in (("--batch", batch), ("--text-tokens", text_tokens), ("--max-new-tokens", max_new_tokens)):
-        if count is not None and count < 1:
-            raise InputError(f"{flag} {count}", wanted="at least 1", do=f"{flag} 1")
-    return Options(
-        batch=batch,
-        text_tokens=text_tokens,
-        new_tokens=max_new_tokens,
-        profiles=tuple(profile or ()),
-        image_sizes=tuple(parse_image_size(text) for text in image_size or ()),
-        opset=opset,
-        precision=precision,
-        assemble=assemble,
-        link=link,
-    )
-
-
 def parse_image_size(text: str) -> tuple[int, int]:
     """ "672x336" -> (672, 336), height and width. Raises InputError for anything else."""
     from graphs.records.errors import InputError
 
-    parts = text.lower().split("x")
-    if len(parts) != 2 or not all(part.isascii() and part.isdigit() and int(part) > 0 for part in parts):
+    height, _, width = text.lower().partition("x")
+    if not all(part.isascii() and part.isdigit() and len(part) < 7 and int(part) > 0 for part in (height, width)):
         raise InputError(f"--image-size {text}", wanted="height x width in pixels", do="--image-size 672x672")
-    return int(parts[0]), int(parts[1])
-
-
-def dummy_weights(asked: bool, *, seed: int, layers: int | None) -> "DummyWeights | None":
-    """What the three options say together. Raises InputError for the others without the first."""
-    from btp_export.model.open_model import DummyWeights
-    from graphs.records.errors import InputError
-
-    if not asked and (layers is not None or seed):
-        flag = f"--dummy-layers {layers}" if layers is not None else f"--dummy-seed {seed}"
-        raise InputError(f"{flag} without --dummy-weights", wanted="both", do="add --dummy-weights")
-    return DummyWeights(seed, layers) if asked else None
+    return int(height), int(width)
 
 
 def open_chosen(model: str, dummy: "DummyWeights | None", system: str | None = None) -> "Model":
-    """The model, with a progress bar where dummy weights have to be made, and a word that they are dummies."""
+    """The model, with a progress bar where dummy weights have to be made, and a note that they are dummies."""
     from btp_export.console import dummy_lines, note, progress
     from btp_export.model.open_model import open_model
 
@@ -164,20 +263,3 @@ def open_chosen(model: str, dummy: "DummyWeights | None", system: str | None = N
     for line in dummy_lines(opened.source.is_dummy):
         note(line)
     return opened
-
-
-def calibration_settings(
-    *, images: str | None, samples: int, compression: float | None, keep: str | None, seed: int
-) -> "CalibrationSettings":
-    """The calibration's settings from the command line's. Raises InputError for settings out of range."""
-    from btp_export.planning.study import CalibrationSettings, check_settings, parse_keep
-
-    settings = CalibrationSettings(
-        images=images,
-        samples=samples,
-        compression=compression,
-        keep=None if keep is None else parse_keep(keep),
-        seed=seed,
-    )
-    check_settings(settings)
-    return settings

@@ -1,11 +1,11 @@
 """`btp-export bench`: time and memory, pruned beside unpruned."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from btp_export.commands import _options as options
+from btp_export.commands._groups import Between
 from btp_export.console import JsonOption, dummy_lines, emit, progress, table
 
 if TYPE_CHECKING:
@@ -15,22 +15,26 @@ BUSY = 0.15  # variation above which a reader is warned
 
 
 def command(
-    bundle: Annotated[Path, typer.Argument(help="Folder of the bundle.")],
-    rounds: Annotated[int, typer.Option("--rounds", metavar="N", help="Runs of each model; medians are shown.")] = 10,
-    profile: Annotated[str | None, typer.Option("--profile", help="Shape profile; the first one without.")] = None,
-    threads: Annotated[int | None, typer.Option("--threads", help="Threads inside an operator.")] = None,
-    device: Annotated[str, typer.Option("--device", help="cpu, cuda or cuda:<number>.")] = "cpu",
-    engine: options.EngineOption = None,
+    bundle: options.BundleArgument,
+    rounds: Annotated[
+        int,
+        typer.Option("--rounds", metavar="N", help="Runs of each model; medians are shown."),
+        Between(1, 10_000, 10),
+    ] = 10,
+    profile: options.ProfileOption = None,
+    threads: options.ThreadsOption = None,
+    device: options.DeviceOption = "cpu",
+    target: options.EnginesOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure prefill, selection, decoding and caches beside the same model without pruning."""
+    """Measure prefill, selection, decoding and caches, and compare with the same model without pruning."""
     from btp_export.measuring.bench import measure
     from graphs.files.bundle import Bundle
 
     opened = Bundle.open(bundle)
     with progress("measuring") as bar:
         result = measure(
-            opened, profile=profile, threads=threads, device=device, engine=engine, rounds=rounds, report=bar
+            opened, profile=profile, threads=threads, device=device, engine=target, rounds=rounds, report=bar
         )
     emit(result, as_json=as_json, render=show)
 
@@ -50,11 +54,12 @@ def show(result: "Bench") -> Any:
     lines = [
         *dummy_lines(result.dummy_weights),
         f"selection, by stage: {selects} ms",
-        f"saved arithmetic allows {prefill.flops_limit:.2f} x in prefill; {prefill.share_of_limit:.0%} of it reached",
-        f"medians of {result.rounds} runs in turns, batch {result.batch}, profile {result.profile}",
+        f"the FLOPs saved allow a prefill {prefill.flops_limit:.2f} x as fast; "
+        f"{prefill.share_of_limit:.0%} of that is reached",
+        f"medians of {result.rounds} alternating runs, batch {result.batch}, profile {result.profile}",
     ]
     if result.variation > BUSY:
-        lines.append(f"the machine is busy: prefill times vary by {result.variation:.0%}; repeat this when it is idle")
+        lines.append(f"the machine is busy: prefill times vary by {result.variation:.0%}; repeat when it is idle")
     return Group(table(["", "full", "pruned", "ratio"], rows), "\n".join(lines))
 
 

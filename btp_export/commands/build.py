@@ -1,11 +1,11 @@
 """`btp-export build`: TensorRT engines of a bundle for a device, or all that the device needs to build them."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from btp_export.commands import _options as options
+from btp_export.commands._groups import Between
 from btp_export.console import JsonOption, emit, progress, table
 
 if TYPE_CHECKING:
@@ -15,29 +15,30 @@ GIB = 2**30
 
 
 def command(
-    bundle: Annotated[Path, typer.Argument(help="Folder of the bundle.")],
-    target: Annotated[str, typer.Option("--target", metavar="T", help=options.TARGET_HELP)],
+    bundle: options.BundleArgument,
+    target: options.TargetOption,
     tensorrt: Annotated[
         str | None, typer.Option("--tensorrt", metavar="VERSION", help="TensorRT version.  [default: the target's]")
     ] = None,
     assemble: Annotated[
         Literal["segments", "whole"] | None,
-        typer.Option("--assemble", help="Prefill as segments, or one whole engine.  [default: the target's]"),
+        typer.Option("--assemble", help="Prefill in segments, or as one engine.  [default: the target's]"),
     ] = None,
     engine_weights: Annotated[
         Literal["baked", "shared"] | None,
-        typer.Option("--engine-weights", help="In the engines, or shared by all.  [default: the target's]"),
+        typer.Option("--engine-weights", help="In each engine, or shared by all.  [default: the target's]"),
     ] = None,
     plugins: Annotated[
         Literal["auto", "library", "python", "none"],
-        typer.Option("--plugins", help="Form of the custom operators; none: portable bodies."),
+        typer.Option("--plugins", help="Form of the custom operators; none: standard operators only."),
     ] = "auto",
     memory: Annotated[
         float | None,
         typer.Option("--memory", metavar="GIB", help="Memory of the device.  [default: the target's]"),
+        Between(0.25, 65_536, 8),
     ] = None,
     unpruned: Annotated[
-        bool, typer.Option("--unpruned", help="Also engines without pruning, to measure beside.")
+        bool, typer.Option("--unpruned", help="Also build engines without pruning, for comparison.")
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Prepare, check and estimate; write nothing.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the engines of this target.")] = False,
@@ -51,7 +52,7 @@ def command(
     from engines.tensorrt.prepare.build_plan import Wishes, plan_build
     from graphs.files.bundle import Bundle
 
-    chosen = find_target(target)
+    device = find_target(target)
     wishes = Wishes(
         tensorrt=tensorrt,
         assemble=assemble,
@@ -62,11 +63,11 @@ def command(
     )
     opened = Bundle.open(bundle)
     if dry_run:
-        plan = plan_build(opened, chosen, wishes)
+        plan = plan_build(opened, device, wishes)
         emit(BuildResult.of(plan.summary()), as_json=as_json, render=show)
         return 1 if plan.findings else 0
-    machine = machine_for(chosen, wishes)
-    plan = plan_build(opened, chosen, machine.wishes)
+    machine = machine_for(device, wishes)
+    plan = plan_build(opened, device, machine.wishes)
     with progress("building") as bar:
         built = build_engines(plan, machine, force=force, report=bar)
     emit(BuildResult.of(plan.summary(), built), as_json=as_json, render=show_built)

@@ -1,19 +1,102 @@
 """`btp-export calibrate`: measure a model on pictures and make its pruning plan."""
 
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from btp_export.commands import _options as options
+from btp_export.commands._groups import Between
 from btp_export.console import JsonOption, emit, note, progress
 from graphs.records.errors import InputError
 
 if TYPE_CHECKING:
-    from btp_export.model.open_model import DummyWeights
+    from btp_export.model.open_model import Model
     from btp_export.planning.study import CalibrationSettings
 
-METHOD, BUDGET = "The method's switches", "Budget"
+
+@dataclass(frozen=True)
+class BudgetOptions:
+    """How much is pruned: one of compression, counts and latency share, or several compressions at once."""
+
+    compression: options.CompressionOption = None
+    keep: options.KeepOption = None
+    latency_share: Annotated[
+        float | None,
+        typer.Option(
+            "--latency-share",
+            metavar="X",
+            help="Prefill cost as a share of the unpruned prefill's; not with --compression.",
+        ),
+    ] = None
+    latency_from: Annotated[
+        Path | None,
+        typer.Option(
+            "--latency-from",
+            metavar="FILE",
+            help="Take the cost from measured times, the output of bench --json.  [default: count FLOPs]",
+        ),
+    ] = None
+    pareto: Annotated[
+        bool, typer.Option("--pareto", help="Make a plan for each of --budgets; --out is then a folder.")
+    ] = False
+    budgets: Annotated[str | None, typer.Option("--budgets", metavar="X,X,...", help="Compressions for --pareto.")] = (
+        None
+    )
+    tune: Annotated[
+        bool,
+        typer.Option("--tune", help="Search counts and balance; used only if better on unseen samples."),
+    ] = False
+
+
+@dataclass(frozen=True)
+class MethodOptions:
+    """The switches of the method."""
+
+    importance: Annotated[
+        options.Importance, typer.Option("--importance", help="The query whose attention ranks the tokens.")
+    ] = "last-token"
+    spatial_metric: Annotated[
+        options.Metric, typer.Option("--spatial-metric", help="Distance that spaces the fixed spatial set.")
+    ] = "euclidean"
+    rebalance: Annotated[
+        bool,
+        typer.Option("--rebalance/--no-rebalance", help="Select more by attention than kept, early positions first."),
+    ] = True
+    spatial: Annotated[
+        bool, typer.Option("--spatial/--no-spatial", help="Keep a fixed set of tokens spread over the picture.")
+    ] = True
+    stages: Annotated[
+        str | None,
+        typer.Option(
+            "--stages", metavar="L,L,...", help="Layers of the stages; the last one drops all.  [default: measured]"
+        ),
+    ] = None
+    balance: Annotated[
+        str | None,
+        typer.Option(
+            "--balance",
+            metavar="X,X,...",
+            help="Attention's share in each stage that keeps tokens.  [default: measured]",
+        ),
+    ] = None
+    drop_bound: Annotated[
+        float | None,
+        typer.Option(
+            "--drop-bound",
+            metavar="NATS",
+            help="Most that dropping all tokens may change the next token, KL.  [default: better of 0.02, 0.1]",
+        ),
+    ] = None
+    tau: Annotated[
+        float | None,
+        typer.Option(
+            "--tau", metavar="X", help="Cosine below which a token counts as changed.  [default: the model's]"
+        ),
+    ] = None
 
 
 def command(
@@ -23,166 +106,85 @@ def command(
         Path | None, typer.Option("--prompts", metavar="FILE", help="Prompts for --images, one a line.")
     ] = None,
     samples: Annotated[
-        int | None, typer.Option("--samples", metavar="N", help="Calibration samples.  [default: 64; with --tune 128]")
+        int | None,
+        typer.Option("--samples", metavar="N", help="Calibration samples.  [default: 64; with --tune 128]"),
+        Between(1, options.SAMPLES, 64),
     ] = None,
-    compression: Annotated[
-        float | None,
-        typer.Option(
-            "--compression",
-            metavar="X",
-            rich_help_panel=BUDGET,
-            help="Share of image tokens to save, mean over layers.  [default: 0.78]",
-        ),
-    ] = None,
-    keep: Annotated[
-        str | None,
-        typer.Option(
-            "--keep", metavar="K,K,...", rich_help_panel=BUDGET, help="Tokens kept by each stage, e.g. 288,144,0."
-        ),
-    ] = None,
-    latency_share: Annotated[
-        float | None,
-        typer.Option(
-            "--latency-share",
-            metavar="X",
-            rich_help_panel=BUDGET,
-            help="The prefill's cost as a share of the unpruned prefill's.",
-        ),
-    ] = None,
-    latency_from: Annotated[
-        Path | None,
-        typer.Option(
-            "--latency-from",
-            metavar="FILE",
-            rich_help_panel=BUDGET,
-            help="Cost in measured time: what bench --json printed.  [default: arithmetic]",
-        ),
-    ] = None,
-    pareto: Annotated[
-        bool,
-        typer.Option("--pareto", rich_help_panel=BUDGET, help="A plan for each of --budgets; --out is a folder."),
-    ] = False,
-    budgets: Annotated[
-        str | None,
-        typer.Option("--budgets", metavar="X,X,...", rich_help_panel=BUDGET, help="Compressions for --pareto."),
-    ] = None,
-    tune: Annotated[
-        bool,
-        typer.Option(
-            "--tune", rich_help_panel=BUDGET, help="Search counts and balance; taken if better on unseen samples."
-        ),
-    ] = False,
-    importance: Annotated[
-        Literal["last-token", "mean-text", "similar-text"],
-        typer.Option("--importance", rich_help_panel=METHOD, help="Whose attention makes a token important."),
-    ] = "last-token",
-    spatial_metric: Annotated[
-        Literal["euclidean", "manhattan"],
-        typer.Option("--spatial-metric", rich_help_panel=METHOD, help="Distance that spreads the fixed spatial set."),
-    ] = "euclidean",
-    rebalance: Annotated[
-        bool,
-        typer.Option("--rebalance/--no-rebalance", rich_help_panel=METHOD, help="Over-select, early tokens first."),
-    ] = True,
-    spatial: Annotated[
-        bool, typer.Option("--spatial/--no-spatial", rich_help_panel=METHOD, help="The fixed spatial set.")
-    ] = True,
-    stages: Annotated[
-        str | None,
-        typer.Option("--stages", metavar="L,L,...", rich_help_panel=METHOD, help="Stage layers; the last drops all."),
-    ] = None,
-    balance: Annotated[
-        str | None,
-        typer.Option(
-            "--balance", metavar="X,X,...", rich_help_panel=METHOD, help="Attention's share in each keeping stage."
-        ),
-    ] = None,
-    drop_bound: Annotated[
-        float | None,
-        typer.Option(
-            "--drop-bound",
-            metavar="NATS",
-            rich_help_panel=METHOD,
-            help="How far dropping all may move the next token.  [default: 0.02 and 0.1, the better]",
-        ),
-    ] = None,
-    tau: Annotated[
-        float | None,
-        typer.Option(
-            "--tau",
-            metavar="X",
-            rich_help_panel=METHOD,
-            help="Cosine below which a token has changed.  [default: the model's]",
-        ),
-    ] = None,
-    image_size: Annotated[
-        str | None,
-        typer.Option("--image-size", metavar="HxW", help="Picture size to calibrate at.  [default: the model's]"),
-    ] = None,
-    cache: Annotated[
-        bool, typer.Option("--cache/--no-cache", help="Reuse what was measured on the same model and pictures.")
-    ] = True,
     seed: options.SeedOption = 0,
+    budget: BudgetOptions = BudgetOptions(),
+    method: MethodOptions = MethodOptions(),
+    image_size: options.SizeOption = None,
+    system: options.SystemOption = None,
+    cache: Annotated[
+        bool, typer.Option("--cache/--no-cache", help="Reuse statistics of the same model and pictures.")
+    ] = True,
     device: options.DeviceOption = "auto",
     maths: options.MathsOption = "float32",
-    system: options.SystemOption = None,
-    dummy: options.DummyOption = False,
-    dummy_layers: options.DummyLayersOption = None,
-    dummy_seed: options.DummySeedOption = 0,
+    dummy: options.DummyOptions = options.DummyOptions(),
     out: Annotated[
-        Path | None, typer.Option("--out", metavar="PATH", help="The plan's file; with --pareto a folder of plans.")
+        Path | None, typer.Option("--out", metavar="PATH", help="Write the plan to this file (--pareto: a folder).")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace plan files at --out.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Measure on a few pictures where image tokens can be pruned, and make the balanced plan."""
+    from btp_export.planning.study import check_settings, parse_shares
+
+    settings = replace(
+        _settings(budget, method),
+        images=images,
+        prompts=prompts,
+        cache=cache,
+        seed=seed,
+        device=device,
+        maths=maths,
+    )
+    if samples is not None:
+        settings = replace(settings, samples=samples)
+    check_settings(settings)
+    size = None if image_size is None else options.parse_image_size(image_size)
+    opens = partial(options.open_chosen, model, dummy.chosen(), system)
+    if budget.pareto:
+        _check_front(settings)
+        compressions = None if budget.budgets is None else parse_shares(budget.budgets, "--budgets", "0.6,0.78,0.9")
+        _front(opens, settings, size, compressions, out, force=force, as_json=as_json)
+    elif budget.budgets is not None:
+        raise InputError("--budgets without --pareto", wanted="one budget", do="--compression X, or add --pareto")
+    else:
+        _single(opens, settings, size, out, force=force, as_json=as_json)
+
+
+def _settings(budget: BudgetOptions, method: MethodOptions) -> "CalibrationSettings":
+    """What the two groups set. Raises InputError for lists that are none."""
     from btp_export.planning.study import (
         DEFAULT_SAMPLES,
         TUNED_SAMPLES,
         CalibrationSettings,
-        check_settings,
         parse_keep,
         parse_shares,
         parse_stages,
     )
 
-    settings = CalibrationSettings(
-        images=images,
-        prompts=prompts,
-        samples=(TUNED_SAMPLES if tune else DEFAULT_SAMPLES) if samples is None else samples,
-        compression=compression,
-        keep=None if keep is None else parse_keep(keep),
-        latency_share=latency_share,
-        latency_from=latency_from,
-        stages=None if stages is None else parse_stages(stages),
-        balance=None if balance is None else parse_shares(balance),
-        importance=importance,
-        spatial_metric=spatial_metric,
-        rebalance=rebalance,
-        spatial=spatial,
-        drop_bound=drop_bound,
-        tune=tune,
-        tau=tau,
-        cache=cache,
-        seed=seed,
+    return CalibrationSettings(
+        samples=TUNED_SAMPLES if budget.tune else DEFAULT_SAMPLES,
+        compression=budget.compression,
+        keep=None if budget.keep is None else parse_keep(budget.keep),
+        latency_share=budget.latency_share,
+        latency_from=budget.latency_from,
+        stages=None if method.stages is None else parse_stages(method.stages),
+        balance=None if method.balance is None else parse_shares(method.balance),
+        importance=method.importance,
+        spatial_metric=method.spatial_metric,
+        rebalance=method.rebalance,
+        spatial=method.spatial,
+        drop_bound=method.drop_bound,
+        tune=budget.tune,
+        tau=method.tau,
     )
-    check_settings(settings)
-    size = None if image_size is None else options.parse_image_size(image_size)
-    weights = options.dummy_weights(dummy, seed=dummy_seed, layers=dummy_layers)
-    if pareto:
-        _check_front(settings)
-        asked = None if budgets is None else parse_shares(budgets, "--budgets", "0.6,0.78,0.9")
-        _front(model, weights, system, settings, size, asked, out, force=force, as_json=as_json)
-    elif budgets is not None:
-        raise InputError("--budgets without --pareto", wanted="one budget", do="--compression X, or add --pareto")
-    else:
-        _one(model, weights, system, settings, size, out, force=force, as_json=as_json)
 
 
-def _one(
-    model: str,
-    weights: "DummyWeights | None",
-    system: str | None,
+def _single(
+    opens: Callable[[], "Model"],
     settings: "CalibrationSettings",
     size: tuple[int, int] | None,
     out: Path | None,
@@ -198,7 +200,7 @@ def _one(
 
     if out is not None:
         check_out(out, force=force)
-    opened = options.open_chosen(model, weights, system)
+    opened = opens()
     profile = default_profile(opened, size)
     with progress("calibrating") as bar:
         plan = calibrate_model(opened, settings, profile=profile, report=bar, note=note)
@@ -209,9 +211,7 @@ def _one(
 
 
 def _front(
-    model: str,
-    weights: "DummyWeights | None",
-    system: str | None,
+    opens: Callable[[], "Model"],
     settings: "CalibrationSettings",
     size: tuple[int, int] | None,
     budgets: tuple[float, ...] | None,
@@ -226,7 +226,7 @@ def _front(
     from btp_export.planning.study_tables import show_front
     from calibrate.pareto import front, requests
 
-    opened = options.open_chosen(model, weights, system)
+    opened = opens()
     if out is not None:
         check_folder(out, force=force)
     with progress("calibrating") as bar, calibration_work(opened, settings, note) as work:

@@ -36,7 +36,7 @@ NEEDS = (
 
 
 def command(as_json: JsonOption = False) -> None:
-    """Show what is installed, what is missing and how to get it, and the cores, memory and disk there are."""
+    """Show what is installed, how to install what is missing, and the cores, memory and disk of this machine."""
     from btp_export.results.doctor import Doctor, EngineBuilderState, NativeLibraryState
     from engines.native.libraries import survey
     from engines.tensorrt import installed
@@ -56,7 +56,7 @@ def command(as_json: JsonOption = False) -> None:
         onnxruntime_providers=tuple(_providers()),
         cores=cores,
         memory_bytes=available_memory(),
-        free_disk_bytes=shutil.disk_usage(Path.cwd()).free,
+        free_disk_bytes=_free_disk(),
         demo_model=_demo_model(),
     )
     emit(result, as_json=as_json, render=_render)
@@ -89,6 +89,14 @@ def _providers() -> list[str]:
     return [name for name in onnxruntime.get_available_providers() if name != remote]
 
 
+def _free_disk() -> int | None:
+    """Bytes free on the current folder's disk, None where that folder was removed."""
+    try:
+        return shutil.disk_usage(Path.cwd()).free
+    except OSError:
+        return None
+
+
 def _demo_model() -> bool:
     from btp_export.demo import checkpoint_path
 
@@ -101,29 +109,31 @@ def _render(result: "Doctor") -> Any:
     from graphs.files.atomic import size_text
 
     rows = [[p.package, p.version or "missing", p.install or p.purpose] for p in result.packages]
-    versions = table(["package", "version", "for, or what to type"], rows, text=3)
-    memory = size_text(result.memory_bytes) if result.memory_bytes is not None else "unknown"
+    versions = table(["package", "version", "purpose, or install"], rows, text=3)
+    memory, disk = (
+        "unknown" if count is None else size_text(count) for count in (result.memory_bytes, result.free_disk_bytes)
+    )
     providers = ", ".join(result.onnxruntime_providers) or "none"
     lines = [
         f"Python {result.python} on {result.system}",
-        f"{result.cores} cores, {memory} memory available, {size_text(result.free_disk_bytes)} free on this disk",
+        f"{result.cores} cores, {memory} memory available, {disk} free on this disk",
         f"ONNX Runtime runs on: {providers}",
         f"GPU: {_gpu(result.gpu_compute_capability)}",
-        "demo model: there" if result.demo_model else "demo model: missing, install the package again",
-        "everything is there" if result.ok else "something is missing, see above",
+        "demo model: installed" if result.demo_model else "demo model: missing, install the package again",
+        "everything required is installed" if result.ok else "something required is missing, see above",
     ]
     native = [_native_row(entry) for entry in result.native]
-    libraries = table(["native library (optional)", "state", "for"], native, text=3)
+    libraries = table(["native library (optional)", "state", "purpose"], native, text=3)
     if any(entry.do for entry in result.native):
         from engines.native.libraries import how_to_build
 
         lines.append(f"build the native libraries: {how_to_build('btp_trt_dynamic')}")
-    builders = table(["engine builder (optional)", "state", "for, or what to type"], _builder_rows(result), text=3)
+    builders = table(["engine builder (optional)", "state", "purpose, or install"], _builder_rows(result), text=3)
     return Group(versions, libraries, builders, "\n".join(lines))
 
 
 def _gpu(capability: str | None) -> str:
-    return "none that the CUDA driver knows" if capability is None else f"compute capability {capability}"
+    return "none found by the CUDA driver" if capability is None else f"compute capability {capability}"
 
 
 def _builder_rows(result: "Doctor") -> list[list[str]]:

@@ -1,11 +1,12 @@
 """`btp-export eval`: accuracy of plans through the exported graphs."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from btp_export.commands import _complete as complete
 from btp_export.commands import _options as options
+from btp_export.commands._groups import Between
 from btp_export.console import JsonOption, emit, progress
 
 if TYPE_CHECKING:
@@ -13,27 +14,29 @@ if TYPE_CHECKING:
 
 
 def command(
-    bundle: Annotated[Path, typer.Argument(help="Folder of the bundle.")],
+    bundle: options.BundleArgument,
     plans: Annotated[
         str | None,
-        typer.Option("--plans", metavar="P,P,...", help="Presets, files, btp = the bundle's own.  [default: all]"),
+        typer.Option(
+            "--plans",
+            metavar="P,P,...",
+            help="Presets, plan files, or btp for the bundle's own.  [default: all]",
+            autocompletion=complete.plan_lists,
+        ),
     ] = None,
     compression: Annotated[
         str | None,
         typer.Option("--compression", metavar="X,X,...", help="Budgets for all plans.  [default: the bundle's own]"),
     ] = None,
-    samples: Annotated[int, typer.Option("--samples", metavar="N", help="How many held-out questions.")] = 200,
+    samples: Annotated[
+        int, typer.Option("--samples", metavar="N", help="How many held-out questions."), Between(1, 1_000_000, 200)
+    ] = 200,
     seed: options.SeedOption = 0,
-    data: Annotated[
-        Path | None,
-        typer.Option("--data", metavar="FILE", help="JSONL of image, prompt, answer.  [default: drawn scenes]"),
-    ] = None,
-    threads: Annotated[
-        int | None, typer.Option("--threads", metavar="N", help="Threads.  [default: all cores]")
-    ] = None,
+    data: options.DataOption = None,
+    threads: options.ThreadsOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure how many answers stay right under each plan, at equal average tokens."""
+    """Measure the accuracy of several plans at equal average tokens."""
     from btp_export.measuring.evaluate import DEFAULT_PLANS, evaluate_bundle, parse_budgets
     from graphs.files.bundle import Bundle
 

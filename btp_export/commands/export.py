@@ -12,26 +12,11 @@ if TYPE_CHECKING:
 def command(
     model: options.ModelOption,
     out: options.OutOption = None,
-    plan: options.PlanOption = "btp",
-    compression: options.CompressionOption = None,
-    keep: options.KeepOption = None,
-    images: options.ImagesOption = None,
-    samples: options.SamplesOption = 64,
-    seed: options.SeedOption = 0,
-    batch: options.BatchOption = 1,
-    text_tokens: options.TextOption = None,
-    max_new_tokens: options.NewOption = None,
-    image_size: options.ImageSizeOption = None,
-    profile: options.ProfileOption = None,
-    opset: options.OpsetOption = 23,
-    precision: options.PrecisionOption = None,
-    assemble: options.AssembleOption = "segments",
-    link: options.LinkOption = "auto",
+    plan: options.PlanOptions = options.PlanOptions(),
+    shapes: options.ExportOptions = options.ExportOptions(),
     system: options.SystemOption = None,
     force: options.ForceOption = False,
-    dummy: options.DummyOption = False,
-    dummy_layers: options.DummyLayersOption = None,
-    dummy_seed: options.DummySeedOption = 0,
+    dummy: options.DummyOptions = options.DummyOptions(),
     as_json: JsonOption = False,
 ) -> None:
     """Export a model with a pruning plan: the bundle of ONNX graphs, without verification and report."""
@@ -39,27 +24,14 @@ def command(
     from btp_export.planning.choose_plan import choose_plan
     from btp_export.results.plans import ExportResult
 
-    chosen = options.export_options(
-        batch=batch,
-        text_tokens=text_tokens,
-        max_new_tokens=max_new_tokens,
-        image_size=image_size,
-        profile=profile,
-        opset=opset,
-        precision=precision,
-        assemble=assemble,
-        link=link,
-    )
-    settings = options.calibration_settings(
-        images=images, samples=samples, compression=compression, keep=keep, seed=seed
-    )
+    chosen, settings = shapes.options(), plan.settings()
     target = out or options.default_out(model)
-    opened = options.open_chosen(model, options.dummy_weights(dummy, seed=dummy_seed, layers=dummy_layers), system)
+    opened = options.open_chosen(model, dummy.chosen(), system)
     profiles = check_target(opened, target, chosen, force=force)
     with progress("planning") as bar:
-        made = choose_plan(opened, plan, settings, profile=profiles[0], report=bar)
+        pruning = choose_plan(opened, plan.plan, settings, profile=profiles[0], report=bar)
     with progress("exporting") as bar:
-        bundle = export_bundle(opened, made, target, chosen, force=force, report=bar, note=note)
+        bundle = export_bundle(opened, pruning, target, chosen, force=force, report=bar, note=note)
     result = ExportResult(
         bundle=target,
         plan=bundle.plan,

@@ -1,4 +1,4 @@
-"""`btp-export --model NAME`: the whole road."""
+"""`btp-export --model NAME` without a command: everything from calibration to the report."""
 
 import time
 from typing import TYPE_CHECKING, Annotated, Any
@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from btp_export import __version__
+from btp_export.commands import _complete as complete
 from btp_export.commands import _options as options
 from btp_export.console import JsonOption, dummy_lines, emit
 
@@ -13,38 +14,25 @@ if TYPE_CHECKING:
     from btp_export.results.job import JobResult
 
 VersionOption = Annotated[bool, typer.Option("--version", help="Show the version and exit.")]
-DebugOption = Annotated[bool, typer.Option("--debug", help="Show where an error came from; for every command.")]
-TargetOption = Annotated[str | None, typer.Option("--target", metavar="T", help=f"Engines too. {options.TARGET_HELP}")]
-ModelOption = Annotated[str | None, typer.Option("--model", metavar="NAME", help=options.MODEL_HELP)]
+TargetOption = Annotated[
+    str | None,
+    typer.Option(
+        "--target", metavar="NAME", help=f"Build engines too. {options.TARGET_HELP}", autocompletion=complete.targets
+    ),
+]
 
 
 def command(
     context: typer.Context,
-    model: ModelOption = None,
+    model: options.MaybeModelOption = None,
     out: options.OutOption = None,
-    plan: options.PlanOption = "btp",
-    compression: options.CompressionOption = None,
-    keep: options.KeepOption = None,
-    images: options.ImagesOption = None,
-    samples: options.SamplesOption = 64,
-    seed: options.SeedOption = 0,
-    batch: options.BatchOption = 1,
-    text_tokens: options.TextOption = None,
-    max_new_tokens: options.NewOption = None,
-    image_size: options.ImageSizeOption = None,
-    profile: options.ProfileOption = None,
-    opset: options.OpsetOption = 23,
-    precision: options.PrecisionOption = None,
-    assemble: options.AssembleOption = "segments",
-    link: options.LinkOption = "auto",
+    plan: options.PlanOptions = options.PlanOptions(),
+    shapes: options.ExportOptions = options.ExportOptions(),
     target: TargetOption = None,
     system: options.SystemOption = None,
     force: options.ForceOption = False,
-    dummy: options.DummyOption = False,
-    dummy_layers: options.DummyLayersOption = None,
-    dummy_seed: options.DummySeedOption = 0,
+    dummy: options.DummyOptions = options.DummyOptions(),
     version: VersionOption = False,
-    debug: DebugOption = False,  # taken off the command line before typer sees it, see cli.main
     as_json: JsonOption = False,
 ) -> None:
     """Prune the image tokens of a vision-language model and export it as static ONNX subgraphs.
@@ -62,24 +50,10 @@ def command(
         return
     if model is None:
         raise typer.BadParameter("a model or a command is needed", param_hint="--model")
-    chosen = options.export_options(
-        batch=batch,
-        text_tokens=text_tokens,
-        max_new_tokens=max_new_tokens,
-        image_size=image_size,
-        profile=profile,
-        opset=opset,
-        precision=precision,
-        assemble=assemble,
-        link=link,
-    )
-    settings = options.calibration_settings(
-        images=images, samples=samples, compression=compression, keep=keep, seed=seed
-    )
-    weights = options.dummy_weights(dummy, seed=dummy_seed, layers=dummy_layers)
+    chosen, settings, weights = shapes.options(), plan.settings(), dummy.chosen()
     from btp_export.pipeline import Job, run_job
 
-    job = Job(model, out or options.default_out(model), plan, settings, chosen, force, target, weights, system)
+    job = Job(model, out or options.default_out(model), plan.plan, settings, chosen, force, target, weights, system)
     result = run_job(job)
     total = round(time.perf_counter() - start, 3)  # with the imports
     result = result.model_copy(update={"seconds": {**result.seconds, "total": total}})
@@ -87,12 +61,15 @@ def command(
 
 
 def _refuse_stray_options(context: typer.Context) -> None:
-    """`btp-export --seed 3 verify B` would drop the seed in silence."""
-    given = [name for name in context.params if str(context.get_parameter_source(name)).endswith("COMMANDLINE")]
+    """`btp-export --seed 3 verify B` would drop the seed in silence; `--debug` may stand anywhere."""
+    given = [
+        parameter.opts[0]
+        for parameter in context.command.params
+        if parameter.name != "debug" and str(context.get_parameter_source(parameter.name or "")).endswith("COMMANDLINE")
+    ]
     if given:
-        flag = "--json" if given[0] == "as_json" else "--" + given[0].replace("_", "-")
         command_name = context.invoked_subcommand
-        raise typer.BadParameter(f"it belongs after the command: {command_name} ... {flag}", param_hint=flag)
+        raise typer.BadParameter(f"it belongs after the command: {command_name} ... {given[0]}", param_hint=given[0])
 
 
 def _render(result: "JobResult") -> Any:

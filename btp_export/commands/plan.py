@@ -1,10 +1,12 @@
 """`btp-export plan`: show, check or make a pruning plan."""
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from btp_export.commands import _complete as complete
 from btp_export.commands import _options as options
 from btp_export.console import JsonOption, emit, note
 from graphs.records.errors import InputError
@@ -13,48 +15,51 @@ if TYPE_CHECKING:
     from btp_export.results.plans import Presets
     from graphs.records.plan import PruningPlan
 
-SWITCHES = "Ablations"
+
+@dataclass(frozen=True)
+class SwitchOptions:
+    """One rule of the method changed, everything else of the plan kept."""
+
+    importance: Annotated[
+        options.Importance | None, typer.Option("--importance", help="Rank tokens by another rule.")
+    ] = None
+    spatial_metric: Annotated[
+        options.Metric | None, typer.Option("--spatial-metric", help="Space the fixed spatial set by another distance.")
+    ] = None
+    rebalance: Annotated[
+        bool, typer.Option("--rebalance/--no-rebalance", help="Keep or remove the attention rebalance.")
+    ] = True
+    spatial: Annotated[bool, typer.Option("--spatial/--no-spatial", help="Keep or remove the fixed spatial set.")] = (
+        True
+    )
+    stages: Annotated[
+        str | None, typer.Option("--stages", metavar="L,L,...", help="Move the stages; the mean tokens stay.")
+    ] = None
+    balance: Annotated[
+        str | None,
+        typer.Option("--balance", metavar="X,X,...", help="Attention's share in each stage that keeps tokens."),
+    ] = None
 
 
 def command(
-    name: Annotated[str | None, typer.Argument(help="A preset, a plan file or a bundle.")] = None,
+    name: Annotated[
+        str | None,
+        typer.Argument(help="A preset, a plan file or a bundle.", autocompletion=complete.plans),
+    ] = None,
     model: Annotated[
         str | None,
-        typer.Option("--model", metavar="NAME", help="Model that a preset is scaled to, or a file is checked against."),
-    ] = None,
-    compression: Annotated[
-        float | None, typer.Option("--compression", metavar="X", help="Budget for a preset, e.g. 0.78.")
-    ] = None,
-    image_size: Annotated[
-        str | None,
-        typer.Option("--image-size", metavar="HxW", help="Picture size it is scaled to.  [default: the model's]"),
-    ] = None,
-    importance: Annotated[
-        Literal["last-token", "mean-text", "similar-text"] | None,
-        typer.Option("--importance", rich_help_panel=SWITCHES, help="Another rule of importance."),
-    ] = None,
-    spatial_metric: Annotated[
-        Literal["euclidean", "manhattan"] | None,
-        typer.Option("--spatial-metric", rich_help_panel=SWITCHES, help="Distance of the fixed spatial set."),
-    ] = None,
-    rebalance: Annotated[
-        bool, typer.Option("--rebalance/--no-rebalance", rich_help_panel=SWITCHES, help="As it is, or without.")
-    ] = True,
-    spatial: Annotated[
-        bool, typer.Option("--spatial/--no-spatial", rich_help_panel=SWITCHES, help="As it is, or without.")
-    ] = True,
-    stages: Annotated[
-        str | None,
-        typer.Option("--stages", metavar="L,L,...", rich_help_panel=SWITCHES, help="Other layers, same mean tokens."),
-    ] = None,
-    balance: Annotated[
-        str | None,
         typer.Option(
-            "--balance", metavar="X,X,...", rich_help_panel=SWITCHES, help="Attention's share in each keeping stage."
+            "--model",
+            metavar="NAME",
+            help="Scale a preset to this model, or check a plan file against it.",
+            autocompletion=complete.models,
         ),
     ] = None,
+    compression: options.CompressionOption = None,
+    image_size: options.SizeOption = None,
+    switches: SwitchOptions = SwitchOptions(),
     list_presets: Annotated[bool, typer.Option("--list", help="List the presets.")] = False,
-    out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="Where to write the plan.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="Write the plan to this file.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the plan file at --out.")] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -71,12 +76,12 @@ def command(
     plan = _plan(name, model, compression, None if image_size is None else options.parse_image_size(image_size))
     plan = _switched(
         plan,
-        importance=importance,
-        metric=spatial_metric,
-        rebalance=rebalance,
-        spatial=spatial,
-        layers=None if stages is None else parse_stages(stages),
-        balance=None if balance is None else parse_shares(balance),
+        importance=switches.importance,
+        metric=switches.spatial_metric,
+        rebalance=switches.rebalance,
+        spatial=switches.spatial,
+        layers=None if switches.stages is None else parse_stages(switches.stages),
+        balance=None if switches.balance is None else parse_shares(switches.balance),
     )
     if out is not None:
         write_plan_file(plan, out, force=force)

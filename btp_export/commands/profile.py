@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from btp_export.commands import _options as options
 from btp_export.console import JsonOption, emit, note, progress
 
 if TYPE_CHECKING:
@@ -14,18 +15,16 @@ LIMITS = {"compute": "FLOPs", "memory": "bytes"}  # the words of the table; all 
 
 
 def command(
-    bundle: Annotated[Path, typer.Argument(help="Folder of the bundle.")],
-    target: Annotated[str, typer.Option("--target", metavar="NAME", help="Device whose engines lie in the bundle.")],
+    bundle: options.BundleArgument,
+    target: options.TargetOption,
     results: Annotated[
         Path | None,
-        typer.Option("--from", metavar="DIR", help="Read what profile.sh measured on the device, in its profile/."),
+        typer.Option("--from", metavar="DIR", help="Read the folder profile/ that profile.sh wrote on the device."),
     ] = None,
-    profile: Annotated[
-        str | None, typer.Option("--profile", metavar="NAME", help="Shape profile.  [default: the first]")
-    ] = None,
+    profile: options.ProfileOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Time vision, each prefill segment, each selection, head and decode step, beside the device's limits."""
+    """Measure each engine of a target on the device, and compare it with the device's limits."""
     from btp_export.profiling.profile import profile_engines
     from engines.tensorrt.trtexec import TrtexecError
     from graphs.files.bundle import Bundle

@@ -1,10 +1,11 @@
 """`btp-export report`: make the report of an existing bundle, or make it again."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from btp_export.commands import _options as options
+from btp_export.commands._groups import Between
 from btp_export.console import JsonOption, emit, progress
 
 if TYPE_CHECKING:
@@ -12,11 +13,13 @@ if TYPE_CHECKING:
 
 
 def command(
-    bundle: Annotated[Path, typer.Argument(help="Folder of the bundle.")],
-    samples: Annotated[int, typer.Option("--samples", metavar="N", help="How many questions to evaluate.")] = 100,
-    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Which scenes.")] = 0,
-    data: Annotated[Path | None, typer.Option("--data", help="JSONL of image, prompt, answer to evaluate on.")] = None,
-    threads: Annotated[int | None, typer.Option("--threads", help="Threads inside an operator.")] = None,
+    bundle: options.BundleArgument,
+    samples: Annotated[
+        int, typer.Option("--samples", metavar="N", help="How many held-out questions."), Between(1, 1_000_000, 100)
+    ] = 100,
+    seed: options.SeedOption = 0,
+    data: options.DataOption = None,
+    threads: options.ThreadsOption = None,
     as_json: JsonOption = False,
 ) -> int:
     """Verify, evaluate and time a bundle, and write report/index.html and report/report.json into it."""

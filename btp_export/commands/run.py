@@ -5,7 +5,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from btp_export.commands import _complete as complete
 from btp_export.commands import _options as options
+from btp_export.commands._groups import Between
 from btp_export.console import JsonOption, dummy_lines, emit, note, stream
 
 if TYPE_CHECKING:
@@ -14,39 +16,56 @@ if TYPE_CHECKING:
 
 
 def command(
-    bundle: Annotated[Path, typer.Argument(help="Folder of the bundle.")],
-    image: Annotated[list[Path], typer.Option("--image", metavar="FILE", help="Picture; again for several.")],
-    prompt: Annotated[list[str], typer.Option("--prompt", metavar="TEXT", help="Question; again for several.")],
+    bundle: options.BundleArgument,
+    image: Annotated[list[Path], typer.Option("--image", metavar="FILE", help="A picture; repeat for several.")],
+    prompt: Annotated[list[str], typer.Option("--prompt", metavar="TEXT", help="A question; repeat for several.")],
     max_new_tokens: Annotated[
-        int | None, typer.Option("--max-new-tokens", metavar="N", help="At most; the default is the bundle's room.")
+        int | None,
+        typer.Option("--max-new-tokens", metavar="N", help="Most tokens to generate.  [default: the profile's]"),
+        Between(1, options.MOST_TOKENS, 8),
     ] = None,
-    temperature: Annotated[float, typer.Option("--temperature", help="0 takes the most probable token.")] = 0.0,
-    top_p: Annotated[float, typer.Option("--top-p", help="Draw from the tokens that reach this share.")] = 1.0,
+    temperature: Annotated[
+        float,
+        typer.Option("--temperature", metavar="X", help="Above 0: sample; 0: take the most probable token."),
+        Between(0, 100, 0.7),
+    ] = 0.0,
+    top_p: Annotated[
+        float,
+        typer.Option("--top-p", metavar="X", help="Sample from the likeliest tokens that make up this probability."),
+        Between(0, 1, 0.9),
+    ] = 1.0,
     seed: Annotated[
-        int, typer.Option("--seed", metavar="N", help="Chooses the draws when the temperature is above 0.")
+        int, typer.Option("--seed", metavar="N", help="Seed of the sampling."), Between(0, options.MOST_SEEDS, 0)
     ] = 0,
     profile: Annotated[
-        str | None, typer.Option("--profile", help="Shape profile.  [default: the first that fits]")
+        str | None,
+        typer.Option(
+            "--profile",
+            metavar="NAME",
+            help="Shape profile.  [default: the first the picture fits]",
+            autocompletion=complete.profiles,
+        ),
     ] = None,
     raw_prompt: Annotated[
-        bool, typer.Option("--raw-prompt", help="Take the prompt as the whole text, image placeholder included.")
+        bool, typer.Option("--raw-prompt", help="--prompt is the whole text, image placeholder included.")
     ] = False,
     system: options.SystemOption = None,
     resize: Annotated[
-        bool, typer.Option("--resize", help="Scale pictures that do not fit the profile's size to it.")
+        bool, typer.Option("--resize", help="Scale pictures that do not fit the profile's size.")
     ] = False,
     show: Annotated[
-        Path | None, typer.Option("--show", metavar="PNG", help="Draw which image tokens each stage keeps.")
+        Path | None, typer.Option("--show", metavar="PNG", help="Draw the image tokens that each stage keeps.")
     ] = None,
-    threads: Annotated[int | None, typer.Option("--threads", help="Threads inside an operator.")] = None,
-    device: Annotated[str, typer.Option("--device", help="cpu, cuda or cuda:<number>.")] = "cpu",
-    engine: options.EngineOption = None,
+    threads: options.ThreadsOption = None,
+    device: options.DeviceOption = "cpu",
+    target: options.EnginesOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Generate text about a picture; it is shown as it comes."""
-    from btp_export.model.pictures import open_picture, profile_for
+    """Answer a prompt about a picture; text is printed as it is generated."""
+    from btp_export.model.pictures import profile_for
     from btp_export.running.runtime import load
     from graphs.files.bundle import Bundle
+    from graphs.files.pictures import open_picture
 
     pictures = [open_picture(path) for path in image]
     if show is not None:
@@ -54,7 +73,7 @@ def command(
     opened = Bundle.open(bundle)
     if profile is None:
         profile = profile_for(pictures, opened.spec, opened.manifest.profiles, resize=resize).name
-    model = load(opened, profile=profile, threads=threads, device=device, engine=engine)
+    model = load(opened, profile=profile, threads=threads, device=device, engine=target)
     live = not as_json and len(pictures) == len(prompt) == 1
     answers = model.generate(
         pictures,
@@ -73,7 +92,7 @@ def command(
     questions = prompt if len(prompt) == len(answers) else prompt * len(answers)
     for question, answer in zip(questions, answers, strict=True):
         if answer.unknown_tokens:
-            note(f"note: the model's vocabulary lacks {answer.unknown_tokens} of the words in {question!r}")
+            note(f"note: {answer.unknown_tokens} words of {question!r} are not in the model's vocabulary")
     if show is not None:
         _draw(model, pictures[0], answers[0], show)
     dummy = model.bundle.manifest.model.dummy_weights
@@ -95,10 +114,11 @@ def _check_show(path: Path, samples: int) -> None:
         raise InputError(
             f"--show with {samples} samples", wanted="one picture and one prompt", do="run them one by one"
         )
-    if path.suffix.lower() not in Image.registered_extensions():
+    kind = Image.registered_extensions().get(path.suffix.lower())  # also of formats that are only read
+    if kind not in Image.SAVE:
         raise InputError(f"--show {path}", wanted="a file name that ends in .png", do=f"--show {path}.png")
     if not path.absolute().parent.is_dir():
-        raise InputError(f"no folder {path.parent}", wanted="a folder that is there", do="make it first")
+        raise InputError(f"no folder {path.parent}", wanted="a folder that exists", do=f"mkdir -p {path.parent}")
 
 
 def _draw(model: "BundleModel", picture: Any, answer: "Generation", path: Path) -> None:
@@ -109,7 +129,7 @@ def _draw(model: "BundleModel", picture: Any, answer: "Generation", path: Path) 
     plan = model.plan
     drawn = draw_kept(picture, plan.grid, stages, layers=layers, total=plan.image_tokens, blocks=plan.blocks)
     drawn.save(path)
-    note(f"kept tokens drawn in {path}")
+    note(f"picture of the kept tokens written to {path}")
 
 
 def _document(answers: "list[Generation]", *, dummy_weights: bool) -> "RunResult":

@@ -1,11 +1,12 @@
 """`btp-export verify`: a bundle against transformers."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from btp_export.commands import _complete as complete
 from btp_export.commands import _options as options
+from btp_export.commands._groups import Between
 from btp_export.console import JsonOption, emit, note, progress
 
 if TYPE_CHECKING:
@@ -13,19 +14,23 @@ if TYPE_CHECKING:
 
 
 def command(
-    bundle: Annotated[Path, typer.Argument(help="Folder of the bundle.")],
-    samples: Annotated[int, typer.Option("--samples", metavar="N", help="How many generated scenes.")] = 4,
+    bundle: options.BundleArgument,
+    samples: Annotated[
+        int, typer.Option("--samples", metavar="N", help="How many generated scenes."), Between(1, 1024, 4)
+    ] = 4,
     seed: options.SeedOption = 0,
     profile: Annotated[
-        str | None, typer.Option("--profile", metavar="NAME", help="Shape profile.  [default: all]")
+        str | None,
+        typer.Option(
+            "--profile", metavar="NAME", help="Shape profile.  [default: all]", autocompletion=complete.profiles
+        ),
     ] = None,
-    threads: Annotated[
-        int | None, typer.Option("--threads", metavar="N", help="Threads.  [default: all cores]")
-    ] = None,
-    engine: options.EngineOption = None,
+    threads: options.ThreadsOption = None,
+    target: options.EnginesOption = None,
     tokens: Annotated[
         int | None,
         typer.Option("--tokens", metavar="N", help="Generated tokens compared.  [default: 8; 3 for large models]"),
+        Between(1, options.MOST_TOKENS, 8),
     ] = None,
     device: options.DeviceOption = "auto",
     maths: options.MathsOption = "float32",
@@ -46,7 +51,7 @@ def command(
             threads=threads,
             device=device,
             maths=maths,
-            engine=engine,
+            engine=target,
             report=bar,
             note=note,
         )

@@ -1,6 +1,5 @@
 """What the families read of a checkpoint beside decoder and tower: settings, stop tokens, where the image stands."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +7,7 @@ from pydantic import Field
 
 from btp_export.families._chat import conversation_text, writes_begin_token
 from btp_export.families._decoder import decoder_spec
+from btp_export.families._generation import end_tokens, generation_settings, read_generation_file
 from btp_export.families._keys import refuse_unknown_keys
 from btp_export.families._processor import load_processor
 from graphs import dtypes
@@ -43,7 +43,7 @@ def model_spec(
     decoder = decoder_spec(checkpoint)
     refuse_unknown_keys(checkpoint, unused)
     settings = _settings(checkpoint.folder)
-    eos, pad = _stop_tokens(checkpoint)
+    ends = end_tokens(checkpoint)
     stored = checkpoint["language_model.layers.0.self_attn.q_proj.weight"].dtype
     extra: dict[str, Any] = {} if settings.change_threshold is None else {"change_threshold": settings.change_threshold}
     prefix = settings.prefix_tokens
@@ -54,9 +54,10 @@ def model_spec(
         vision=vision,
         prefix_tokens=count_prefix_tokens(checkpoint.folder, image_token_id) if prefix is None else prefix,
         image_token_id=image_token_id,
-        eos_token_ids=eos,
-        pad_token_id=pad,
+        eos_token_ids=ends,
+        pad_token_id=_pad_token(checkpoint, ends),
         weight_dtype=dtypes.BY_SAFETENSORS[stored].precision,
+        generation=generation_settings(checkpoint),
         **extra,
     )
 
@@ -79,14 +80,12 @@ def count_prefix_tokens(folder: Path, image_token_id: int, *, system: str | None
     return int(ids.index(image_token_id))
 
 
-def _stop_tokens(checkpoint: Checkpoint) -> tuple[tuple[int, ...], int]:
-    """eos ids and the pad id: generation_config.json, then config.json, then its text_config."""
+def _pad_token(checkpoint: Checkpoint, ends: tuple[int, ...]) -> int:
+    """generation_config.json's, config.json's, its text_config's, or an end token."""
     config = checkpoint.config
-    sources = [_optional_json(checkpoint.folder / "generation_config.json"), config, config.get("text_config") or {}]
-    eos = next((source["eos_token_id"] for source in sources if source.get("eos_token_id") is not None), 2)
-    ids = (eos,) if isinstance(eos, int) else tuple(eos)
-    pad = next((source["pad_token_id"] for source in sources if source.get("pad_token_id") is not None), ids[0])
-    return ids, pad if pad >= 0 else ids[0]
+    sources = [read_generation_file(checkpoint) or {}, config, config.get("text_config") or {}]
+    named = (source.get("pad_token_id") for source in sources)
+    return next((pad for pad in named if pad is not None and pad >= 0), ends[0] if ends else 0)
 
 
 def _settings(folder: Path) -> Settings:
@@ -94,13 +93,3 @@ def _settings(folder: Path) -> Settings:
     if not path.is_file():
         return Settings()
     return parse_record(Settings, path.read_bytes(), source=path, noun="settings file")
-
-
-def _optional_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path} is not JSON: {error}", wanted="the model's own file", do="restore it") from error
-    return document

@@ -7,7 +7,6 @@ change and which is reported on its own. All shapes are static, so no time depen
 tokens are random.
 """
 
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from statistics import median
@@ -17,8 +16,9 @@ import numpy as np
 
 from btp_export.model.prompting import Encoded
 from btp_export.results.timing import Bench, CacheBytes, DecodeTimes, Operations, PrefillTimes
+from btp_export.running.generation import answers_for
+from btp_export.running.memory_fit import check_fits_memory
 from btp_export.running.runtime import BundleModel, load, open_graphs
-from btp_export.running.streamed import check_fits_memory
 from graphs.building.derived_bundles import derive, scratch_folder
 from graphs.files.bundle import Bundle
 from graphs.pruning.operations import cost
@@ -80,7 +80,7 @@ def _open_graphs(bundle: Bundle, folder: Path, **options: Any) -> dict[str, Bund
     bundles = {"full": derive(bundle, bundle.plan.without_stages(), folder / "full"), "pruned": bundle}
     if bundle.manifest.build.assemble == "whole":
         bundles["pruned"] = derive(bundle, bundle.plan, folder / "pruned")
-    return {name: load(made, **options) for name, made in bundles.items()}
+    return {name: load(each, **options) for name, each in bundles.items()}
 
 
 def _open_engines(
@@ -136,12 +136,9 @@ def _run(model: BundleModel, encoded: Encoded) -> _Times:
     times.prefill.append(prefill.prefill_ms)
     times.select.append(prefill.select_ms)
     times.vision += [] if prefill.vision_ms is None else [prefill.vision_ms]
-    logits = prefill.logits
-    for _ in range(min(DECODE_STEPS, model.profile.new_tokens)):
-        ids = [int(row) for row in logits.argmax(axis=1)]
-        start = time.perf_counter()
-        logits = model.decode_step(prefill, ids)
-        times.decode.append((time.perf_counter() - start) * 1000.0)
+    steps = min(DECODE_STEPS, model.profile.new_tokens)
+    answers = answers_for(model.spec, encoded.input_ids, room=steps + 1, endless=True)  # the first is the prefill's
+    times.decode += model.complete(prefill, answers)
     return times
 
 

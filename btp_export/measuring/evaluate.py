@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from btp_export.model.pictures import fits, fitted
+from btp_export.model.pictures import fitted
 from btp_export.planning.plan_files import CALIBRATED, plan_for
 from btp_export.results.evaluation import EvaluatedPlan, Evaluation
 from graphs import names
@@ -102,13 +102,13 @@ def evaluate_plans(
     total = len(different) * len(chosen.samples)
     with scratch_folder(bundle) as folder:
         for digest, (name, plan) in different.items():
-            made = bundle if digest == bundle.plan.digest() else derive(bundle, plan, folder / digest)
+            derived = bundle if digest == bundle.plan.digest() else derive(bundle, plan, folder / digest)
             start = len(answers) * len(chosen.samples)
-            model = load(made, threads=threads)
+            model = load(derived, threads=threads)
             questions = questions or _ask(model, chosen)
             answers[digest] = _answer(model, questions, _offset(report, start, total, name))
     profile = bundle.profile()
-    flops = {digest: cost(bundle.spec.decoder, one.plan, profile).prefill for digest, one in answers.items()}
+    flops = {digest: cost(bundle.spec.decoder, each.plan, profile).prefill for digest, each in answers.items()}
     best, every = _score(chosen, answers[unpruned]), flops[unpruned]
     rows = [
         _row(name, answers[digest], chosen, best, flops[digest] / every)
@@ -117,7 +117,7 @@ def evaluate_plans(
     evaluation = Evaluation(
         samples=len(chosen.samples),
         source=chosen.source,
-        **_resizing(bundle, chosen),
+        **_resizing(bundle, questions.resized if questions else 0),
         full_accuracy=best.accuracy,
         rows=tuple(rows),
     )
@@ -180,13 +180,9 @@ def _samples(count: int, seed: int, data: Path | None) -> SampleSet:
     return scene_samples(count, seed=seed, split="eval") if data is None else jsonl_samples(data, count=count)
 
 
-def _resizing(bundle: Bundle, chosen: SampleSet) -> dict[str, Any]:
+def _resizing(bundle: Bundle, resized: int) -> dict[str, Any]:
     """What is said of a model that takes any picture size, but was exported for one."""
-    profile = bundle.profile()
-    if not bundle.spec.vision.dynamic:
-        return {}
-    resized = sum(not fits(one.image, bundle.spec, profile) for one in chosen.samples)
-    return {"image_size": profile.image_size, "resized": resized}
+    return {"image_size": bundle.profile().image_size, "resized": resized} if bundle.spec.vision.dynamic else {}
 
 
 @dataclass
@@ -196,31 +192,38 @@ class _Questions:
     encoded: Encoded
     room: int  # new tokens that are enough to tell a right answer
     features: dict[int, Any]  # by first sample of a batch: [B,V,C]
+    resized: int  # pictures that were scaled to the profile's size
 
 
 def _ask(model: BundleModel, chosen: SampleSet) -> _Questions:
-    encoded = _encode(model, chosen)
+    encoded, resized = _encode(model, chosen)
     tokenizer = model.prompter.tokenizer
-    longest = max(len(tokenizer(one.answer or "", add_special_tokens=False)["input_ids"]) for one in chosen.samples)
-    return _Questions(encoded, min(model.profile.new_tokens, longest + 2), {})
+    longest = max(
+        len(tokenizer(sample.answer or "", add_special_tokens=False)["input_ids"]) for sample in chosen.samples
+    )
+    return _Questions(encoded, min(model.profile.new_tokens, longest + 2), {}, resized)
 
 
-def _encode(model: BundleModel, chosen: SampleSet) -> Encoded:
-    """All samples in one. Raises InputError with file and line of the first that the model cannot take."""
+def _encode(model: BundleModel, chosen: SampleSet) -> tuple[Encoded, int]:
+    """All samples in one, and how many pictures were scaled for it.
+
+    Raises InputError with file and line of the first that the model cannot take.
+    """
     from calibrate.data.text_files import at
 
-    def encode(samples: Sequence[Sample]) -> Encoded:
-        pictures = fitted([one.image for one in samples], model.spec, model.profile)
-        return model.encode(pictures, [one.prompt for one in samples])
+    def encode(samples: Sequence[Sample]) -> tuple[Encoded, int]:
+        pictures, resized = fitted([sample.image for sample in samples], model.spec, model.profile)
+        prompts = [sample.prompt for sample in samples]
+        return model.prompter.encode(pictures, prompts, profile=model.profile), resized
 
     try:
         return encode(chosen.samples)
     except InputError:
-        for one in chosen.samples:
+        for sample in chosen.samples:
             try:
-                encode([one])
+                encode([sample])
             except InputError as error:
-                raise at(one.where, error) from error
+                raise at(sample.where, error) from error
         raise
 
 
@@ -236,8 +239,8 @@ def _answer(model: BundleModel, questions: _Questions, report: Report | None) ->
             questions.features[first] = model.chain.image_features
         for stage, shares in _attention_kept(model, prefill).items():
             kept.setdefault(stage, []).extend(shares)
-        for ids in _greedy(model, prefill, questions.room):
-            texts.append(model.prompter.tokenizer.decode(ids, skip_special_tokens=True))
+        for answer in model.greedy(prefill, part, questions.room):
+            texts.append(model.prompter.tokenizer.decode(answer.without_end(), skip_special_tokens=True))
         if report is not None:
             report(len(texts), total)
     return Answers(model.plan, texts, kept)
@@ -251,30 +254,13 @@ def _attention_kept(model: BundleModel, prefill: Prefill) -> dict[int, list[floa
     from graphs.pruning.torch_scores import uses_attention
 
     scored = model.chain.stage_scores
-    found: dict[int, list[float]] = {}
+    shares: dict[int, list[float]] = {}
     for number, indices in enumerate(prefill.kept_relative):
         if number in scored and uses_attention(model.plan, number):
             scores = scored[number][: len(indices)].astype(np.float64)
             held = np.take_along_axis(scores, indices, axis=1).sum(axis=1)
-            found[number] = (held / np.maximum(scores.sum(axis=1), np.finfo(np.float64).tiny)).tolist()
-    return found
-
-
-def _greedy(model: BundleModel, prefill: Prefill, room: int) -> list[list[int]]:
-    """Likeliest tokens of each sample until its end token, at most `room`."""
-    logits, ends = prefill.logits, set(model.spec.eos_token_ids)
-    ids: list[list[int]] = [[] for _ in logits]
-    done = [False] * len(ids)
-    for step in range(room):
-        tokens = [int(row.argmax()) for row in logits]
-        for sample, token in enumerate(tokens):
-            done[sample] = done[sample] or token in ends
-            if not done[sample]:
-                ids[sample].append(token)
-        if all(done) or step == room - 1:
-            break
-        logits = model.decode_step(prefill, tokens)
-    return ids
+            shares[number] = (held / np.maximum(scores.sum(axis=1), np.finfo(np.float64).tiny)).tolist()
+    return shares
 
 
 def _score(chosen: SampleSet, answers: Answers) -> Score:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -21,9 +22,11 @@ from lmms_eval.models.registry_v2 import ModelManifest
 from btp_export.console import note
 from btp_export.model.pictures import fitted
 from btp_export.planning.plan_files import CALIBRATED
+from btp_export.running.generation import Answer
 from btp_export.running.runtime import BundleModel, load
 from graphs.building.derived_bundles import derive, scratch_folder
 from graphs.files.bundle import Bundle
+from graphs.files.pictures import to_rgb
 from graphs.records.errors import InputError
 
 if TYPE_CHECKING:
@@ -146,16 +149,28 @@ class BtpExport(lmms):  # type: ignore[misc]
                 wanted=f"1 to {room}",
                 do="export with a larger --max-new-tokens",
             )
-        pictures = fitted([picture], self.model.spec, self.model.profile)
-        prefill = self.model.prefill(self.model.encode(pictures, [prompt]))
-        logits, loss, greedy = prefill.logits, 0.0, True
-        for number, token in enumerate(ids):
-            row = logits[0].astype(np.float64)
-            loss += float(np.logaddexp.reduce(row) - row[token])
-            greedy = greedy and int(row.argmax()) == token
-            if number + 1 < len(ids):
-                logits = self.model.decode_step(prefill, [token])
-        return loss / len(ids), greedy
+        pictures, _ = fitted([picture], self.model.spec, self.model.profile)
+        encoded = self.model.prompter.encode(pictures, [prompt], profile=self.model.profile)
+        prefill = self.model.prefill(encoded)
+        scored = _Continuation(ids)
+        self.model.complete(prefill, [Answer(scored.next_token, frozenset(), room=len(ids))])
+        return scored.loss / len(ids), scored.is_greedy
+
+
+@dataclass
+class _Continuation:
+    """Given tokens in place of chosen ones, and how likely the model finds them."""
+
+    ids: Sequence[int]
+    loss: float = 0.0
+    is_greedy: bool = True
+
+    def next_token(self, before: Sequence[int], logits: Any) -> int:
+        """The next given token; its negative log probability is added to the loss."""
+        token, row = self.ids[len(before)], logits.astype(np.float64)
+        self.loss += float(np.logaddexp.reduce(row) - row[token])
+        self.is_greedy = self.is_greedy and int(row.argmax()) == token
+        return token
 
 
 def _with_plan(bundle: Bundle, plan: str, compression: float | None, cleanup: contextlib.ExitStack) -> Bundle:
@@ -182,7 +197,7 @@ def _question(request: Instance, tasks: Any) -> tuple[Image.Image, str]:
             wanted="exactly one picture for each question",
             do="choose tasks of one picture (scienceqa_img instead of scienceqa)",
         )
-    return pictures[0].convert("RGB"), context.replace(PLACEHOLDER, "").strip()
+    return to_rgb(pictures[0]), context.replace(PLACEHOLDER, "").strip()
 
 
 def _sampling(settings: dict[str, Any]) -> tuple[float, float]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from btp_export.console import Phases
 from btp_export.results.verification import AppliedGates, GateValues, GraphParity, Verification, joined
 from graphs import dtypes
+from graphs.dtypes import Precision
 from graphs.files.bundle import Bundle, tool_versions
 from graphs.files.cache_folder import cache_folder
 from graphs.files.resume import Work, digest, work_folder
@@ -20,9 +21,9 @@ from graphs.pruning import kept_tokens
 from graphs.records.errors import InputError
 from graphs.records.progress import Note, Report
 from graphs.records.shapes import ShapeProfile
-from graphs.records.spec import Precision
 
 if TYPE_CHECKING:
+    from btp_export.running.logit_rules import LogitRules
     from calibrate.data.samples import Prepared, Sample
     from calibrate.reference.records import RunRecord
     from calibrate.reference.streamed_model import StreamedReference
@@ -60,8 +61,8 @@ def verify_bundle(
     run, or too little memory; what merely does not hold is in the document.
     """
     _check_counts(samples, tokens)
+    from btp_export.running.memory_fit import must_stream, streaming_bytes
     from btp_export.running.runtime import open_graphs
-    from btp_export.running.streamed import must_stream, streaming_bytes
     from calibrate.reference.streamed_model import torch_device
     from engines.runners.onnxruntime import onnxruntime_device
     from graphs.files.memory import check_memory
@@ -190,7 +191,9 @@ def _verify(job: _Job, work: Work | None) -> tuple[CheckResults, bool]:
     free = _streamed_answers(job, samples, work) if job.streamed else _answers(job, samples)
     gc.collect()  # a chain refers to itself; from here on one layer or one graph is open at a time
     # Every free token but the last is appended: the row of each then predicts the next one.
-    inputs = [replace(one.input, new_tokens=tuple(run.tokens[:-1])) for one, run in zip(prepared, free, strict=True)]
+    inputs = [
+        replace(sample.input, new_tokens=tuple(run.tokens[:-1])) for sample, run in zip(prepared, free, strict=True)
+    ]
     checkpoint = job.bundle.checkpoint()
     reference = StreamedReference(checkpoint, dtype=dtypes.BY_NAME[job.maths].torch, device=job.device, work=work)
     runs = reference.run(inputs, plan, record_segments=True, progress=job.phases.named("reference"))
@@ -213,7 +216,17 @@ def _verify(job: _Job, work: Work | None) -> tuple[CheckResults, bool]:
         steps=work.sequence("graphs") if work is not None else None,
         progress=None if job.streamed else progress,
     )
-    return findings, verify_free(findings, plan, runs, free, forced)
+    rules = _rules(job, prepared)
+    return findings, verify_free(findings, plan, runs, free, forced, rules)
+
+
+def _rules(job: _Job, prepared: Sequence[Prepared]) -> list[LogitRules]:
+    """What the checkpoint's generation settings do to the logits of each sample."""
+    from btp_export.running.logit_rules import LogitRules
+
+    spec = job.bundle.spec
+    prompts = [sample.input.input_ids.tolist() for sample in prepared]
+    return [LogitRules(spec.generation, spec.eos_token_ids, prompt, job.tokens) for prompt in prompts]
 
 
 def _prepared(job: _Job) -> tuple[list[Sample], list[Prepared]]:
@@ -238,7 +251,7 @@ def _answers(job: _Job, samples: Sequence[Sample]) -> list[FreeRun]:
     model = BundleModel(job.bundle, job.loader, profile=job.profile.name, graphs=job.files)
     free = []
     for answer in model.generate(
-        [one.image for one in samples], [one.prompt for one in samples], max_new_tokens=job.tokens
+        [sample.image for sample in samples], [sample.prompt for sample in samples], max_new_tokens=job.tokens
     ):
         free.append(FreeRun(answer.token_ids, answer.kept))
     return free
@@ -247,17 +260,19 @@ def _answers(job: _Job, samples: Sequence[Sample]) -> list[FreeRun]:
 def _streamed_answers(job: _Job, samples: Sequence[Sample], work: Work | None) -> list[FreeRun]:
     """The free run with one part of a graph open."""
     from btp_export.model.prompting import Prompter
-    from btp_export.running.streamed import free_runs
+    from btp_export.running.streamed_run import free_runs
 
     prompter = Prompter(job.bundle.processor, job.bundle.spec)
     return free_runs(
         job.bundle,
         job.profile.name,
         job.files,
-        prompter.encode([one.image for one in samples], [one.prompt for one in samples], profile=job.profile),
+        prompter.encode(
+            [sample.image for sample in samples], [sample.prompt for sample in samples], profile=job.profile
+        ),
         job.loader,
         tokens=job.tokens,
-        steps=work.sequence("free") if work is not None else None,
+        steps=work.sequence("tokens") if work is not None else None,
         progress=job.phases.named("free run"),
     )
 
@@ -268,10 +283,10 @@ def _forced_where_needed(
     """Reference runs forced to the bundle's kept sets, if they differ anywhere and can be forced."""
     from engines.verify.verification import same_kept
 
-    if all(same_kept(run, mine) for run, mine in zip(runs, free, strict=True)):
+    if all(same_kept(run, own) for run, own in zip(runs, free, strict=True)):
         return None
     keeps = [stage.keep for stage in runs[0].plan.stages]
-    if any([len(kept) for kept in mine.kept] != keeps for mine in free):
+    if any([len(kept) for kept in own.kept] != keeps for own in free):
         return None
     forced = [[indices.tolist() for indices in kept_tokens.relative(run.kept)] for run in free]
     return reference.run(inputs, runs[0].plan, forced_kept=forced)
@@ -281,6 +296,6 @@ def _verify_samples(prepared: list[Prepared], runs: list[RunRecord]) -> list[Any
     from engines.verify.verification import VerifySample
 
     return [
-        VerifySample(one.pixel_values, one.input.image_features.float().numpy(), run)
-        for one, run in zip(prepared, runs, strict=True)
+        VerifySample(sample.pixel_values, sample.input.image_features.float().numpy(), run)
+        for sample, run in zip(prepared, runs, strict=True)
     ]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from btp_export.model.pictures import fits, fitted
+from btp_export.model.pictures import fitted
 
 if TYPE_CHECKING:
     from btp_export.model.open_model import Model
@@ -34,6 +34,5 @@ def default_profile(model: Model, image_size: tuple[int, int] | None = None) -> 
 
 def fitted_samples(samples: Sequence[Sample], spec: ModelSpec, profile: ShapeProfile) -> tuple[list[Sample], int]:
     """The samples with pictures that fit the profile, and how many were scaled for it."""
-    pictures = fitted([one.image for one in samples], spec, profile)
-    resized = sum(not fits(one.image, spec, profile) for one in samples)
-    return [replace(one, image=picture) for one, picture in zip(samples, pictures, strict=True)], resized
+    pictures, resized = fitted([sample.image for sample in samples], spec, profile)
+    return [replace(sample, image=picture) for sample, picture in zip(samples, pictures, strict=True)], resized

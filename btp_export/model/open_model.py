@@ -239,7 +239,7 @@ def _from_hub(name: str, repository: str) -> Source:
         raise _unknown(name) from error
     except GatedRepoError as error:
         raise UnavailableError(
-            f"{repository} wants its licence accepted first",
+            f"{repository} requires its licence to be accepted",
             wanted="access to the repository",
             do="accept it on the model's page and log in with `hf auth login`",
         ) from error

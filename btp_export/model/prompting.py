@@ -16,7 +16,6 @@ from PIL import Image
 
 from btp_export.families._chat import conversation_text, refuse_placeholders, writes_begin_token
 from btp_export.families._processor import load_processor
-from btp_export.model.pictures import fits, misfit, to_rgb
 from graphs.records.errors import InputError
 from graphs.records.shapes import ShapeProfile
 from graphs.records.spec import ModelSpec
@@ -87,7 +86,7 @@ class Encoded:
         rows, *rest = profile.pixel_input(self.pixel_values.shape[1])
         shape = (rows // profile.batch * len(self), *rest)
         if self.image_tokens != profile.image_tokens or self.pixel_values.shape != shape:
-            got, wanted = (" x ".join(map(str, one)) for one in _sizes(self.pixel_values.shape, shape))
+            got, wanted = (" x ".join(map(str, size)) for size in _sizes(self.pixel_values.shape, shape))
             raise InputError(
                 f"the processor makes {self.image_tokens} image tokens from {got} pixels",
                 wanted=f"{profile.image_tokens} tokens from {wanted} pixels (profile {profile.name})",
@@ -116,7 +115,7 @@ class Prompter:
         system: str | None = None,
         profile: ShapeProfile | None = None,
     ) -> Encoded:
-        """One sample for each picture and prompt.
+        """One sample for each picture (upright, in RGB: graphs/files/pictures.py) and prompt.
 
         A prompt is put into the chat template after the picture; with `raw` it is the whole text as the model sees it
         and holds the image placeholder once. `system` takes the place of the system message that the bundle was made
@@ -127,11 +126,6 @@ class Prompter:
         """
         if len(images) != len(prompts) or not images:
             raise InputError(f"{len(images)} pictures and {len(prompts)} prompts", wanted="one picture for each prompt")
-        images = [to_rgb(image) for image in images]
-        if profile is not None:
-            for image in images:
-                if not fits(image, self.spec, profile):
-                    raise misfit(image, self.spec, [profile])
         samples = [
             self._sample(image, self.text(prompt, raw=raw, system=system))
             for image, prompt in zip(images, prompts, strict=True)
@@ -170,18 +164,18 @@ class Prompter:
         return prompt
 
     def ids(self, image: Image.Image, prompt: str) -> np.ndarray[Any, np.dtype[np.int64]]:
-        """Token ids of one sample, [P + V + t], not checked."""
-        return self._sample(to_rgb(image), self.text(prompt))[0]
+        """Token ids of one sample (the picture in RGB), [P + V + t], not checked."""
+        return self._sample(image, self.text(prompt))[0]
 
     def _sample(self, image: Image.Image, text: str) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-        made = self.processor(
+        model_inputs = self.processor(
             images=[image],
             text=[text],
             add_special_tokens=not writes_begin_token(self.processor, text),
             input_data_format="channels_last",
             return_tensors="np",
         )
-        return made["input_ids"][0].astype(np.int64), made["pixel_values"]
+        return model_inputs["input_ids"][0].astype(np.int64), model_inputs["pixel_values"]
 
     def _span(self, ids: Sequence[np.ndarray[Any, Any]], system: str | None) -> int:
         """Image tokens V, after checking that they stand together, right after the prefix, with text behind them."""

@@ -100,10 +100,10 @@ def check_out(out: Path, *, force: bool) -> None:
     if out.is_dir():
         raise InputError(f"{out} is a folder", wanted="a file name", do=f"--out {out / 'plan.json'}")
     if not out.parent.is_dir():
-        raise InputError(f"{out.parent} is not there", wanted="a folder that exists", do="make it first")
+        raise InputError(f"{out.parent} does not exist", wanted="a folder that exists", do=f"mkdir -p {out.parent}")
     if out.exists():
         if not force:
-            raise InputError(f"{out} is there already", wanted="a new file", do="another --out, or --force")
+            raise InputError(f"{out} already exists", wanted="a new file", do="another --out, or --force")
         PruningPlan.load(out)
 
 

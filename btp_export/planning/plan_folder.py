@@ -32,7 +32,7 @@ def check_folder(out: Path, *, force: bool) -> None:
     """Raise InputError unless plans may be put into `out`: a new or empty folder, or an earlier front and `force`."""
     if not out.exists():
         if not out.parent.is_dir():
-            raise InputError(f"{out.parent} is not there", wanted="a folder that exists", do="make it first")
+            raise InputError(f"{out.parent} does not exist", wanted="a folder that exists", do=f"mkdir -p {out.parent}")
         return
     if not out.is_dir():
         raise InputError(f"{out} is a file", wanted="a folder for the plans", do="give another --out")

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from btp_export.model.defaults import default_profile, fitted_samples
-from btp_export.model.pictures import fits, to_rgb
 from graphs import dtypes
+from graphs.dtypes import Precision
 from graphs.files.atomic import size_text
 from graphs.files.bundle import tool_versions
 from graphs.files.cache_folder import cache_folder
@@ -21,7 +21,7 @@ from graphs.records.errors import InputError
 from graphs.records.plan import Importance, PruningPlan, SpatialMetric
 from graphs.records.progress import Note, Report, labelled
 from graphs.records.shapes import ShapeProfile
-from graphs.records.spec import ModelSpec, Precision
+from graphs.records.spec import ModelSpec
 
 if TYPE_CHECKING:
     from btp_export.model.open_model import Model
@@ -157,10 +157,8 @@ def open_study(
     check_settings(settings)
 
     from btp_export.model.prompting import Prompter
-    from btp_export.planning.latency import read_latency
     from calibrate import calibrate as calibration
     from calibrate.measure.statistics_cache import StatisticsCache
-    from calibrate.place.cost import PrefillCost, measured_cost
     from calibrate.place.counts import Shape
     from calibrate.place.search import check_tuning
     from calibrate.reference.streamed_model import StreamedReference, torch_device
@@ -169,25 +167,20 @@ def open_study(
     device = torch_device(settings.device)
     profile = profile or default_profile(model)
     shape = Shape(spec.model_type, spec.decoder.num_layers, profile.image_tokens, profile.grid, profile.blocks)
-    cost = PrefillCost(spec.decoder, profile)
-    if settings.latency_from is not None:
-        cost = measured_cost(read_latency(settings.latency_from), settings.latency_from, spec.decoder, profile)
+    cost = _prefill_cost(settings, spec, profile)
     request = replace(request_of(settings), released=model.family.released)
     (check or type(request).check)(request, shape, cost)
     prompter = Prompter(model.source.folder, spec)
     chosen = calibration_samples(settings, prompter, note, profile.image_size)
-    check_memory(
-        needed_bytes(model, profile, len(chosen.samples), settings.maths),
-        f"calibrating {spec.name} on {len(chosen.samples)} samples",
-        do=f"fewer --samples (a layer at a time needs {size_text(needed_bytes(model, profile, 1, settings.maths))})",
-    )
+    _check_memory(model, profile, len(chosen.samples), settings.maths)
     if settings.tune:
         check_tuning(len(chosen.samples), counts=settings.keep is None, shares=settings.balance is None)
     cache = StatisticsCache(cache_folder("statistics") if settings.cache else None, note)
     taus = calibration.taus_for(settings.tau, spec.change_threshold)
     key = _cache_key(model, profile, chosen.digest(), taus, settings, device)
     statistics = cache.get(key)
-    inputs = _inputs(model, prompter, profile, chosen.samples, report)
+    samples, resized = fitted_samples(chosen.samples, spec, profile)
+    inputs = _inputs(model, prompter, profile, samples, report)
     reference = StreamedReference(
         model.checkpoint, dtype=dtypes.BY_NAME[settings.maths].torch, device=device, work=work
     )
@@ -211,11 +204,29 @@ def open_study(
         threshold=calibration.threshold_of(statistics, shape, tau=settings.tau, model_tau=spec.change_threshold),
         cost=cost,
         seed=settings.seed,
-        source=_source(chosen, spec, profile),
+        source=_source(chosen, spec, profile, resized),
         kinds=[sample.kind for sample in chosen.samples],
         kind_bound=calibration.KIND_BOUND if settings.kind_bound is None else settings.kind_bound,
     )
     return study, request
+
+
+def _prefill_cost(settings: CalibrationSettings, spec: ModelSpec, profile: ShapeProfile) -> PrefillCost:
+    """What a plan's prefill costs: in operations, or in the time of a measurement."""
+    from btp_export.planning.latency import read_latency
+    from calibrate.place.cost import PrefillCost, measured_cost
+
+    if settings.latency_from is None:
+        return PrefillCost(spec.decoder, profile)
+    return measured_cost(read_latency(settings.latency_from), settings.latency_from, spec.decoder, profile)
+
+
+def _check_memory(model: Model, profile: ShapeProfile, samples: int, maths: Precision) -> None:
+    check_memory(
+        needed_bytes(model, profile, samples, maths),
+        f"calibrating {model.spec.name} on {samples} samples",
+        do=f"fewer --samples (a layer at a time needs {size_text(needed_bytes(model, profile, 1, maths))})",
+    )
 
 
 def needed_bytes(model: Model, profile: ShapeProfile, samples: int, maths: Precision) -> int:
@@ -259,9 +270,8 @@ def _inputs(
     from calibrate.data.samples import prepare
 
     vision = model.family.vision_module(model.checkpoint, profile.image_size)
-    pictures, _ = fitted_samples(samples, model.spec, profile)
-    prepared = prepare(pictures, prompter, vision, progress=labelled(report, "reading the pictures"))
-    return [one.input for one in prepared]
+    prepared = prepare(samples, prompter, vision, progress=labelled(report, "reading the pictures"))
+    return [sample.input for sample in prepared]
 
 
 def _cache_key(
@@ -304,7 +314,7 @@ def _cache_key(
     )
 
 
-def _source(chosen: SampleSet, spec: ModelSpec, profile: ShapeProfile) -> dict[str, Any]:
+def _source(chosen: SampleSet, spec: ModelSpec, profile: ShapeProfile, resized: int) -> dict[str, Any]:
     """Where the samples came from, as the plan's record holds it."""
     source: dict[str, Any] = {
         "pictures": chosen.source,
@@ -313,7 +323,6 @@ def _source(chosen: SampleSet, spec: ModelSpec, profile: ShapeProfile) -> dict[s
         "sha256": chosen.digest(),
     }
     if spec.vision.dynamic:
-        resized = sum(not fits(one.image, spec, profile) for one in chosen.samples)
         source |= {"image_size": list(profile.image_size), "resized": resized}
     return source
 
@@ -365,7 +374,7 @@ def calibration_samples(
     if settings.images is None:
         shares = None if settings.mix is None else mix.parse_mix(settings.mix)
         return mix.mixed_samples(settings.samples, seed=settings.seed, size=image_size, shares=shares)
-    checks = samples.NO_CHECKS if prompter is None else samples.Checks(picture=to_rgb, prompt=prompter.text)
+    checks = samples.NO_CHECKS if prompter is None else samples.Checks(prompt=prompter.text)
     return sources.calibration_samples(
         settings.images, prompts=settings.prompts, count=settings.samples, seed=settings.seed, note=note, checks=checks
     )

@@ -42,8 +42,8 @@ def show_front(result: Front) -> Any:
     ]
     columns = ["compression", "tokens", "cost", "KL", "same", "layers", "keep"]
     needless = [f"{row.compression:.3f}" for row in result.rows if row.dominated]
-    lines = ["cost: prefill, share of the unpruned one; KL and same: next token against the full model's"]
-    lines += [f"another plan costs no more and is as near: {', '.join(needless)}"] if needless else []
+    lines = ["cost: prefill, share of the unpruned one; KL and same: next token compared with the full model's"]
+    lines += [f"dominated, another plan costs no more and diverges no more: {', '.join(needless)}"] if needless else []
     return Group(table(columns, rows), "\n".join(lines))
 
 
@@ -95,4 +95,4 @@ def _tuning(record: dict[str, Any]) -> str:
         f"on {record['held_out']} unseen samples error {old['error']:.4f} -> {new['error']:.4f}, "
         f"KL {old['divergence']:.4f} -> {new['divergence']:.4f}"
     )
-    return f"{searched}\n{compared}\n{'taken' if record['taken'] else 'the default is kept'}: {record['reason']}"
+    return f"{searched}\n{compared}\n{'used' if record['taken'] else 'the default is kept'}: {record['reason']}"

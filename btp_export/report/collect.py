@@ -47,7 +47,7 @@ def collect(
     from btp_export.measuring.evaluate import evaluate_bundle
     from btp_export.measuring.verify import verify_profiles
     from btp_export.profiling.profile import saved_profiles
-    from btp_export.running.streamed import too_large
+    from btp_export.running.memory_fit import too_large
 
     engines = saved_profiles(bundle)  # before anything is measured: one that is damaged is refused
     with phase("verify") as report:

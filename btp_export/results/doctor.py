@@ -50,7 +50,7 @@ class Doctor(Result):
     onnxruntime_providers: tuple[str, ...]
     cores: int
     memory_bytes: int | None
-    free_disk_bytes: int
+    free_disk_bytes: int | None
     demo_model: bool
 
 

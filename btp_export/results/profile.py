@@ -7,9 +7,9 @@ from pydantic import Field
 
 from btp_export.results.base import Result
 from engines.tensorrt.records import Assemble, EngineWeights
+from graphs.dtypes import Precision
 from graphs.names import GraphKind
 from graphs.records.record import Record
-from graphs.records.spec import Precision
 
 Kind = GraphKind
 Bound = Literal["compute", "memory"]

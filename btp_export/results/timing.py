@@ -3,8 +3,8 @@
 from typing import Literal
 
 from btp_export.results.base import Result
+from graphs.dtypes import Precision
 from graphs.records.record import Record
-from graphs.records.spec import Precision
 
 
 class PrefillTimes(Record):

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from typing import Literal
 
 from btp_export.results.base import Number, Result
+from graphs.dtypes import Precision
 from graphs.records.record import Record
-from graphs.records.spec import Precision
 
 
 class GateValues(Record):

@@ -8,18 +8,20 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from btp_export.model.pictures import fitted, open_picture
+from btp_export.model.pictures import fitted, require_fit
 from btp_export.model.prompting import Encoded, Prompter
-from btp_export.running import sampling
 from btp_export.running.detokenise import Detokeniser
-from btp_export.running.streamed import check_fits_memory
+from btp_export.running.embedding import TokenEmbedding, filled
+from btp_export.running.generation import Answer, answers_for, generate
+from btp_export.running.memory_fit import check_fits_memory
+from btp_export.running.sampling import Sampling
 from engines.chain import Chain
 from engines.runners import Loader
 from engines.runners.onnxruntime import OrtLoader
@@ -27,6 +29,7 @@ from graphs import names
 from graphs.building.rope import token_tables
 from graphs.files.bundle import ROPE_WEIGHTS, Bundle, Check
 from graphs.files.checkpoint import open_tensors
+from graphs.files.pictures import open_picture, to_rgb
 from graphs.pruning import kept_tokens
 from graphs.records.errors import InputError
 from graphs.tf32 import allows_tf32
@@ -133,7 +136,7 @@ def open_graphs(
     from engines.tensorrt.run.runner import open_engines
 
     if threads is not None:
-        raise InputError(f"--threads {threads} with --engine", wanted="one or the other", do="leave --threads out")
+        raise InputError(f"--threads {threads} with --target", wanted="one or the other", do="leave --threads out")
     folder = engines_folder(bundle, find_target(engine).name) / part
     gpu = "cuda" if device in ("cpu", "auto") else device  # engines run on nothing else
     return open_engines(bundle, folder, profile=profile, device=gpu, check=check)
@@ -148,7 +151,6 @@ class BundleModel:
         """`graphs` are the files that the loader opens, by name; the bundle's own if left out."""
         self.bundle, self.spec = bundle, bundle.spec
         self.profile, self.plan = bundle.profile(profile), bundle.plan_for(profile)
-        self._embeddings = bundle.checkpoint()["language_model.embed_tokens.weight"].read()
         rope = open_tensors(bundle.weights / ROPE_WEIGHTS)
         own = {graph.name: bundle.root / graph.file for graph in bundle.graphs(self.profile.name)}
         self.chain = Chain(
@@ -158,6 +160,7 @@ class BundleModel:
             rope=token_tables((rope["cos"].read(), rope["sin"].read()), self.spec.decoder, self.profile),
             loader=loader,
         )
+        self._embedding = TokenEmbedding(bundle, self.chain.dtype)
         self._prefills = 0
 
     @cached_property
@@ -199,20 +202,17 @@ class BundleModel:
         Raises InputError for what cannot be run, CheckError if a graph did not prune as planned.
         """
         room = self._room(max_new_tokens)
-        sampling.check_settings(temperature, top_p, seed)
+        chosen_by = Sampling(temperature, top_p, seed)
         pictures, texts = _samples(images, prompts)
         if resize:
-            pictures = fitted(pictures, self.spec, self.profile)
-        encoded = self.encode(pictures, texts, raw=raw_prompt, system=system)
-
-        def choose(sample: int, logits: Array) -> int:
-            return sampling.choose(logits, generators[sample], temperature=temperature, top_p=top_p)
-
-        generators = [np.random.default_rng((seed, sample)) for sample in range(len(texts))]
+            pictures, _ = fitted(pictures, self.spec, self.profile)
+        else:
+            require_fit(pictures, self.spec, self.profile)
+        encoded = self.prompter.encode(pictures, texts, raw=raw_prompt, system=system, profile=self.profile)
         answers: list[Generation] = []
         for first in range(0, len(texts), self.profile.batch):
             samples = range(first, min(first + self.profile.batch, len(texts)))
-            answers += self._generate(encoded, samples, room, choose, on_text)
+            answers += self._generate(encoded, samples, room, chosen_by, on_text)
         return answers
 
     def encode(
@@ -224,7 +224,9 @@ class BundleModel:
         system: str | None = None,
     ) -> Encoded:
         """Token ids and pixels of the samples. Raises InputError if one does not fit the bundle."""
-        return self.prompter.encode(images, prompts, raw=raw, system=system, profile=self.profile)
+        pictures = [to_rgb(image) for image in images]
+        require_fit(pictures, self.spec, self.profile)
+        return self.prompter.encode(pictures, prompts, raw=raw, system=system, profile=self.profile)
 
     def prefill(self, encoded: Encoded, *, features: Array | None = None) -> Prefill:
         """Run the samples up to their first logits; at most as many as the profile's batch.
@@ -237,14 +239,11 @@ class BundleModel:
         count, batch = len(encoded), self.profile.batch
         if count > batch:
             raise InputError(f"{count} samples", wanted=f"at most {batch}, the batch of profile {self.profile.name}")
-        filled = [min(place, count - 1) for place in range(batch)]
-        prefix = np.stack([self._embed(encoded.input_ids[place][: self.profile.prefix_tokens]) for place in filled])
-        text = np.stack([self._embed_text(encoded.input_ids[place]) for place in filled])
-        last = np.array([encoded.lengths[place] - 1 for place in filled], np.int32)
-        run = self.chain.prefill(encoded.pixels(filled), prefix, text, last, features=features)
+        inputs = self._embedding.batch(encoded, self.profile, filled(count, batch))
+        run = self.chain.prefill(inputs, features=features)
         self._prefills += 1
-        given = {stage: indices[:count] for stage, indices in run.kept.items()}
-        relative = kept_tokens.every_stage(given, [stage.keep for stage in self.plan.stages], samples=count)
+        own = {stage: indices[:count] for stage, indices in run.kept.items()}
+        relative = kept_tokens.every_stage(own, [stage.keep for stage in self.plan.stages], samples=count)
         segmented = names.WHOLE not in run.milliseconds
         stages = range(len(self.plan.stages)) if segmented else range(0)
         return Prefill(
@@ -268,8 +267,27 @@ class BundleModel:
             raise InputError("the caches hold a later batch", wanted="the latest prefill", do="prefill again")
         if len(token_ids) != count:
             raise InputError(f"{len(token_ids)} token ids", wanted=f"one for each of the {count} samples")
-        filled = [token_ids[min(place, count - 1)] for place in range(self.profile.batch)]
-        return self.chain.decode(self._embed(np.array(filled)))[:count]
+        ids = [token_ids[sample] for sample in filled(count, self.profile.batch)]
+        return self.chain.decode(self._embedding.rows(np.array(ids)))[:count]
+
+    def greedy(self, prefill: Prefill, encoded: Encoded, room: int) -> list[Answer]:
+        """The likeliest answers of at most `room` tokens, by the checkpoint's generation settings."""
+        answers = answers_for(self.spec, encoded.input_ids, room=room)
+        self.complete(prefill, answers)
+        return answers
+
+    def complete(self, prefill: Prefill, answers: Sequence[Answer]) -> list[float]:
+        """Grow the answers until each is done; gives the milliseconds of every decode step."""
+        times: list[float] = []
+
+        def decode(ids: Sequence[int]) -> Array:
+            start = time.perf_counter()
+            logits = self.decode_step(prefill, ids)
+            times.append((time.perf_counter() - start) * 1000.0)
+            return logits
+
+        generate(answers, prefill.logits, decode)
+        return times
 
     # Parts of generate
 
@@ -286,30 +304,19 @@ class BundleModel:
         return max_new_tokens
 
     def _generate(
-        self,
-        encoded: Encoded,
-        samples: range,
-        room: int,
-        choose: Callable[[int, Array], int],
-        on_text: OnText | None,
+        self, encoded: Encoded, samples: range, room: int, chosen_by: Sampling, on_text: OnText | None
     ) -> list[Generation]:
         """The answers of one batch."""
         part = encoded.part(samples)
         prefill = self.prefill(part)
-        answers = [_Answer(sample, Detokeniser(self.prompter.tokenizer), self.spec.eos_token_ids) for sample in samples]
-        logits, times = prefill.logits, []
-        while True:
-            for answer, row in zip(answers, logits, strict=True):
-                if not answer.done:
-                    answer.take(choose(answer.sample, row), room, on_text)
-            if all(answer.done for answer in answers):
-                break
-            start = time.perf_counter()
-            logits = self.decode_step(prefill, [answer.ids[-1] for answer in answers])
-            times.append((time.perf_counter() - start) * 1000.0)
+        answers = answers_for(self.spec, part.input_ids, room=room, chosen_by=chosen_by, first=samples.start)
+        texts = [_Text(sample, Detokeniser(self.prompter.tokenizer), on_text) for sample in samples]
+        for answer, text in zip(answers, texts, strict=True):
+            answer.on_token = text.add
+        times = self.complete(prefill, answers)
         return [
             Generation(
-                text=answer.detokeniser.text,
+                text=text.detokeniser.text,
                 token_ids=tuple(answer.ids),
                 tokens_kept=tuple(stage.keep for stage in self.plan.stages),
                 kept=tuple(indices[place] for indices in prefill.kept),
@@ -319,50 +326,29 @@ class BundleModel:
                 vision_ms=prefill.vision_ms,
                 unknown_tokens=part.unknown[place],
             )
-            for place, answer in enumerate(answers)
+            for place, (answer, text) in enumerate(zip(answers, texts, strict=True))
         ]
-
-    def _embed(self, ids: Array) -> Array:
-        """Embedding rows [n, C] in the graphs' precision; only these rows are read from the file."""
-        if ids.size and not 0 <= ids.min() <= ids.max() < len(self._embeddings):
-            raise InputError(
-                f"token ids from {ids.min()} to {ids.max()}",
-                wanted=f"ids below {len(self._embeddings)}, the rows of the embedding",
-                do="use the tokenizer that belongs to the weights",
-            )
-        return np.asarray(self._embeddings[ids]).astype(self.chain.dtype)
-
-    def _embed_text(self, ids: Array) -> Array:
-        """Rows [T, C] of the tokens after the image, zeros where a sample has none."""
-        rows = np.zeros((self.profile.text_tokens, self._embeddings.shape[1]), self.chain.dtype)
-        text = ids[self.profile.prefix_tokens + self.profile.image_tokens :]
-        rows[: len(text)] = self._embed(text)
-        return rows
 
 
 @dataclass
-class _Answer:
-    """One sample's answer while it grows."""
+class _Text:
+    """One sample's text while its tokens come."""
 
     sample: int
     detokeniser: Detokeniser
-    end_ids: Sequence[int]
-    ids: list[int] = field(default_factory=list)
-    done: bool = False
+    on_text: OnText | None
 
-    def take(self, token_id: int, room: int, on_text: OnText | None) -> None:
-        """Append a token; the end token or the last one there is room for ends the answer."""
-        self.ids.append(token_id)
+    def add(self, token_id: int, is_last: bool) -> None:
+        """Take a token, and say the text that is certain by now."""
         piece = self.detokeniser.add(token_id)
-        self.done = token_id in self.end_ids or len(self.ids) == room
-        if self.done:
+        if is_last:
             piece += self.detokeniser.finish()
-        if piece and on_text is not None:
-            on_text(self.sample, piece)
+        if piece and self.on_text is not None:
+            self.on_text(self.sample, piece)
 
 
 def _samples(images: "Pictures", prompts: Sequence[str] | str) -> "tuple[list[Image.Image], list[str]]":
-    """As many pictures as prompts, the pictures opened."""
+    """As many pictures as prompts, the pictures upright and in RGB."""
     given = list(images) if isinstance(images, Sequence) and not isinstance(images, str) else [images]
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     count = max(len(given), len(texts))
@@ -371,5 +357,5 @@ def _samples(images: "Pictures", prompts: Sequence[str] | str) -> "tuple[list[Im
             f"{len(given)} pictures and {len(texts)} prompts",
             wanted="one prompt for each picture, one picture for all prompts, or one prompt for all pictures",
         )
-    opened = [open_picture(Path(item)) if isinstance(item, (str, Path)) else item for item in given]
+    opened = [open_picture(Path(item)) if isinstance(item, (str, Path)) else to_rgb(item) for item in given]
     return opened * (count // len(opened)), texts * (count // len(texts))

@@ -1,5 +1,6 @@
 """Choosing the next token from logits: greedy, or by temperature and top-p (nucleus sampling, Holtzman et al. 2020)."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,22 @@ def check_settings(temperature: float, top_p: float, seed: int = 0) -> None:
         raise InputError(f"temperature {temperature}", wanted="0 (greedy) or a positive number", do="--temperature 0.7")
     if not 0 < top_p <= 1:
         raise InputError(f"top-p {top_p}", wanted="a number above 0 and up to 1", do="--top-p 0.9")
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen from its logits. Raises InputError as `check_settings`."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_settings(self.temperature, self.top_p, self.seed)
+
+    def choose(self, logits: Vector, rng: np.random.Generator) -> int:
+        """One token id from logits [vocab]."""
+        return choose(logits, rng, temperature=self.temperature, top_p=self.top_p)
 
 
 def probabilities(logits: Vector, *, temperature: float, top_p: float) -> Vector:
@@ -57,3 +74,6 @@ def choose(logits: Vector, rng: np.random.Generator, *, temperature: float, top_
     # The last token with weight ends the range, so that rounding in the sum can never choose a token without weight.
     bounds = np.cumsum(weights)
     return int(min(np.searchsorted(bounds, rng.random(), side="right"), np.flatnonzero(weights)[-1]))
+
+
+GREEDY = Sampling()

@@ -13,7 +13,8 @@ from typing import Any
 
 from PIL import Image
 
-from calibrate.data.samples import DEFAULT_PROMPTS, NO_CHECKS, Checks, Found, SampleSet, read_picture, take
+from calibrate.data.samples import DEFAULT_PROMPTS, NO_CHECKS, Checks, Found, SampleSet, take
+from graphs.files.pictures import open_picture
 from graphs.records.errors import InputError, UnavailableError
 from graphs.records.progress import Note
 
@@ -113,9 +114,9 @@ def _is_text(feature: Any) -> bool:
 def _reader(stored: dict[str, Any], label: str) -> Callable[[], Image.Image]:
     def read() -> Image.Image:
         if stored.get("bytes") is not None:
-            return read_picture(stored["bytes"], label)
+            return open_picture(stored["bytes"], label)
         if stored.get("path"):
-            return read_picture(Path(stored["path"]), label)
+            return open_picture(Path(stored["path"]), label)
         raise InputError(f"cannot read the picture {label}: the row has none", wanted="a picture in every row")
 
     return read

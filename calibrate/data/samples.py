@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import io
-import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,17 +16,16 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from calibrate.data import scenes
 from calibrate.data.folders import PICTURE_SUFFIXES, picture_files
 from calibrate.data.text_files import at, json_record, read_lines
 from calibrate.reference.records import ReferenceInput
+from graphs.files.pictures import open_picture
 from graphs.records.errors import InputError
 from graphs.records.progress import Note, Report
 
-# What Pillow raises for damaged files, depending on the format and on where the damage is.
-_DAMAGE = (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, struct.error)
 LEAST_PICTURES = 4
 DEFAULT_SAMPLES = 64
 # What stands in for a user's questions; image tokens come before the question, so its words hardly matter.
@@ -116,9 +113,8 @@ class Found:
 
 @dataclass(frozen=True)
 class Checks:
-    """What a model says of a picture and of a prompt: each raises InputError for one that the model cannot take."""
+    """What a model says of a prompt: raises InputError for one that it cannot take."""
 
-    picture: Callable[[Image.Image], object] = lambda picture: None
     prompt: Callable[[str], object] = lambda prompt: None
 
 
@@ -146,7 +142,7 @@ def folder_samples(
     def found() -> Iterator[Found]:
         for place in np.random.default_rng(seed).permutation(len(paths)):
             path = paths[place]
-            yield Found(path.relative_to(folder).as_posix(), lambda path=path: read_picture(path))  # type: ignore[misc]
+            yield Found(path.relative_to(folder).as_posix(), lambda path=path: open_picture(path))  # type: ignore[misc]
 
     return take(
         found(), prompts, count=count, where=f"in {folder}", source="pictures of a folder", note=note, checks=checks
@@ -176,7 +172,7 @@ def jsonl_pictures(
     def found() -> Iterator[Found]:
         for place in np.random.default_rng(seed).permutation(len(records)):
             image, prompt = records[place]["image"], records[place].get("prompt")
-            read = functools.partial(read_picture, path.parent / image)
+            read = functools.partial(open_picture, path.parent / image)
             yield Found(image, read, None if prompts else prompt, lines[place].where)
 
     return take(
@@ -220,7 +216,6 @@ def take(
             break
         try:
             image = one.read()
-            checks.picture(image)
             if one.prompt is not None:
                 checks.prompt(one.prompt)
         except InputError as error:
@@ -237,18 +232,6 @@ def take(
             do="give a source with more pictures, or leave --images out for generated scenes",
         )
     return SampleSet(tuple(samples), source, tuple(skipped))
-
-
-def read_picture(source: Path | bytes, name: str = "") -> Image.Image:
-    """A picture, a file or its bytes, as RGB. Raises InputError for what is not a whole picture, or a huge one."""
-    try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as picture:
-            rgb: Image.Image = picture.convert("RGB")
-            return rgb
-    except (*_DAMAGE, Image.DecompressionBombError) as error:
-        where = name or (source if isinstance(source, Path) else "in memory")
-        reason = "not a picture" if isinstance(error, UnidentifiedImageError) else error
-        raise InputError(f"cannot read the picture {where}: {reason}", wanted="a whole picture file") from error
 
 
 def read_prompts(path: Path, checks: Checks = NO_CHECKS) -> tuple[str, ...]:
@@ -271,7 +254,7 @@ def jsonl_samples(path: Path, *, count: int | None = None) -> SampleSet:
     for line in read_lines(path, "a JSONL file of image, prompt, answer")[:count]:
         record = json_record(line, ("image", "prompt", "answer"))
         try:
-            image = read_picture(path.parent / record["image"])
+            image = open_picture(path.parent / record["image"])
         except InputError as error:
             raise at(line.where, error) from error
         kind = record.get("kind", "")

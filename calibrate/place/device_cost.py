@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from calibrate.place.cost import PrefillCost
+from graphs import dtypes
 from graphs.pruning import operations
 from graphs.records.plan import PruningPlan, Stage, with_keep
 from graphs.records.spec import DecoderSpec
 
-# Bytes a weight: four bits, a float16 scale and a four-bit zero for each group of 128.
-WEIGHT_BYTES = {"float32": 4.0, "float16": 2.0, "bfloat16": 2.0, "int4": (128 * 0.5 + 2.0 + 0.5) / 128}
+INT4 = "int4"
+GROUP = 128  # weights that share a float16 scale and a four-bit zero
 
 
 @dataclass(frozen=True)
@@ -47,13 +48,13 @@ class DeviceCost(PrefillCost):
         decoder = self.decoder
         selection = sum(operations.selection(decoder, plan, n, self.profile) for n in range(len(plan.stages)))
         matrix = decoder.hidden_size * decoder.vocab_size
-        head = max(matrix * WEIGHT_BYTES["float16"] / device.bandwidth, 2 * matrix / device.peak)
+        head = max(matrix * weight_bytes("float16") / device.bandwidth, 2 * matrix / device.peak)
         return 1e3 * (layers + head + selection / device.peak_float32)
 
     def layer_seconds(self, rows: int) -> float:
         """The least time of one layer on so many rows of the batch's samples, for one of them."""
         device, batch = self._device, self.profile.batch
-        read = layer_weights(self.decoder) * WEIGHT_BYTES[device.weights] / device.bandwidth
+        read = layer_weights(self.decoder) * weight_bytes(device.weights) / device.bandwidth
         return max(read, batch * operations.layer(self.decoder, rows) / device.peak) / batch
 
     @property
@@ -95,6 +96,11 @@ def device_cost(cost: PrefillCost, device: Device) -> DeviceCost:
     """The cost of the same model and shape on that device."""
     source = f"data sheet of {device.name}, {device.weights} weights: max(weight bytes / bandwidth, operations / peak)"
     return DeviceCost(cost.decoder, cost.profile, source=source, device=device)
+
+
+def weight_bytes(weights: str) -> float:
+    """Bytes a weight: an element type's, or of four bits with scales and zeros. Raises KeyError for other words."""
+    return (0.5 * GROUP + 2.0 + 0.5) / GROUP if weights == INT4 else dtypes.BY_NAME[weights].nbytes
 
 
 def layer_weights(decoder: DecoderSpec) -> int:

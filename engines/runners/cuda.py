@@ -243,7 +243,7 @@ def use_device(device: int) -> None:
         raise UnavailableError(
             f"no GPU {device}: CUDA error {code}, {error_text(code)}",
             wanted="an NVIDIA GPU and its driver",
-            do="nvidia-smi shows the GPUs there are; without one, leave --engine and --device out",
+            do="nvidia-smi shows the GPUs there are; without one, leave --target and --device out",
         )
 
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final, Literal
 
+from graphs.dtypes import Precision
 from graphs.records.errors import InputError
-from graphs.records.spec import Precision
 
 GB: Final = 10**9  # bandwidths and peaks are stated in powers of ten, memory sizes in powers of two
 GIB: Final = 2**30

@@ -12,12 +12,12 @@ from typing import Final, Literal
 
 from pydantic import Field, model_validator
 
+from graphs.dtypes import Precision
 from graphs.files.atomic import sha256, write_text
 from graphs.files.bundle import Bundle
 from graphs.records.errors import InputError
 from graphs.records.manifest import FileRecord, RelativePath, Sha256, TensorRecord
 from graphs.records.record import Record, parse_record
-from graphs.records.spec import Precision
 
 FORMAT: Final = "btp-engines/1"
 FILE: Final = "engines.json"

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Literal
 
 from engines.tensorrt.records import Assemble, EngineGraph, EnginesRecord, EngineWeights, Estimate, Flavour, PluginForm
+from graphs.dtypes import Precision
 from graphs.records.record import Record
-from graphs.records.spec import Precision
 
 
 class Finding(Record):

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from engines.verify.protocol import Array
-from graphs.records.spec import Precision
+from graphs.dtypes import Precision
 
 
 @dataclass(frozen=True)

@@ -23,15 +23,18 @@ from engines.verify.gates import GATES, CheckResults, Gates, agreement
 from engines.verify.graph_checks import GraphVerifier
 from engines.verify.protocol import Array, ReferenceRun, VerifySample
 from graphs import names
+from graphs.dtypes import Precision
 from graphs.files.resume import Sequence as Steps
 from graphs.records.plan import PruningPlan
 from graphs.records.progress import Report
 from graphs.records.shapes import ShapeProfile
-from graphs.records.spec import Precision
 
 __all__ = ["GATES", "CheckResults", "FreeRun", "VerifySample", "same_kept", "verify_free", "verify_graphs"]
 
 GraphOpener = Callable[[], Runner]
+LogitRule = Callable[
+    [Sequence[int], Array], Array
+]  # tokens so far, logits [vocab] -> logits that the choice is made by
 
 
 def verify_graphs(
@@ -108,13 +111,14 @@ def verify_free(
     runs: Sequence[ReferenceRun],
     free: Sequence[FreeRun],
     tokens_from: Sequence[ReferenceRun] | None = None,
+    rules: Sequence[LogitRule] | None = None,
 ) -> bool:
     """Hold free runs against the reference, which got their tokens appended; whether all tokens are equal.
 
     A token is equal if it is the reference's argmax at its place, or ties with it within the gate: such near-ties are
     named. Where a near-tie made the bundle keep another token, `tokens_from` are reference runs forced to the bundle's
-    kept sets, so that the tokens are still compared like with like. Failures are added to `findings`, whose gates hold
-    here too.
+    kept sets, so that the tokens are still compared like with like. `rules` are, for each sample, what the model's
+    generation settings do to logits. Failures are added to `findings`, whose gates hold here too.
     """
     gates, equal = findings.gates, True
     for number, (run, own) in enumerate(zip(runs, free, strict=True)):
@@ -129,6 +133,8 @@ def verify_free(
             elif share < 1.0:
                 findings.near_ties.append(f"{text} {share:.4f} of the reference's tokens (cut {record.margin:.2g})")
         logits = (tokens_from or runs)[number].logits
+        if rules is not None:
+            logits = np.stack([rules[number](own.tokens[:place], logits[place]) for place in range(len(own.tokens))])
         equal = _tokens_hold(findings, number, logits, own.tokens, gates) and equal
     return equal
 
@@ -139,7 +145,8 @@ def _tokens_hold(findings: CheckResults, number: int, logits: Array, tokens: Seq
         best = int(row.argmax())
         if best == token:
             continue
-        gap = float(row[best] - row[token]) / max(float(row.max() - row.min()), 1e-30)
+        possible = row[np.isfinite(row)]  # a generation setting may forbid tokens
+        gap = float(row[best] - row[token]) / max(float(possible.max() - possible.min()), 1e-30)
         text = f"sample {number}, token {place}: the bundle gives {token}, the reference {best}, logit gap {gap:.2g}"
         if gap > gates.logit_gap:
             findings.failures.append(text)

@@ -7,12 +7,13 @@ from graphs.building.decoder import Stream, add_cache_outputs, add_decode, add_h
 from graphs.building.graph_builder import BuiltGraph, GraphBuilder, serialize
 from graphs.building.selection import add_selection, embed_bodies, segment_query, stage_after
 from graphs.building.whole_graph import assemble_whole
+from graphs.dtypes import Precision
 from graphs.files.checkpoint import Checkpoint
 from graphs.pruning.torch_scores import query_rows, uses_attention
 from graphs.records.match_plan import check_fits
 from graphs.records.plan import PruningPlan, Segment
 from graphs.records.shapes import ShapeProfile
-from graphs.records.spec import ModelSpec, Precision
+from graphs.records.spec import ModelSpec
 
 __all__ = ["BuiltGraph", "assemble_whole", "build_decoder_graphs", "serialize"]
 

@@ -16,9 +16,9 @@ import onnx
 import onnx_ir as ir
 
 from graphs import dtypes
+from graphs.dtypes import Precision
 from graphs.files.checkpoint import Checkpoint
 from graphs.records.errors import InputError
-from graphs.records.spec import Precision
 
 FUSED_OPSET = 23  # has RMSNormalization, RotaryEmbedding and Attention
 PORTABLE_OPSET = 18  # primitives only

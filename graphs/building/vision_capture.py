@@ -14,9 +14,9 @@ import onnx_ir as ir
 
 from graphs import dtypes, names
 from graphs.building.graph_builder import IR_VERSIONS, BuiltGraph, GraphBuilder, external
+from graphs.dtypes import Precision
 from graphs.files.safetensors_file import tensor_offsets
 from graphs.records.errors import InputError
-from graphs.records.spec import Precision
 
 if TYPE_CHECKING:
     import torch

@@ -6,12 +6,13 @@ from graphs import names
 from graphs.building.decoder import SegmentResult, Stream, add_cache_outputs, add_head, add_segment
 from graphs.building.graph_builder import BuiltGraph, GraphBuilder
 from graphs.building.selection import add_selection, embed_bodies, segment_query, stage_after
+from graphs.dtypes import Precision
 from graphs.files.checkpoint import Checkpoint
 from graphs.pruning.torch_scores import uses_attention
 from graphs.records.match_plan import check_fits
 from graphs.records.plan import PruningPlan
 from graphs.records.shapes import ShapeProfile
-from graphs.records.spec import ModelSpec, Precision
+from graphs.records.spec import ModelSpec
 
 INT32 = ir.DataType.INT32
 

@@ -1,4 +1,4 @@
-"""Files on disk: checkpoints, safetensors, bundles, resumable work, the cache folder, and writes that appear whole.
+"""Files on disk: checkpoints, safetensors, bundles, pictures, resumable work, the cache folder, whole writes.
 
 May use graphs.records, names and dtypes.
 """

@@ -17,11 +17,12 @@ are small beside them. Vision is no part of it, as pruning does not change it.
 from dataclasses import dataclass
 
 from graphs import dtypes
+from graphs.dtypes import Precision
 from graphs.pruning.spatial_set import stage_pivots
 from graphs.pruning.torch_scores import query_rows, uses_attention
 from graphs.records.plan import PruningPlan, Segment
 from graphs.records.shapes import ShapeProfile
-from graphs.records.spec import DecoderSpec, Precision
+from graphs.records.spec import DecoderSpec
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,10 @@ from typing import Annotated, Final, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
+from graphs.dtypes import Precision
 from graphs.records.record import Record
 from graphs.records.shapes import ShapeProfile
-from graphs.records.spec import ModelSpec, Precision
+from graphs.records.spec import ModelSpec
 
 FORMAT: Final = "btp-bundle/1"
 DUMMY_WEIGHTS: Final = (

@@ -8,10 +8,10 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from graphs.dtypes import Precision
+from graphs.records.generation import GenerationSettings
 from graphs.records.record import Record
 from graphs.records.token_layout import Blocks, blocks_field, check_blocks, count_tokens
-
-Precision = Literal["float32", "float16", "bfloat16"]
 
 
 class DecoderSpec(Record):
@@ -91,8 +91,11 @@ class ModelSpec(Record):
     vision: VisionSpec
     prefix_tokens: int = Field(ge=0)  # P of the chat template
     image_token_id: int
-    eos_token_ids: tuple[int, ...]
+    eos_token_ids: tuple[int, ...]  # none: answers end where there is no more room
     pad_token_id: int
     weight_dtype: Precision  # of the checkpoint's matrices
     change_threshold: float = 0.93  # tau of the calibration, see algorithm.md; a setting of the model
     system: str | None = None  # the system message that P counts; None: what the chat template writes by itself
+    generation: GenerationSettings = Field(
+        default=GenerationSettings(), exclude_if=lambda settings: settings == GenerationSettings()
+    )

@@ -38,7 +38,7 @@ def test_help_lists_the_commands_at_80_columns() -> None:
 
 def test_version() -> None:
     assert run("--version").stdout == f"btp-export {__version__}\n"
-    assert json.loads(run("--version", "--json").stdout) == {"version": __version__}
+    assert json.loads(run("--version", "--json").stdout) == {"format": "btp-version/1", "version": __version__}
 
 
 @pytest.mark.parametrize(

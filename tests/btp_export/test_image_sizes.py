@@ -7,13 +7,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from btp_export import cli
 from btp_export.exporting import Options, make_profiles
 from btp_export.measuring.verify import verify_profiles
 from btp_export.model.open_model import open_model
 from btp_export.planning.plan_files import plan_for
+from btp_export.planning.study import fitted_samples
 from btp_export.running.runtime import load
+from calibrate.data.samples import folder_samples
 from graphs.building.derived_bundles import derive
 from graphs.files.bundle import Bundle, write_manifest, write_plan
 from graphs.records.errors import InputError
@@ -97,6 +100,21 @@ def test_run_takes_the_profile_that_fits(
         document, model = json.loads(out), load(exported[0], profile=profile, threads=1)
         assert document["token_ids"] == list(model.generate(pictures[name], PROMPT)[0].token_ids)
         assert document["tokens_kept"] == [stage.keep for stage in model.plan.stages]
+
+
+def test_a_turned_picture_is_counted_upright(checkpoint: Path, tmp_path: Path) -> None:
+    """Stored 72 x 40 and shown 40 x 72: `calibrate` and `eval` scale nothing for the profile of 40 x 72."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for number in range(4):
+        parity.picture(72, 40, seed=number).save(tmp_path / f"{number}.jpg", exif=exif)
+    model = open_model(str(checkpoint))
+    found = folder_samples(tmp_path, count=4, seed=0)
+    resized = {}
+    for size in ((40, 72), (72, 40)):
+        (profile,) = make_profiles(model, Options(image_sizes=(size,), text_tokens=16, new_tokens=8))
+        _, resized[size] = fitted_samples(found.samples, model.spec, profile)
+    assert resized == {(40, 72): 0, (72, 40): 4}
 
 
 def test_a_picture_that_fits_nowhere(

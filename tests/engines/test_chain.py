@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engines.chain import Chain
+from engines.chain import Batch, Chain
 from engines.runners.onnxruntime import OrtLoader
 from graphs.files.bundle import ROPE_WEIGHTS, Bundle
 from graphs.files.checkpoint import open_tensors
@@ -44,10 +44,10 @@ def inputs(bundle: Bundle) -> tuple[Any, ...]:
 def test_features_stand_in_for_the_vision_graph(bundle: Bundle) -> None:
     chain = Chain(**parts(bundle))
     pixels, *rest = inputs(bundle)
-    first = chain.prefill(pixels, *rest)
+    first = chain.prefill(Batch(pixels, *rest))
     features = chain.image_features
-    assert not np.allclose(chain.prefill(pixels + 1, *rest).logits, first.logits)
-    again = chain.prefill(np.zeros_like(pixels), *rest, features=features)
+    assert not np.allclose(chain.prefill(Batch(pixels + 1, *rest)).logits, first.logits)
+    again = chain.prefill(Batch(np.zeros_like(pixels), *rest), features=features)
     np.testing.assert_array_equal(again.logits, first.logits)
     assert "vision" in first.milliseconds and "vision" not in again.milliseconds
 
@@ -57,10 +57,10 @@ def test_padding_changes_nothing(bundle: Bundle) -> None:
     chain = Chain(**parts(bundle))
     pixels, prefix, text, last = inputs(bundle)
     short = last - 6
-    one = chain.prefill(pixels, prefix, text, short)
+    one = chain.prefill(Batch(pixels, prefix, text, short))
     step = chain.decode(text[:, 0])
     text[:, -6:] = 1e3
-    two = chain.prefill(pixels, prefix, text, short)
+    two = chain.prefill(Batch(pixels, prefix, text, short))
     np.testing.assert_allclose(two.logits, one.logits, rtol=1e-6, atol=1e-6)
     np.testing.assert_allclose(chain.decode(text[:, 0]), step, rtol=1e-6, atol=1e-6)
 
@@ -89,7 +89,7 @@ def test_caches_in_one_piece_or_apart(bundle: Bundle, alignment: int, monkeypatc
         monkeypatch.setattr("engines.cache_memory.ALIGNMENT", chosen)
         chain = Chain(**parts(bundle))
         pixels, prefix, text, last = inputs(bundle)
-        logits = [chain.prefill(pixels, prefix, text, last - 5).logits]
+        logits = [chain.prefill(Batch(pixels, prefix, text, last - 5)).logits]
         for step in range(3):
             logits.append(chain.decode(np.full((1, bundle.spec.decoder.hidden_size), 0.1 * step, np.float32)))
         caches = [cache for pair in chain.caches.values() for cache in pair]

@@ -22,7 +22,7 @@ from graphs.records.manifest import TensorRecord
 from graphs.records.record import Record
 from graphs.records.errors import BtpError, CheckError, InputError, UnavailableError
 from graphs.records.manifest import TensorRecord
-from graphs.records.spec import Precision
+from graphs.dtypes import Precision
 from graphs.records.record import Record
 from graphs.tf32 import allows_tf32
 
@@ -138,7 +138,7 @@ def out_of_memory(graph: str) -> UnavailableError:
     return UnavailableError(
         f"{graph}: the memory did not suffice for the build",
         "more free memory; btp-export build --dry-run shows what each engine takes",
-        "close other programs, --engine-weights shared, --assemble segments, or export smaller --profile shapes",
+        "close other programs, --engine-weights shared, --assemble segments, or export a smaller --shape",
     )
 
 

@@ -178,7 +178,7 @@ def explain(errors: Sequence[str], path: Path, doing: str, record: EnginesRecord
         wanted = "more free GPU memory"
         return UnavailableError(got, wanted, f"close other programs, or {build_again(record)} --engine-weights shared")
     if doing != "open":
-        return CheckError(got, "an engine that runs", "btp-export verify --engine shows which part is wrong")
+        return CheckError(got, "an engine that runs", "btp-export verify --target shows which part is wrong")
     if "plugin" in low:
         return UnavailableError(got, "the plugins the engine was built with", "see docs/native.md, or build it again")
     if "magic" in low or "truncat" in low or "corrupt" in low:

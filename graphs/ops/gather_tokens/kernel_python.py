@@ -1,15 +1,15 @@
-"""kernel.h of BtpGatherTokens for Python: the structure and the device pointers of one call (engines.kernels)."""
+"""kernel.h of BtpGatherTokens for Python: structure and device pointers of one call (engines.native.kernels)."""
 
 import ctypes
 from collections.abc import Mapping, Sequence
 from math import prod
 from typing import Final
 
+from graphs import dtypes
 from graphs.ops.common.trt_python import Tensor
 
 INPUTS: Final = 2
 WORKSPACE: Final = False
-ITEM_BYTES: Final = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "int32": 4}
 
 
 class Settings(ctypes.Structure):
@@ -24,7 +24,7 @@ class Settings(ctypes.Structure):
 def settings(inputs: Sequence[Tensor], attributes: Mapping[str, int | str]) -> Settings:
     """The call on tokens [B,S,...] and indices [B,k]."""
     tokens, indices = inputs
-    row_bytes = prod(tokens.shape[2:]) * ITEM_BYTES[tokens.dtype]
+    row_bytes = prod(tokens.shape[2:]) * dtypes.BY_NAME[tokens.dtype].nbytes
     start, count = attributes["start"], attributes["count"]
     return Settings(*tokens.shape[:2], start, count, indices.shape[1], row_bytes)
 

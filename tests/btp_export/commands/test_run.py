@@ -112,9 +112,10 @@ def test_kept_tokens_are_drawn(run: Run, bundle: Path, picture: Path, tmp_path: 
         ({"--top-p": 0}, 2, "top-p 0"),
         ({"--seed": -3}, 2, "seed -3"),
         ({"--profile": "big"}, 2, "no profile big"),
-        ({"--threads": 0}, 2, "0 threads"),
+        ({"--threads": 0}, 2, "--threads 0"),
         ({"--device": "tpu"}, 2, "unknown device 'tpu'"),
         ({"--show": "kept.xyz"}, 2, "kept.xyz"),
+        ({"--show": "kept.psd"}, 2, "ends in .png"),  # Pillow reads it and cannot write it
         ({"--show": "absent/kept.png"}, 2, "no folder absent"),
     ],
     ids=lambda value: str(value)[:40],

@@ -10,6 +10,7 @@ from btp_export.demo import checkpoint_path
 from btp_export.families import family_for, known_families
 from graphs.files.checkpoint import open_checkpoint, read_config
 from graphs.records.errors import InputError
+from graphs.records.generation import GenerationSettings
 from tests.graphs.models import DECODERS, PREFIX, sample_model
 
 FAMILY = family_for({"model_type": "llava"})
@@ -169,6 +170,37 @@ def test_stop_tokens_come_from_the_generation_config_first(folder):
     (folder / "generation_config.json").write_text('{"eos_token_id": [7, 8], "pad_token_id": 0}')
     assert spec_of(folder).eos_token_ids == (7, 8)
     assert spec_of(folder).pad_token_id == 0
+    for none in ('{"eos_token_id": null}', '{"eos_token_id": []}', "{}"):  # as `generate`: config.json is not asked
+        (folder / "generation_config.json").write_text(none)
+        assert spec_of(folder).eos_token_ids == ()
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ('{"eos_token_id": "</s>"}', "eos_token_id"),
+        ('{"repetition_penalty": -1.0}', "repetition_penalty -1.0"),
+        ('{"bad_words_ids": [3]}', "bad_words_ids"),
+        ('{"suppress_tokens": [1.5]}', "suppress_tokens"),
+        ("[]", "no JSON object"),
+        ("{", "not JSON"),
+    ],
+)
+def test_generation_settings_that_mean_nothing_are_refused(folder, settings, reason):
+    (folder / "generation_config.json").write_text(settings)
+    with pytest.raises(InputError, match=reason):
+        spec_of(folder)
+
+
+def test_generation_settings_are_named_where_they_are_not_followed(folder):
+    settings = {"do_sample": True, "temperature": 1e-06, "num_beams": 1, "guidance_scale": 1.5}
+    (folder / "generation_config.json").write_text(json.dumps(settings | {"sequence_bias": [[[1], -9.5]]}))
+    named = spec_of(folder).generation.not_followed
+    assert named == ("do_sample=true", "guidance_scale=1.5", "sequence_bias=[[[1], -9.5]]", "temperature=1e-06")
+    (folder / "generation_config.json").write_text(
+        '{"do_sample": false, "temperature": 0.7, "min_new_tokens": 0, "min_length": 7}'
+    )
+    assert spec_of(folder).generation == GenerationSettings()
 
 
 def test_settings_file(folder):

@@ -195,8 +195,8 @@ def test_too_little_memory_is_said_before_a_bundle_is_opened_as_a_whole(
     tiny_bundle: object, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     bundle = tiny_bundle()  # type: ignore[operator]
-    monkeypatch.setattr("btp_export.running.streamed.STREAM_ABOVE", 0)
-    monkeypatch.setattr("btp_export.running.streamed.available_memory", lambda: 100 * 2**20)
+    monkeypatch.setattr("btp_export.running.memory_fit.STREAM_ABOVE", 0)
+    monkeypatch.setattr("btp_export.running.memory_fit.available_memory", lambda: 100 * 2**20)
     assert cli.main(["bench", str(bundle.root)]) == 2
     error = capsys.readouterr().err
     assert "100.0 MiB are available" in error and "one layer at a time" in error

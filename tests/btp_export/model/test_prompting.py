@@ -1,8 +1,7 @@
-"""Prompter and pictures: what the model sees is what transformers' processor makes; everything else is refused."""
+"""Prompter: what the model sees is what transformers' processor makes; everything else is refused."""
 
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +9,6 @@ from PIL import Image
 from transformers import AutoProcessor
 
 from btp_export.model.open_model import open_model
-from btp_export.model.pictures import open_picture, to_rgb
 from btp_export.model.prompting import Prompter
 from graphs.records.errors import InputError
 
@@ -121,90 +119,6 @@ def test_folder_without_chat_template(tmp_path: Path, demo_checkpoint: Path, pic
     (tmp_path / "chat_template.jinja").write_text("USER: {{ messages[0]['content'][1]['text'] }}")
     with pytest.raises(InputError, match="writes no <image>"):
         Prompter(tmp_path, open_model("demo").spec).encode(pictures[:1], ["what?"])
-
-
-# Pictures
-
-
-def colour(image: Image.Image) -> Any:
-    return np.asarray(image)[0, 0].tolist()
-
-
-def test_every_mode_becomes_rgb(tmp_path: Path) -> None:
-    base = Image.new("RGB", (20, 10), (200, 100, 50))
-    for mode, name, wanted in (
-        ("RGB", "a.png", [200, 100, 50]),
-        ("RGBA", "a.png", [200, 100, 50]),
-        ("P", "a.gif", [200, 100, 50]),
-        ("L", "a.png", [124] * 3),
-        ("LA", "a.png", [124] * 3),
-        ("1", "a.png", [255] * 3),
-        ("CMYK", "a.jpg", [200, 100, 50]),
-    ):
-        base.convert(mode).save(tmp_path / name)
-        image = open_picture(tmp_path / name)
-        assert (image.mode, image.size) == ("RGB", (20, 10)), mode
-        if mode != "1":
-            np.testing.assert_allclose(colour(image), wanted, atol=6, err_msg=mode)
-
-
-def test_16_bit_grey_is_scaled(tmp_path: Path) -> None:
-    Image.fromarray(np.full((8, 8), 128 * 257, np.uint16)).save(tmp_path / "deep.png")
-    assert colour(open_picture(tmp_path / "deep.png")) == [128] * 3
-    with pytest.raises(InputError, match="float pixels"):
-        to_rgb(Image.new("F", (8, 8)))
-    with pytest.raises(InputError, match="32-bit pixels"):
-        to_rgb(Image.fromarray(np.full((8, 8), 70000, np.int32)))
-
-
-def test_palette_with_transparency(tmp_path: Path) -> None:
-    image = Image.new("RGB", (8, 8), (10, 200, 30)).convert("P")
-    image.save(tmp_path / "p.png", transparency=bytes([0] * 256))
-    assert open_picture(tmp_path / "p.png").mode == "RGB"
-
-
-def test_exif_orientation_is_applied(tmp_path: Path) -> None:
-    image = Image.new("RGB", (40, 20), (0, 0, 255))
-    image.paste((255, 0, 0), (0, 0, 10, 20))  # red at the left
-    exif = Image.Exif()
-    exif[0x0112] = 6  # the camera was turned: show it rotated by 90 degrees clockwise
-    image.save(tmp_path / "turned.jpg", exif=exif)
-    opened = open_picture(tmp_path / "turned.jpg")
-    assert opened.size == (20, 40)
-    assert colour(opened)[0] > 200, "red is now at the top"
-    assert np.asarray(opened)[-1, 0][2] > 200
-
-
-def test_files_that_are_no_pictures(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="No such file"):
-        open_picture(tmp_path / "absent.png")
-    with pytest.raises(InputError, match="directory"):
-        open_picture(tmp_path)
-    (tmp_path / "text.png").write_text("not a picture")
-    with pytest.raises(InputError, match="not a picture of a known format"):
-        open_picture(tmp_path / "text.png")
-    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
-    for name in ("cut.png", "cut.jpg", "cut.webp", "cut.bmp"):
-        noise.save(tmp_path / name)
-        data = (tmp_path / name).read_bytes()
-        (tmp_path / name).write_bytes(data[: len(data) // 2])
-        with pytest.raises(InputError, match="cannot read the picture"):
-            open_picture(tmp_path / name)
-    (tmp_path / "empty.png").write_bytes(b"")
-    with pytest.raises(InputError, match="not a picture"):
-        open_picture(tmp_path / "empty.png")
-
-
-def test_pictures_too_large_to_be_meant(tmp_path: Path) -> None:
-    Image.new("1", (20_000, 10_000)).save(tmp_path / "bomb.png")  # 25 kB on disk, 600 MB as RGB
-    assert (tmp_path / "bomb.png").stat().st_size < 100_000
-    with pytest.raises(InputError, match=r"million pixels"):
-        open_picture(tmp_path / "bomb.png")
-    Image.new("1", (11_000, 10_000)).save(tmp_path / "large.png")
-    with pytest.raises(InputError, match="11000 x 10000"):
-        open_picture(tmp_path / "large.png")
-    with pytest.raises(InputError, match="200 to 1"):
-        to_rgb(Image.new("RGB", (2010, 10)))
 
 
 @pytest.mark.parametrize("size", [(1, 1), (3, 1), (1, 3), (3, 300)])

@@ -71,7 +71,7 @@ def test_only_plan_files_are_replaced(capsys: pytest.CaptureFixture[str], tmp_pa
         (("calibrate", "--model", "demo", "--samples", "0"), "--samples 0"),
         (("calibrate", "--model", "demo", "--images", "/nowhere"), "/nowhere is not there"),
         (("calibrate", "--model", "demo", "--prompts", "/nowhere"), "--prompts without --images"),
-        (("calibrate", "--model", "demo", "--out", "/nowhere/plan.json"), "/nowhere is not there"),
+        (("calibrate", "--model", "demo", "--out", "/nowhere/plan.json"), "/nowhere does not exist"),
     ],
 )
 def test_bad_input_is_one_clear_error(

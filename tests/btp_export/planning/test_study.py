@@ -102,7 +102,7 @@ def test_the_search_is_recorded_and_shown(run: Run, tmp_path: Path) -> None:
     assert code == 0 and "searched counts and balance" in out
     record = PruningPlan.load(tmp_path / "plan.json").calibration["tuning"]
     assert (record["samples"], record["held_out"]) == (8, 4) and record["cost"]["tuned"] <= record["cost"]["default"]
-    assert ("taken: " in out) == record["taken"] and ("the default is kept" in out) == (not record["taken"])
+    assert ("used: " in out) == record["taken"] and ("the default is kept" in out) == (not record["taken"])
     code, out, err = run("--tune", "--samples", "6")
     assert (code, out) == (2, "") and "--tune with 6 samples" in err
 

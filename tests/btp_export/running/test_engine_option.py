@@ -1,4 +1,4 @@
-"""`--engine` of run, verify and bench, on a GPU and a TensorRT in host memory; and what is said where there is none."""
+"""`--target` of run, verify and bench, on a GPU and a TensorRT in host memory; and what is said where there is none."""
 
 import json
 import shutil
@@ -57,7 +57,7 @@ def test_run_says_the_same(
     bundle: Bundle, picture: Path, machine: HostCuda, capsys: pytest.CaptureFixture[str]
 ) -> None:
     answers = []
-    for more in ((), ("--engine", TARGET)):
+    for more in ((), ("--target", TARGET)):
         assert run(bundle, picture, "--json", *more) == 0
         answers.append(json.loads(capsys.readouterr().out))
     for key in ("text", "token_ids", "kept", "tokens_kept"):
@@ -73,14 +73,14 @@ def test_load(bundle: Bundle, pictures: list[Image.Image], machine: HostCuda) ->
 
 
 def test_verify(bundle: Bundle, machine: HostCuda, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["verify", str(bundle.root), "--engine", TARGET, "--samples", "1", "--json"]) == 0
+    assert main(["verify", str(bundle.root), "--target", TARGET, "--samples", "1", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["passed"] and found["engine"] == TARGET
     assert [graph["name"] for graph in found["graphs"]] == [graph.name for graph in bundle.graphs()]
 
 
 def test_bench(bundle: Bundle, machine: HostCuda, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["bench", str(bundle.root), "--engine", TARGET, "--rounds", "1", "--json"]) == 0
+    assert main(["bench", str(bundle.root), "--target", TARGET, "--rounds", "1", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["engine"] == TARGET and len(found["select_ms"]) == 2
     assert found["cache_bytes"]["full"] > found["cache_bytes"]["pruned"]
@@ -93,11 +93,11 @@ def test_bench_wants_engines_it_can_tell_apart(
     other = Bundle.open(tmp_path / "bundle")
     folder = engines_folder(other, TARGET)
     write_engines(other, folder, Choices(opset=18, plugins=False, assemble="whole"))
-    assert main(["bench", str(other.root), "--engine", TARGET]) == 2
+    assert main(["bench", str(other.root), "--target", TARGET]) == 2
     assert "--assemble segments" in capsys.readouterr().err
     shutil.rmtree(folder)
     write_engines(other, folder, Choices(opset=18, plugins=False))
-    assert main(["bench", str(other.root), "--engine", TARGET]) == 2
+    assert main(["bench", str(other.root), "--target", TARGET]) == 2
     assert "no engines at" in capsys.readouterr().err
 
 
@@ -109,7 +109,7 @@ def test_what_is_missing_is_said(
     extra = ["--image", str(picture), "--prompt", "what ?"] if command == "run" else []
 
     def said(root: Path, target: str, *more: str) -> tuple[int, str]:
-        code = main([command, str(root), *extra, "--engine", target, *more])
+        code = main([command, str(root), *extra, "--target", target, *more])
         return code, capsys.readouterr().err
 
     code, text = said(tiny_bundle().root, TARGET)

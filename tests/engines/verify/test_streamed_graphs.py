@@ -27,7 +27,7 @@ from tests.engines.verify.test_verification import EARLY, PLAN, TEXT
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Every bundle is streamed, one layer at a time, and checkpoints go to a folder of the test."""
-    monkeypatch.setattr("btp_export.running.streamed.STREAM_ABOVE", 0)
+    monkeypatch.setattr("btp_export.running.memory_fit.STREAM_ABOVE", 0)
     monkeypatch.setattr(
         "engines.verify.streamed_graphs.StreamedRunner.__init__.__kwdefaults__", {"most": 0, "progress": None}
     )
@@ -93,7 +93,7 @@ def test_bundles_of_all_kinds_verify_streamed(
     assert half or all(1 - graph.cosine < 1e-9 for graph in exact)
     assert not (tmp_path / "cache" / "btp-export" / "work").exists()
     if options.get("precision") != "bfloat16":  # for which there are no kernels here
-        monkeypatch.setattr("btp_export.running.streamed.STREAM_ABOVE", 2**40)
+        monkeypatch.setattr("btp_export.running.memory_fit.STREAM_ABOVE", 2**40)
         ordinary = verify_bundle(bundle, samples=3, threads=1, tokens=4)
         assert ordinary.passed and not ordinary.streamed
         assert half or ordinary.kept_agreement == result.kept_agreement
@@ -167,10 +167,10 @@ def test_an_interrupted_verification_goes_on(
 
 SCRIPT = """
 import os, signal, sys
-import btp_export.console, btp_export.running.streamed, engines.verify.streamed_graphs, graphs.files.resume
+import btp_export.console, btp_export.running.memory_fit, engines.verify.streamed_graphs, graphs.files.resume
 from btp_export import cli
 
-btp_export.running.streamed.STREAM_ABOVE = 0
+btp_export.running.memory_fit.STREAM_ABOVE = 0
 engines.verify.streamed_graphs.StreamedRunner.__init__.__kwdefaults__.update(most=0)
 graphs.files.resume.work_folder.__wrapped__.__kwdefaults__.update(interval=0.0)
 

@@ -23,7 +23,6 @@ from engines.native import libraries
 from engines.targets import find_target
 from engines.tensorrt.build import build as building_module
 from engines.tensorrt import installed
-from engines.tensorrt.build import machine
 from engines.tensorrt.build.build import Result, build
 from engines.tensorrt.installed import Library
 from engines.tensorrt.build.machine import machine_for, choose_plugins
@@ -256,7 +255,7 @@ def jetson(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         monkeypatch.setattr(installed, "is_installed", lambda flavour: True)
         monkeypatch.setattr(installed, "load", lambda flavour: Library(flavour, version, None))
         monkeypatch.setattr(installed, "gpu_capability", lambda: capability)
-        monkeypatch.setattr(machine.platform, "machine", lambda: machine)  # type: ignore[attr-defined]
+        monkeypatch.setattr("platform.machine", lambda: machine)
 
     return make
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engines.chain import Chain
+from engines.chain import Batch, Chain
 from engines.native import libraries
 from engines.runners import cuda
 from engines.runners.onnxruntime import OrtLoader
@@ -95,7 +95,7 @@ def inputs(bundle: Bundle, seed: int = 0) -> tuple[Any, ...]:
 
 def conversation(model: Chain, given: tuple[Any, ...], steps: int = 5) -> list[Any]:
     """Logits of a prefill and of decode steps on rows that depend on the logits before, and all caches."""
-    run = model.prefill(*given)
+    run = model.prefill(Batch(*given))
     found = [run.logits, *run.kept.values(), *run.lengths]
     logits = run.logits
     for _ in range(steps):
@@ -129,13 +129,13 @@ def _onnx(bundle: Bundle) -> dict[str, Path]:
 def test_decode_is_replayed_from_a_graph(bundle: Bundle, folders: dict[str, Path], machine: HostCuda) -> None:
     loader, graphs = engines(bundle, folders["baked"])
     model = chain(bundle, graphs, loader)
-    model.prefill(*inputs(bundle))
+    model.prefill(Batch(*inputs(bundle)))
     row = np.zeros((1, bundle.spec.decoder.hidden_size), np.float32)
     for _ in range(4):
         model.decode(row)
     assert machine.calls.count("cudaStreamBeginCapture") == machine.calls.count("cudaGraphInstantiateWithFlags") == 1
     assert machine.calls.count("cudaGraphLaunch") == 3
-    model.prefill(*inputs(bundle))
+    model.prefill(Batch(*inputs(bundle)))
     model.decode(row)
     assert machine.calls.count("cudaGraphLaunch") == 4
 
@@ -156,7 +156,7 @@ def test_decode_neither_allocates_nor_copies_caches(
 ) -> None:
     loader, graphs = engines(bundle, folders["shared"])
     model = chain(bundle, graphs, loader)
-    model.prefill(*inputs(bundle))
+    model.prefill(Batch(*inputs(bundle)))
     row = np.zeros((1, bundle.spec.decoder.hidden_size), np.float32)
     model.decode(row)
     blocks = dict(machine.blocks)

@@ -1,0 +1,59 @@
+"""Which bundles this machine's memory holds whole, and which have to be opened one part of a graph at a time."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from graphs import names
+from graphs.building.graph_parts import has_bfloat16, read_graph, wide_weights
+from graphs.files.atomic import size_text
+from graphs.files.bundle import Bundle
+from graphs.files.memory import LIBRARIES, available_memory
+from graphs.records.errors import InputError
+
+STREAM_ABOVE = 3 * 2**30  # bytes of weights in float32 over which graphs are opened part by part
+
+
+def open_bytes(files: Mapping[str, Path]) -> int:
+    """Weights of all graphs together in float32, in which ONNX Runtime computes on a CPU."""
+    return sum(wide_weights(read_graph(path)) for path in files.values())
+
+
+def must_stream(files: Mapping[str, Path], device: str) -> bool:
+    """Whether the graphs are too large to be open together, or of a type that this device has no kernels for."""
+    return open_bytes(files) > STREAM_ABOVE or (device == "cpu" and has_bfloat16(read_graph(files[names.DECODE])))
+
+
+def too_large(bundle: Bundle, profile: str | None = None, *, models: int = 1) -> str | None:
+    """Why the bundle cannot be run as a whole on the CPU of this machine, None if it can.
+
+    `models` are how many of its size are open at a time (another plan's graphs take about as much).
+    """
+    files = {graph.name: bundle.root / graph.file for graph in bundle.graphs(profile)}
+    needed, there = models * open_bytes(files) + LIBRARIES, available_memory()
+    if there is None or needed <= max(there, STREAM_ABOVE):
+        return None
+    return (
+        f"{bundle.spec.name} in float32, as ONNX Runtime computes on the CPU, needs about {size_text(needed)} of "
+        f"memory, {size_text(there)} are available"
+    )
+
+
+def check_fits_memory(bundle: Bundle, profile: str | None, device: str, *, models: int = 1) -> None:
+    """Raise InputError if the graphs are to be open together on the CPU and memory does not hold them."""
+    if device == "cpu" and (reason := too_large(bundle, profile, models=models)) is not None:
+        raise InputError(
+            reason,
+            wanted="enough memory for all graphs at once",
+            do="--device cuda, or a machine with more memory; btp-export verify needs only one layer at a time",
+        )
+
+
+def streaming_bytes(bundle: Bundle, profile: str, samples: int) -> int:
+    """About how much memory verifying with one layer at a time takes: a layer twice, and what flows."""
+    spec, shape = bundle.spec.decoder, bundle.profile(profile)
+    layer, head = 4 * spec.layer_elements, 4 * spec.head_elements
+    caches = 2 * 4 * spec.head_dim * spec.num_kv_heads * sum(
+        shape.capacity_with(tokens) for tokens in bundle.plan_for(profile).tokens_per_layer()
+    )  # fmt: skip
+    rows = 4 * shape.total_tokens * (4 * spec.hidden_size + 3 * spec.intermediate_size)
+    return LIBRARIES + max(layer + layer // 2, head + head // 2) + samples * caches + shape.batch * rows
