@@ -81,7 +81,7 @@ def passes(plans: Sequence[PruningPlan], inputs: Sequence[ReferenceInput]) -> li
     if not inputs or not plans:
         return [plans]
     hidden = inputs[0].image_features.shape[1]
-    text = max(len(one.input_ids) for one in inputs) - plans[0].image_tokens
+    text = max(len(sample.input_ids) for sample in inputs) - plans[0].image_tokens
     kept = max((plan.stages[0].keep for plan in plans if plan.stages), default=0)
     each = len(inputs) * (text + kept) * hidden * 4 * _ROWS_A_TOKEN
     room = max(1, PASS_BYTES // max(1, each))
