@@ -118,8 +118,8 @@ def measure_statistics(
         answers = greedy_answers(reference, inputs, unpruned, tokens=answer_tokens, ends=ends, progress=asked)
         inputs = [replace(prompt, new_tokens=answer[:-1]) for prompt, answer in zip(inputs, answers, strict=True)]
     taus = taus_for(tau, model_tau)
-    told = labelled(progress, "measuring the layers")
-    return measure(reference, inputs, unpruned, taus=taus, dropped=DROPPED_SAMPLES, progress=told)
+    report = labelled(progress, "measuring the layers")
+    return measure(reference, inputs, unpruned, taus=taus, dropped=DROPPED_SAMPLES, progress=report)
 
 
 def threshold_of(statistics: Statistics, shape: Shape, *, tau: float | None, model_tau: float) -> Threshold:
@@ -147,8 +147,8 @@ def calibrate(
     if tuned:
         check_tuning(study.statistics.samples, counts=request.budget.keep is None, shares=_free_balance(request))
     candidates = propose(study.evidence, study.shape, request, study.cost)
-    told = labelled(progress, "trying placements")
-    (candidates,) = judge(study.reference, study.inputs, [candidates], study.statistics.logits_of(), progress=told)
+    report = labelled(progress, "trying placements")
+    (candidates,) = judge(study.reference, study.inputs, [candidates], study.statistics.logits_of(), progress=report)
     plan, _ = planned(study, request, candidates)
     return _tuned(study, request, plan, progress) if tuned else plan
 
@@ -157,7 +157,7 @@ def _tuned(study: Study, request: Request, plan: PruningPlan, progress: Report |
     """The plan after the search, whichever it is, with the search in its record."""
     if study.cost is None:
         raise InputError("tuning without a cost", wanted="the cost of the model's layers")
-    found, record = tune(
+    tuned, record = tune(
         study.reference,
         study.inputs,
         plan,
@@ -168,7 +168,7 @@ def _tuned(study: Study, request: Request, plan: PruningPlan, progress: Report |
         seed=study.seed,
         progress=labelled(progress, "tuning"),
     )
-    return found.model_copy(update={"calibration": plan.calibration | {"tuning": record}})
+    return tuned.model_copy(update={"calibration": plan.calibration | {"tuning": record}})
 
 
 def planned(study: Study, request: Request, candidates: Sequence[Candidate]) -> tuple[PruningPlan, int]:

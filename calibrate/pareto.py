@@ -61,8 +61,8 @@ def front(
         raise InputError("a front without a cost", wanted="the cost of the model's layers")
     asked = requests(request, study.shape, study.cost, budgets)
     proposed = [propose(study.evidence, study.shape, one, study.cost) for one in asked]
-    told = labelled(progress, "trying placements")
-    groups = judge(study.reference, study.inputs, proposed, study.statistics.logits_of(), progress=told)
+    report = labelled(progress, "trying placements")
+    groups = judge(study.reference, study.inputs, proposed, study.statistics.logits_of(), progress=report)
     points = []
     for one, group in zip(asked, groups, strict=True):
         plan, best = planned(study, one, group)

@@ -90,10 +90,10 @@ class Encoder(Protocol):
 
 def scene_samples(count: int, *, seed: int, split: str) -> SampleSet:
     """Generated scenes with questions (calibrate/data/scenes.py); splits never share a scene."""
-    made = scenes.samples(count, seed=seed, split=split)
+    drawn = scenes.samples(count, seed=seed, split=split)
     samples = tuple(
         Sample(sample.image, sample.question, f"scene {sample.scene_seed}", sample.answer, sample.kind)
-        for sample in made
+        for sample in drawn
     )
     return SampleSet(samples, f"generated scenes, split {split}, seed {seed}")
 
@@ -211,19 +211,21 @@ def take(
     """
     samples: list[Sample] = []
     skipped: list[str] = []
-    for one in found:
+    for picture in found:
         if len(samples) == count:
             break
         try:
-            image = one.read()
-            if one.prompt is not None:
-                checks.prompt(one.prompt)
+            image = picture.read()
+            if picture.prompt is not None:
+                checks.prompt(picture.prompt)
         except InputError as error:
-            skipped.append(one.name)
+            skipped.append(picture.name)
             if note is not None:
-                note(f"skipped: {error.got if one.name in error.got else f'{one.name}: {error.got}'}")
+                note(f"skipped: {error.got if picture.name in error.got else f'{picture.name}: {error.got}'}")
             continue
-        samples.append(Sample(image, one.prompt or prompts[len(samples) % len(prompts)], one.name, where=one.where))
+        samples.append(
+            Sample(image, picture.prompt or prompts[len(samples) % len(prompts)], picture.name, where=picture.where)
+        )
     least = min(LEAST_PICTURES, count)
     if len(samples) < least:
         raise InputError(

@@ -47,16 +47,16 @@ def json_record(line: Line, keys: Sequence[str]) -> dict[str, str]:
     example = {"image": "cat.png", "prompt": "What is it?", "answer": "a cat"}
     try:
         record = json.loads(line.text)
-        found = {key: record[key] for key in keys} | ({"kind": record["kind"]} if "kind" in record else {})
+        fields = {key: record[key] for key in keys} | ({"kind": record["kind"]} if "kind" in record else {})
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = f"no key {error}" if isinstance(error, KeyError) else "not a JSON object"
         raise InputError(
             f"{line.where}: {reason}", wanted=json.dumps({key: example[key] for key in keys}), do="mend the line"
         ) from error
-    wrong = next((key for key, value in found.items() if not isinstance(value, str)), None)
+    wrong = next((key for key, value in fields.items() if not isinstance(value, str)), None)
     if wrong is not None:
         raise InputError(f"{line.where}: {wrong} is not text", wanted=f"{', '.join(keys)} as text", do="mend the line")
-    return found
+    return fields
 
 
 def at(where: str, error: InputError) -> InputError:

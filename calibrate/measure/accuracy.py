@@ -44,7 +44,9 @@ def exact(answer: str, expected: str) -> bool:
 
 def hits(samples: Sequence[Sample], answers: Sequence[str]) -> list[bool]:
     """Which answers are exactly the samples' own; a sample without one never matches."""
-    return [one.answer is not None and exact(text, one.answer) for one, text in zip(samples, answers, strict=True)]
+    return [
+        sample.answer is not None and exact(text, sample.answer) for sample, text in zip(samples, answers, strict=True)
+    ]
 
 
 def score(samples: Sequence[Sample], answers: Sequence[str]) -> Score:

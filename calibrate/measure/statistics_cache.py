@@ -46,13 +46,13 @@ class StatisticsCache:
         if path is None or not path.exists():
             return None
         try:
-            found = _read(path, key)
+            statistics = _read(path, key)
         except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             self._tell(f"cached statistics {path.name} are damaged ({reason}): measured again")
             return None
-        self._tell(f"statistics of {found.samples} samples reused from the cache (--no-cache measures again)")
-        return found
+        self._tell(f"statistics of {statistics.samples} samples reused from the cache (--no-cache measures again)")
+        return statistics
 
     def put(self, key: str, statistics: Statistics) -> None:
         """Keep statistics; written beside their place and renamed, so that an entry is whole or not there."""
@@ -113,20 +113,20 @@ def _read(path: Path, key: str) -> Statistics:
         if head["format"] != FORMAT or head["key"] != key:
             raise ValueError("it is another entry")
         arrays = {field.name: stored[field.name] for field in fields(Statistics) if field.name != "taus"}
-    found = Statistics(taus=tuple(float(tau) for tau in head["taus"]), **arrays)
-    samples, layers, taus = found.counts.shape
-    measured = len(found.divergence)
+    statistics = Statistics(taus=tuple(float(tau) for tau in head["taus"]), **arrays)
+    samples, layers, taus = statistics.counts.shape
+    measured = len(statistics.divergence)
     wanted = {
-        "counts": (samples, layers, len(found.taus)),
+        "counts": (samples, layers, len(statistics.taus)),
         "attention": (samples, layers),
         "top_shares": (samples, layers, len(TOP_SHARES)),
         "divergence": (measured, layers),
         "agreement": (measured, layers),
-        "logits": (int(found.lengths.sum()), *found.logits.shape[1:2]),
-        "answers": (int(found.lengths.sum()),),
+        "logits": (int(statistics.lengths.sum()), *statistics.logits.shape[1:2]),
+        "answers": (int(statistics.lengths.sum()),),
         "lengths": (samples,),
     }
-    wrong = [name for name, shape in wanted.items() if getattr(found, name).shape != shape]
-    if wrong or taus != len(found.taus) or not 0 < measured <= samples:
+    wrong = [name for name, shape in wanted.items() if getattr(statistics, name).shape != shape]
+    if wrong or taus != len(statistics.taus) or not 0 < measured <= samples:
         raise ValueError(f"{wrong[0] if wrong else 'its head'} has the wrong shape")
-    return found
+    return statistics

@@ -28,7 +28,7 @@ def ablations(plan: PruningPlan) -> list[Ablation]:
     """
     shares = balance_of(plan)
     mean = round(sum(shares) / len(shares), 4) if shares else 0.0
-    made: list[tuple[str, str, Callable[[], PruningPlan | None]]] = [
+    switches: list[tuple[str, str, Callable[[], PruningPlan | None]]] = [
         ("no-rebalance", "attention takes the best tokens wherever they lie", lambda: without_rebalance(plan)),
         ("no-spatial", "no fixed spatial set, diversity picks all", lambda: without_spatial(plan)),
         ("manhattan", "the spatial set by Manhattan distance", lambda: with_metric(plan)),
@@ -40,17 +40,17 @@ def ablations(plan: PruningPlan) -> list[Ablation]:
         *((rule, f"importance by {rule}", lambda rule=rule: with_importance(plan, rule)) for rule in IMPORTANCES),
     ]
     plain = plan.model_copy(update={"calibration": {}})
-    found = [Ablation("full", "the plan itself", plan)]
+    variants = [Ablation("full", "the plan itself", plan)]
     seen = {plain.digest()}
-    for name, summary, make in made:
+    for name, summary, make in switches:
         try:
             variant = make()
         except ValueError:  # no valid plan
             continue
         if variant is not None and (digest := variant.digest()) not in seen:
             seen.add(digest)
-            found.append(Ablation(name, summary, variant.model_copy(update={"calibration": {}})))
-    return found
+            variants.append(Ablation(name, summary, variant.model_copy(update={"calibration": {}})))
+    return variants
 
 
 def balance_of(plan: PruningPlan) -> tuple[float, ...]:

@@ -261,10 +261,10 @@ def _placements(
     for _ in range(_STEPS):
         middle = (low + high) / 2
         low, high = (low, middle) if met(middle) else (middle, high)
-    found = _placed(evidence, final, shape, request, high, limit)
+    placements = _placed(evidence, final, shape, request, high, limit)
     ceiling = share * cost.of(shape.unpruned)
-    solved = [largest_within(placement, shape, request.recipe, cost, ceiling) for placement in found]
-    return [fitted or placement for fitted, placement in zip(solved, found, strict=True)]
+    solved = [largest_within(placement, shape, request.recipe, cost, ceiling) for placement in placements]
+    return [fitted or placement for fitted, placement in zip(solved, placements, strict=True)]
 
 
 def _placed(

@@ -42,8 +42,8 @@ class PrefillCost:
 
     def of(self, plan: PruningPlan) -> float:
         """The cost in `unit`."""
-        found = operations.cost(self.decoder, plan, self.profile)
-        decoder, selection = found.decoder / self.profile.batch, sum(found.selection) / self.profile.batch
+        work = operations.cost(self.decoder, plan, self.profile)
+        decoder, selection = work.decoder / self.profile.batch, sum(work.selection) / self.profile.batch
         return self.fixed + self.decoder_rate * decoder + self.selection_rate * selection
 
     def share(self, plan: PruningPlan) -> float:

@@ -70,7 +70,7 @@ class Measurement:
     def scores(self, default: Measurement) -> np.ndarray:
         """The objective on each sample, [m]; its mean is 1 for the default itself."""
         parts = ((self.error, default.error), (self.divergence, default.divergence))
-        scores: np.ndarray = sum((mine / max(float(other.mean()), _TINY) for mine, other in parts), np.zeros(1)) / 2
+        scores: np.ndarray = sum((own / max(float(other.mean()), _TINY) for own, other in parts), np.zeros(1)) / 2
         return scores
 
     def summary(self, default: Measurement) -> dict[str, float]:
@@ -350,9 +350,9 @@ def _setting(plan: PruningPlan) -> dict[str, Any]:
     }
 
 
-def _reason(taken: bool, better_in: float, mine: float, other: float) -> str:
+def _reason(taken: bool, better_in: float, own: float, other: float) -> str:
     if taken:
         return f"better on the held-out samples, in {better_in:.1%} of bootstrap samples"
-    if mine > other:
-        return f"its answers are further from the full model's on the held-out samples: {mine:.4f} nats to {other:.4f}"
+    if own > other:
+        return f"its answers are further from the full model's on the held-out samples: {own:.4f} nats to {other:.4f}"
     return f"better on the held-out samples in only {better_in:.1%} of bootstrap samples; more --samples tell more"

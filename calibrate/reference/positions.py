@@ -29,8 +29,8 @@ def position_rule(config: Any, image_token: int) -> PositionRule:
         # A generated token is text, also if it is the placeholder.
         types = torch.cat([(ids == image_token).int() * IMAGE, torch.zeros(new_tokens, dtype=torch.int32)])
         patches = torch.tensor([[1, grid[0] * merged, grid[1] * merged]])
-        made, _ = model.get_rope_index(torch.zeros(1, len(types), dtype=torch.int64), types[None], patches)
-        rows: torch.Tensor = made[:, 0]
+        indices, _ = model.get_rope_index(torch.zeros(1, len(types), dtype=torch.int64), types[None], patches)
+        rows: torch.Tensor = indices[:, 0]
         return rows
 
     return positions

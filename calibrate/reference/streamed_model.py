@@ -221,8 +221,13 @@ class StreamedReference:
         kept = None if forced is None else [[[int(token) for token in stage] for stage in run] for run in forced]
         arrays = [
             array
-            for one in inputs
-            for array in (one.input_ids, one.image_features.float(), one.position_ids, torch.tensor(one.new_tokens))
+            for sample in inputs
+            for array in (
+                sample.input_ids,
+                sample.image_features.float(),
+                sample.position_ids,
+                torch.tensor(sample.new_tokens),
+            )
             if array is not None
         ]
         name = digest(settings, [plan.digest() for plan in plans], kept, *(array.cpu().numpy() for array in arrays))

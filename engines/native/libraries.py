@@ -120,11 +120,11 @@ def inspect(name: str, path: Path) -> NativeLibrary:
 
 def _described_architectures(path: Path) -> str:
     """From the text in the file (common/status.h): loading the library would register plugins, and needs TensorRT."""
-    found = re.search(rb"btp-kernels (\d+) for ([^;\0]*);", path.read_bytes())
-    if found is None:
+    mark = re.search(rb"btp-kernels (\d+) for ([^;\0]*);", path.read_bytes())
+    if mark is None:
         raise UnavailableError(f"{path} is no library of this project", f"interface version {VERSION}", BUILD)
-    _require_version(path, int(found[1]))
-    return found[2].decode()
+    _require_version(path, int(mark[1]))
+    return mark[2].decode()
 
 
 def open_library(path: Path) -> ctypes.CDLL:

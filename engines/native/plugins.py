@@ -24,13 +24,13 @@ def register_python(trt: Any, kernels: Path | None = None) -> list[Any]:
     """
     registry = trt.get_plugin_registry()
     _refuse_registered(registry)
-    made = creators(trt, operators(), functools.cache(lambda: Kernels(kernels)))
-    for number, creator in enumerate(made):
+    registered = creators(trt, operators(), functools.cache(lambda: Kernels(kernels)))
+    for number, creator in enumerate(registered):
         if not registry.register_creator(creator, ""):
-            for earlier in made[:number]:
+            for earlier in registered[:number]:
                 registry.deregister_creator(earlier)
             raise CheckError(f"TensorRT refused the plugin {creator.name}", do="see its log above")
-    return made
+    return registered
 
 
 def register_native(trt: Any, library: Path | None = None) -> Any:

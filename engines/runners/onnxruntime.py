@@ -235,10 +235,10 @@ def _require_code_for_gpu(library: Path, number: int) -> None:
     """Raise UnavailableError if the operators' CUDA kernels are for other GPUs; without any, they run on the CPU."""
     from engines.runners.cuda import compute_capability
 
-    found = libraries.inspect("btp_ort", library)
-    if found.architectures:
+    inspected = libraries.inspect("btp_ort", library)
+    if inspected.architectures:
         major, minor = map(int, compute_capability(number).split("."))
-        libraries.require_capability(found, (major, minor))
+        libraries.require_capability(inspected, (major, minor))
 
 
 def _require_cuda() -> None:

@@ -175,15 +175,15 @@ def _rtx_files() -> dict[str, Path]:
     files = {"__init__.py": bindings / "__init__.py", "tensorrt_rtx.so": bindings / "tensorrt_rtx.so"}
     wanted = ".".join((_version(BINDINGS_PACKAGE) or "").split(".")[:3])
     for stem, names in LINKS.items():
-        found = sorted(libraries.glob(f"{stem}.*.*.*"))
-        versions = [path.name.removeprefix(f"{stem}.") for path in found]
+        builders = sorted(libraries.glob(f"{stem}.*.*.*"))
+        versions = [path.name.removeprefix(f"{stem}.") for path in builders]
         if wanted and wanted not in versions:
             raise UnavailableError(
                 f"{LIBRARIES_PACKAGE} {_version(LIBRARIES_PACKAGE)} holds {stem} {', '.join(versions) or 'not at all'}",
                 f"{stem} {wanted}, as {BINDINGS_PACKAGE} {_version(BINDINGS_PACKAGE)} needs it",
                 INSTALL["rtx"],
             )
-        files |= dict.fromkeys(names, found[versions.index(wanted)] if wanted else found[-1])
+        files |= dict.fromkeys(names, builders[versions.index(wanted)] if wanted else builders[-1])
     return files
 
 

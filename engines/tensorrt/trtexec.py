@@ -63,9 +63,9 @@ class TrtexecError(CheckError):
 
 def find(tool: str = "trtexec") -> Path:
     """The program: on PATH, or where TensorRT's packages put it. Raises UnavailableError."""
-    found = shutil.which(tool)
-    if found is not None:
-        return Path(found)
+    path = shutil.which(tool)
+    if path is not None:
+        return Path(path)
     for folder in PLACES:
         if (folder / tool).is_file():
             return folder / tool

@@ -96,12 +96,12 @@ def _in_precision(module: "nn.Module", precision: Precision, in_place: bool) -> 
     if precision == "float32":
         return module
     dtype = dtypes.BY_NAME[precision].torch
-    floats = [one for one in (*module.parameters(), *module.buffers()) if one.is_floating_point()]
+    floats = [tensor for tensor in (*module.parameters(), *module.buffers()) if tensor.is_floating_point()]
     if in_place:
-        for one in floats:
-            one.data = one.data.to(dtype)
+        for tensor in floats:
+            tensor.data = tensor.data.to(dtype)
     else:  # tensor by tensor through the memo, as a whole copy in float32 would be made otherwise
-        module = copy.deepcopy(module, {id(one): _narrow(one, dtype) for one in floats})
+        module = copy.deepcopy(module, {id(tensor): _narrow(tensor, dtype) for tensor in floats})
 
     class Narrow(nn.Module):
         """Casts the pixels once, at the entrance."""

@@ -51,8 +51,8 @@ def staged(
     destination = destination.resolve()
     check_destination(destination, force=force, is_ours=is_ours, noun=noun)
     with uninterrupted():
-        made = _make_parents(destination.parent)
-        folder = _temporary_sibling(destination, made)
+        parents = _make_parents(destination.parent)
+        folder = _temporary_sibling(destination, parents)
     try:
         yield folder
         _sync_tree(folder)
@@ -62,7 +62,7 @@ def staged(
     except BaseException:
         with uninterrupted():
             shutil.rmtree(folder, ignore_errors=True)
-            _remove_empty(made)
+            _remove_empty(parents)
         raise
 
 
@@ -329,11 +329,11 @@ def _remove_empty(folders: Sequence[Path]) -> None:
             folder.rmdir()
 
 
-def _temporary_sibling(destination: Path, made: Sequence[Path]) -> Path:
+def _temporary_sibling(destination: Path, parents: Sequence[Path]) -> Path:
     try:
         folder = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", suffix=PARTIAL, dir=destination.parent))
     except OSError as error:
-        _remove_empty(made)
+        _remove_empty(parents)
         raise _cannot_write(destination.parent, error) from error
     mask = os.umask(0)
     os.umask(mask)

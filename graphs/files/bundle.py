@@ -254,8 +254,8 @@ def write_manifest(
 
 def tool_versions() -> dict[str, str]:
     """Versions of the packages that decide a bundle's bytes."""
-    found = {"btp-export": _version("btp-export")} | {name: _version(name) for name in TOOLS}
-    return {name: version for name, version in found.items() if version}
+    versions = {"btp-export": _version("btp-export")} | {name: _version(name) for name in TOOLS}
+    return {name: version for name, version in versions.items() if version}
 
 
 def _version(package: str) -> str:

@@ -17,8 +17,8 @@ def available_memory(root: Path = Path("/")) -> int | None:
     The least of the machine's MemAvailable and what the control groups of the process (version 1 or 2) have left;
     file pages that a group could drop count as left. `root` is where proc and sys are.
     """
-    found = [left for left in (_machine(root), *_groups(root)) if left is not None]
-    return max(min(found), 0) if found else None
+    rooms = [left for left in (_machine(root), *_groups(root)) if left is not None]
+    return max(min(rooms), 0) if rooms else None
 
 
 def check_memory(needed: int, what: str, *, do: str) -> None:

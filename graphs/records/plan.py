@@ -242,7 +242,11 @@ def rescale(plan: PruningPlan, *, image_tokens: int, grid: Grid, blocks: Blocks 
         keep = min(tokens - 1, max(least, _share(stage.keep, image_tokens, plan.image_tokens))) if stage.keep else 0
         stages.append(with_keep(stage, keep, tokens))
         tokens = keep
-    origin = {"image_tokens": plan.image_tokens, "grid": list(plan.grid), "blocks": [list(one) for one in plan.blocks]}
+    origin = {
+        "image_tokens": plan.image_tokens,
+        "grid": list(plan.grid),
+        "blocks": [list(block) for block in plan.blocks],
+    }
     return PruningPlan.model_validate(
         plan.model_dump()
         | {

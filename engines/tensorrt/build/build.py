@@ -203,23 +203,23 @@ def _build_one(
         outputs=graph.outputs,
         custom_nodes=prepared.custom_nodes,
     )
-    made = build_in_child(job, scratch.resolve(), log, progress)
-    require_file(scratch / file, made.size)
-    return _engine_record(job, made, graph, plugins, file)
+    built = build_in_child(job, scratch.resolve(), log, progress)
+    require_file(scratch / file, built.size)
+    return _engine_record(job, built, graph, plugins, file)
 
 
-def _engine_record(job: Job, made: Built, graph: EngineGraph, plugins: Plugins, file: str) -> BuiltEngine:
+def _engine_record(job: Job, built: Built, graph: EngineGraph, plugins: Plugins, file: str) -> BuiltEngine:
     return BuiltEngine(
         file=file,
-        size=made.size,
+        size=built.size,
         sha256=sha256(job.engine),
-        tensorrt_version=made.tensorrt_version,
+        tensorrt_version=built.tensorrt_version,
         compute_capability=job.compute_capability,
         graph_sha256=graph.onnx.sha256,
         plugin_sha256=plugins.record.sha256 if graph.custom_nodes else None,
-        seconds=made.seconds,
-        peak_memory_bytes=made.peak_memory_bytes,
-        layers=made.layers,
+        seconds=built.seconds,
+        peak_memory_bytes=built.peak_memory_bytes,
+        layers=built.layers,
     )
 
 

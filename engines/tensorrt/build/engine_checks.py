@@ -23,9 +23,9 @@ def require_tensors(what: str, wanted: Sequence[TensorRecord], got: Sequence[Ten
             raise CheckError(f"{what}: {_described(theirs[name])}", _described(tensor), AGAIN)
 
 
-def require_plugins(graph: str, found: Sequence[str], nodes: Mapping[str, str]) -> None:
+def require_plugins(graph: str, layers: Sequence[str], nodes: Mapping[str, str]) -> None:
     """Raise CheckError unless there is one plugin layer for each custom node (node name -> operator)."""
-    wanted, got = Counter(nodes.values()), Counter(found)
+    wanted, got = Counter(nodes.values()), Counter(layers)
     if wanted != got:
         raise CheckError(
             f"{graph}: plugin layers in TensorRT: {_counts(got)}",

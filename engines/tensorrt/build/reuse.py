@@ -63,19 +63,19 @@ def standing(
     """
     if old is None or old.bundle_sha256 != bundle_digest(plan.bundle):
         return {}
-    made = {(graph.name, graph.profile): graph.engine for graph in old.graphs}
+    engines = {(graph.name, graph.profile): graph.engine for graph in old.graphs}
     custom = {(graph.name, graph.profile) for graph in plan.graphs if graph.custom_nodes}
-    found = {}
+    kept = {}
     for key, digest in digests.items():
-        engine = made.get(key)
+        engine = engines.get(key)
         if engine is None or engine.graph_sha256 != digest or not _is_whole(folder, engine):
             continue
         if engine.compute_capability != plan.target.compute_capability:
             continue
         wanted = plugins.sha256 if key in custom else None
         if library is None or (engine.tensorrt_version, engine.plugin_sha256) == (library.version, wanted):
-            found[key] = engine
-    return found
+            kept[key] = engine
+    return kept
 
 
 def _is_whole(folder: Path, engine: BuiltEngine) -> bool:

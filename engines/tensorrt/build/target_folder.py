@@ -50,13 +50,13 @@ def survey_parts(
 ) -> list[Part]:
     """The parts of the plan as they are on disk; with `force` nothing of what is there counts."""
     parts = []
-    for one, place in ((plan, folder), (plan.unpruned, folder / UNPRUNED)):
-        if one is None:
+    for of_plan, place in ((plan, folder), (plan.unpruned, folder / UNPRUNED)):
+        if of_plan is None:
             continue
-        old, digests = None if force else earlier(place), graph_digests(one)
-        kept = standing(old, one, digests, library, plugins.record, place)
-        current = old is not None and is_current(old, one, digests, place)
-        parts.append(Part(one, place, kept, current, frozenset(skip)))
+        old, digests = None if force else earlier(place), graph_digests(of_plan)
+        kept = standing(old, of_plan, digests, library, plugins.record, place)
+        current = old is not None and is_current(old, of_plan, digests, place)
+        parts.append(Part(of_plan, place, kept, current, frozenset(skip)))
     return parts
 
 

@@ -65,7 +65,7 @@ def disk_bytes(plan: BuildPlan) -> int:
 def _own_bytes(plan: BuildPlan) -> int:
     files = {plan.bundle.root / source for source in _weight_files(plan.graphs)}
     copies = 0 if _can_link(plan.bundle, files) else sum(file.stat().st_size for file in files if file.is_file())
-    return plan.totals.disk_bytes + sum(one.io_bytes for one in plan.estimates) + copies
+    return plan.totals.disk_bytes + sum(estimate.io_bytes for estimate in plan.estimates) + copies
 
 
 def fill_kit(
@@ -79,7 +79,7 @@ def fill_kit(
     notes = list(plan.notes)
     samples = _record_samples(plan, root, recorder, say, notes)
     form = plan.plugins
-    made = EnginesRecord(
+    engines = EnginesRecord(
         target=plan.target.name,
         flavour=plan.traits.flavour,
         tensorrt=plan.traits.version,
@@ -96,14 +96,14 @@ def fill_kit(
         ),
         notes=tuple(notes),
     )
-    if scripts.needs_plugins(made):
+    if scripts.needs_plugins(engines):
         _write_plugin_sources(plan, root)
     if plan.unpruned is not None:
         (root / UNPRUNED).mkdir()
         fill_kit(plan.unpruned, root / UNPRUNED, recorder=recorder, say=say, inside="../")
-    _write_scripts(plan, made, root, inside)
-    made.save(root)
-    return made
+    _write_scripts(plan, engines, root, inside)
+    engines.save(root)
+    return engines
 
 
 def _write_graphs(plan: BuildPlan, root: Path) -> None:
@@ -147,10 +147,10 @@ def _external(graph: PreparedGraph) -> list[ir.ExternalTensor]:
 
 def _inputs_of(graphs: Sequence[PreparedGraph]) -> dict[str, WeightInput]:
     """The weight inputs by name: a name is the same matrix in every graph and profile."""
-    found: dict[str, WeightInput] = {}
+    inputs: dict[str, WeightInput] = {}
     for weight in (weight for graph in graphs for weight in graph.weight_inputs):
-        assert found.setdefault(weight.name, weight) == weight, f"two matrices are called {weight.name}"
-    return found
+        assert inputs.setdefault(weight.name, weight) == weight, f"two matrices are called {weight.name}"
+    return inputs
 
 
 def _can_link(bundle: Bundle, files: set[Path]) -> bool:
@@ -211,12 +211,12 @@ def _record_profile(plan: BuildPlan, root: Path, profile: str, recorder: Recorde
 
 def _sample_files(root: Path, stem: str, graph: PreparedGraph) -> dict[str, FileRecord]:
     """The files of a graph's inputs, which must be as long as the tensors."""
-    found = {}
+    files = {}
     for tensor in graph.inputs:
         entry = record(root, f"{INPUTS}/{stem}/{tensor.name}.bin")
         assert entry.size == tensor_bytes(tensor), f"{entry.file} has {entry.size} bytes for {tensor}"
-        found[tensor.name] = entry
-    return found
+        files[tensor.name] = entry
+    return files
 
 
 def _write_converted(plan: BuildPlan, root: Path) -> None:
@@ -270,28 +270,33 @@ def _write_plugin_sources(plan: BuildPlan, root: Path) -> None:
 
 def plugin_sources() -> list[Path]:
     """Files of btp_trt_dynamic, relative to the project."""
-    found = [ROOT / "engines" / "native" / "trt_dynamic.cpp"]
+    sources = [ROOT / "engines" / "native" / "trt_dynamic.cpp"]
     common = ROOT / "graphs" / "ops" / "common"
-    found += [common / name for name in ("status.cpp", "trt_common.cpp")]
+    sources += [common / name for name in ("status.cpp", "trt_common.cpp")]
     for folder in [common, *(path.parent for path in sorted((ROOT / "graphs" / "ops").glob("*/kernel.cu")))]:
-        found += [*folder.glob("*.h"), *folder.glob("*.cuh"), *folder.glob("kernel.cu"), *folder.glob("trt_plugin.cpp")]
-    return sorted(path.relative_to(ROOT) for path in found if not path.name.startswith("ort_"))
+        sources += [
+            *folder.glob("*.h"),
+            *folder.glob("*.cuh"),
+            *folder.glob("kernel.cu"),
+            *folder.glob("trt_plugin.cpp"),
+        ]
+    return sorted(path.relative_to(ROOT) for path in sources if not path.name.startswith("ort_"))
 
 
-def _write_scripts(plan: BuildPlan, made: EnginesRecord, root: Path, inside: str) -> None:
+def _write_scripts(plan: BuildPlan, engines: EnginesRecord, root: Path, inside: str) -> None:
     target, traits = plan.target, plan.traits
     inner = plan.unpruned is not None
-    _write_executable(root / "build.sh", scripts.build_script(made, target, traits, inner=inner))
-    _write_executable(root / "profile.sh", scripts.profile_script(made, target, traits, inner=inner, inside=inside))
-    if made.weights == "shared":
-        (root / "weights.sh").write_text(scripts.weights_script(made, inside), encoding="utf-8")
+    _write_executable(root / "build.sh", scripts.build_script(engines, target, traits, inner=inner))
+    _write_executable(root / "profile.sh", scripts.profile_script(engines, target, traits, inner=inner, inside=inside))
+    if engines.weights == "shared":
+        (root / "weights.sh").write_text(scripts.weights_script(engines, inside), encoding="utf-8")
     text = _README.format(
         title=target.title,
         sm=target.sm,
-        version=made.tensorrt,
-        weights="shared (network inputs, one copy for all engines)" if made.weights == "shared" else "baked",
-        assemble=f"in {made.assemble}" if made.assemble == "segments" else made.assemble,
-        plugins=" (and the plugin library: plugins/build.sh, one command of nvcc)" * scripts.needs_plugins(made),
+        version=engines.tensorrt,
+        weights="shared (network inputs, one copy for all engines)" if engines.weights == "shared" else "baked",
+        assemble=f"in {engines.assemble}" if engines.assemble == "segments" else engines.assemble,
+        plugins=" (and the plugin library: plugins/build.sh, one command of nvcc)" * scripts.needs_plugins(engines),
         target=target.name,
     )
     (root / "README.md").write_text(text, encoding="utf-8")

@@ -65,13 +65,13 @@ def totals(graphs: Sequence[PreparedGraph], estimates: Sequence[Estimate]) -> To
     shared = {weight.name: weight_bytes(weight) for graph in graphs for weight in graph.weight_inputs}
     lasting: dict[str, int] = {}
     scratch: dict[str, int] = {}  # engines run one after another in the same memory
-    for graph, one in zip(graphs, estimates, strict=True):
-        lasting[graph.profile] = lasting.get(graph.profile, 0) + one.engine_bytes + one.io_bytes
-        scratch[graph.profile] = max(scratch.get(graph.profile, 0), one.activation_bytes)
+    for graph, estimate in zip(graphs, estimates, strict=True):
+        lasting[graph.profile] = lasting.get(graph.profile, 0) + estimate.engine_bytes + estimate.io_bytes
+        scratch[graph.profile] = max(scratch.get(graph.profile, 0), estimate.activation_bytes)
     return Totals(
         run_bytes=max(lasting[profile] + scratch[profile] for profile in lasting) + sum(shared.values()),
-        build_peak_bytes=max(one.build_peak_bytes for one in estimates),
-        disk_bytes=sum(one.engine_bytes for one in estimates),
+        build_peak_bytes=max(estimate.build_peak_bytes for estimate in estimates),
+        disk_bytes=sum(estimate.engine_bytes for estimate in estimates),
         weight_bytes=sum(shared.values()),
     )
 

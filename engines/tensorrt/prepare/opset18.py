@@ -51,12 +51,12 @@ def _expand(graph: ir.Graph, node: ir.Node, build: Callable[[GraphBuilder, ir.No
     part.outputs.clear()
     part.initializers.clear()
     part.remove(nodes)
-    for value in (*constants, *(value for made in nodes for value in made.outputs)):
+    for value in (*constants, *(value for inserted in nodes for value in inserted.outputs)):
         value.name = f"{output.name}.{value.name}"
     for value in constants:
         graph.register_initializer(value)
-    for made in nodes:
-        made.name = f"{output.name}.{made.name}"
+    for inserted in nodes:
+        inserted.name = f"{output.name}.{inserted.name}"
     name, is_output = output.name, output.is_graph_output()
     ir.convenience.replace_nodes_and_values(graph, node, [node], nodes, [output], [result])
     if is_output:

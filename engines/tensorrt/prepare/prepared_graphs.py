@@ -200,12 +200,12 @@ def share_weights(model: ir.Model, *, pack: bool) -> list[WeightInput]:
     """
     graph = model.graph
     groups = _packed_groups(graph) if pack else []
-    made = {weight.name: weight for weight in (_pack(graph, group) for group in groups)}
+    weights = {weight.name: weight for weight in (_pack(graph, group) for group in groups)}
     for product in list(_products(graph)):
         weight = _share(graph, product)
-        made[weight.name] = weight
+        weights[weight.name] = weight
     _remove_unused(graph)
-    return [made[name] for name in (str(value.name) for value in graph.inputs) if name in made]
+    return [weights[name] for name in (str(value.name) for value in graph.inputs) if name in weights]
 
 
 def _products(graph: ir.Graph) -> Iterator[_Product]:
@@ -261,11 +261,11 @@ def _pack(graph: ir.Graph, group: Sequence[_Product]) -> WeightInput:
     weight = ir.Value(name=name, shape=ir.Shape((sum(rows), width)), type=ir.TensorType(dtype))
     graph.inputs.append(weight)
     inputs: list[ir.Value | None] = [first.node.inputs[0], weight]
-    made: list[ir.Node] = []
+    added: list[ir.Node] = []
     biases = [bias for bias in (_bias(product.node) for product in group) if bias is not None]
     if biases:
         concat = _node("Concat", biases, f"{name}.bias", (sum(rows),), dtype, axis=0)
-        made.append(concat)
+        added.append(concat)
         inputs.append(concat.outputs[0])
     tokens = dims(first.node.outputs[0])[0]
     gemm = _node("Gemm", inputs, f"{name}.product", (tokens, sum(rows)), dtype, transB=1)
@@ -279,7 +279,7 @@ def _pack(graph: ir.Graph, group: Sequence[_Product]) -> WeightInput:
         "", "Split", [gemm.outputs[0], size_value], [ir.AttrInt64("axis", 1)], outputs=parts, name=f"{name}.split"
     )
     nodes = [product.node for product in group]
-    ir.convenience.replace_nodes_and_values(graph, first.node, nodes, [*made, gemm, split], results, parts)
+    ir.convenience.replace_nodes_and_values(graph, first.node, nodes, [*added, gemm, split], results, parts)
     return WeightInput(
         **tensor(weight).model_dump(), sources=tuple(product.source for product in group), packing="rows"
     )

@@ -174,7 +174,7 @@ def _difference(
     trt: Any, engine: Any, inputs: Mapping[str, TensorSpec], outputs: Mapping[str, TensorSpec]
 ) -> str | None:
     """How the engine's tensors differ from those wanted, on the device and of static shape; None if they do not."""
-    found: dict[Any, dict[str, TensorSpec]] = {trt.TensorIOMode.INPUT: {}, trt.TensorIOMode.OUTPUT: {}}
+    tensors: dict[Any, dict[str, TensorSpec]] = {trt.TensorIOMode.INPUT: {}, trt.TensorIOMode.OUTPUT: {}}
     for index in range(engine.num_io_tensors):
         name = engine.get_tensor_name(index)
         kind = engine.get_tensor_dtype(name).name
@@ -183,8 +183,8 @@ def _difference(
         if kind not in dtypes.BY_TENSORRT:
             return f"{name} is {kind}"
         spec = TensorSpec(name, dtypes.BY_TENSORRT[kind].numpy, tuple(engine.get_tensor_shape(name)))
-        found[engine.get_tensor_mode(name)][name] = spec
-    for word, there, wanted in zip(("input", "output"), found.values(), (inputs, outputs), strict=True):
+        tensors[engine.get_tensor_mode(name)][name] = spec
+    for word, there, wanted in zip(("input", "output"), tensors.values(), (inputs, outputs), strict=True):
         for name in sorted(there.keys() ^ wanted.keys()):
             return f"it has {'an' if name in there else 'no'} {word} {name}"
         for name, spec in wanted.items():
