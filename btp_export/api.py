@@ -139,7 +139,10 @@ def calibrate(
     keep: Sequence[int] | None = None,
     latency_share: float | None = None,
     latency_from: PathLike | None = None,
+    target: str | None = None,
+    weights: Literal["model", "int4"] = "model",
     images: str | None = None,
+    mix: str | None = None,
     prompts: PathLike | None = None,
     samples: int | None = None,
     image_size: tuple[int, int] | None = None,
@@ -151,6 +154,8 @@ def calibrate(
     spatial: bool = True,
     stages: Sequence[int] | None = None,
     balance: Sequence[float] | None = None,
+    answer_tokens: int = 16,
+    kind_bound: float | None = None,
     drop_bound: float | None = None,
     tau: float | None = None,
     cache: bool = True,
@@ -171,7 +176,9 @@ def calibrate(
         keep: tokens kept by each stage.
         latency_share: the prefill's cost as a share of the unpruned prefill's.
         latency_from: a file of `bench` or `profile` that the cost is taken from.
-        images: a folder, a JSONL file or hf:owner/name; drawn scenes without.
+        target: a device whose limits the cost follows; the plan keeps what costs it no time.
+        images: a folder, a JSONL file or hf:owner/name; drawn pictures without.
+        mix: shares of the drawn kinds, such as "scenes=0.5,reading=0.5".
         samples: how many; 64, with `tune` 128.
         image_size: height and width in pixels to calibrate at; the model's own without.
         system: a message that every prompt begins with, as for `export`.
@@ -182,8 +189,9 @@ def calibrate(
 
     usual = study.TUNED_SAMPLES if tune else study.DEFAULT_SAMPLES
     settings = study.CalibrationSettings(
-        images=images, prompts=_path(prompts), samples=usual if samples is None else samples,
+        images=images, mix=mix, prompts=_path(prompts), samples=usual if samples is None else samples,
         compression=compression, keep=_tuple(keep), latency_share=latency_share, latency_from=_path(latency_from),
+        target=target, weights=weights, answer_tokens=answer_tokens, kind_bound=kind_bound,
         stages=_tuple(stages), balance=_tuple(balance), importance=importance, spatial_metric=spatial_metric,
         rebalance=rebalance, spatial=spatial, drop_bound=drop_bound, tune=tune, tau=tau, cache=cache, seed=seed,
         device=device, maths=maths,

@@ -90,8 +90,15 @@ ImagesOption = Annotated[
     typer.Option(
         "--images",
         metavar="DIR|JSONL|hf:NAME",
-        help="Calibration pictures: a folder, a JSONL file of image and prompt, or a data set.  "
-        "[default: drawn scenes]",
+        help="Calibration pictures: a folder, a JSONL file of image and prompt, or a data set.  [default: drawn ones]",
+    ),
+]
+MixOption = Annotated[
+    str | None,
+    typer.Option(
+        "--mix",
+        metavar="KIND=X,...",
+        help="Shares of the drawn kinds: scenes, signs, pages, tables, charts, forms; reading: all but scenes.",
     ),
 ]
 DataOption = Annotated[
@@ -124,6 +131,7 @@ class PlanOptions:
     compression: CompressionOption = None
     keep: KeepOption = None
     images: ImagesOption = None
+    mix: MixOption = None
     samples: Annotated[
         int, typer.Option("--samples", metavar="N", help="Calibration samples."), Between(1, SAMPLES, 64)
     ] = 64
@@ -135,6 +143,7 @@ class PlanOptions:
 
         settings = CalibrationSettings(
             images=self.images,
+            mix=self.mix,
             samples=self.samples,
             compression=self.compression,
             keep=None if self.keep is None else parse_keep(self.keep),

@@ -4,10 +4,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from btp_export.commands import _complete as complete
 from btp_export.commands import _options as options
 from btp_export.commands._groups import Between
 from btp_export.console import JsonOption, emit, note, progress
@@ -40,6 +41,19 @@ class BudgetOptions:
             help="Take the cost from measured times, the output of bench --json.  [default: count FLOPs]",
         ),
     ] = None
+    target: Annotated[
+        str | None,
+        typer.Option(
+            "--target",
+            metavar="NAME",
+            help="Take the cost from this device's limits, and keep the tokens that cost it no time.",
+            autocompletion=complete.targets,
+        ),
+    ] = None
+    weights: Annotated[
+        Literal["model", "int4"],
+        typer.Option("--weights", help="With --target: what the device reads, the model's type or four bits."),
+    ] = "model"
     pareto: Annotated[
         bool, typer.Option("--pareto", help="Make a plan for each of --budgets; --out is then a folder.")
     ] = False
@@ -83,6 +97,19 @@ class MethodOptions:
             help="Attention's share in each stage that keeps tokens.  [default: measured]",
         ),
     ] = None
+    answer_tokens: Annotated[
+        int,
+        typer.Option("--answer-tokens", metavar="N", help="Tokens of the model's own answer that plans are judged by."),
+        Between(1, 128, 16),
+    ] = 16
+    kind_bound: Annotated[
+        float | None,
+        typer.Option(
+            "--kind-bound",
+            metavar="NATS",
+            help="Refuse plans that change the answers on a kind of picture by more, KL a token.  [default: 1]",
+        ),
+    ] = None
     drop_bound: Annotated[
         float | None,
         typer.Option(
@@ -102,6 +129,7 @@ class MethodOptions:
 def command(
     model: options.ModelOption,
     images: options.ImagesOption = None,
+    mix: options.MixOption = None,
     prompts: Annotated[
         Path | None, typer.Option("--prompts", metavar="FILE", help="Prompts for --images, one a line.")
     ] = None,
@@ -133,6 +161,7 @@ def command(
     settings = replace(
         _settings(budget, method),
         images=images,
+        mix=mix,
         prompts=prompts,
         cache=cache,
         seed=seed,
@@ -171,6 +200,10 @@ def _settings(budget: BudgetOptions, method: MethodOptions) -> "CalibrationSetti
         keep=None if budget.keep is None else parse_keep(budget.keep),
         latency_share=budget.latency_share,
         latency_from=budget.latency_from,
+        target=budget.target,
+        weights=budget.weights,
+        answer_tokens=method.answer_tokens,
+        kind_bound=method.kind_bound,
         stages=None if method.stages is None else parse_stages(method.stages),
         balance=None if method.balance is None else parse_shares(method.balance),
         importance=method.importance,

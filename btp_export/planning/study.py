@@ -52,7 +52,8 @@ class CalibrationSettings:
     can hold), else a folder, a JSONL file or `hf:owner/name[:split]`. Of each answer at most `answer_tokens` are looked
     at; a plan that moves a kind of picture by more than `kind_bound` nats a token is refused.
     The budget: a compression, counts `keep` or a latency share, else a compression of 0.78; `latency_from` is a
-    measurement that the share and the cost are taken from. Everything else are the switches of the method.
+    measurement that the share and the cost are taken from, `target` a device whose limits they follow, with the model's
+    weights or "int4" ones. Everything else are the switches of the method.
     """
 
     images: str | None = None
@@ -65,6 +66,8 @@ class CalibrationSettings:
     keep: tuple[int, ...] | None = None
     latency_share: float | None = None
     latency_from: Path | None = None
+    target: str | None = None
+    weights: str = "model"
     stages: tuple[int, ...] | None = None
     balance: tuple[float, ...] | None = None
     importance: Importance = "last-token"
@@ -216,9 +219,28 @@ def _prefill_cost(settings: CalibrationSettings, spec: ModelSpec, profile: Shape
     from btp_export.planning.latency import read_latency
     from calibrate.place.cost import PrefillCost, measured_cost
 
+    if settings.target is not None:
+        return _device_cost(settings.target, settings.weights, spec, profile)
     if settings.latency_from is None:
         return PrefillCost(spec.decoder, profile)
     return measured_cost(read_latency(settings.latency_from), settings.latency_from, spec.decoder, profile)
+
+
+def _device_cost(name: str, weights: str, spec: ModelSpec, profile: ShapeProfile) -> PrefillCost:
+    """The prefill's time by a target's data sheet. Raises InputError for an unknown target."""
+    from calibrate.place.cost import PrefillCost
+    from calibrate.place.device_cost import Device, device_cost
+    from engines.targets import find_target
+
+    target = find_target(name)
+    device = Device(
+        target.name,
+        bandwidth=target.bandwidth,
+        peak=target.peak[target.precision],
+        peak_float32=target.peak["float32"],
+        weights=target.precision if weights == "model" else weights,
+    )
+    return device_cost(PrefillCost(spec.decoder, profile), device)
 
 
 def _check_memory(model: Model, profile: ShapeProfile, samples: int, maths: Precision) -> None:
@@ -335,6 +357,10 @@ def check_settings(settings: CalibrationSettings) -> None:
         raise InputError(f"--tau {settings.tau}", wanted="a cosine between -1 and 1", do="--tau 0.93")
     if settings.drop_bound is not None and not settings.drop_bound > 0.0:
         raise InputError(f"--drop-bound {settings.drop_bound}", wanted="nats above 0", do="--drop-bound 0.02")
+    if settings.weights != "model" and settings.target is None:
+        raise InputError(f"--weights {settings.weights} without --target", wanted="both", do="--target NAME")
+    if settings.target is not None and settings.latency_from is not None:
+        raise InputError("both --target and --latency-from", wanted="one cost", do="leave one out")
     if settings.mix is not None and settings.images is not None:
         raise InputError("--mix with --images", wanted="drawn pictures, or your own", do="leave one of them out")
     if not 1 <= settings.answer_tokens <= MOST_ANSWER_TOKENS:

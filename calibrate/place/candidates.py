@@ -30,6 +30,7 @@ from calibrate.place.counts import (
     token_budget,
     tokens_within,
 )
+from calibrate.place.device_cost import DeviceCost, spend_what_is_free
 from calibrate.place.presets import ReleasedSettings
 from calibrate.place.stages import Placement, check_keeps, check_layers, counts_at, final_layer, layers_for, placements
 from graphs.records.errors import InputError
@@ -208,6 +209,8 @@ def propose(
             wanted="a share that a plan can reach, whose first layers see the whole picture",
             do=f"--latency-share {least + 0.01:.2f}",
         )
+    if isinstance(cost, DeviceCost):
+        return [replace(one, plan=spend_what_is_free(one.plan, cost.free_tokens)) for one in candidates.values()]
     return list(candidates.values())
 
 

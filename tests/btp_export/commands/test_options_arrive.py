@@ -54,7 +54,8 @@ VALUES = {
     "--budgets": Given("0.5,0.6", ("--pareto",)), "--stages": Given("1,3"), "--balance": Given("0.1,0.2,0.3"),
     "--drop-bound": Given("0.5"), "--tau": Given("0.5"), "--target": Given("h100"), "--engine": Given("h100"),
     "--profile": Given("other"), "--shape": Given("batch=2"), "--plan": Given("vtw"), "--force": Given(None),
-    "--system": Given("look"),
+    "--system": Given("look"), "--mix": Given("scenes=1"), "--answer-tokens": Given("3"), "--kind-bound": Given("2"),
+    "--weights": Given("int4", ("--target", "h100")),
     "--unpruned": Given(None, ("--dry-run",)), "--assemble": Given("whole"), "--plugins": Given("none", ("--dry-run",)),
     "--engine-weights": Given("shared", ("--dry-run",)), "--precision": Given("float16"), "--link": Given("hard"),
     "--importance": Given("mean-text"), "--spatial-metric": Given("manhattan"), "--maths": Given("float16"),
@@ -80,7 +81,7 @@ NOT_HERE = {
     ("run", "--target"),
     ("run", "--engine"),
 }  # refused here: no GPU, no engines, another prefix
-CALIBRATES = {"--keep", "--images", "--samples", "--seed"}  # mean nothing with a preset
+CALIBRATES = {"--keep", "--images", "--mix", "--samples", "--seed"}  # mean nothing with a preset
 
 
 class Seen(BaseException):
