@@ -27,6 +27,11 @@ from graphs.records.errors import BtpError, shortened
 ORDER = ("calibrate", "export", "verify", "run", "eval", "bench", "build", "profile", "plan", "report", "doctor")
 OURS = ("btp_export", "calibrate", "engines", "graphs")
 NO_MEMORY = ("DefaultCPUAllocator: can't allocate", "CUDA out of memory", "bad_alloc", "Failed to allocate memory")
+USAGE = {
+    "Input should be a valid integer, unable to parse string as an integer": "it takes a whole number",
+    "Input should be a valid number, unable to parse string as a number": "it takes a number",
+    "Value error, ": "",
+}
 INTERRUPTED = 130
 PIPE_CLOSED = 141
 
@@ -104,7 +109,7 @@ def describe(error: BaseException) -> tuple[list[str], int]:
     if isinstance(error, typer.TyperException):
         context = getattr(error, "ctx", None)
         path = context.command_path if context else "btp-export"
-        return [error.format_message(), f"do this: {path} --help"], 2
+        return [_usage(error.format_message()), f"do this: {path} --help"], 2
     if isinstance(error, ModuleNotFoundError) and (error.name or "").split(".")[0] not in OURS:
         return [f"{error.name} is not installed", "do this: btp-export doctor"], 3
     surroundings = _describe_surroundings(error)
@@ -114,6 +119,13 @@ def describe(error: BaseException) -> tuple[list[str], int]:
         shortened(f"{type(error).__name__}: {error}"),
         "this is a defect of btp-export; --debug shows where it happened",
     ], 1
+
+
+def _usage(message: str) -> str:
+    """Typer's message without the words of the validation library beneath it."""
+    for theirs, ours in USAGE.items():
+        message = message.replace(theirs, ours)
+    return message
 
 
 def _describe_surroundings(error: BaseException) -> tuple[list[str], int] | None:
