@@ -1,4 +1,4 @@
-"""The paper's ablations of a plan: one switch turned each, everything else and the average tokens as they were."""
+"""Ablations of a plan, the paper's and ours: one switch turned each, all else and the average tokens as they were."""
 
 from __future__ import annotations
 
@@ -26,17 +26,26 @@ def ablations(plan: PruningPlan) -> list[Ablation]:
     All have the plan's average tokens within half a token or 1 %. Variants that come out the same as the plan (a plan
     of one stage has no order of balance to turn around) are left out, and those it cannot have (attention at layer 0).
     """
-    shares = balance_of(plan)
+    shares, has_seeds = balance_of(plan), any(stage.seeds for stage in plan.stages)
     mean = round(sum(shares) / len(shares), 4) if shares else 0.0
     switches: list[tuple[str, str, Callable[[], PruningPlan | None]]] = [
         ("no-rebalance", "attention takes the best tokens wherever they lie", lambda: without_rebalance(plan)),
         ("no-spatial", "no fixed spatial set, diversity picks all", lambda: without_spatial(plan)),
-        ("manhattan", "the spatial set by Manhattan distance", lambda: with_metric(plan)),
+        ("manhattan", "the spatial set by Manhattan distance", lambda: with_metric(plan) if has_seeds else None),
         ("equal-stages", "stages at equal distances", lambda: with_equal_stages(plan)),
         ("constant-balance", f"lambda {mean:g} in every stage", lambda: with_balance(plan, [mean] * len(shares))),
         ("falling-balance", "lambda falls instead of rising", lambda: with_balance(plan, shares[::-1])),
         ("attention-only", "lambda 1 in every stage", lambda: with_balance(plan, [1.0] * len(shares))),
         ("diversity-only", "lambda 0 in every stage", lambda: with_balance(plan, [0.0] * len(shares))),
+        ("farthest", "farthest points in place of coverage", lambda: with_rules(plan, diversity="farthest")),
+        (
+            "raw-features",
+            "similarity of the features as they are, not centred",
+            lambda: with_rules(plan, features="raw"),
+        ),
+        ("unweighted", "coverage gains not weighed by the scores", lambda: with_rules(plan, weights="none")),
+        ("before-the-decoder", "all of it before layer 0", lambda: only_before_the_decoder(plan)),
+        ("inside-the-decoder", "the best of the paper's stages at this budget", lambda: best_stages(plan)),
         *((rule, f"importance by {rule}", lambda rule=rule: with_importance(plan, rule)) for rule in IMPORTANCES),
     ]
     plain = plan.model_copy(update={"calibration": {}})
@@ -85,6 +94,28 @@ def with_metric(plan: PruningPlan) -> PruningPlan:
     """The spatial set by the other metric."""
     other = "euclidean" if plan.spatial_metric == "manhattan" else "manhattan"
     return plan.model_copy(update={"spatial_metric": other})
+
+
+def with_rules(plan: PruningPlan, **rules: str) -> PruningPlan:
+    """Other rules of format 2 in the stages that have any; farthest points have no gains to weigh."""
+    changes = dict(rules) | ({"weights": "none"} if rules.get("diversity") == "farthest" else {})
+    return _with_stages(plan, [stage.model_copy(update=changes) if stage.extends else stage for stage in plan.stages])
+
+
+def only_before_the_decoder(plan: PruningPlan) -> PruningPlan | None:
+    """The plan's first stage alone, with the plan's average tokens; None if it has none before layer 0, or no other."""
+    if len(plan.stages) < 2 or plan.stages[0].layer > 0:
+        return None
+    return _with_stages(plan, [with_keep(plan.stages[0], round(plan.average_tokens), plan.image_tokens)])
+
+
+def best_stages(plan: PruningPlan) -> PruningPlan | None:
+    """The paper's balanced stages that came nearest when the plan was calibrated, as its record has them."""
+    tried = [one for one in plan.calibration.get("candidates", ()) if one.get("method") == "stages"]
+    if not tried:
+        return None
+    best = min(tried, key=lambda one: (-one["samples"], one["divergence"]))
+    return Recipe().plan(Shape.of(plan), best["layers"], best["keep"])
 
 
 def with_balance(plan: PruningPlan, shares: Sequence[float], recipe: Recipe | None = None) -> PruningPlan:

@@ -8,7 +8,7 @@ from calibrate.place.balance import Recipe
 from calibrate.place.counts import Shape
 from calibrate.place.presets import PRESETS, preset
 from graphs.records.errors import InputError
-from graphs.records.plan import PruningPlan
+from graphs.records.plan import PruningPlan, Stage
 
 LLAVA = Shape("llava", 32, 576, (24, 24))
 NEXT = Shape("llava_next", 32, 2928, (48, 48), ((24, 24), (48, 49)))
@@ -46,6 +46,22 @@ def test_all_keep_the_average_tokens(shape: Shape) -> None:
         assert variant.blocks == plan.blocks
         if name != "equal-stages":
             assert [(s.layer, s.keep) for s in variant.stages] == [(s.layer, s.keep) for s in plan.stages]
+
+
+def test_each_rule_of_a_mixture_is_turned() -> None:
+    first = Stage(layer=0, keep=165, importance="norm", diversity="coverage", features="centred", weights="scores")
+    later = Stage(layer=6, keep=88, attention_quota=88, pool=88, boundary=88)
+    stages = {"method": "stages", "samples": 24, "divergence": 0.1, "layers": [3, 6, 9, 11], "keep": [200, 80, 10, 0]}
+    others = [stages | {"divergence": 0.2}, stages | {"method": "vtw", "divergence": 0.0}, stages | {"samples": 12}]
+    plan = Shape("llava", 12, 576, (24, 24)).plan((first, later), calibration={"candidates": [stages, *others]})
+    found = variants(plan)
+    assert found["farthest"].stages[0] == first.model_copy(update={"diversity": "farthest", "weights": "none"})
+    assert found["raw-features"].stages[0].features == "raw" and found["unweighted"].stages[0].weights == "none"
+    assert [(stage.layer, stage.keep) for stage in found["before-the-decoder"].stages] == [(0, 126)]
+    assert [stage.keep for stage in found["inside-the-decoder"].stages] == [200, 80, 10, 0]
+    assert found["mean-text"].importance_of(1) == "mean-text" and found["mean-text"].importance_of(0) == "norm"
+    assert "manhattan" not in found and "attention-only" not in found, "it has no spatial set, and no layer before 0"
+    assert all(variant.stages[1:] == (later,) for name, variant in found.items() if name in ("farthest", "unweighted"))
 
 
 @pytest.mark.parametrize("name", PRESETS)
