@@ -26,7 +26,8 @@ PROGRESS = re.compile(r"^[\w ]+: \d+ of \d+")
 def printed(command: str, folder: Path) -> str:
     """What a user sees of `command` once it is done, standard error included. Raises RuntimeError if it fails."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    environment = os.environ | {"PATH": path, "COLUMNS": "100", "NO_COLOR": "1"}
+    cache = {"XDG_CACHE_HOME": str(folder / ".cache")}  # a new user's: nothing is measured yet
+    environment = os.environ | cache | {"PATH": path, "COLUMNS": "100", "NO_COLOR": "1"}
     done = subprocess.run(
         ["bash", "-c", command], cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
