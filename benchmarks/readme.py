@@ -2,8 +2,8 @@
 
     make readme                                   # or: python -m benchmarks.readme
 
-Runs every command of the README's console blocks, in order, in an empty folder that holds docs/images/, and writes under
-each what it printed. Progress is left out: on a terminal it is a line that disappears. tests/test_docs.py runs the same
+Runs every command of the README's console blocks, in order, in a new folder that holds docs/images/, and writes what it
+printed under it. Progress is left out: on a terminal it is a line that disappears. tests/test_docs.py runs the same
 commands and does not compare outputs, because times differ.
 """
 
@@ -29,7 +29,13 @@ def printed(command: str, folder: Path) -> str:
     cache = {"XDG_CACHE_HOME": str(folder / ".cache")}  # a new user's: nothing is measured yet
     environment = os.environ | cache | {"PATH": path, "COLUMNS": "100", "NO_COLOR": "1"}
     done = subprocess.run(
-        ["bash", "-c", command], cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        ["bash", "-c", command],
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
     )
     if done.returncode:
         raise RuntimeError(f"{command} ended with {done.returncode}:\n{done.stdout}")

@@ -1,4 +1,4 @@
-"""The accuracy tables of docs/results.md: every plan at two budgets, and the ablations, on the demo model's held-out scenes.
+"""The accuracy tables of docs/results.md: every plan at two budgets, and the ablations, on held-out scenes of the demo.
 
     make table                                    # or: python -m benchmarks.table [--samples 1000] [--seed 1]
 
@@ -90,7 +90,8 @@ def render(result: dict[str, Any]) -> str:
         f"points above or below btp, with the p value of a paired test (McNemar's exact test, two-sided)."
     ]
     parts += [
-        f"With {_percent(1 - table['compression'])} of the tokens:\n\n{_table(table['rows'], 'plan')}" for table in plans
+        f"With {_percent(1 - table['compression'])} of the tokens:\n\n{_table(table['rows'], 'plan')}"
+        for table in plans
     ]
     parts += [_verdict(table) for table in plans]
     parts.append(
