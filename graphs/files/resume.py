@@ -6,8 +6,8 @@
         000012.json          their hash, and what else is needed; written last, so it says that the step is whole
       <name>.npy       arrays that are read back from disk instead of being kept in memory
 
-Files appear by renaming. A checkpoint that cannot be read, or whose hash is wrong, is reported and ignored. A folder that
-another process works in is left to it; this one then goes on without checkpoints.
+Files appear by renaming. A checkpoint that cannot be read, or whose hash is wrong, is reported and ignored. A folder
+that another process works in is left to it; this one then works without checkpoints.
 """
 
 import contextlib
