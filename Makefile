@@ -11,7 +11,7 @@ OUT ?= demo-bundle
 
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test table schemas lint format native gpu-check clean
+.PHONY: demo test table readme schemas lint format native gpu-check clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python -m engines.native.compile_ort
@@ -23,10 +23,14 @@ test: $(VENV)/.ready-dev
 	$(BIN)/python -m engines.native.compile_ort
 	$(BIN)/python -m pytest
 
-# The accuracy tables of the README, measured again (about ten minutes on two idle cores).
+# The accuracy tables of docs/results.md, measured again (about ten minutes on two idle cores).
 table: $(VENV)/.ready-dev
 	$(BIN)/python -m engines.native.compile_ort
 	$(BIN)/python -m benchmarks.table
+
+# The outputs and the picture in the README, from running its commands again (about two minutes on two idle cores).
+readme: $(VENV)/.ready
+	$(BIN)/python -m benchmarks.readme
 
 # docs/schemas/, JSON schemas of what the commands print, and the signatures in docs/api.md: both from the code.
 schemas: $(VENV)/.ready-dev

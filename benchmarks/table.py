@@ -1,9 +1,10 @@
-"""The accuracy tables of the README: every plan at two budgets, and the ablations, on the demo model's held-out scenes.
+"""The accuracy tables of docs/results.md: every plan at two budgets, and the ablations, on held-out scenes of the demo.
 
     make table                                    # or: python -m benchmarks.table [--samples 1000] [--seed 1]
 
 Exports the demo with the calibrated plan, answers the same questions under every plan through the exported graphs,
-writes benchmarks/results/table.json and puts the tables it gives into README.md. `--render` only does the latter.
+writes benchmarks/results/table.json, and from it the tables in docs/results.md and a sentence in README.md. `--render`
+writes the pages only.
 """
 
 import argparse
@@ -17,8 +18,8 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "table.json"
-README = ROOT / "README.md"
-MARKS = ("<!-- table: begin -->", "<!-- table: end -->")
+PAGE, README = ROOT / "docs" / "results.md", ROOT / "README.md"
+MARKS = ("<!-- table: begin -->", "<!-- table: end -->")  # the page of tables and the README have one pair each
 BUDGETS = (0.78, 0.89, 0.945)
 OWN = "btp"
 LEVEL = 0.05  # of the paired test
@@ -80,20 +81,21 @@ def _compared(kind: str, budget: float, rows: list[tuple[dict[str, Any], list[bo
 
 
 def render(result: dict[str, Any]) -> str:
-    """The README's part, Markdown."""
+    """The tables, Markdown."""
     plans = [table for table in result["tables"] if table["kind"] == "plans"]
     (switches,) = [table for table in result["tables"] if table["kind"] == "ablations"]
     parts = [
         f"{result['samples']:,} held-out questions (seed {result['seed']}), exact match through the exported graphs, "
-        f"{result['date']}. *btp against it*: points of accuracy that btp is ahead, and whether a paired test "
-        f"(McNemar, two-sided, {_percent(LEVEL)}) tells the two apart."
+        f"{result['date']}. *Kept*: accuracy divided by the accuracy without pruning. *Difference to btp*: percentage "
+        f"points above or below btp, with the p value of a paired test (McNemar's exact test, two-sided)."
     ]
     parts += [
-        f"At {_percent(1 - table['compression'])} of the tokens:\n\n{_table(table['rows'], 'plan')}" for table in plans
+        f"With {_percent(1 - table['compression'])} of the tokens:\n\n{_table(table['rows'], 'plan')}"
+        for table in plans
     ]
-    parts += [said for table in plans for said in [_verdict(table)]]
+    parts += [_verdict(table) for table in plans]
     parts.append(
-        f"One switch of btp turned at a time, at {_percent(1 - switches['compression'])}:\n\n"
+        f"One setting of btp changed at a time, with {_percent(1 - switches['compression'])} of the tokens:\n\n"
         f"{_table(_named(switches['rows'], result['changes']), 'change')}"
     )
     return "\n\n".join(parts)
@@ -105,7 +107,7 @@ def _named(rows: Sequence[dict[str, Any]], changes: dict[str, str]) -> list[dict
 
 def _table(rows: Sequence[dict[str, Any]], first: str) -> str:
     lines = [
-        f"| {first} | tokens | accuracy (95 % interval) | kept | FLOPs | btp against it |",
+        f"| {first} | tokens | accuracy (95 % interval) | kept | FLOPs | difference to btp |",
         "|---|---|---|---|---|---|",
     ]
     for row in rows:
@@ -121,19 +123,20 @@ def _against(row: dict[str, Any]) -> str:
     if row["plan"] == OWN:
         return ""
     chance = "p < 0.001" if row["p_value"] < 0.001 else f"p = {row['p_value']:.3f}"
-    return f"{row['btp_better_by'] * 100:+.1f}, {chance}"
+    return f"{-row['btp_better_by'] * 100:+.1f}, {chance}"
 
 
 def _verdict(table: dict[str, Any]) -> str:
-    """Which baselines btp beats, in a sentence."""
+    """Which baselines btp is better than, in a sentence."""
     others = [row for row in table["rows"] if row["plan"] not in (OWN, "none")]
     better = [row["plan"] for row in others if row["p_value"] < LEVEL and row["btp_better_by"] > 0]
     worse = [row["plan"] for row in others if row["p_value"] < LEVEL and row["btp_better_by"] < 0]
     open_ = [row["plan"] for row in others if row["p_value"] >= LEVEL]
-    said = [f"At {_percent(1 - table['compression'])} btp is better than {_list(better) or 'none of them'}"]
-    said += [f"worse than {_list(worse)}"] if worse else []
-    said += [f"not told apart from {_list(open_)}"] if open_ else []
-    return ", ".join(said) + "."
+    parts = [f"better than {_list(better)}" if better else "better than none of them"]
+    parts += [f"worse than {_list(worse)}"] if worse else []
+    parts += [f"not significantly different from {_list(open_)}"] if open_ else []
+    share = _percent(1 - table["compression"])
+    return f"With {share} of the tokens btp is {', '.join(parts)} (significance level {_percent(LEVEL)})."
 
 
 def _percent(share: float, digits: int = 0) -> str:
@@ -144,12 +147,25 @@ def _list(names: Sequence[str]) -> str:
     return " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))
 
 
-def put_into_readme(text: str) -> None:
-    """Replace what stands between the marks."""
-    whole = README.read_text(encoding="utf-8")
+def summary(result: dict[str, Any]) -> str:
+    """What the README says of accuracy: what btp keeps at each budget."""
+    owns = [
+        (table["compression"], next(row for row in table["rows"] if row["plan"] == OWN))
+        for table in result["tables"]
+        if table["kind"] == "plans"
+    ]
+    kept = [f"{_percent(row['kept_accuracy'], 1)} with {_percent(1 - budget)} of them" for budget, row in owns]
+    return (
+        f"Accuracy that the demo model keeps when its image tokens are pruned: {_list(kept)} "
+        f"({result['samples']:,} held-out questions, {result['date']}; [all plans](docs/results.md))."
+    )
+
+
+def put_between_marks(page: Path, text: str) -> None:
+    whole = page.read_text(encoding="utf-8")
     before, rest = whole.split(MARKS[0])
     _, after = rest.split(MARKS[1])
-    README.write_text(f"{before}{MARKS[0]}\n{text}\n{MARKS[1]}{after}", encoding="utf-8")
+    page.write_text(f"{before}{MARKS[0]}\n{text}\n{MARKS[1]}{after}", encoding="utf-8")
 
 
 def main() -> None:
@@ -157,14 +173,15 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--threads", type=int, default=None)
-    parser.add_argument("--render", action="store_true", help="only put the recorded results into README.md")
+    parser.add_argument("--render", action="store_true", help="only write the pages from the recorded results")
     given = parser.parse_args()
     if not given.render:
         result = measure(given.samples, given.seed, given.threads)
         RESULTS.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    text = render(json.loads(RESULTS.read_text(encoding="utf-8")))
-    put_into_readme(text)
-    print(text)
+    recorded = json.loads(RESULTS.read_text(encoding="utf-8"))
+    put_between_marks(PAGE, render(recorded))
+    put_between_marks(README, summary(recorded))
+    print(render(recorded))
 
 
 if __name__ == "__main__":

@@ -168,7 +168,7 @@ def calibrate(
     """Measure on a few pictures where image tokens can be pruned, and make the balanced plan.
 
     The budget is one of `compression`, `keep` and `latency_share`, else a compression of 0.78; what each setting does
-    is in docs/calibration.md, under the option of the same name.
+    is in docs/plans.md, under the option of the same name.
 
     Args:
         model: "demo", a name such as "llava-1.5-7b", a checkpoint folder, or a hub id.

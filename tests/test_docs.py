@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -21,11 +22,10 @@ BLOCK = re.compile(r"^```(console|python)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An empty folder with a picture, where the examples run one after the other."""
-    from calibrate.data.scenes import samples
-
+    """A folder with the README's pictures and one of the user's, where the examples run one after the other."""
     folder = tmp_path_factory.mktemp("docs")
-    next(iter(samples(1, seed=0, split="eval"))).image.save(folder / "scene.png")
+    shutil.copytree(ROOT / "docs" / "images", folder / "docs" / "images")
+    shutil.copyfile(ROOT / "docs" / "images" / "scene.png", folder / "scene.png")
     return folder
 
 
@@ -53,9 +53,21 @@ def test_examples_run(page: str, workplace: Path) -> None:
         execute(kind, text, workplace)
 
 
-def test_the_whole_road_left_a_whole_bundle(workplace: Path) -> None:
-    if not (workplace / "my-bundle").exists():
-        pytest.skip("README.md makes the bundle")
+def test_the_readme_shows_what_its_commands_print() -> None:
+    """`make readme` fills it in; numbers differ from run to run and are not compared."""
+    from benchmarks.readme import BLOCK as COMMANDS
+
+    blocks = COMMANDS.findall((ROOT / "README.md").read_text(encoding="utf-8"))
+    assert len(blocks) == 4
+    for block in blocks:
+        command, *output = block.splitlines()
+        assert command.startswith("$ btp-export ") and output and not any(line.startswith("$") for line in output)
+
+
+def test_the_examples_left_a_whole_bundle(workplace: Path) -> None:
+    """README.md exports it, and docs/report.md adds its report."""
+    if not (workplace / "my-bundle" / "report").exists():
+        pytest.skip("README.md and docs/report.md make the bundle")
     from graphs.files.bundle import Bundle
 
     bundle = Bundle.open(workplace / "my-bundle", check="full")
@@ -87,6 +99,15 @@ def test_links_lead_somewhere(page: str) -> None:
     targets = re.findall(r"\]\(([^)#\s]+)[^)]*\)", text)
     missing = [t for t in targets if "://" not in t and not ((ROOT / page).parent / t).exists()]
     assert not missing
+    for target, anchor in re.findall(r"\]\(([^)#\s:]*)#([^)\s]+)\)", text):
+        pointed = (ROOT / page).parent / target if target else ROOT / page
+        assert anchor in anchors(pointed.read_text(encoding="utf-8")), f"{target}#{anchor}"
+
+
+def anchors(text: str) -> set[str]:
+    """What headings are called in addresses: lower case, hyphens for spaces, no other punctuation."""
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def test_every_page_is_in_the_index() -> None:

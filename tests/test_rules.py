@@ -347,3 +347,14 @@ def test_no_circle_of_files() -> None:
     for name in sorted(edges):
         visit(name, [])
     assert not circles
+
+
+def test_contributing_lists_every_room_in_this_order() -> None:
+    """The tree of CONTRIBUTING.md goes from the top down, so that a room imports only what is listed below it."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    for package, levels in ROOMS.items():
+        [tree] = re.findall(rf"^{package}/\n((?:  .*\n)+)", text, re.MULTILINE)
+        listed = re.findall(r"^  ([\w/]+?)(?:\.py|/) +\S", tree, re.MULTILINE)
+        level = {room.replace(".", "/"): number for number, rooms in enumerate(levels) for room in rooms}
+        assert sorted(listed) == sorted(level.keys() - {"__init__"}), package
+        assert [level[room] for room in listed] == sorted((level[room] for room in listed), reverse=True), package

@@ -1,4 +1,4 @@
-"""The README's accuracy tables are the recorded results, nothing else."""
+"""The accuracy tables of docs/results.md and the README's sentence are the recorded results, nothing else."""
 
 import json
 
@@ -7,10 +7,11 @@ import pytest
 from benchmarks import table
 
 
-def test_the_readme_shows_what_was_recorded() -> None:
+def test_the_pages_show_what_was_recorded() -> None:
+    """`python -m benchmarks.table --render` writes both."""
     result = json.loads(table.RESULTS.read_text(encoding="utf-8"))
-    text = table.README.read_text(encoding="utf-8")
-    assert table.render(result) in text
+    assert table.render(result) in table.PAGE.read_text(encoding="utf-8")
+    assert table.summary(result) in table.README.read_text(encoding="utf-8")
     kinds = [(one["kind"], one["compression"]) for one in result["tables"]]
     assert kinds == [("plans", 0.78), ("plans", 0.89), ("ablations", 0.78)]
 

@@ -1,4 +1,4 @@
-"""Pictures of what a plan keeps: one panel per stage, kept image tokens clear, dropped ones washed out.
+"""Pictures of what a plan keeps: one panel per stage, kept image tokens clear, dropped ones faded.
 
 A token is one cell of the grid over the picture as the model sees it. Processors of the CLIP kind cut the middle out
 of the picture, so `fit` does the same: the panels show what went into the model and nothing else.
@@ -68,7 +68,7 @@ def draw_stage(
 ) -> Image.Image:
     """One panel, at most `width` pixels wide and made of equal whole-pixel cells.
 
-    Inside kept cells the pixels are those of the resized picture. Dropped cells are grey and washed out under a thin
+    Inside kept cells the pixels are those of the resized picture. Dropped cells are grey and faded under a thin
     grid, and a line runs around every group of kept cells.
     """
     rows, columns = grid

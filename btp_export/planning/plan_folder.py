@@ -47,7 +47,7 @@ def check_folder(out: Path, *, force: bool) -> None:
 
 
 def write_front(points: Sequence[Point], out: Path, *, force: bool = False) -> None:
-    """Write the plans and the index, whole or not at all; an earlier front's own files are replaced with `force`.
+    """Write the plans and the index, all or none; an earlier front's own files are replaced with `force`.
 
     Raises InputError as `check_folder`.
     """

@@ -118,7 +118,7 @@ def calibrate_model(
 ) -> PruningPlan:
     """The calibrated plan `btp` for a model at a profile's image size, its own if there is none.
 
-    Pictures that become other tokens are scaled to that size. `note` is told of pictures that are skipped and of
+    Pictures that become other tokens are scaled to that size. `note` is called for pictures that are skipped and for
     statistics that are reused. Raises InputError for settings or pictures that cannot be used, UnavailableError for a
     data set that cannot be had, before any long work.
     """

@@ -1,4 +1,4 @@
-"""Pictures inside the page: as the model sees them, and what is left of them after each stage."""
+"""Pictures inside the page: as the model sees them, and the tokens left after each stage."""
 
 import base64
 import io
@@ -16,7 +16,7 @@ PNG_LIMIT = 150_000  # bytes; photographs get larger than that as PNG and are em
 
 @dataclass(frozen=True)
 class Panel:
-    """One drawing and what stands under it."""
+    """One drawing and its caption."""
 
     src: str
     alt: str
@@ -51,7 +51,7 @@ def picture_view(plan: PruningPlan, picture: Picture) -> PictureView:
 def _panel(plan: PruningPlan, picture: Picture, stage: int) -> Panel:
     kept = picture.kept[stage]
     src = data_uri(draw_stage(picture.image, picture.grid, kept, blocks=picture.blocks, width=PANEL))
-    alt = f"The {len(kept)} image tokens that stage {stage + 1} keeps; the others are washed out."
+    alt = f"The {len(kept)} image tokens that stage {stage + 1} keeps; the others are faded."
     name = f"stage {stage + 1} · layer {plan.stages[stage].layer}"
     return Panel(src, alt, (name, f"{len(kept)} of {plan.image_tokens} tokens"))
 

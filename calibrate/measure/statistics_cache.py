@@ -1,8 +1,8 @@
 """Statistics that were measured before: one file each, named by what they were measured on.
 
 The key is a hash of everything that decides the numbers: the model's weights and configuration, the processor's files,
-pictures and prompts, the settings, and the versions of the code. An entry that cannot be read is said, measured again
-and replaced; a folder that cannot be written is said and done without. What is in the cache never changes a plan.
+pictures and prompts, the settings, and the versions of the code. An entry that cannot be read is reported, measured
+again and replaced; a folder that cannot be written is reported, and nothing is kept. The cache never changes a plan.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class StatisticsCache:
         return statistics
 
     def put(self, key: str, statistics: Statistics) -> None:
-        """Keep statistics; written beside their place and renamed, so that an entry is whole or not there."""
+        """Keep statistics; written under another name and renamed, so that an entry is complete or absent."""
         path = self._path(key)
         if path is None:
             return

@@ -268,7 +268,7 @@ def _scope(shape: Shape, budget: int | None, _: ReleasedSettings | None) -> Prun
 
 
 def _vtw(shape: Shape, budget: int | None, _: ReleasedSettings | None) -> PruningPlan:
-    """Everything is dropped at one layer (published: half way); a fixed lot goes one layer early to meet a budget."""
+    """All tokens go at one layer (published: half way), a fixed random set one layer earlier to meet a budget."""
     if budget is None:
         return shape.plan([Stage(layer=max(1, shape.num_layers // 2), keep=0)])
     layer, rest = divmod(budget, shape.image_tokens)
@@ -279,7 +279,7 @@ def _vtw(shape: Shape, budget: int | None, _: ReleasedSettings | None) -> Prunin
 
 
 def _random(shape: Shape, budget: int | None, _: ReleasedSettings | None) -> PruningPlan:
-    """Tokens drawn by lot before layer 0 (a fixed lot: static graphs)."""
+    """Tokens drawn at random before layer 0 (once, when the plan is made: graphs are static)."""
     keep = _keep_from_start(shape, budget, 0.22)
     return shape.plan([_attention_stage(0, keep)], importance="random")
 

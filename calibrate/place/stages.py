@@ -9,7 +9,7 @@ where 1 / l is for a choice made on the evidence of few layers. Among all sets o
 cheapest is taken. The last stage drops what is left:
 
 - measured, when calibration has it: before the earliest layer at which losing every image token leaves the next-token
-  distribution within a bound (attention on the image stays high long after the image has stopped to matter, so that
+  distribution within a bound (attention on the image stays high long after the image no longer matters, so that
   mass is no guide);
 - otherwise right after the last layer whose count is at least 5 % of the highest.
 

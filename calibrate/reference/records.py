@@ -61,7 +61,7 @@ class EmbeddedRecord:
 class RunRecord:
     """One prompt under one plan. `logits` [1 + N, vocabulary] at the rows last .. last+N; `image_start` is P.
 
-    `embedded` and `segments` are there only if the run was asked to record them.
+    `embedded` and `segments` are present only if the run was asked to record them.
     """
 
     plan: PruningPlan

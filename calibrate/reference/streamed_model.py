@@ -120,7 +120,7 @@ class StreamedReference:
     """transformers' decoder over a checkpoint, one layer at a time.
 
     `config` is the whole model's config.json; tensors are read by canonical name. `dtype` is the type of the maths.
-    With `work`, a pass that takes long leaves checkpoints there, and one that was interrupted goes on from its last.
+    With `work`, a long pass leaves checkpoints there, and an interrupted one continues from the last of them.
     Raises InputError for a checkpoint that lacks a tensor or whose tensor has another shape than the configuration.
     """
 

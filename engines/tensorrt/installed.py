@@ -87,7 +87,7 @@ def find() -> Library:
 
 
 def is_installed(flavour: Flavour) -> bool:
-    """Whether there is anything of it to load; what is there may still be broken. Imports nothing."""
+    """Whether any of it can be found; it may still be broken. Imports nothing."""
     return flavour_version(flavour) is not None
 
 
@@ -123,7 +123,7 @@ def survey() -> list[dict[str, Any]]:
 
 
 def has_polygraphy() -> bool:
-    """Whether the library that drives the builds is there; JetPack does not bring it."""
+    """Whether the library that drives the builds is installed; JetPack does not include it."""
     return _has("polygraphy")
 
 

@@ -1,4 +1,4 @@
-"""What is said of engines before and after a build: the parts that `btp-export build` prints.
+"""Summaries of engines before and after a build: the parts that `btp-export build` prints.
 
 engines.json (records.py) is what the folder holds; these are what a reader of the command's result wants to know.
 """

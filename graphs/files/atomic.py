@@ -175,7 +175,7 @@ def put_in_place(folder: Path, destination: Path) -> None:
 
 
 def _open_partial(path: Path) -> tuple[int, Path]:
-    """A new file beside `path`, open for writing; O_EXCL never opens what is there, a link included."""
+    """A new file beside `path`, open for writing; O_EXCL never opens an existing file or link."""
     while True:
         partial = path.with_name(f".{path.name[:200]}.{secrets.token_hex(6)}{PARTIAL}")
         with contextlib.suppress(FileExistsError):
@@ -294,7 +294,7 @@ def record(root: Path, file: str) -> FileRecord:
 
 
 def existing_parent(path: Path) -> Path:
-    """The nearest folder at or above `path` that is there."""
+    """The nearest existing folder at or above `path`."""
     path = path.resolve()
     return next(folder for folder in (path, *path.parents) if folder.is_dir())
 

@@ -55,7 +55,7 @@ class Bundle:
     def open(path: Path | str, *, check: Check = "quick") -> "Bundle":
         """Open a bundle and check it.
 
-        `quick` checks that every listed file is there with its size, and the hash of every file but weights above
+        `quick` checks that every listed file exists with its size, and the hash of every file but weights above
         64 MiB; `full` hashes those too. Raises InputError naming the file that is missing or differs.
         """
         path = Path(path)

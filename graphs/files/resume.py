@@ -6,8 +6,8 @@
         000012.json          their hash, and what else is needed; written last, so it says that the step is whole
       <name>.npy       arrays that are read back from disk instead of being kept in memory
 
-Files appear by renaming. A checkpoint that cannot be read, or whose hash is wrong, is said and not used. A folder that
-another process works in is left to it; this one then goes on without checkpoints.
+Files appear by renaming. A checkpoint that cannot be read, or whose hash is wrong, is reported and ignored. A folder
+that another process works in is left to it; this one then works without checkpoints.
 """
 
 import contextlib
@@ -109,7 +109,7 @@ class Sequence:
         return None
 
     def resume(self, what: str) -> Step | None:
-        """The last whole checkpoint, and a word to the user that `what` goes on from it."""
+        """The last complete checkpoint; tells the user that `what` continues from it."""
         step = self.latest()
         if step is not None:
             self._note(f"resumed {what} of an interrupted run after step {step.number}")
@@ -121,7 +121,7 @@ class Sequence:
         return time.monotonic() - self._saved >= self._interval
 
     def save(self, number: int, tensors: Mapping[str, np.ndarray], meta: Any) -> None:
-        """Write a checkpoint and remove the one before; a full disk is said and the work goes on without."""
+        """Write a checkpoint and remove the one before; a full disk is reported and work continues without."""
         name = f"{number:06d}"
         try:
             self._folder.mkdir(parents=True, exist_ok=True)

@@ -5,7 +5,7 @@
    and so do files that are not ours (reuse.py, target_folder.py).
 3. Engines that are missing, or that something has changed for, are built in order, each in its own process. An engine
    appears under its name when it is whole and checked, and engines.json names it after that. So an interrupted build
-   leaves whole engines and no others, and the next one goes on from there.
+   leaves complete engines only, and the next one continues from there.
 """
 
 import contextlib
@@ -89,7 +89,7 @@ def build(
 
     `wish`: the form of plugins the user asked for; `force`: write and build all of it anew; `skip`: names of graphs
     that stay without an engine. Raises InputError, CheckError or UnavailableError before anything is written if
-    something does not fit; whatever is raised later, every engine that is there is whole.
+    something does not fit; whatever is raised later, every engine file is complete.
     """
     start = time.monotonic()
     require_clean(plan.findings, plan.traits)
@@ -137,7 +137,7 @@ def _file(folder: Path, part: Part, engine: BuiltEngine) -> str:
 def _build_pending(
     parts: Sequence[Part], records: list[EnginesRecord], plugins: Plugins, library: Library, report: Report
 ) -> list[str]:
-    """Build what is missing; engines.json names each engine as soon as it is there. Updates `records`."""
+    """Build what is missing; engines.json names each engine as soon as it is complete. Updates `records`."""
     todo = [(index, number) for index, part in enumerate(parts) for number in part.pending]
     work = [parts[index].plan.estimates[number].build_peak_bytes for index, number in todo]  # grows with the time
     built: list[str] = []

@@ -48,7 +48,7 @@ class Part:
 def survey_parts(
     plan: BuildPlan, folder: Path, library: Library | None, plugins: Plugins, *, force: bool, skip: Collection[str] = ()
 ) -> list[Part]:
-    """The parts of the plan as they are on disk; with `force` nothing of what is there counts."""
+    """The parts of the plan as they are on disk; with `force` everything counts as missing."""
     parts = []
     for of_plan, place in ((plan, folder), (plan.unpruned, folder / UNPRUNED)):
         if of_plan is None:
@@ -87,7 +87,7 @@ def sweep(folder: Path) -> None:
 
 
 def write_kit(parts: Sequence[Part], recorder: Recorder | None, say: Note, *, carry: bool) -> None:
-    """Replace the folder by the kit and the engines that stand; with `carry` also by what is there and not ours."""
+    """Replace the folder by the kit and the engines that are kept; with `carry` also files in it that are not ours."""
     plan, folder = parts[0].plan, parts[0].folder
     with staged(folder, force=True, is_ours=is_engines, noun=NOUN) as root:
         fill_kit(plan, root, recorder=recorder, say=say)
