@@ -13,6 +13,7 @@ from graphs.records.errors import InputError
 
 if TYPE_CHECKING:
     from btp_export.results.plans import Presets
+    from calibrate.place.presets import Preset as NamedPlan
     from graphs.records.plan import PruningPlan
 
 
@@ -138,10 +139,20 @@ def _switched(plan: "PruningPlan", **switches: Any) -> "PruningPlan":
 
 
 def _presets() -> "Presets":
+    """Names and summaries; a preset that the families bring settings for names those families, and what they lose."""
+    from btp_export.families import family_for, known_families
     from btp_export.results.plans import Preset, Presets
     from calibrate.place.presets import PRESETS
 
-    listed = [Preset(name=entry.name, summary=entry.summary) for entry in PRESETS.values()]
+    released = {name: family_for({"model_type": name}).released for name in known_families()}
+    settings = {name: found for name, found in released.items() if found is not None}
+    cautions = [f"; {name}: {found.caution}" for name, found in settings.items() if found.caution]
+
+    def summary(entry: "NamedPlan") -> str:
+        families = f" ({', '.join(settings)})" if entry.uses_released else ""
+        return entry.summary + families + ("".join(cautions) if entry.name == "btp-paper" else "")
+
+    listed = [Preset(name=entry.name, summary=summary(entry)) for entry in PRESETS.values()]
     calibrated = Preset(name="btp", summary="made by `btp-export calibrate` from pictures")
     return Presets(presets=(*listed, calibrated))
 

@@ -36,6 +36,9 @@ def choose_plan(
         raise InputError(
             f"--keep with --plan {choice}", wanted="--keep only with the calibrated plan", do="leave --keep out"
         )
+    released = model.family.released
+    if choice == "btp-paper" and released is not None and released.caution:
+        note(f"btp-paper on {model.spec.name}: {released.caution}")
     spec = model.spec if profile is None else spec_at(model.spec, profile)
     return plan_for(choice, spec, compression=settings.compression)
 

@@ -86,7 +86,7 @@ def test_lists_and_errors_name_them(document: Callable[..., Any], capsys: pytest
 
 
 def test_the_command_runs(document: Callable[..., Any]) -> None:
-    assert document("hello", "world") == {"hello": "world"}
+    assert document("hello", "world") == {"format": "btp-greeting/1", "hello": "world"}
 
 
 def test_the_family_is_exported_and_verified(document: Callable[..., Any], bundle: Path) -> None:

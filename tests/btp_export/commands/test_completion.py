@@ -37,7 +37,7 @@ LINES = [
     ("btp-export ver", ["verify"]),
     ("btp-export export --model qwen", ["qwen2.5-vl-7b"]),
     ("btp-export build B --target rtx-", ["rtx-ada", "rtx-blackwell"]),
-    ("btp-export export --plan btp", ["btp", "btp-paper"]),
+    ("btp-export export --plan btp", ["btp", "btp-paper", "btp-paper-corrected"]),
     ("btp-export eval B --plans none,vt", ["none,vtw"]),
     ("btp-export plan fast", ["fastv"]),
     ("btp-export run B --device cu", ["cuda"]),

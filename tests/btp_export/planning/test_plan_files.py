@@ -23,7 +23,10 @@ def test_plan_list_names_all_presets(capsys: pytest.CaptureFixture[str]) -> None
     code, out, _ = run(capsys, "plan", "--list", "--json")
     names = [entry["name"] for entry in json.loads(out)["presets"]]
     assert code == 0
-    assert names == ["none", "btp-paper", "fastv", "pyramiddrop", "divprune", "vtw", "random", "dart", "btp"]
+    assert names == [
+        "none", "btp-paper", "btp-paper-corrected", "fastv", "pyramiddrop", "divprune", "scope", "vtw", "random",
+        "dart", "btp",
+    ]  # fmt: skip
 
 
 def test_plan_writes_a_file_that_it_shows_again(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -66,7 +69,13 @@ def test_only_plan_files_are_replaced(capsys: pytest.CaptureFixture[str], tmp_pa
         (("calibrate", "--model", "demo", "--keep", "1,x"), "--keep 1,x"),
         (("calibrate", "--model", "demo", "--keep", "10,20"), "falling"),
         (("calibrate", "--model", "demo", "--keep", "10,2", "--compression", "0.7"), "one of them"),
-        (("calibrate", "--model", "demo", "--compression", "0.95"), "less than one of 12 layers"),
+        (("calibrate", "--model", "demo", "--compression", "0.95", "--no-spatial"), "less than one of 12 layers"),
+        (("calibrate", "--model", "demo", "--compression", "0.999"), "less than one image token"),
+        (("calibrate", "--model", "demo", "--mix", "pages=1"), "--mix with pages at 96 x 96 pixels"),
+        (("calibrate", "--model", "demo", "--mix", "scenes=0.7"), "adds up to 0.7"),
+        (("calibrate", "--model", "demo", "--mix", "scenes=1", "--images", "."), "--mix with --images"),
+        (("calibrate", "--model", "demo", "--weights", "int4"), "--weights int4 without --target"),
+        (("calibrate", "--model", "demo", "--kind-bound", "0"), "--kind-bound 0"),
         (("calibrate", "--model", "demo", "--tau", "1.5"), "--tau 1.5"),
         (("calibrate", "--model", "demo", "--samples", "0"), "--samples 0"),
         (("calibrate", "--model", "demo", "--images", "/nowhere"), "/nowhere is not there"),

@@ -137,7 +137,7 @@ def test_switches_are_in_the_plan(run: Run) -> None:
         (["--budgets", "0.5"], "--budgets without --pareto"),
         (["--pareto", "--tune"], "--pareto with --tune"),
         (["--pareto", "--budgets", "0.5,0.5"], "different compressions"),
-        (["--pareto", "--budgets", "0.95"], "leaves less than one of 6 layers"),
+        (["--pareto", "--budgets", "0.95", "--no-spatial"], "leaves less than one of 6 layers"),
         (["--tune", "--keep", "20,0", "--balance", "1.0"], "--keep and --balance"),
         (["--importance", "random"], "not one of"),
     ],
