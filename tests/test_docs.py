@@ -93,6 +93,14 @@ def test_what_an_export_costs_is_said_as_it_was_measured() -> None:
     assert "| `export --model llava-1.5-7b" not in full_size, "a second measurement of the same"
 
 
+def test_the_record_of_a_plan_is_described(workplace: Path) -> None:
+    if not (workplace / "my-bundle").exists():
+        pytest.skip("README.md makes the bundle")
+    record = json.loads((workplace / "my-bundle" / "plan.json").read_text(encoding="utf-8"))["calibration"]
+    page = (ROOT / "docs" / "plans.md").read_text(encoding="utf-8")
+    assert [key for key in record if f"`{key}`" not in page] == []
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_links_lead_somewhere(page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
