@@ -114,7 +114,7 @@ def export(
     """
     from btp_export.exporting import Options, check_target, export_bundle
     from btp_export.model.open_model import open_model
-    from btp_export.planning.choose_plan import choose_plan
+    from btp_export.planning.choose_plan import choose_plan, files_read
     from btp_export.planning.study import CalibrationSettings
 
     options = Options(
@@ -126,8 +126,9 @@ def export(
             raise InputError("compression with a Plan", wanted="one of them", do="leave compression out")
         chosen = plan
     else:
-        profiles = check_target(opened, folder, options, force=force)
         settings = CalibrationSettings(compression=compression)
+        reads = files_read(str(plan), settings)
+        profiles = check_target(opened, folder, options, force=force, reads=reads)
         chosen = choose_plan(opened, str(plan), settings, profile=profiles[0], report=report, note=note)
     return export_bundle(opened, chosen, folder, options, force=force, report=report, note=note)
 

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +23,7 @@ from graphs.dtypes import Precision
 from graphs.files.atomic import (
     Link,
     check_destination,
+    check_outside,
     check_space,
     copied_bytes,
     hashing,
@@ -82,7 +84,8 @@ def export_bundle(
         note_generation(model, note)
     with staged(out, force=force) as root:
         export_into(model, plans, profiles, root, options, report=report)
-    return Bundle.open(out)
+        made = Bundle.open(root)  # what is damaged is never put in place
+    return replace(made, root=out)
 
 
 def make_profiles(model: Model, options: Options) -> list[ShapeProfile]:
@@ -120,9 +123,15 @@ def _same_graphs(model: Model, one: ShapeProfile, other: ShapeProfile) -> bool:
     return one.model_copy(update=rest) == other.model_copy(update=rest) and layouts[0] == layouts[1]
 
 
-def check_target(model: Model, out: Path, options: Options, *, force: bool) -> list[ShapeProfile]:
-    """Everything that can be known to be wrong before there is a plan; gives the profiles. Raises InputError."""
+def check_target(
+    model: Model, out: Path, options: Options, *, force: bool, reads: Sequence[Path] = ()
+) -> list[ShapeProfile]:
+    """Everything that can be known to be wrong before there is a plan; gives the profiles. Raises InputError.
+
+    `reads`: what else the work reads besides the model, which must not lie in a bundle that is replaced.
+    """
     check_destination(out.resolve(), force=force)
+    check_outside(out, [model.source.folder, *model.checkpoint.files, *reads])
     if options.opset not in IR_VERSIONS:
         raise InputError(
             f"opset {options.opset}", wanted=f"one of {', '.join(map(str, sorted(IR_VERSIONS)))}", do="--opset 23"

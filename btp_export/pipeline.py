@@ -13,7 +13,7 @@ from pathlib import Path
 from btp_export import console
 from btp_export.exporting import Options, check_plan, check_target, export_into, note_generation
 from btp_export.model.open_model import DummyWeights, open_model
-from btp_export.planning.choose_plan import choose_plan
+from btp_export.planning.choose_plan import choose_plan, files_read
 from btp_export.planning.study import CalibrationSettings
 from btp_export.report.collect import Settings, collect
 from btp_export.report.write import write_report
@@ -71,7 +71,8 @@ def run_job(job: Job) -> JobResult:
     with clock.phase("open", say=False) as report:  # what fails here should stand alone
         engines = None if job.target is None else Engines.check(job.target)
         model = open_model(job.model, job.dummy, system=job.system, report=report)
-        profiles = check_target(model, job.out, job.export, force=job.force)
+        reads = files_read(job.plan, job.calibration)
+        profiles = check_target(model, job.out, job.export, force=job.force, reads=reads)
     for line in console.dummy_lines(model.source.is_dummy):
         console.note(line)
     with clock.phase("calibrate") as report:

@@ -21,13 +21,14 @@ def command(
 ) -> None:
     """Export a model with a pruning plan: the bundle of ONNX graphs, without verification and report."""
     from btp_export.exporting import check_target, export_bundle
-    from btp_export.planning.choose_plan import choose_plan
+    from btp_export.planning.choose_plan import choose_plan, files_read
     from btp_export.results.plans import ExportResult
 
     chosen, settings = shapes.options(), plan.settings()
     target = out or options.default_out(model)
     opened = options.open_chosen(model, dummy.chosen(), system)
-    profiles = check_target(opened, target, chosen, force=force)
+    reads = files_read(plan.plan, settings)
+    profiles = check_target(opened, target, chosen, force=force, reads=reads)
     with progress("planning") as bar:
         pruning = choose_plan(opened, plan.plan, settings, profile=profiles[0], report=bar)
     with progress("exporting") as bar:

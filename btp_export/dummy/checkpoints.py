@@ -29,8 +29,9 @@ from pydantic import Field
 from btp_export.dummy.processor import save_processor
 from btp_export.families import family_for, known_models
 from graphs import dtypes
-from graphs.files.atomic import check_space, put_in_place, replacing
+from graphs.files.atomic import check_space, replacing
 from graphs.files.cache_folder import cache_folder
+from graphs.files.folders import put_in_place
 from graphs.files.safetensors_file import header_bytes, tensor_order
 from graphs.records.errors import InputError
 from graphs.records.manifest import DUMMY_WEIGHTS

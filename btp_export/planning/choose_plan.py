@@ -43,6 +43,14 @@ def choose_plan(
     return plan_for(choice, spec, compression=settings.compression)
 
 
+def files_read(choice: str, settings: CalibrationSettings) -> list[Path]:
+    """The files and folders of the user's that choosing a plan reads."""
+    named: list[str | Path | None] = [choice if choice != CALIBRATED and choice not in PRESETS else None]
+    named += [settings.images, settings.prompts, settings.latency_from]
+    paths = [Path(name).expanduser() for name in named if name is not None]
+    return [path for path in paths if path.exists()]
+
+
 def plan_name(choice: str) -> str:
     """What the plan is called in tables: the preset's name, or the file's."""
     return choice if choice == CALIBRATED or choice in PRESETS else Path(choice).stem

@@ -17,7 +17,7 @@ from graphs.files.atomic import sha256, write_text
 from graphs.files.bundle import Bundle
 from graphs.records.errors import InputError
 from graphs.records.manifest import FileRecord, RelativePath, Sha256, TensorRecord
-from graphs.records.record import Record, parse_record
+from graphs.records.record import Name, Record, parse_record
 
 FORMAT: Final = "btp-engines/1"
 FILE: Final = "engines.json"
@@ -89,15 +89,15 @@ class BuiltEngine(FileRecord):
 class EngineGraph(Record):
     """One prepared graph; `engine` is None until it is built."""
 
-    name: str
-    profile: str
+    name: Name
+    profile: Name
     onnx: FileRecord
     inputs: tuple[TensorRecord, ...]  # without the weights
     outputs: tuple[TensorRecord, ...]
     layers: tuple[int, int] | None = None
     weight_inputs: tuple[WeightInput, ...] = ()
     custom_nodes: int = Field(ge=0)  # plugin layers that the engine must have
-    samples: dict[str, FileRecord] = Field(default_factory=dict)  # input name -> raw little-endian tensor
+    samples: dict[Name, FileRecord] = Field(default_factory=dict)  # input name -> raw little-endian tensor
     estimate: Estimate
     engine: BuiltEngine | None = None
 
@@ -113,7 +113,7 @@ class EnginesRecord(Record):
     """The whole engines.json; graphs are listed in the order in which they run, profile by profile."""
 
     format: Literal["btp-engines/1"] = FORMAT
-    target: str
+    target: Name
     flavour: Flavour
     tensorrt: str  # "10.3": the version the graphs were prepared for
     compute_capability: str  # "8.7"

@@ -4,6 +4,7 @@ import contextlib
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from graphs import dtypes, names
@@ -11,6 +12,7 @@ from graphs.building.decoder_graphs import build_decoder_graphs
 from graphs.building.graph_builder import BuiltGraph, dims, dtype_of, serialize
 from graphs.files.atomic import link_or_copy, record, staged
 from graphs.files.bundle import Bundle, write_manifest, write_plans
+from graphs.files.folders import scratch
 from graphs.records.manifest import GraphRecord, TensorRecord
 from graphs.records.match_plan import plan_for_profile
 from graphs.records.plan import PruningPlan
@@ -26,7 +28,8 @@ def derive(bundle: Bundle, plan: PruningPlan, out: Path, *, force: bool = False)
     """
     with staged(out, force=force) as root:
         derive_into(bundle, plan, root)
-    return Bundle.open(out)
+        made = Bundle.open(root)
+    return replace(made, root=out)
 
 
 def derive_into(bundle: Bundle, plan: PruningPlan, root: Path) -> None:
@@ -80,8 +83,8 @@ def scratch_folder(bundle: Bundle) -> Iterator[Path]:
     """
     beside = bundle.root.resolve().parent
     place = beside if os.access(beside, os.W_OK) else None
-    with tempfile.TemporaryDirectory(prefix=".btp-", dir=place) as folder:
-        yield Path(folder)
+    with scratch(Path(tempfile.gettempdir()) if place is None else place) as folder:
+        yield folder
 
 
 def write_graphs(root: Path, built: Sequence[BuiltGraph], profile: str, *, suffix: str = "") -> list[GraphRecord]:

@@ -5,7 +5,8 @@
     move            something that is complete already
     link_or_copy    a file that is somewhere else, without a second copy where the file system allows it
 
-Also what these need: space checked beforehand, sizes and hashes. No other file of the project renames or links.
+Also what these need: space checked beforehand, sizes and hashes. No other file of the project renames or links,
+graphs/files/folders.py apart, which exchanges folders and clears up after runs that were killed.
 """
 
 import concurrent.futures
@@ -17,12 +18,12 @@ import re
 import secrets
 import shutil
 import signal
-import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
+from graphs.files.folders import PARTIAL, locked_folder, put_in_place, recover, sync_folder
 from graphs.records.errors import InputError
 from graphs.records.manifest import FORMAT, FileRecord
 
@@ -34,7 +35,6 @@ SMALL_FILE = 64 * 2**20
 RESERVE = 64 * 2**20  # bytes left free besides the bundle itself
 CHUNK = 8 * 2**20
 HASH_THREADS = 2
-PARTIAL = ".partial"  # how the names of files and folders end that are not complete
 
 
 @contextlib.contextmanager
@@ -44,33 +44,49 @@ def staged(
     """Yield an empty folder beside `destination`; when the block ends well it becomes `destination`.
 
     On any error, Ctrl-C included, the folder and the parents made for it are removed and `destination` is as before.
-    A bundle at `destination` is replaced only with `force`; anything else there is never touched. `is_ours` and `noun`:
-    what else than a bundle is made and may be replaced.
+    A bundle at `destination` is replaced only with `force`, in one step; anything else there is never touched.
+    `is_ours` and `noun`: what else than a bundle is made and may be replaced. What a killed run left is cleared up.
     Raises InputError if the destination is taken or cannot be written.
     """
     destination = destination.resolve()
     check_destination(destination, force=force, is_ours=is_ours, noun=noun)
-    with uninterrupted():
-        parents = _make_parents(destination.parent)
-        folder = _temporary_sibling(destination, parents)
-    try:
-        yield folder
-        _sync_tree(folder)
-        check_destination(destination, force=force, is_ours=is_ours, noun=noun)  # it may have appeared while we worked
+    with contextlib.ExitStack() as stack:
         with uninterrupted():
-            put_in_place(folder, destination)
-    except BaseException:
-        with uninterrupted():
-            shutil.rmtree(folder, ignore_errors=True)
+            parents = _make_parents(destination.parent)
+            folder = stack.enter_context(_sibling(destination, parents))
+        try:
+            yield folder
+            _sync_tree(folder)
+            check_destination(destination, force=force, is_ours=is_ours, noun=noun)  # it may have appeared meanwhile
+            with uninterrupted():
+                put_in_place(folder, destination)
+        except BaseException:
+            with uninterrupted():
+                shutil.rmtree(folder, ignore_errors=True)
+                _remove_empty(parents)
+            raise
+
+
+@contextlib.contextmanager
+def _sibling(destination: Path, parents: Sequence[Path]) -> Iterator[Path]:
+    with contextlib.ExitStack() as stack:
+        try:
+            folder = stack.enter_context(locked_folder(destination.parent, f".{destination.name}.", PARTIAL))
+        except OSError as error:
             _remove_empty(parents)
-        raise
+            raise _cannot_write(destination.parent, error) from error
+        yield folder
 
 
 def check_destination(
     destination: Path, *, force: bool, is_ours: Callable[[Path], bool] | None = None, noun: str = "bundle"
 ) -> None:
-    """Raise InputError unless a bundle may be put at `destination`: free, an empty folder, or a bundle and `force`."""
+    """Raise InputError unless a bundle may be put at `destination`: free, an empty folder, or a bundle and `force`.
+
+    An old bundle that an interrupted replacement left aside is put back first.
+    """
     another = "give another --out" if is_ours is None else "move it away"
+    recover(destination, is_ours or is_bundle)
     if not destination.exists():
         return
     if not destination.is_dir():
@@ -89,6 +105,18 @@ def check_destination(
             wanted="a new or empty folder",
             do="--force" + (", or another --out" if is_ours is None else f", which replaces this {noun}"),
         )
+
+
+def check_outside(destination: Path, reads: Sequence[Path]) -> None:
+    """Raise InputError if one of the files or folders `reads` lies in what --force would replace at `destination`."""
+    place = destination.resolve()
+    for path in reads:
+        if path.resolve().is_relative_to(place) or path.absolute().is_relative_to(destination.absolute()):
+            raise InputError(
+                f"{path} lies in {destination}, which would be replaced",
+                wanted="a model, a plan and data outside --out",
+                do="give another --out, or move it away",
+            )
 
 
 def is_bundle(folder: Path) -> bool:
@@ -125,7 +153,7 @@ def replacing(path: Path, *, sync: bool = True) -> Iterator[BinaryIO]:
             partial.unlink(missing_ok=True)
         raise
     if sync:
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
 
 
 def write_bytes(path: Path, content: bytes, *, sync: bool = True) -> None:
@@ -155,23 +183,6 @@ def write_texts(folder: Path, texts: Mapping[str, str]) -> None:
 def move(source: Path, target: Path) -> None:
     """Give a complete file or folder of the same file system its place, in one step; a file there is replaced."""
     os.replace(source, target)
-
-
-def put_in_place(folder: Path, destination: Path) -> None:
-    """Give a complete folder its place; an old one steps aside first and comes back if that fails."""
-    if not destination.exists() or not any(destination.iterdir()):
-        folder.rename(destination)  # an empty folder is replaced in one step
-        _sync_folder(destination.parent)
-        return
-    aside = folder.with_suffix(".old")
-    destination.rename(aside)
-    try:
-        folder.rename(destination)
-    except OSError:
-        aside.rename(destination)
-        raise
-    _sync_folder(destination.parent)
-    shutil.rmtree(aside, ignore_errors=True)
 
 
 def _open_partial(path: Path) -> tuple[int, Path]:
@@ -224,7 +235,10 @@ def place(source: Path, target: Path, link: Link) -> FileRecord:
 
 
 def put(source: Path, target: Path, link: Link) -> str | None:
-    """Put `source` at `target` as `place` does; gives its hash if that is known without reading it once more."""
+    """Put `source` at `target` as `place` does; gives its hash if that is known without reading it once more.
+
+    A large file in the hub's cache is believed to have the hash it is kept under; a full check of the bundle hashes it.
+    """
     source = source.resolve()
     if will_link(source, target.parent, link):
         try:
@@ -237,7 +251,7 @@ def put(source: Path, target: Path, link: Link) -> str | None:
                     do="--link copy",
                 ) from error
         else:
-            return hub_sha256(source)
+            return hub_sha256(source) if source.stat().st_size > SMALL_FILE else None
     return _copy(source, target)
 
 
@@ -329,18 +343,6 @@ def _remove_empty(folders: Sequence[Path]) -> None:
             folder.rmdir()
 
 
-def _temporary_sibling(destination: Path, parents: Sequence[Path]) -> Path:
-    try:
-        folder = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", suffix=PARTIAL, dir=destination.parent))
-    except OSError as error:
-        _remove_empty(parents)
-        raise _cannot_write(destination.parent, error) from error
-    mask = os.umask(0)
-    os.umask(mask)
-    folder.chmod(0o777 & ~mask)  # mkdtemp makes it private, a bundle is an ordinary folder
-    return folder
-
-
 def _cannot_write(folder: Path, error: OSError) -> InputError:
     return InputError(
         f"cannot write in {folder}: {error.strerror}", wanted="a writable folder", do="give another --out"
@@ -375,16 +377,8 @@ def _sync_tree(folder: Path) -> None:
     """Everything is on disk before the rename makes it visible."""
     for path in sorted(folder.rglob("*")):
         if path.is_dir():
-            _sync_folder(path)
+            sync_folder(path)
         else:
             with path.open("rb") as stream:
                 os.fsync(stream.fileno())
-    _sync_folder(folder)
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    sync_folder(folder)

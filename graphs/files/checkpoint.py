@@ -18,6 +18,7 @@ import numpy as np
 
 from graphs import dtypes
 from graphs.records.errors import InputError
+from graphs.records.record import require_name
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 INDEX_ENDING = ".safetensors.index.json"
@@ -140,7 +141,7 @@ def weights_entry(folder: Path) -> Path:
                 wanted=f"a file in the folder that ends with .safetensors or {INDEX_ENDING}",
                 do="restore config.json",
             )
-        return folder / named
+        return folder / require_name(named, "the file of weights", folder / "config.json")
     has_index = (folder / INDEX).is_file() and not (folder / SINGLE).is_file()
     return folder / (INDEX if has_index else SINGLE)
 
@@ -204,7 +205,7 @@ def _indexed_files(index: Path) -> list[str]:
     outside = [name for name in names if Path(name).name != name]
     if outside:
         raise InputError(f"{index} names {outside[0]}", wanted="files beside the index", do="restore the index")
-    return names
+    return [require_name(name, "a file of weights", index) for name in names]
 
 
 def _read_header(path: Path, renames: Sequence[tuple[str, str]]) -> list[TensorRef]:

@@ -1,12 +1,11 @@
 """manifest.json of a bundle (contract, "btp-bundle/1"): what is in it, with sizes and hashes. Relative paths only."""
 
-from pathlib import PurePosixPath
 from typing import Annotated, Final, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
 from graphs.dtypes import Precision
-from graphs.records.record import Record
+from graphs.records.record import NAME_RULE, Name, Record, is_name
 from graphs.records.shapes import ShapeProfile
 from graphs.records.spec import ModelSpec
 
@@ -17,9 +16,8 @@ DUMMY_WEIGHTS: Final = (
 
 
 def _relative(path: str) -> str:
-    parts = PurePosixPath(path).parts
-    if not parts or path.startswith("/") or ".." in parts or "\\" in path:
-        raise ValueError(f"{path!r} is not a path inside the bundle")
+    if not all(map(is_name, path.split("/"))):
+        raise ValueError(f"{path!r} is not a path inside the bundle: every part is {NAME_RULE}")
     return path
 
 
@@ -38,7 +36,7 @@ class FileRecord(Record):
 class TensorRecord(Record):
     """An input or output of a graph: name, ONNX element type ("float32", "int32", ...) and static shape."""
 
-    name: str
+    name: Name
     dtype: str
     shape: tuple[int, ...]
 
@@ -46,8 +44,8 @@ class TensorRecord(Record):
 class GraphRecord(FileRecord):
     """One ONNX graph. `name` is vision, prefill_<i>, select_<i>, head, decode or prefill; `layers` is [start, stop)."""
 
-    name: str
-    profile: str
+    name: Name
+    profile: Name
     inputs: tuple[TensorRecord, ...]
     outputs: tuple[TensorRecord, ...]
     layers: tuple[int, int] | None = None

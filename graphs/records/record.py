@@ -1,13 +1,38 @@
 """The pydantic base of every record that is written to disk: immutable, unknown keys are errors."""
 
+import re
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Annotated, Any, Final, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from graphs.records.errors import InputError
 
 FROM_FILE: Final = {"from_file": True}  # the validation context of what is read from a file
+NAME_RULE: Final = "letters, digits, '.', '_' and '-', the first a letter or digit, at most 200"
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
+
+
+def is_name(text: str) -> bool:
+    """Whether a name from a file may become part of a path or of a command: NAME_RULE."""
+    return _NAME.fullmatch(text) is not None
+
+
+def require_name(text: str, what: str, source: Path | str) -> str:
+    """`text`, the name of `what` in the file `source`. Raises InputError unless it follows NAME_RULE."""
+    if not is_name(text):
+        raise InputError(f"{source}: {what} is called {text!r}", wanted=NAME_RULE, do="rename it, or get it again")
+    return text
+
+
+def _checked_name(text: str) -> str:
+    if not is_name(text):
+        raise ValueError(f"the name {text!r} is not made of {NAME_RULE}")
+    return text
+
+
+# A name that is read from a file and becomes part of a path or of a command.
+Name = Annotated[str, AfterValidator(_checked_name)]
 
 
 class Record(BaseModel):

@@ -2,7 +2,7 @@
 
 from pydantic import Field, model_validator
 
-from graphs.records.record import Record
+from graphs.records.record import Name, Record
 from graphs.records.token_layout import Blocks, blocks_field, check_blocks
 
 
@@ -14,7 +14,7 @@ class ShapeProfile(Record):
     exactly what the model's processor returns for a batch.
     """
 
-    name: str
+    name: Name
     batch: int = Field(default=1, ge=1)
     image_size: tuple[int, int]  # height, width in pixels of the pictures it is built for
     grid: tuple[int, int]  # rows, columns of image tokens

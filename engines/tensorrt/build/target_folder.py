@@ -18,6 +18,7 @@ from engines.tensorrt.prepare.build_plan import BuildPlan
 from engines.tensorrt.records import UNPRUNED, BuiltEngine, EnginesRecord
 from graphs.records.errors import InputError
 from graphs.files.atomic import existing_parent, staged, link_or_copy
+from graphs.files.folders import recover
 
 SCRATCH: Final = ".building-"  # prefix of the folder in which an engine is made
 # What the kit writes; anything else in the folder, engines apart, is a measurement, a log or the user's own.
@@ -78,12 +79,10 @@ def only_one(folder: Path) -> Iterator[None]:
 
 
 def sweep(folder: Path) -> None:
-    """Remove what a killed build has left."""
+    """Remove what a killed build has left; the old folder comes back if the new one had not taken its place."""
     for left in (*folder.glob(f"{SCRATCH}*"), *folder.glob(f"{UNPRUNED}/{SCRATCH}*")):
         shutil.rmtree(left, ignore_errors=True)
-    for left in folder.parent.glob(f".{folder.name}.*"):
-        if left.name.endswith((".partial", ".old")):
-            shutil.rmtree(left, ignore_errors=True)
+    recover(folder, is_engines)
 
 
 def write_kit(parts: Sequence[Part], recorder: Recorder | None, say: Note, *, carry: bool) -> None:

@@ -1,9 +1,10 @@
 """build.sh and profile.sh of a kit: plain commands of the version's own tool, for a device without Python.
 
 Every option goes through `_options`, which refuses one that the version does not have: a script never fails on the
-device because an option was removed.
+device because an option was removed. Every word that comes from a record goes through shlex.quote.
 """
 
+import shlex
 from collections.abc import Sequence
 
 from engines.targets import Target
@@ -65,8 +66,8 @@ def profile_script(
     for graph in record.graphs:
         inputs = ",".join(f"{name}:{file.file}" for name, file in graph.samples.items())
         weights = ",".join(f"{weight.name}:{inside}{weight_file(weight)}" for weight in graph.weight_inputs)
-        arguments = [f"'{inputs}'", f"'{weights}'", *_options(traits, _profile_options(record, graph, target, traits))]
-        lines += _call("profile", stem(graph), arguments)
+        arguments = _options(traits, _profile_options(record, graph, target, traits))
+        lines += _call("profile", stem(graph), [shlex.quote(inputs), shlex.quote(weights), *arguments])
     return "\n".join([*lines, *(_INNER.format(script="profile.sh") if inner else "").splitlines(), ""])
 
 
@@ -77,8 +78,8 @@ def weights_script(record: EnginesRecord, inside: str = "") -> str:
         weight_file(weight): weight for graph in record.graphs for weight in graph.weight_inputs if extractable(weight)
     }
     for file, weight in sorted(seen.items()):
-        lines.append(f"weight '{inside}{file}' \\")
-        parts = [f"    '{source.file}' {source.offset} {source.nbytes}" for source in weight.sources]
+        lines.append(f"weight {shlex.quote(inside + file)} \\")
+        parts = [f"    {shlex.quote(source.file)} {source.offset} {source.nbytes}" for source in weight.sources]
         lines.append(" \\\n".join(parts))
     return "\n".join([*lines, ""])
 
@@ -87,8 +88,8 @@ def weights_script(record: EnginesRecord, inside: str = "") -> str:
 
 
 def _build_options(record: EnginesRecord, graph: EngineGraph, traits: Traits) -> list[str]:
-    name = stem(graph)
-    options = [f"--onnx={graph.onnx.file}", f'--saveEngine="{name}.engine.partial"', "--skipInference"]
+    engine = shlex.quote(f"{stem(graph)}.engine.partial")
+    options = [f"--onnx={shlex.quote(graph.onnx.file)}", f"--saveEngine={engine}", "--skipInference"]
     options.append("--profilingVerbosity=detailed")
     if traits.flavour == "rtx":
         options.append(f"--computeCapabilities={record.compute_capability.replace('.', '')}")
@@ -107,8 +108,8 @@ def _build_options(record: EnginesRecord, graph: EngineGraph, traits: Traits) ->
 
 
 def _profile_options(record: EnginesRecord, graph: EngineGraph, target: Target, traits: Traits) -> list[str]:
-    name = stem(graph)
-    options = [f'--loadEngine="{name}.engine"', f"--exportTimes=profile/{name}.times.json"]
+    name = shlex.quote(stem(graph))
+    options = [f"--loadEngine={name}.engine", f"--exportTimes=profile/{name}.times.json"]
     options += [f"--exportProfile=profile/{name}.profile.json", f"--exportLayerInfo=profile/{name}.layers.json"]
     options += ["--warmUp=500", "--duration=5", "--iterations=50"]
     if not traits.lean_timing:  # later versions do so by themselves
@@ -128,7 +129,7 @@ def _options(traits: Traits, options: Sequence[str]) -> list[str]:
 
 
 def _call(function: str, name: str, arguments: Sequence[str]) -> list[str]:
-    lines = [f"{function} {name}", *(f"    {argument}" for argument in arguments)]
+    lines = [f"{function} {shlex.quote(name)}", *(f"    {argument}" for argument in arguments)]
     return [line + (" \\" if number < len(lines) - 1 else "") for number, line in enumerate(lines)]
 
 

@@ -35,6 +35,7 @@ from graphs.building.whole_graph import assemble_whole
 from graphs.files.bundle import Bundle
 from graphs.records.manifest import TensorRecord
 from graphs.records.plan import PruningPlan
+from graphs.records.record import require_name
 from graphs.records.shapes import ShapeProfile
 
 MATRIX_BYTES = 4096  # smaller matrices stay constants: an input costs more than it saves
@@ -130,7 +131,7 @@ def _prepare_profile(bundle: Bundle, profile: ShapeProfile, choices: Choices) ->
 
 
 def _build(bundle: Bundle, profile: ShapeProfile, plan: PruningPlan, choices: Choices) -> list[BuiltGraph]:
-    captured = ir.load(bundle.graph_path(names.VISION, profile.name))
+    captured = _captured(bundle.graph_path(names.VISION, profile.name))
     vision = BuiltGraph(names.VISION, captured if choices.opset > 18 else lower_to_primitives(captured), None)
     spec, checkpoint, precision = bundle.spec, bundle.checkpoint(), bundle.manifest.build.precision
     graphs = build_decoder_graphs(spec, checkpoint, plan, profile, opset=choices.opset, precision=precision)
@@ -138,6 +139,14 @@ def _build(bundle: Bundle, profile: ShapeProfile, plan: PruningPlan, choices: Ch
         return [vision, *graphs]
     whole = assemble_whole(vision, spec, checkpoint, plan, profile, opset=choices.opset, precision=precision)
     return [whole, *(graph for graph in graphs if graph.name == names.DECODE)]
+
+
+def _captured(path: Path) -> ir.Model:
+    """The vision graph, whose names become files and inputs. Raises InputError for one that cannot."""
+    model = ir.load(path)
+    for value in (*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()):
+        require_name(str(value.name), "a tensor", path)
+    return model
 
 
 def tensor(value: ir.Value) -> TensorRecord:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from graphs.files import atomic
+from graphs.files import atomic, folders
 from graphs.files.atomic import (
     check_space,
     copied_bytes,
@@ -95,6 +95,7 @@ def test_an_error_with_force_keeps_the_old_bundle(tmp_path: Path) -> None:
 def test_a_failing_rename_brings_the_old_bundle_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with staged(tmp_path / "b") as root:
         write_bundle(root, "old")
+    monkeypatch.setattr(folders, "exchange", lambda one, other: False)
     real = Path.rename
 
     def refuse(self: Path, target: Path) -> Path:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from safetensors import safe_open
 
@@ -158,7 +159,7 @@ def test_several_profiles_have_their_own_files(tiny_bundle: Any, tmp_path: Path)
     assert (folder / f"graphs/decode.{second}.onnx").is_file() and (folder / f"inputs/head.{first}/last.bin").is_file()
     assert record.graph("head", second).samples["last"].size == 2 * 4
     texts = (folder / "build.sh").read_text()
-    assert f"build decode.{first} " in texts and f'"prefill_0.{second}.engine.partial"' in texts
+    assert f"build decode.{first} " in texts and f"=prefill_0.{second}.engine.partial " in texts
 
 
 # -- scripts ---------------------------------------------------------------------------------------------------------
@@ -364,3 +365,41 @@ def test_findings_stop_the_kit(tiny_bundle: Any, tmp_path: Path) -> None:
     with pytest.raises(CheckError, match=r"will not take .*model\.safetensors is missing"):
         prepared(replace(plan, findings=findings), recorder=None)
     assert not (bundle.root / "engines").exists()
+
+
+def test_words_of_a_record_are_words_in_the_scripts(kit: Any, tmp_path: Path) -> None:
+    """The records refuse such names; should one get past them, the shell still sees one word."""
+    folder = kit("jetson-orin-jp6", engine_weights="shared")
+    record, target = EnginesRecord.load(folder), find_target("jetson-orin-jp6")
+    evil = "x'$(touch owned)`touch owned`; touch owned #\""
+    graph = record.graphs[1]
+    onnx = graph.onnx.model_copy(update={"file": f"graphs/{evil}.onnx"})
+    sample = next(iter(graph.samples.values())).model_copy(update={"file": f"inputs/{evil}"})
+    source = graph.weight_inputs[0].sources[0].model_copy(update={"file": evil})
+    weight = graph.weight_inputs[0].model_copy(update={"name": evil, "sources": (source,)})
+    graph = graph.model_copy(update={"onnx": onnx, "samples": {evil: sample}, "weight_inputs": (weight,)})
+    record = record.model_copy(update={"graphs": (graph,)})
+    written = {
+        "build": scripts.build_script(record, target, traits("tensorrt", "10.3")),
+        "profile": scripts.profile_script(record, target, traits("tensorrt", "10.3")),
+        "weight": scripts.weights_script(record),
+    }
+    for function, script in written.items():
+        call = script[script.rindex(f"\n{function} ") :]
+        stub = f'{function}() {{ printf "%s\\n" "$@"; }}\nPLUGINS=p\n{call}'
+        said = subprocess.run(["bash", "-c", stub], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+        assert any(evil in line for line in said.splitlines()), function
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_input_name_that_is_a_path_is_refused(tiny_bundle: Any, tmp_path: Path) -> None:
+    bundle = copied(tiny_bundle(), tmp_path / "bundle")
+    path = bundle.graph_path("vision")
+    model = onnx.load(path, load_external_data=False)
+    model.graph.input[0].name = "/../../../owned"
+    for node in model.graph.node:
+        node.input[:] = ["/../../../owned" if name == "pixel_values" else name for name in node.input]
+    path.unlink()
+    onnx.save(model, path)
+    with pytest.raises(InputError, match=r"a tensor is called '/\.\./\.\./\.\./owned'"):
+        plan_build(bundle, find_target("jetson-orin-jp6"), Wishes())
