@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from calibrate.measure.accuracy import Score
 
 FULL = "none"
-DEFAULT_PLANS = (FULL, CALIBRATED, "btp-paper", "fastv", "pyramiddrop", "divprune", "vtw", "random", "dart")
+DEFAULT_PLANS = (FULL, CALIBRATED, "btp-paper", "fastv", "pyramiddrop", "divprune", "scope", "vtw", "random", "dart")
 DEFAULT_SAMPLES = 200
 
 
