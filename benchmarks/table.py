@@ -1,4 +1,4 @@
-"""The accuracy tables of docs/results.md: every plan at three budgets, and the ablations, on held-out scenes of the demo.
+"""The accuracy tables of docs/results.md: every plan at three budgets, and ablations, on held-out scenes of the demo.
 
     make table                                    # or: python -m benchmarks.table [--samples 1000] [--seed 1]
 
@@ -159,7 +159,7 @@ def summary(result: dict[str, Any]) -> str:
         for table in result["tables"]
         if table["kind"] == "plans"
     ]
-    kept = [f"{_percent(row['kept_accuracy'], 1)} with {_percent(1 - budget)} of them" for budget, row in owns]
+    kept = [f"{_percent(row['kept_accuracy'], 1)} with {100 * (1 - budget):.3g} % of them" for budget, row in owns]
     return (
         f"Accuracy that the demo model keeps when its image tokens are pruned: {_list(kept)} "
         f"({result['samples']:,} held-out questions, {result['date']}; [all plans](docs/results.md))."
