@@ -32,7 +32,8 @@ def render(document: ReportDocument, pictures: Sequence[Picture]) -> str:
         "tokens": numbers.tokens,
         "tiny": numbers.tiny,
     }
-    evaluated = rows.evaluation_rows(document)
+    evaluated, tried = rows.evaluation_rows(document), rows.placement_rows(document)
+    shown = rows.shown_placements(tried)
     return environment.get_template(TEMPLATE).render(
         d=document,
         title=document.model.name if document.model else document.plan.model_type,
@@ -41,7 +42,11 @@ def render(document: ReportDocument, pictures: Sequence[Picture]) -> str:
         stages=rows.stage_rows(document),
         rows=evaluated,
         outliers=outliers(charts.points(evaluated)),
-        placements=rows.placement_rows(document),
+        placements=shown,
+        left_out=len(tried) - len(shown),
+        named=any(row.get("method") for row in shown),
+        kinds=rows.kind_rows(document),
+        ruled=any(stage.extends for stage in document.plan.stages),
         latency=rows.latency_rows(document),
         engines=engine_views(document.engines),
         costs=rows.cost_rows(document),

@@ -1,5 +1,6 @@
 """The rows of the page's tables, and its main numbers, from the report's document."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -7,7 +8,9 @@ from btp_export.report.numbers import count, counted, percent, size, time, token
 from btp_export.results.evaluation import EvaluatedPlan
 from btp_export.results.report import ReportDocument
 from btp_export.results.timing import CacheBytes
+from graphs.records.plan import Stage
 
+MOST_PLACEMENTS = 12  # rows of tried plans on the page; every other kind has its best one below
 MAIN = 0.75  # share of the bundle's own tokens from which on a plan counts as one of its budget
 
 
@@ -87,9 +90,35 @@ def stage_rows(document: ReportDocument) -> list[dict[str, Any]]:
             "before": plan.tokens_before(number),
             "mass": mass[stage.layer - 1] if mass and 0 < stage.layer <= len(mass) else None,
             "held": held[number],
+            "rule": _rule(stage) if stage.keep else "–",
         }
         for number, stage in enumerate(plan.stages)
     ]
+
+
+def _rule(stage: Stage) -> str:
+    """How diversity picks in a stage, and what it weighs."""
+    if stage.diversity == "farthest":
+        return "distance"
+    return f"coverage x {stage.importance or 'scores'}" if stage.weights == "scores" else "coverage"
+
+
+def kind_rows(document: ReportDocument) -> list[dict[str, Any]]:
+    """What the plan changes on each kind of calibration picture, the most changed first; none for a single kind."""
+    answers = (document.calibration or {}).get("answers") or {}
+    kinds = answers.get("by_kind") or {}
+    if len(kinds) < 2:
+        return []
+    return [{"name": name, "divergence": kinds[name]} for name in sorted(kinds, key=lambda name: -kinds[name])]
+
+
+def shown_placements(rows: Sequence[dict[str, Any]], most: int = MOST_PLACEMENTS) -> list[dict[str, Any]]:
+    """The first rows, and of the others the best of every kind that is not among them."""
+    shown = list(rows[:most])
+    for row in rows[most:]:
+        if row.get("method") and row["method"] not in {other.get("method") for other in shown}:
+            shown.append(row)
+    return shown
 
 
 def placement_rows(document: ReportDocument) -> list[dict[str, Any]]:
