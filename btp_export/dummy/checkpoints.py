@@ -78,9 +78,17 @@ def read_marker(folder: Path) -> DummyRecord | None:
 
 
 def dummy_checkpoint(
-    model: str, *, seed: int = 0, layers: int | None = None, report: Report | None = None, root: Path | None = None
+    model: str,
+    *,
+    seed: int = 0,
+    layers: int | None = None,
+    report: Report | None = None,
+    root: Path | None = None,
+    shard_bytes: int = SHARD_BYTES,
 ) -> Path:
     """The folder of a known model's dummy checkpoint, made now if it is not in the cache; `layers` cuts the decoder.
+
+    No file of weights is larger than `shard_bytes`, unless a single tensor is.
 
     Raises InputError for a model whose configuration is not known, a number of layers it does not have, or too little
     disk, before anything is written.
@@ -90,9 +98,10 @@ def dummy_checkpoint(
     if (place / MARKER).is_file():
         return place
     tensors = tensor_shapes(config)
+    shards = in_shards(tensors, dtypes.numpy_of(str(config["torch_dtype"])), shard_bytes)
     with _only_one(place):
         if not (place / MARKER).is_file():  # somebody else may just have made it
-            _make(place, config, record, tensors, report)
+            _make(place, config, record, shards, report)
     return place
 
 
@@ -146,14 +155,14 @@ def _make(
     place: Path,
     config: dict[str, Any],
     record: DummyRecord,
-    tensors: Mapping[str, tuple[int, ...]],
+    shards: Mapping[str, Mapping[str, tuple[int, ...]]],
     report: Report | None,
 ) -> None:
     """Write beside the place, shard by shard, and rename when all is there."""
     kind = str(config["torch_dtype"])
     folder = place.with_name(f".{place.name}.partial")
-    shards = in_shards(tensors, dtypes.numpy_of(kind))
-    total = sum(math.prod(shape) for shape in tensors.values()) * dtypes.BY_NAME[kind].nbytes
+    shapes = [shape for part in shards.values() for shape in part.values()]
+    total = sum(math.prod(shape) for shape in shapes) * dtypes.BY_NAME[kind].nbytes
     there = sum(path.stat().st_size for path in folder.glob("*.safetensors")) if folder.is_dir() else 0
     check_space(place, total - there, what=f"the dummy checkpoint of {record.model}", do="set XDG_CACHE_HOME elsewhere")
     folder.mkdir(exist_ok=True)
@@ -174,13 +183,15 @@ def _make(
     put_in_place(folder, place)  # what is there without its marker is not whole
 
 
-def in_shards(tensors: Mapping[str, tuple[int, ...]], dtype: np.dtype[Any]) -> dict[str, dict[str, tuple[int, ...]]]:
-    """Tensors in the model's order, packed into files of at most SHARD_BYTES."""
+def in_shards(
+    tensors: Mapping[str, tuple[int, ...]], dtype: np.dtype[Any], most: int = SHARD_BYTES
+) -> dict[str, dict[str, tuple[int, ...]]]:
+    """Tensors in the model's order, packed into files of at most `most` bytes."""
     parts: list[dict[str, tuple[int, ...]]] = [{}]
     filled = 0
     for name, shape in tensors.items():
         size = math.prod(shape) * dtype.itemsize
-        if filled and filled + size > SHARD_BYTES:
+        if filled and filled + size > most:
             parts.append({})
             filled = 0
         parts[-1][name] = shape

@@ -74,15 +74,15 @@ class StatisticsCache:
             self.say(text)
 
 
-def checkpoint_identity(checkpoint: Checkpoint) -> dict[str, str]:
+def checkpoint_identity(checkpoint: Checkpoint, *, small: int = SMALL_FILE) -> dict[str, str]:
     """What tells one set of weights from another, by file, without reading all of a big one.
 
-    See docs/decisions/statistics-cache.md: a small file is hashed whole; a hub download carries its sha256 in its name;
-    of any other big file size, time of change, header and the start of every tensor are hashed.
+    See docs/decisions/statistics-cache.md: a file of up to `small` bytes is hashed whole; a hub download carries its
+    sha256 in its name; of any other big file size, time of change, header and the start of every tensor are hashed.
     """
     identity = {"config.json": sha256(checkpoint.folder / "config.json")}
     for name, path in zip(checkpoint.shards, checkpoint.files, strict=True):
-        if path.stat().st_size <= SMALL_FILE:
+        if path.stat().st_size <= small:
             identity[name] = sha256(path)
         else:
             identity[name] = hub_sha256(path) or _sampled_hash(checkpoint, path)

@@ -225,22 +225,23 @@ def check_space(
         )
 
 
-def place(source: Path, target: Path, link: Link) -> FileRecord:
+def place(source: Path, target: Path, link: Link, *, small: int = SMALL_FILE) -> FileRecord:
     """Put `source` (symbolic links resolved) at `target` as a hard link or a copy, and hash it.
 
-    The record's path is the file name. Raises InputError if `link` is hard and the file system refuses.
+    `auto` copies up to `small` bytes. The record's path is the file name. Raises InputError if `link` is hard and the
+    file system refuses.
     """
-    known = put(source, target, link)
+    known = put(source, target, link, small=small)
     return FileRecord(file=target.name, size=target.stat().st_size, sha256=known or sha256(target))
 
 
-def put(source: Path, target: Path, link: Link) -> str | None:
+def put(source: Path, target: Path, link: Link, *, small: int = SMALL_FILE) -> str | None:
     """Put `source` at `target` as `place` does; gives its hash if that is known without reading it once more.
 
     A large file in the hub's cache is believed to have the hash it is kept under; a full check of the bundle hashes it.
     """
     source = source.resolve()
-    if will_link(source, target.parent, link):
+    if will_link(source, target.parent, link, small=small):
         try:
             os.link(source, target)
         except OSError as error:
@@ -265,29 +266,29 @@ def hub_sha256(path: Path) -> str | None:
     return path.name if in_cache and re.fullmatch(r"[0-9a-f]{64}", path.name) else None
 
 
-def will_link(source: Path, folder: Path, link: Link) -> bool:
+def will_link(source: Path, folder: Path, link: Link, *, small: int = SMALL_FILE) -> bool:
     """Whether `place` will try a hard link from a file in (or below) `folder` to `source`."""
-    if link == "copy" or (link == "auto" and source.stat().st_size <= SMALL_FILE):
+    if link == "copy" or (link == "auto" and source.stat().st_size <= small):
         return False
     return link == "hard" or source.stat().st_dev == existing_parent(folder).stat().st_dev
 
 
-def copied_bytes(sources: Sequence[Path], folder: Path, link: Link) -> int:
+def copied_bytes(sources: Sequence[Path], folder: Path, link: Link, *, small: int = SMALL_FILE) -> int:
     """Bytes that `place` will write for these files."""
-    return sum(path.stat().st_size for path in sources if not will_link(path.resolve(), folder, link))
+    return sum(path.stat().st_size for path in sources if not will_link(path.resolve(), folder, link, small=small))
 
 
-def sha256(path: Path, stop: threading.Event | None = None) -> str:
+def sha256(path: Path, stop: threading.Event | None = None, chunk_bytes: int = CHUNK) -> str:
     """Hash of a file's bytes; given up, with a wrong result, once `stop` is set."""
     digest = hashlib.sha256()
     with path.open("rb") as stream:
-        while (chunk := stream.read(CHUNK)) and not (stop and stop.is_set()):
+        while (chunk := stream.read(chunk_bytes)) and not (stop and stop.is_set()):
             digest.update(chunk)
     return digest.hexdigest()
 
 
 @contextlib.contextmanager
-def hashing(paths: Sequence[Path]) -> Iterator[Callable[[], dict[Path, str]]]:
+def hashing(paths: Sequence[Path], *, chunk_bytes: int = CHUNK) -> Iterator[Callable[[], dict[Path, str]]]:
     """Hash files in threads while the block does something else; what is yielded waits and gives the hashes.
 
     Reading and hashing leave the interpreter to others, and 14 GB of weights take as long as capturing a vision tower.
@@ -295,7 +296,7 @@ def hashing(paths: Sequence[Path]) -> Iterator[Callable[[], dict[Path, str]]]:
     """
     stop = threading.Event()
     with concurrent.futures.ThreadPoolExecutor(HASH_THREADS) as pool:
-        futures = {path: pool.submit(sha256, path, stop) for path in paths}
+        futures = {path: pool.submit(sha256, path, stop, chunk_bytes) for path in paths}
         try:
             yield lambda: {path: future.result() for path, future in futures.items()}
         finally:

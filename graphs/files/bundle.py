@@ -52,18 +52,18 @@ class Bundle:
     profile_plans: Mapping[str, PruningPlan] = field(default_factory=dict)
 
     @staticmethod
-    def open(path: Path | str, *, check: Check = "quick") -> "Bundle":
+    def open(path: Path | str, *, check: Check = "quick", small: int = SMALL_FILE) -> "Bundle":
         """Open a bundle and check it.
 
-        `quick` checks that every listed file exists with its size, and the hash of every file but weights above
-        64 MiB; `full` hashes those too. Raises InputError naming the file that is missing or differs.
+        `quick` checks that every listed file exists with its size, and the hash of every file but those above `small`
+        bytes; `full` hashes those too. Raises InputError naming the file that is missing or differs.
         """
         path = Path(path)
         manifest = _read_manifest(path)
         files = list(listed_files(manifest))
         for entry in files:
             _check_size(path, entry)
-        hashed = [entry for entry in files if check == "full" or entry.size <= SMALL_FILE]
+        hashed = [entry for entry in files if check == "full" or entry.size <= small]
         with hashing([path / entry.file for entry in hashed]) as hashes:
             for entry in hashed:
                 _check_hash(path, entry, hashes()[path / entry.file])

@@ -11,18 +11,8 @@ import pytest
 from btp_export import cli
 from btp_export.measuring.verify import verify_bundle
 from graphs.files.bundle import Bundle
-from graphs.records.plan import PruningPlan, Stage
-
-PLAN = PruningPlan(
-    model_type="llava",
-    num_layers=6,
-    image_tokens=36,
-    grid=(6, 6),
-    stages=(
-        Stage(layer=1, keep=18, attention_quota=6, pool=18, boundary=18, diversity_quota=4, seeds=9),
-        Stage(layer=4, keep=0),
-    ),
-)
+from graphs.records.plan import PruningPlan
+from tests.plans import PLAN
 
 
 @pytest.mark.parametrize(
@@ -34,7 +24,7 @@ def test_bundles_of_all_kinds_are_verified(plan: PruningPlan | None, options: di
     result = verify_bundle(tiny_bundle(plan, **options), samples=3, threads=1)
     assert result.failures == ()
     assert result.passed and result.tokens_equal
-    assert result.kept_agreement == ((1.0, 1.0) if plan else ())
+    assert result.kept_agreement == ((1.0, 1.0, 1.0) if plan else ())
     assert all(1 - graph.cosine < 1e-9 for graph in result.graphs)
 
 
@@ -51,7 +41,8 @@ def test_the_command_prints_the_contract(tiny_bundle: Any, capsys: pytest.Captur
     document = json.loads(capsys.readouterr().out)
     assert {"passed", "graphs", "kept_agreement", "tokens_equal"} <= document.keys()
     names = [graph["name"] for graph in document["graphs"]]
-    assert names == ["vision", "prefill_0", "select_0", "prefill_1", "select_1", "prefill_2", "head", "decode"]
+    steps = [f"{kind}_{number}" for number in range(3) for kind in ("prefill", "select")]
+    assert names == ["vision", *steps, "prefill_3", "head", "decode"]
     assert all({"name", "cosine", "norm_ratio", "max_abs"} <= graph.keys() for graph in document["graphs"])
     assert cli.main(["verify", str(bundle.root), "--samples", "1"]) == 0
     assert capsys.readouterr().out.strip().endswith("verified")

@@ -18,9 +18,10 @@ from engines.tensorrt.prepare.build_plan import Wishes, plan_build
 from graphs.files.bundle import Bundle
 from graphs.pruning.operations import cost
 from graphs.records.errors import InputError, UnavailableError
-from graphs.records.plan import PruningPlan, Stage
+from graphs.records.plan import Stage
 from tests.engines.tensorrt import trtexec_files
 from tests.engines.tensorrt.plans import prepared
+from tests.plans import tiny_plan
 
 TARGET = "jetson-orin-jp6"
 STAGES = (
@@ -37,8 +38,7 @@ LIBRARY = "plugins/libbtp_trt_dynamic.so"
 
 @pytest.fixture(scope="module")
 def pristine(tiny_bundle: Any) -> Bundle:
-    whole: Bundle = tiny_bundle()
-    plan = PruningPlan(model_type=whole.plan.model_type, num_layers=6, image_tokens=36, grid=(6, 6), stages=STAGES)
+    plan = tiny_plan(*STAGES)
     made: Bundle = tiny_bundle(plan)
     return made
 

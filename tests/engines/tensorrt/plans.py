@@ -7,6 +7,7 @@ from engines.tensorrt.build.build import build
 from engines.tensorrt.kit.device_kit import Recorder
 from engines.tensorrt.prepare.build_plan import BuildPlan
 from graphs.records.plan import PruningPlan, Stage
+from tests.plans import plan_of
 
 STAGES = (
     Stage(layer=2, keep=18, attention_quota=6, pool=20, boundary=18, diversity_quota=4, seeds=4),
@@ -18,13 +19,7 @@ STAGES = (
 
 def staged_plan(spec: Any, *stages: Stage) -> PruningPlan:
     """A plan of those stages, all four forms if none is given."""
-    return PruningPlan(
-        model_type=spec.model_type,
-        num_layers=spec.decoder.num_layers,
-        image_tokens=spec.vision.image_tokens,
-        grid=spec.vision.grid,
-        stages=stages or STAGES,
-    )
+    return plan_of(spec, *(stages or STAGES))
 
 
 def staged_bundle(tiny_bundle: Any, **options: Any) -> Any:

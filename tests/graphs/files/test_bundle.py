@@ -90,10 +90,9 @@ def test_a_flipped_byte_is_named_with_both_hashes(bundle: Bundle, file: str) -> 
     assert recorded not in error.got and "sha256" in error.got
 
 
-def test_quick_leaves_big_weights_to_full(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("graphs.files.bundle.SMALL_FILE", 1000)
+def test_quick_leaves_big_weights_to_full(bundle: Bundle) -> None:
     flip(bundle.root / "graphs" / "weights" / "model.safetensors")
-    Bundle.open(bundle.root)
+    Bundle.open(bundle.root, small=1000)
     assert "model.safetensors was changed" in refusal(bundle.root, "full").got
 
 

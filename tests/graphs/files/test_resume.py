@@ -141,11 +141,10 @@ def test_hashes_are_the_files(tmp_path: Path) -> None:
         assert hashes() == {}
 
 
-def test_hashing_stops_with_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("graphs.files.atomic.CHUNK", 1)
+def test_hashing_stops_with_the_work(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(bytes(50_000_000))  # a byte at a time: minutes
     begun = threading.active_count()
-    with pytest.raises(KeyboardInterrupt), hashing([tmp_path / "a"]):
+    with pytest.raises(KeyboardInterrupt), hashing([tmp_path / "a"], chunk_bytes=1):
         raise KeyboardInterrupt
     assert threading.active_count() == begun
 
