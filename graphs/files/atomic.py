@@ -6,7 +6,8 @@
     link_or_copy    a file that is somewhere else, without a second copy where the file system allows it
 
 Also what these need: space checked beforehand, sizes and hashes. No other file of the project renames or links,
-graphs/files/folders.py apart, which exchanges folders and clears up after runs that were killed.
+graphs/files/folders.py apart, which exchanges folders and clears up after runs that were killed. Records are loaded
+where one is made: the GPU check moves files on machines without pydantic.
 """
 
 import concurrent.futures
@@ -21,11 +22,13 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
 from graphs.files.folders import PARTIAL, locked_folder, put_in_place, recover, sync_folder
 from graphs.records.errors import InputError
-from graphs.records.manifest import FORMAT, FileRecord
+
+if TYPE_CHECKING:
+    from graphs.records.manifest import FileRecord
 
 Link = Literal["auto", "hard", "copy"]
 
@@ -125,6 +128,8 @@ def is_bundle(folder: Path) -> bool:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
+    from graphs.records.manifest import FORMAT
+
     family = FORMAT.split("/")[0] + "/"
     return isinstance(manifest, dict) and str(manifest.get("format", "")).startswith(family)
 
@@ -225,12 +230,14 @@ def check_space(
         )
 
 
-def place(source: Path, target: Path, link: Link, *, small: int = SMALL_FILE) -> FileRecord:
+def place(source: Path, target: Path, link: Link, *, small: int = SMALL_FILE) -> "FileRecord":
     """Put `source` (symbolic links resolved) at `target` as a hard link or a copy, and hash it.
 
     `auto` copies up to `small` bytes. The record's path is the file name. Raises InputError if `link` is hard and the
     file system refuses.
     """
+    from graphs.records.manifest import FileRecord
+
     known = put(source, target, link, small=small)
     return FileRecord(file=target.name, size=target.stat().st_size, sha256=known or sha256(target))
 
@@ -303,8 +310,10 @@ def hashing(paths: Sequence[Path], *, chunk_bytes: int = CHUNK) -> Iterator[Call
             stop.set()
 
 
-def record(root: Path, file: str) -> FileRecord:
+def record(root: Path, file: str) -> "FileRecord":
     """Size and hash of `root`/`file`."""
+    from graphs.records.manifest import FileRecord
+
     return FileRecord(file=file, size=(root / file).stat().st_size, sha256=sha256(root / file))
 
 
