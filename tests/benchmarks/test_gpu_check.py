@@ -327,6 +327,23 @@ def test_without_a_gpu_every_step_says_what_it_misses(call: str, prepared: Path,
         assert ["compute-sanitizer" in one["result"]["missing"] for one in records].count(True) in (0, 4)
 
 
+def test_cases_are_worked_out_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of `prepare` but compiling, with few cases; a second time nothing is worked out."""
+    few = [one for one in calls.all_cases() if one.name in ("all-picks", "one-token")]
+    timed = next(drawn.large_cases())
+    monkeypatch.setattr(prepare, "compile_all", lambda *given, report: None)
+    monkeypatch.setattr(calls, "all_cases", lambda: few)
+    monkeypatch.setattr(drawn, "large_cases", lambda: iter([timed]))
+    monkeypatch.setattr(prepare, "DRAWN", 2)
+    said: list[str] = []
+    for _ in range(2):
+        prepare.prepare(tmp_path, "90", None, report=said.append)
+    assert sum("expected outputs of" in line for line in said) == 1
+    record = json.loads((tmp_path / "prepared.json").read_text())
+    assert list(record["shapes"]) == [f"select_tokens/{timed.name}"] and record["architecture"] == "90"
+    assert len(json.loads((tmp_path / "calls.json").read_text())) >= 1
+
+
 # What the project needs and a bare machine lacks; torch, numpy, onnx and ml_dtypes are there (docs/gpu-check.md).
 LACKING = (
     *("pydantic", "pydantic_core", "typer", "rich", "jinja2", "onnx_ir", "onnxruntime", "safetensors", "tokenizers"),
