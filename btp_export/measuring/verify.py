@@ -64,6 +64,7 @@ def verify_bundle(
     run, or too little memory; what merely does not hold is in the document.
     """
     _check_counts(samples, tokens)
+    from btp_export.model.check_spec import check_spec
     from btp_export.running.memory_fit import Streaming, must_stream, streaming_bytes
     from btp_export.running.runtime import open_graphs
     from calibrate.reference.streamed_model import torch_device
@@ -72,6 +73,7 @@ def verify_bundle(
 
     streaming = streaming or Streaming()
     chosen = bundle.profile(profile)
+    check_spec(bundle)
     place = torch_device(device)
     graph_device = "cpu" if engine else onnxruntime_device(device)
     loader, files = open_graphs(bundle, chosen.name, threads=threads, device=graph_device, engine=engine, check="full")
