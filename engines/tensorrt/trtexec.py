@@ -18,6 +18,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from graphs.files.atomic import fresh
 from graphs.records.errors import BtpError, CheckError, InputError, UnavailableError
 
 PLACES: Final = (Path("/usr/src/tensorrt/bin"), Path("/usr/local/tensorrt/bin"), Path("/opt/tensorrt/bin"))
@@ -91,7 +92,7 @@ def run(
     is done with nothing there.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("w", encoding="utf-8") as output:
+    with fresh(log) as output:
         try:
             done = subprocess.run(
                 [str(part) for part in command],

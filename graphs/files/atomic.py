@@ -161,6 +161,17 @@ def replacing(path: Path, *, sync: bool = True) -> Iterator[BinaryIO]:
         sync_folder(path.parent)
 
 
+def fresh(path: Path) -> BinaryIO:
+    """A new file at `path`, open for writing, in place of what was there: a log, which is read while it is written.
+
+    A link is removed, not followed, and one in place of its folder is refused. Raises InputError or OSError.
+    """
+    if path.parent.is_symlink():
+        raise InputError(f"{path.parent} is a link", wanted="a folder of its own", do="remove the link")
+    path.unlink(missing_ok=True)
+    return path.open("xb")
+
+
 def write_bytes(path: Path, content: bytes, *, sync: bool = True) -> None:
     """Write or replace a file in one step: a reader sees the old one or the new one."""
     with replacing(path, sync=sync) as stream:

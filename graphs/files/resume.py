@@ -11,10 +11,8 @@ that another process works in is left to it; this one then works without checkpo
 """
 
 import contextlib
-import fcntl
 import hashlib
 import json
-import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -26,6 +24,7 @@ import numpy as np
 
 from graphs.files.atomic import replacing, sha256, write_text
 from graphs.files.checkpoint import open_tensors
+from graphs.files.folders import lock_file
 from graphs.files.safetensors_file import write_stream
 from graphs.records.errors import InputError
 from graphs.records.progress import Note
@@ -158,17 +157,16 @@ def work_folder(root: Path, key: str, note: Note, *, interval: float = INTERVAL)
     goes if it does not. Raises what the block raises.
     """
     folder = root / key[:32]
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        lock = (root / f"{folder.name}.lock").open("w")
-    except OSError as error:
-        note(f"interrupted work cannot be resumed: {root}: {error.strerror}")
-        yield None
-        return
-    with lock:
+    lock = root / f"{folder.name}.lock"
+    with contextlib.ExitStack() as stack:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+            root.mkdir(parents=True, exist_ok=True)
+            alone = stack.enter_context(lock_file(lock, wait=False))
+        except OSError as error:
+            note(f"interrupted work cannot be resumed: {root}: {error.strerror}")
+            yield None
+            return
+        if not alone:
             note("the same work is being done by another process: this one keeps no checkpoints")
             yield None
             return
@@ -176,13 +174,13 @@ def work_folder(root: Path, key: str, note: Note, *, interval: float = INTERVAL)
             yield Work(folder, note, interval)
         except BaseException:
             if not any(folder.glob("*/*.json")):
-                _remove(folder, lock.name)
+                _remove(folder, lock)
             raise
-        _remove(folder, lock.name)
+        _remove(folder, lock)
 
 
-def _remove(folder: Path, lock: str) -> None:
+def _remove(folder: Path, lock: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     with contextlib.suppress(OSError):
-        os.unlink(lock)
+        lock.unlink()
         folder.parent.rmdir()  # only if nothing else is in it

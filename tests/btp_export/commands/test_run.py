@@ -90,6 +90,16 @@ def test_kept_tokens_are_drawn(run: Run, bundle: Path, picture: Path, tmp_path: 
     code, _, err = run("run", bundle, "--image", picture, "--prompt", PROMPT, "--show", target)
     assert code == 0 and str(target) in err
     assert Image.open(target).width > 300
+    drawn = target.read_bytes()
+    target.write_text("mine")
+    code, _, err = run("run", bundle, "--image", picture, "--prompt", PROMPT, "--show", target)
+    assert code == 2 and "already exists" in err and target.read_text() == "mine"
+    (tmp_path / "victim").write_text("theirs")
+    target.unlink()
+    target.symlink_to(tmp_path / "victim")
+    assert run("run", bundle, "--image", picture, "--prompt", PROMPT, "--show", target)[0] == 2
+    assert run("run", bundle, "--image", picture, "--prompt", PROMPT, "--show", target, "--force")[0] == 0
+    assert target.read_bytes() == drawn and (tmp_path / "victim").read_text() == "theirs"
 
 
 @pytest.mark.parametrize(

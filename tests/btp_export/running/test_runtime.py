@@ -1,5 +1,7 @@
 """The runtime against transformers: the unpruned bundle must be `model.generate`, a pruned one a plain torch loop."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -325,3 +327,26 @@ def test_float16_bundle_is_close_to_float32(tiny_bundle: Any, pictures: list[Ima
 def test_bfloat16_does_not_run_on_the_cpu(tiny_bundle: Any) -> None:
     with pytest.raises(UnavailableError, match=r"cannot open(.|\n)*--device cuda, or export with --precision float32"):
         btp_export.load(tiny_bundle(precision="bfloat16"), threads=1)
+
+
+# -- threads ---------------------------------------------------------------------------------------------------------
+
+
+def test_threads_wait_for_each_other(tiny_bundle: Any, pictures: list[Image.Image]) -> None:
+    model = btp_export.load(tiny_bundle(), threads=1)
+    calls = [(picture, prompt) for picture in pictures for prompt in PROMPTS] * 2
+    alone = [model.generate([picture], [prompt])[0].token_ids for picture, prompt in calls]
+    assert len(set(alone)) > 4, "the model says the same to everything: no test"
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda call: model.generate([call[0]], [call[1]])[0].token_ids, calls))
+    assert together == alone
+
+
+def test_a_thread_whose_caches_are_gone_is_told(tiny_bundle: Any, pictures: list[Image.Image]) -> None:
+    model = btp_export.load(tiny_bundle(), threads=1)
+    mine = model.prefill(model.encode(pictures[:1], PROMPTS[:1]))
+    other = threading.Thread(target=lambda: model.prefill(model.encode(pictures[1:2], PROMPTS[:1])))
+    other.start()
+    other.join()
+    with pytest.raises(InputError, match="hold a later batch"):
+        model.decode_step(mine, [5])
