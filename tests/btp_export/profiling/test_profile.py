@@ -83,9 +83,7 @@ def measured(bundle: Bundle, measured: Mapping[str, float] | None = None, **wish
     return root
 
 
-def device(
-    bundle: Bundle, folder: Path, monkeypatch: pytest.MonkeyPatch, *, fail: str = "", **wishes: Any
-) -> Path:
+def device(bundle: Bundle, folder: Path, monkeypatch: pytest.MonkeyPatch, *, fail: str = "", **wishes: Any) -> Path:
     """A kit whose engines were "built" here, and a program in trtexec's place on PATH; the folder of engines."""
     root = kit(bundle, **wishes)
     for name in times(bundle):
