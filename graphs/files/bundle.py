@@ -64,7 +64,7 @@ class Bundle:
     def open(path: Path | str, *, check: Check = "quick", small: int = SMALL_FILE) -> "Bundle":
         """Open a bundle and check it.
 
-        `quick` checks that every listed file is there with its size, the hash of every file but those above `small` bytes,
+        `quick` checks that every listed file exists with its size, the hash of all but those above `small` bytes,
         that nothing else lies in graphs/ and processor/, and that the graphs are as the manifest says; `full` hashes
         everything. Raises InputError naming the file that is missing, differs or does not belong there.
         """
