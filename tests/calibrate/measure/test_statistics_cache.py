@@ -120,3 +120,17 @@ def test_a_hub_download_is_known_by_the_hash_in_its_name(tmp_path: Path) -> None
     (folder / "model.safetensors").rename(blobs / name)
     (folder / "model.safetensors").symlink_to(blobs / name)
     assert checkpoint_identity(checkpoint(folder), small=0)["model.safetensors"] == name
+
+
+def test_a_changed_number_is_noticed(tmp_path: Path, statistics: Statistics) -> None:
+    """An entry that reads back whole, with one number that is not what was measured: NaN or a plausible one."""
+    for value in (np.nan, 0.125):
+        said: list[str] = []
+        cache = StatisticsCache(tmp_path, said.append)
+        cache.put("key", statistics)
+        path = tmp_path / "key.npz"
+        with np.load(path) as stored:
+            arrays = {name: stored[name].copy() for name in stored.files}
+        arrays["divergence"][0, 0] = value
+        np.savez_compressed(path, **arrays)
+        assert cache.get("key") is None and len(said) == 1 and "measured again" in said[0]
