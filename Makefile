@@ -21,7 +21,7 @@ demo: $(VENV)/.ready
 
 test: $(VENV)/.ready-dev
 	$(BIN)/python -m engines.native.compile_ort
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --durations=25
 
 # The accuracy tables of docs/results.md, measured again (about ten minutes on two idle cores).
 table: $(VENV)/.ready-dev

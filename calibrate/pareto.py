@@ -68,7 +68,7 @@ def front(
         plan, best = planned(study, one, group)
         chosen, share = group[best], study.cost.share(plan)
         points.append(Point(one.budget.requested, plan, chosen.mean, float(chosen.agreement.mean()), share))
-    return [replace(point, dominated=_dominated(point, points)) for point in points]
+    return [replace(point, dominated=is_dominated(point, points)) for point in points]
 
 
 def requests(
@@ -92,7 +92,8 @@ def requests(
     return asked
 
 
-def _dominated(point: Point, points: Sequence[Point]) -> bool:
+def is_dominated(point: Point, points: Sequence[Point]) -> bool:
+    """Whether another of `points` costs no more and is no further from the full model's answers."""
     return any(
         other.share <= point.share
         and other.divergence <= point.divergence

@@ -29,15 +29,23 @@ class LayerMemory:
 
 
 def allocate_layers(
-    loader: Loader, segments: Sequence[Segment], inputs: Mapping[str, TensorSpec], outputs: Mapping[str, TensorSpec]
+    loader: Loader,
+    segments: Sequence[Segment],
+    inputs: Mapping[str, TensorSpec],
+    outputs: Mapping[str, TensorSpec],
+    *,
+    alignment: int = ALIGNMENT,
 ) -> LayerMemory:
-    """Memory for the layers' `past_*` inputs and the `key_*` and `value_*` outputs of a decode graph."""
+    """Memory for the layers' `past_*` inputs and the `key_*` and `value_*` outputs of a decode graph.
+
+    Every address is a multiple of `alignment` bytes.
+    """
     memory = LayerMemory()
     for segment in segments:
         layers = range(segment.start, segment.stop)
         fresh = [name for layer in layers for name in names.cache_rows(layer)]
-        caches, joined_caches = _allocate(loader, [inputs[names.past(name)] for name in fresh])
-        rows, joined_rows = _allocate(loader, [outputs[name] for name in fresh])
+        caches, joined_caches = _allocate(loader, [inputs[names.past(name)] for name in fresh], alignment)
+        rows, joined_rows = _allocate(loader, [outputs[name] for name in fresh], alignment)
         memory.caches |= {names.past(name): cache for name, cache in zip(fresh, caches, strict=True)}
         memory.rows |= dict(zip(fresh, rows, strict=True))
         if joined_caches is not None and joined_rows is not None:
@@ -47,7 +55,7 @@ def allocate_layers(
     return memory
 
 
-def _allocate(loader: Loader, specs: Sequence[TensorSpec]) -> tuple[list[Buffer], Buffer | None]:
+def _allocate(loader: Loader, specs: Sequence[TensorSpec], alignment: int) -> tuple[list[Buffer], Buffer | None]:
     """Buffers for tensors [B,K,N,D], and the one piece [1, all K, N, D] they are parts of if they can be.
 
     They can where there is one sample, their shapes are the same, and each stays aligned.
@@ -55,7 +63,7 @@ def _allocate(loader: Loader, specs: Sequence[TensorSpec]) -> tuple[list[Buffer]
     first = specs[0]
     batch, heads, count, size = first.shape
     alike = all((spec.shape, spec.dtype) == (first.shape, first.dtype) for spec in specs)
-    if batch != 1 or not alike or first.nbytes % ALIGNMENT:
+    if batch != 1 or not alike or first.nbytes % alignment:
         return [loader.allocate(spec.dtype, spec.shape) for spec in specs], None
     whole = loader.allocate(first.dtype, (1, len(specs) * heads, count, size))
     step = heads * count * size

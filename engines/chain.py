@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from engines.cache_memory import allocate_layers
+from engines.cache_memory import ALIGNMENT, allocate_layers
 from engines.runners import Array, Bound, Buffer, Dtype, Loader, Runner, TensorSpec
 from graphs import names
 from graphs.records.errors import CheckError, InputError
@@ -80,7 +80,9 @@ class Chain:
         profile: ShapeProfile,
         rope: tuple[Array, Array],
         loader: Loader,
+        alignment: int = ALIGNMENT,
     ) -> None:
+        self._alignment = alignment  # bytes, of every address of the caches
         self.plan, self.profile, self.segments = plan, profile, plan.segments()
         self._graphs, self._loader = graphs, loader
         self._runners: dict[str, Runner] = {}
@@ -206,7 +208,9 @@ class Chain:
 
     def _bind_decode(self, decode: Runner) -> None:
         self._check_layers(decode)
-        self._layers = allocate_layers(self._loader, self.segments, decode.inputs, decode.outputs)
+        self._layers = allocate_layers(
+            self._loader, self.segments, decode.inputs, decode.outputs, alignment=self._alignment
+        )
         inputs = self._buffers(names.DECODE, decode.inputs, self._layers.caches)
         outputs = self._outputs(names.DECODE, **self._layers.rows)
         layers = range(self.plan.num_layers)

@@ -116,14 +116,9 @@ def _bundle_maker(checkpoint: Path, folders: pytest.TempPathFactory, defaults: d
 
 def unpruned(spec: Any) -> Any:
     """The plan without stages for a model."""
-    from graphs.records.plan import PruningPlan
+    from tests.plans import plan_of
 
-    return PruningPlan(
-        model_type=spec.model_type,
-        num_layers=spec.decoder.num_layers,
-        image_tokens=spec.vision.image_tokens,
-        grid=spec.vision.grid,
-    )
+    return plan_of(spec)
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,6 @@
 """Every case of every operator as a call of the kernels' C interface, with what the reference gives, in one file.
 
-Structure and pointers of a call come from the operator's kernel_python.py, as engines.kernels takes them. So an
+Structure and pointers of a call come from the operator's kernel_python.py, as engines.native.kernels takes them. So an
 operator with cases, a reference and that file is here without a word.
 
 The file is an index of lines and then bytes, at offsets from the end of the index:
@@ -128,7 +128,7 @@ class CCall:
 
 
 def c_call(given: Given, shapes: Sequence[tuple[tuple[int, ...], str]]) -> CCall:
-    """The call that engines.kernels makes of this case; `shapes` are shape and type of each input."""
+    """The call that engines.native.kernels makes of this case; `shapes` are shape and type of each input."""
     interface = import_module(f"{ops.__name__}.{given.operator}.kernel_python")
     tensors = [Tensor(INPUT + number, shape, dtype) for number, (shape, dtype) in enumerate(shapes)]
     settings = interface.settings(tensors, given.attributes)

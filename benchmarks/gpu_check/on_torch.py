@@ -3,7 +3,8 @@
     python -m benchmarks.gpu_check.on_torch products|layers CASES NATIVE
 
 CASES is the prepared folder, NATIVE that of the compiled files. Sizes and stages are in prepared.json, so that nothing
-of the project but engines.kernels is needed here. Everything is timed as a CUDA graph; what is timed is checked first.
+of the project but engines.native.kernels is needed here. Everything is timed as a CUDA graph; what is timed is checked
+first.
 """
 
 import json

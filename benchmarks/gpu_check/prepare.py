@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu_check.runner import find_nvcc
+from engines.native import kernels
 from graphs import ops
 from graphs.files.atomic import move
 from graphs.records.errors import InputError, UnavailableError
@@ -151,13 +152,17 @@ def last_other_kernels() -> str | None:
 # -- cases and plan ----------------------------------------------------------------------------------------------------
 
 
+def case_sources() -> list[Path]:
+    """The files that decide what is in the case file."""
+    places = [ROOT / "graphs" / "ops", Path(__file__).parent]
+    return [*sorted(path for place in places for path in place.rglob("*.py")), Path(kernels.__file__)]
+
+
 def write_all_cases(folder: Path, report: Any) -> dict[str, Any]:
     """cases.bin and calls.json; gives the shapes of the timed selections by name. Kept while their sources are."""
     from benchmarks.gpu_check import calls, drawn
 
-    places = [ROOT / "graphs" / "ops", Path(__file__).parent]
-    files = sorted(path for place in places for path in place.rglob("*.py"))
-    key = hashlib.sha256(b"".join(p.read_bytes() for p in [*files, ROOT / "engines" / "kernels.py"])).hexdigest()
+    key = hashlib.sha256(b"".join(path.read_bytes() for path in case_sources())).hexdigest()
     note = folder / f"cases.bin{KEY}"
     if note.is_file() and (kept := json.loads(note.read_text()))["key"] == key and (folder / "cases.bin").is_file():
         return dict(kept["shapes"])

@@ -1,5 +1,7 @@
 """`btp-export run`: ask a bundle about a picture."""
 
+import io
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,6 +13,8 @@ from btp_export.commands._groups import Between
 from btp_export.console import JsonOption, dummy_lines, emit, note, stream
 
 if TYPE_CHECKING:
+    from PIL.Image import Image as Picture
+
     from btp_export.results.answers import RunResult
     from btp_export.running.runtime import BundleModel, Generation
 
@@ -56,6 +60,7 @@ def command(
     show: Annotated[
         Path | None, typer.Option("--show", metavar="PNG", help="Draw the image tokens that each stage keeps.")
     ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the file of --show.")] = False,
     threads: options.ThreadsOption = None,
     device: options.DeviceOption = "cpu",
     target: options.EnginesOption = None,
@@ -69,7 +74,7 @@ def command(
 
     pictures = [open_picture(path) for path in image]
     if show is not None:
-        _check_show(show, max(len(pictures), len(prompt)))
+        _check_show(show, max(len(pictures), len(prompt)), force=force)
     opened = Bundle.open(bundle)
     if profile is None:
         profile = profile_for(pictures, opened.spec, opened.manifest.profiles, resize=resize).name
@@ -104,7 +109,7 @@ def command(
             note(line)
 
 
-def _check_show(path: Path, samples: int) -> None:
+def _check_show(path: Path, samples: int, *, force: bool) -> None:
     """Refuse before the long work what would fail after it."""
     from PIL import Image
 
@@ -117,18 +122,39 @@ def _check_show(path: Path, samples: int) -> None:
     kind = Image.registered_extensions().get(path.suffix.lower())  # also of formats that are only read
     if kind not in Image.SAVE:
         raise InputError(f"--show {path}", wanted="a file name that ends in .png", do=f"--show {path}.png")
+    _encoded(Image.new("RGB", (1, 1)), path)
     if not path.absolute().parent.is_dir():
         raise InputError(f"no folder {path.parent}", wanted="a folder that exists", do=f"mkdir -p {path.parent}")
+    if path.is_dir() or (os.path.lexists(path) and not force):
+        do = "give another file name" + ("" if path.is_dir() else ", or --force")
+        raise InputError(f"--show {path} already exists", wanted="a new file", do=do)
+
+
+def _encoded(picture: "Picture", path: Path) -> bytes:
+    """The picture as a file of the kind that the name says, in memory: nothing is written that fails halfway."""
+    from PIL import Image
+
+    from graphs.records.errors import InputError
+
+    stream = io.BytesIO()
+    try:
+        picture.save(stream, Image.registered_extensions()[path.suffix.lower()])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"--show {path}: {error}", wanted="a file name that ends in .png", do=f"--show {path}.png"
+        ) from error
+    return stream.getvalue()
 
 
 def _draw(model: "BundleModel", picture: Any, answer: "Generation", path: Path) -> None:
     from btp_export.drawing.kept_tokens import draw_kept
+    from graphs.files.atomic import write_bytes
 
     stages = [indices.tolist() for indices in answer.kept]
     layers = [stage.layer for stage in model.plan.stages]
     plan = model.plan
     drawn = draw_kept(picture, plan.grid, stages, layers=layers, total=plan.image_tokens, blocks=plan.blocks)
-    drawn.save(path)
+    write_bytes(path, _encoded(drawn, path))
     note(f"picture of the kept tokens written to {path}")
 
 

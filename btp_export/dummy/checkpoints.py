@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import fcntl
 import hashlib
 import json
 import math
@@ -29,9 +28,9 @@ from pydantic import Field
 from btp_export.dummy.processor import save_processor
 from btp_export.families import family_for, known_models
 from graphs import dtypes
-from graphs.files.atomic import check_space, replacing
+from graphs.files.atomic import check_space, replacing, write_text
 from graphs.files.cache_folder import cache_folder
-from graphs.files.folders import put_in_place
+from graphs.files.folders import lock_file, put_in_place
 from graphs.files.safetensors_file import header_bytes, tensor_order
 from graphs.records.errors import InputError
 from graphs.records.manifest import DUMMY_WEIGHTS
@@ -78,9 +77,17 @@ def read_marker(folder: Path) -> DummyRecord | None:
 
 
 def dummy_checkpoint(
-    model: str, *, seed: int = 0, layers: int | None = None, report: Report | None = None, root: Path | None = None
+    model: str,
+    *,
+    seed: int = 0,
+    layers: int | None = None,
+    report: Report | None = None,
+    root: Path | None = None,
+    shard_bytes: int = SHARD_BYTES,
 ) -> Path:
     """The folder of a known model's dummy checkpoint, made now if it is not in the cache; `layers` cuts the decoder.
+
+    No file of weights is larger than `shard_bytes`, unless a single tensor is.
 
     Raises InputError for a model whose configuration is not known, a number of layers it does not have, or too little
     disk, before anything is written.
@@ -90,9 +97,10 @@ def dummy_checkpoint(
     if (place / MARKER).is_file():
         return place
     tensors = tensor_shapes(config)
+    shards = in_shards(tensors, dtypes.numpy_of(str(config["torch_dtype"])), shard_bytes)
     with _only_one(place):
         if not (place / MARKER).is_file():  # somebody else may just have made it
-            _make(place, config, record, tensors, report)
+            _make(place, config, record, shards, report)
     return place
 
 
@@ -136,8 +144,7 @@ def _only_one(place: Path) -> Iterator[None]:
     """Nobody else makes the same checkpoint at the same time."""
     place.parent.mkdir(parents=True, exist_ok=True)
     lock = place.with_name(f".{place.name}.lock")
-    with lock.open("w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+    with lock_file(lock, wait=True):
         yield
     lock.unlink(missing_ok=True)
 
@@ -146,16 +153,17 @@ def _make(
     place: Path,
     config: dict[str, Any],
     record: DummyRecord,
-    tensors: Mapping[str, tuple[int, ...]],
+    shards: Mapping[str, Mapping[str, tuple[int, ...]]],
     report: Report | None,
 ) -> None:
     """Write beside the place, shard by shard, and rename when all is there."""
     kind = str(config["torch_dtype"])
     folder = place.with_name(f".{place.name}.partial")
-    shards = in_shards(tensors, dtypes.numpy_of(kind))
-    total = sum(math.prod(shape) for shape in tensors.values()) * dtypes.BY_NAME[kind].nbytes
+    shapes = [shape for part in shards.values() for shape in part.values()]
+    total = sum(math.prod(shape) for shape in shapes) * dtypes.BY_NAME[kind].nbytes
     there = sum(path.stat().st_size for path in folder.glob("*.safetensors")) if folder.is_dir() else 0
     check_space(place, total - there, what=f"the dummy checkpoint of {record.model}", do="set XDG_CACHE_HOME elsewhere")
+    folder.unlink(missing_ok=True) if folder.is_symlink() else None  # its name can be guessed
     folder.mkdir(exist_ok=True)
     done = 0
     for name, part in shards.items():
@@ -165,22 +173,22 @@ def _make(
                 report(done // 2**20, total // 2**20, "writing dummy weights, MiB")
     names = {tensor: file for file, part in shards.items() for tensor in part}
     index = {"metadata": {"total_size": total}, "weight_map": names}
-    (folder / "model.safetensors.index.json").write_text(
-        json.dumps(index, indent=1, sort_keys=True) + "\n", encoding="utf-8"
-    )
-    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    write_text(folder / "model.safetensors.index.json", json.dumps(index, indent=1, sort_keys=True) + "\n")
+    write_text(folder / "config.json", json.dumps(config, indent=1) + "\n")
     save_processor(config, folder)
-    (folder / MARKER).write_text(record.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    write_text(folder / MARKER, record.model_dump_json(indent=1) + "\n")
     put_in_place(folder, place)  # what is there without its marker is not whole
 
 
-def in_shards(tensors: Mapping[str, tuple[int, ...]], dtype: np.dtype[Any]) -> dict[str, dict[str, tuple[int, ...]]]:
-    """Tensors in the model's order, packed into files of at most SHARD_BYTES."""
+def in_shards(
+    tensors: Mapping[str, tuple[int, ...]], dtype: np.dtype[Any], most: int = SHARD_BYTES
+) -> dict[str, dict[str, tuple[int, ...]]]:
+    """Tensors in the model's order, packed into files of at most `most` bytes."""
     parts: list[dict[str, tuple[int, ...]]] = [{}]
     filled = 0
     for name, shape in tensors.items():
         size = math.prod(shape) * dtype.itemsize
-        if filled and filled + size > SHARD_BYTES:
+        if filled and filled + size > most:
             parts.append({})
             filled = 0
         parts[-1][name] = shape

@@ -24,6 +24,7 @@ from graphs.records.shapes import ShapeProfile
 
 if TYPE_CHECKING:
     from btp_export.running.logit_rules import LogitRules
+    from btp_export.running.memory_fit import Streaming
     from calibrate.data.samples import Prepared, Sample
     from calibrate.reference.records import RunRecord
     from calibrate.reference.streamed_model import StreamedReference
@@ -47,6 +48,7 @@ def verify_bundle(
     device: str = "cpu",
     maths: Precision = "float32",
     engine: str | None = None,
+    streaming: Streaming | None = None,
     report: Report | None = None,
     note: Note = lambda text: None,
 ) -> Verification:
@@ -57,26 +59,32 @@ def verify_bundle(
     or auto: a GPU if there is one. `maths` is the reference's. Everything the reference needs lies in the bundle.
 
     Graphs that would not fit in memory together are opened one layer at a time; such a run leaves checkpoints in the
-    cache folder, and `note` is told when it goes on from them. Raises InputError for a bundle that cannot be opened or
+    cache folder, and `note` is told when it goes on from them. `streaming` says when and how (None: as suits a
+    workstation). Raises InputError for a bundle that cannot be opened or
     run, or too little memory; what merely does not hold is in the document.
     """
     _check_counts(samples, tokens)
-    from btp_export.running.memory_fit import must_stream, streaming_bytes
+    from btp_export.model.check_spec import check_spec
+    from btp_export.running.memory_fit import Streaming, must_stream, streaming_bytes
     from btp_export.running.runtime import open_graphs
     from calibrate.reference.streamed_model import torch_device
     from engines.runners.onnxruntime import onnxruntime_device
     from graphs.files.memory import check_memory
 
+    streaming = streaming or Streaming()
     chosen = bundle.profile(profile)
+    check_spec(bundle)
     place = torch_device(device)
     graph_device = "cpu" if engine else onnxruntime_device(device)
     loader, files = open_graphs(bundle, chosen.name, threads=threads, device=graph_device, engine=engine, check="full")
-    streamed = engine is None and must_stream(files, graph_device)
+    streamed = engine is None and must_stream(files, graph_device, above=streaming.above)
     if streamed:
         needed = streaming_bytes(bundle, chosen.name, samples)
         check_memory(needed, f"verifying {bundle.spec.name} layer by layer", do="close other programs, or --samples 1")
     room = min(tokens or (STREAMED_TOKENS if streamed else CHECKED_TOKENS), chosen.new_tokens)
-    job = _Job(bundle, chosen, samples, room, seed, loader, files, streamed, place, maths, Phases(report, PHASES))
+    phases = Phases(report, PHASES)
+    how = streaming if streamed else None
+    job = _Job(bundle, chosen, samples, room, seed, loader, files, how, place, maths, phases)
     with _work(job, note) as work:
         findings, tokens_equal = _verify(job, work)
     return _document(job, findings, tokens_equal=tokens_equal, engine=engine)
@@ -152,10 +160,15 @@ class _Job:
     seed: int
     loader: Any
     files: dict[str, Path]
-    streamed: bool
+    streaming: Streaming | None  # None where all graphs are open at once
     device: str  # of the reference
     maths: Precision
     phases: Phases
+
+    @property
+    def streamed(self) -> bool:
+        """Whether graphs are opened part by part."""
+        return self.streaming is not None
 
     @property
     def computed(self) -> Precision:
@@ -170,13 +183,13 @@ class _Job:
 @contextlib.contextmanager
 def _work(job: _Job, note: Note) -> Iterator[Work | None]:
     """Where a streamed run keeps its checkpoints: by the bundle's hash of hashes, and what is run."""
-    if not job.streamed:
+    if job.streaming is None:
         yield None
         return
     manifest = (job.bundle.root / "manifest.json").read_bytes()
     settings = [job.samples, job.tokens, job.seed, job.profile.name, job.device, job.maths, job.loader.device]
     key = digest(manifest, settings, tool_versions())
-    with work_folder(cache_folder("work"), key, note) as work:
+    with work_folder(cache_folder("work"), key, note, interval=job.streaming.interval) as work:
         yield work
 
 
@@ -188,7 +201,7 @@ def _verify(job: _Job, work: Work | None) -> tuple[CheckResults, bool]:
 
     plan, precision = job.bundle.plan_for(job.profile.name), job.bundle.manifest.build.precision
     samples, prepared = _prepared(job)
-    free = _streamed_answers(job, samples, work) if job.streamed else _answers(job, samples)
+    free = _answers(job, samples) if job.streaming is None else _streamed_answers(job, samples, work, job.streaming)
     gc.collect()  # a chain refers to itself; from here on one layer or one graph is open at a time
     # Every free token but the last is appended: the row of each then predicts the next one.
     inputs = [
@@ -200,10 +213,10 @@ def _verify(job: _Job, work: Work | None) -> tuple[CheckResults, bool]:
     forced = _forced_where_needed(reference, inputs, runs, free)
     progress = job.phases.named("graphs")
     openers = {name: partial(job.loader, file) for name, file in job.files.items()}
-    if job.streamed:
-        shares = Shares(list(job.files.values()), progress)
+    if job.streaming is not None:
+        shares, part_bytes = Shares(list(job.files.values()), progress), job.streaming.part_bytes
         openers = {
-            name: partial(StreamedRunner, file, job.loader, progress=shares.of(number))
+            name: partial(StreamedRunner, file, job.loader, most=part_bytes, progress=shares.of(number))
             for number, (name, file) in enumerate(job.files.items())
         }
     findings = verify_graphs(
@@ -257,7 +270,7 @@ def _answers(job: _Job, samples: Sequence[Sample]) -> list[FreeRun]:
     return free
 
 
-def _streamed_answers(job: _Job, samples: Sequence[Sample], work: Work | None) -> list[FreeRun]:
+def _streamed_answers(job: _Job, samples: Sequence[Sample], work: Work | None, streaming: Streaming) -> list[FreeRun]:
     """The free run with one part of a graph open."""
     from btp_export.model.prompting import Prompter
     from btp_export.running.streamed_run import free_runs
@@ -272,6 +285,7 @@ def _streamed_answers(job: _Job, samples: Sequence[Sample], work: Work | None) -
         ),
         job.loader,
         tokens=job.tokens,
+        part_bytes=streaming.part_bytes,
         steps=work.sequence("tokens") if work is not None else None,
         progress=job.phases.named("free run"),
     )

@@ -9,7 +9,7 @@ from typing import Final
 from engines.native import libraries
 from engines.targets import Target
 from engines.tensorrt import trtexec
-from engines.tensorrt.kit.scripts import PLUGIN_LIBRARY, needs_plugins, stem
+from engines.tensorrt.kit.scripts import PLUGIN_LIBRARY, needs_plugins, profile_script, stem, weights_script
 from engines.tensorrt.records import UNPRUNED, EngineGraph, EnginesRecord, bundle_digest, engines_folder
 from engines.tensorrt.versions import traits
 from graphs.files.bundle import Bundle
@@ -86,7 +86,9 @@ def read_system(path: Path) -> dict[str, str]:
 
 
 def measure(sources: Mapping[str, Source], target: Target, profile: ShapeProfile, report: Report | None) -> None:
-    """Run profile.sh, graph by graph."""
+    """Run profile.sh, graph by graph. Raises InputError for a script that is not as `build` writes it."""
+    for part, source in sources.items():
+        _require_own_scripts(source, target, part, inner=UNPRUNED in sources and not part)
     graphs = [(source, graph) for source in sources.values() for graph in graphs_of(source, profile)]
     for source, graph in graphs:
         if not (source.folder / f"{stem(graph)}.engine").is_file():
@@ -109,6 +111,30 @@ def measure(sources: Mapping[str, Source], target: Target, profile: ShapeProfile
             wanted=[source.results / f"{stem(graph)}{trtexec.TIMES}"],
             name=tool,
         )
+
+
+def _require_own_scripts(source: Source, target: Target, part: str, *, inner: bool) -> None:
+    """No hash covers the scripts of a bundle: only what would be written now is run, into folders that are no links."""
+    record, inside = source.record, "../" if part else ""
+    texts = {
+        "profile.sh": profile_script(
+            record, target, traits(record.flavour, record.tensorrt), inner=inner, inside=inside
+        )
+    }
+    if record.weights == "shared":
+        texts["weights.sh"] = weights_script(record, inside)
+    for name, text in texts.items():
+        path = source.folder / name
+        if not path.is_file() or path.read_bytes() != text.encode():
+            raise InputError(
+                f"{path} is not the script that belongs to engines.json",
+                wanted="the script as this version of btp-export writes it, which it then runs",
+                do=f"btp-export build BUNDLE --target {target.name} --force; or read it, run it, and give --from",
+            )
+    for folder in (source.folder / RESULTS, source.folder / "logs"):
+        for path in (folder, *(folder.iterdir() if folder.is_dir() else ())):
+            if path.is_symlink():
+                raise InputError(f"{path} is a link", wanted="a file of its own", do="remove the link")
 
 
 def _plugin_library(source: Source) -> Path | None:

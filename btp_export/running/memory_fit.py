@@ -1,16 +1,31 @@
 """Which bundles this machine's memory holds whole, and which have to be opened one part of a graph at a time."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
+from engines.verify.streamed_graphs import PART_BYTES
 from graphs import names
 from graphs.building.graph_parts import has_bfloat16, read_graph, wide_weights
 from graphs.files.atomic import size_text
 from graphs.files.bundle import Bundle
 from graphs.files.memory import LIBRARIES, available_memory
+from graphs.files.resume import INTERVAL
 from graphs.records.errors import InputError
 
 STREAM_ABOVE = 3 * 2**30  # bytes of weights in float32 over which graphs are opened part by part
+
+
+@dataclass(frozen=True)
+class Streaming:
+    """When graphs are opened part by part (over `above` bytes of weights in float32), and how.
+
+    `part_bytes` of weights are open at a time, a layer at least; `interval` are the seconds between checkpoints.
+    """
+
+    above: int = STREAM_ABOVE
+    part_bytes: int = PART_BYTES
+    interval: float = INTERVAL
 
 
 def open_bytes(files: Mapping[str, Path]) -> int:
@@ -18,9 +33,9 @@ def open_bytes(files: Mapping[str, Path]) -> int:
     return sum(wide_weights(read_graph(path)) for path in files.values())
 
 
-def must_stream(files: Mapping[str, Path], device: str) -> bool:
+def must_stream(files: Mapping[str, Path], device: str, *, above: int = STREAM_ABOVE) -> bool:
     """Whether the graphs are too large to be open together, or of a type that this device has no kernels for."""
-    return open_bytes(files) > STREAM_ABOVE or (device == "cpu" and has_bfloat16(read_graph(files[names.DECODE])))
+    return open_bytes(files) > above or (device == "cpu" and has_bfloat16(read_graph(files[names.DECODE])))
 
 
 def too_large(bundle: Bundle, profile: str | None = None, *, models: int = 1) -> str | None:

@@ -6,12 +6,14 @@
 `generate` does everything; `encode`, `prefill` and `decode_step` are its parts, for measuring and checking.
 """
 
+import functools
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 
@@ -40,6 +42,8 @@ if TYPE_CHECKING:
     Pictures = Sequence[Image.Image | Path | str] | Image.Image | Path | str
 
 Array = np.ndarray[Any, np.dtype[Any]]
+P = ParamSpec("P")
+T = TypeVar("T")
 OnText = Callable[[int, str], None]
 
 
@@ -142,13 +146,29 @@ def open_graphs(
     return open_engines(bundle, folder, profile=profile, device=gpu, check=check)
 
 
+def _alone(method: "Callable[Concatenate[BundleModel, P], T]") -> "Callable[Concatenate[BundleModel, P], T]":
+    """A method that one thread runs at a time: the others wait until it is done."""
+
+    @functools.wraps(method)
+    def call(self: "BundleModel", /, *args: P.args, **kwargs: P.kwargs) -> T:
+        with self._lock:
+            return method(self, *args, **kwargs)
+
+    return call
+
+
 class BundleModel:
-    """A bundle's graphs, ready to run. It holds one batch at a time and is not for several threads at once."""
+    """A bundle's graphs, ready to run. It holds one batch at a time: its caches are those of the latest prefill.
+
+    Several threads may call it; one call runs at a time and the others wait. A thread whose `prefill` was followed by
+    another's gets an InputError from `decode_step`, never the other's text. Two models answer at the same time.
+    """
 
     def __init__(
         self, bundle: Bundle, loader: Loader, *, profile: str | None = None, graphs: Mapping[str, Path] | None = None
     ) -> None:
         """`graphs` are the files that the loader opens, by name; the bundle's own if left out."""
+        self._lock = threading.RLock()
         self.bundle, self.spec = bundle, bundle.spec
         self.profile, self.plan = bundle.profile(profile), bundle.plan_for(profile)
         rope = open_tensors(bundle.weights / ROPE_WEIGHTS)
@@ -168,6 +188,7 @@ class BundleModel:
         """The model's processor; made at first use, because it imports transformers."""
         return Prompter(self.bundle.processor, self.spec)
 
+    @_alone
     def generate(
         self,
         images: "Pictures",
@@ -215,6 +236,7 @@ class BundleModel:
             answers += self._generate(encoded, samples, room, chosen_by, on_text)
         return answers
 
+    @_alone
     def encode(
         self,
         images: "Sequence[Image.Image]",
@@ -228,6 +250,7 @@ class BundleModel:
         require_fit(pictures, self.spec, self.profile)
         return self.prompter.encode(pictures, prompts, raw=raw, system=system, profile=self.profile)
 
+    @_alone
     def prefill(self, encoded: Encoded, *, features: Array | None = None) -> Prefill:
         """Run the samples up to their first logits; at most as many as the profile's batch.
 
@@ -257,6 +280,7 @@ class BundleModel:
             number=self._prefills,
         )
 
+    @_alone
     def decode_step(self, prefill: Prefill, token_ids: Sequence[int]) -> Array:
         """Append one token to each sample: ids [n] -> logits [n, vocab] float32.
 
@@ -270,12 +294,14 @@ class BundleModel:
         ids = [token_ids[sample] for sample in filled(count, self.profile.batch)]
         return self.chain.decode(self._embedding.rows(np.array(ids)))[:count]
 
+    @_alone
     def greedy(self, prefill: Prefill, encoded: Encoded, room: int) -> list[Answer]:
         """The likeliest answers of at most `room` tokens, by the checkpoint's generation settings."""
         answers = answers_for(self.spec, encoded.input_ids, room=room)
         self.complete(prefill, answers)
         return answers
 
+    @_alone
     def complete(self, prefill: Prefill, answers: Sequence[Answer]) -> list[float]:
         """Grow the answers until each is done; gives the milliseconds of every decode step."""
         times: list[float] = []

@@ -11,7 +11,7 @@ import numpy as np
 from btp_export.running.embedding import TokenEmbedding, filled
 from btp_export.running.generation import Answer, answers_for, generate
 from engines.verify.streamed_chain import StreamedChain
-from engines.verify.streamed_graphs import StreamedRunner
+from engines.verify.streamed_graphs import PART_BYTES, StreamedRunner
 from graphs.building.rope import token_tables
 from graphs.files.bundle import ROPE_WEIGHTS, Bundle
 from graphs.files.checkpoint import open_tensors
@@ -35,6 +35,7 @@ def free_runs(
     loader: OrtLoader,
     *,
     tokens: int,
+    part_bytes: int = PART_BYTES,
     steps: Steps | None = None,
     progress: Report | None = None,
 ) -> list[FreeRun]:
@@ -53,7 +54,7 @@ def free_runs(
         plan=plan,
         profile=chosen,
         rope=_rope(bundle, profile),
-        open_graph=lambda path, report: StreamedRunner(path, loader, progress=report),
+        open_graph=lambda path, report: StreamedRunner(path, loader, most=part_bytes, progress=report),
         embed=embedding.rows,
         tokens=tokens,
         steps=steps,

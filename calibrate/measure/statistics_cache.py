@@ -9,22 +9,31 @@ from __future__ import annotations
 
 import hashlib
 import json
+import struct
 import zipfile
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
 from calibrate.measure.statistics import TOP_SHARES, Statistics
 from graphs.files.atomic import SMALL_FILE, hub_sha256, replacing, sha256
 from graphs.files.checkpoint import Checkpoint
+from graphs.files.resume import digest
 from graphs.records.progress import Note
 
-FORMAT = "btp-statistics/2"  # raise it when what is measured, or how, changes
+FORMAT = "btp-statistics/3"  # raise it when what is measured, or how, changes
 _SAMPLED = 4096  # bytes at the start of each tensor of a big file
+
+
+# What numpy, zipfile, zlib and json raise for an entry with changed bytes
+DAMAGED: Final = (
+    ArithmeticError, AttributeError, EOFError, LookupError, MemoryError, OSError, RuntimeError, struct.error, TypeError,
+    ValueError, zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
 
 
 def key_of(parts: Mapping[str, Any]) -> str:
@@ -47,7 +56,7 @@ class StatisticsCache:
             return None
         try:
             statistics = _read(path, key)
-        except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        except DAMAGED as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             self._tell(f"cached statistics {path.name} are damaged ({reason}): measured again")
             return None
@@ -74,15 +83,15 @@ class StatisticsCache:
             self.say(text)
 
 
-def checkpoint_identity(checkpoint: Checkpoint) -> dict[str, str]:
+def checkpoint_identity(checkpoint: Checkpoint, *, small: int = SMALL_FILE) -> dict[str, str]:
     """What tells one set of weights from another, by file, without reading all of a big one.
 
-    See docs/decisions/statistics-cache.md: a small file is hashed whole; a hub download carries its sha256 in its name;
-    of any other big file size, time of change, header and the start of every tensor are hashed.
+    See docs/decisions/statistics-cache.md: a file of up to `small` bytes is hashed whole; a hub download carries its
+    sha256 in its name; of any other big file size, time of change, header and the start of every tensor are hashed.
     """
     identity = {"config.json": sha256(checkpoint.folder / "config.json")}
     for name, path in zip(checkpoint.shards, checkpoint.files, strict=True):
-        if path.stat().st_size <= SMALL_FILE:
+        if path.stat().st_size <= small:
             identity[name] = sha256(path)
         else:
             identity[name] = hub_sha256(path) or _sampled_hash(checkpoint, path)
@@ -101,9 +110,15 @@ def _sampled_hash(checkpoint: Checkpoint, path: Path) -> str:
     return state.hexdigest()
 
 
+def _sealed(head: Mapping[str, Any], arrays: Mapping[str, np.ndarray[Any, Any]]) -> str:
+    """The hash of an entry: all its numbers."""
+    return digest(dict(head), *(arrays[name] for name in sorted(arrays)))
+
+
 def _write(stream: Any, key: str, statistics: Statistics) -> None:
-    head = {"format": FORMAT, "key": key, "taus": list(statistics.taus)}
     arrays = {field.name: getattr(statistics, field.name) for field in fields(statistics) if field.name != "taus"}
+    head = {"format": FORMAT, "key": key, "taus": list(statistics.taus)}
+    head["sha256"] = _sealed(head, arrays)
     np.savez_compressed(stream, head=np.frombuffer(json.dumps(head).encode(), np.uint8), **arrays)
 
 
@@ -113,6 +128,8 @@ def _read(path: Path, key: str) -> Statistics:
         if head["format"] != FORMAT or head["key"] != key:
             raise ValueError("it is another entry")
         arrays = {field.name: stored[field.name] for field in fields(Statistics) if field.name != "taus"}
+    if _sealed({name: part for name, part in head.items() if name != "sha256"}, arrays) != head["sha256"]:
+        raise ValueError("its numbers were changed")
     statistics = Statistics(taus=tuple(float(tau) for tau in head["taus"]), **arrays)
     samples, layers, taus = statistics.counts.shape
     measured = len(statistics.divergence)

@@ -8,6 +8,7 @@ solved so that the budget is met; floors and a last adjustment make the counts i
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -121,6 +122,18 @@ def counts_for(
 
     `budget` is in tokens summed over layers and is met as nearly as integers allow. None if it cannot be met.
     """
+    return _counts_for(tuple(layers), tuple(exponents), budget, num_layers, image_tokens, final)
+
+
+@functools.lru_cache(maxsize=4096)  # bootstrap samples place their stages at the same few layers again and again
+def _counts_for(
+    layers: tuple[int, ...],
+    exponents: tuple[float, ...],
+    budget: int,
+    num_layers: int,
+    image_tokens: int,
+    final: int | None,
+) -> tuple[int, ...] | None:
     stops = [*layers[1:], num_layers if final is None else final]
     spans = [stop - start for start, stop in zip(layers, stops, strict=True)]
     room = budget - layers[0] * image_tokens

@@ -49,6 +49,7 @@ _BOOTSTRAP = 1000
 _STEPS = 1000  # a pass in the progress bar
 _TINY = 1e-6  # a part of the objective below this counts as nothing
 
+Measure = Callable[..., "list[Measurement]"]
 Key = tuple[int, tuple[Stage, ...], int]
 
 
@@ -230,7 +231,7 @@ class Search:
                 continue
             if len(better) > 1 and self.passes < PASSES:
                 most = min(len(better), _TOGETHER)
-                together = [_combined(at, [one[1] for one in better[:count]]) for count in range(2, most + 1)]
+                together = [combined(at, [one[1] for one in better[:count]]) for count in range(2, most + 1)]
                 better += self._score(together, base)
             _, at, best, found = min(better, key=lambda one: one[0])
         return best, found, base
@@ -262,7 +263,7 @@ class Search:
         return float(one.scores(base).mean())
 
 
-def _combined(at: Setting, settings: Sequence[Setting]) -> Setting:
+def combined(at: Setting, settings: Sequence[Setting]) -> Setting:
     """All the changes from `at` to each of the settings, made together; counts fall at least by one each."""
     factors = np.prod([np.divide(one.keeps, at.keeps) for one in settings], axis=0)
     shares = np.sum([np.subtract(one.shares, at.shares) for one in settings], axis=0) + at.shares
@@ -284,11 +285,12 @@ def tune(
     shares: bool = True,
     seed: int = 0,
     progress: Report | None = None,
+    measure: Measure = measure_plans,
 ) -> tuple[PruningPlan, dict[str, Any]]:
     """The tuned plan, or the default where nothing beats it on unseen samples, and the record of the search.
 
-    `counts` and `shares` say what may be changed. `progress(done, all)` counts layers over all passes there may be.
-    Raises InputError as `check_tuning`.
+    `counts` and `shares` say what may be changed. `progress(done, all)` counts layers over all passes there may be;
+    `measure` runs plans. Raises InputError as `check_tuning`.
     """
     check_tuning(len(inputs), counts=counts, shares=shares)
     if not any(stage.keep for stage in default.stages):
@@ -301,7 +303,7 @@ def tune(
         if progress is not None:  # passes are of different lengths
             progress(round(_STEPS * (search.passes - 1 + done / total)), _STEPS * (PASSES + 1))
 
-    search.measure = lambda plans: measure_plans(reference, seen, plans, progress=step)
+    search.measure = lambda plans: measure(reference, seen, plans, progress=step)
     best, found, base = search.run(default)
     record: dict[str, Any] = {
         "searched": [name for name, wanted in (("counts", counts), ("balance", shares)) if wanted],
@@ -316,7 +318,7 @@ def tune(
     if best.stages == default.stages:
         return default, record | {"taken": False, "reason": "no plan was better on the samples searched on"}
     search.passes = PASSES + 1
-    old, new = measure_plans(reference, unseen, [default, best], progress=step)
+    old, new = measure(reference, unseen, [default, best], progress=step)
     record["default"]["held_out"], record["tuned"]["held_out"] = old.summary(old), new.summary(old)
     record["better_in"] = round(_better_in(new.scores(old) - old.scores(old), seed), 4)
     taken = record["better_in"] >= SURE and new.divergence.mean() <= old.divergence.mean()

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from calibrate.reference.recording import SPILL_BYTES, read
+from calibrate.reference.recording import read
 from calibrate.reference.records import ReferenceInput
 from calibrate.reference.streamed_model import LayerView, StreamedReference
 from graphs.files.resume import KeptArray, Work
@@ -42,7 +42,7 @@ def greedy_answers(
 
     `progress(done, all)` counts layers over the most passes there may be. Raises InputError as StreamedReference.run.
     """
-    memory = KeysAndValues(reference.work, spilled=_bytes(reference, inputs) > SPILL_BYTES)
+    memory = KeysAndValues(reference.work, spilled=_bytes(reference, inputs) > reference.spill_above)
     layers, passes = reference.num_layers, tokens
 
     def tell(number: int, done: int, total: int) -> None:

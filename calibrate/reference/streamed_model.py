@@ -120,7 +120,8 @@ class StreamedReference:
     """transformers' decoder over a checkpoint, one layer at a time.
 
     `config` is the whole model's config.json; tensors are read by canonical name. `dtype` is the type of the maths.
-    With `work`, a long pass leaves checkpoints there, and an interrupted one continues from the last of them.
+    With `work`, a long pass leaves checkpoints there, and an interrupted one continues from the last of them; records
+    of more than `spill_above` bytes lie there too.
     Raises InputError for a checkpoint that lacks a tensor or whose tensor has another shape than the configuration.
     """
 
@@ -131,8 +132,9 @@ class StreamedReference:
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
         work: Work | None = None,
+        spill_above: int = SPILL_BYTES,
     ) -> None:
-        self.work = work
+        self.work, self.spill_above = work, spill_above
         AttentionInterface.register(_ATTENTION, _capturing_attention)
         self._checkpoint, self._dtype, self._device = checkpoint, dtype, torch.device(device)
         config = _whole_config(checkpoint.config)
@@ -204,7 +206,7 @@ class StreamedReference:
             + sum(run.plan.tokens_per_layer())
             for run in runs
         )
-        return Recorder(self.work if 4 * self.key_value_width * rows > SPILL_BYTES else None)
+        return Recorder(self.work if 4 * self.key_value_width * rows > self.spill_above else None)
 
     def _checkpoints(
         self,

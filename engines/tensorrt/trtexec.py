@@ -18,6 +18,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from graphs.files.atomic import fresh
 from graphs.records.errors import BtpError, CheckError, InputError, UnavailableError
 
 PLACES: Final = (Path("/usr/src/tensorrt/bin"), Path("/usr/local/tensorrt/bin"), Path("/opt/tensorrt/bin"))
@@ -61,16 +62,16 @@ class TrtexecError(CheckError):
         self.tail = tuple(tail)
 
 
-def find(tool: str = "trtexec") -> Path:
+def find(tool: str = "trtexec", places: Sequence[Path] = PLACES) -> Path:
     """The program: on PATH, or where TensorRT's packages put it. Raises UnavailableError."""
     path = shutil.which(tool)
     if path is not None:
         return Path(path)
-    for folder in PLACES:
+    for folder in places:
         if (folder / tool).is_file():
             return folder / tool
     raise UnavailableError(
-        f"{tool} was found neither on PATH nor in {PLACES[0]}",
+        f"{tool} was found neither on PATH nor in {places[0]}",
         wanted=f"the {tool} of the installed TensorRT",
         do="run profile.sh on the device and read its results with --from DIR; on a Jetson: apt install libnvinfer-bin",
     )
@@ -91,7 +92,7 @@ def run(
     is done with nothing there.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("w", encoding="utf-8") as output:
+    with fresh(log) as output:
         try:
             done = subprocess.run(
                 [str(part) for part in command],

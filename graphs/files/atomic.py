@@ -6,7 +6,8 @@
     link_or_copy    a file that is somewhere else, without a second copy where the file system allows it
 
 Also what these need: space checked beforehand, sizes and hashes. No other file of the project renames or links,
-graphs/files/folders.py apart, which exchanges folders and clears up after runs that were killed.
+graphs/files/folders.py apart, which exchanges folders and clears up after runs that were killed. Records are loaded
+where one is made: the GPU check moves files on machines without pydantic.
 """
 
 import concurrent.futures
@@ -21,11 +22,13 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
 from graphs.files.folders import PARTIAL, locked_folder, put_in_place, recover, sync_folder
 from graphs.records.errors import InputError
-from graphs.records.manifest import FORMAT, FileRecord
+
+if TYPE_CHECKING:
+    from graphs.records.manifest import FileRecord
 
 Link = Literal["auto", "hard", "copy"]
 
@@ -125,6 +128,8 @@ def is_bundle(folder: Path) -> bool:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
+    from graphs.records.manifest import FORMAT
+
     family = FORMAT.split("/")[0] + "/"
     return isinstance(manifest, dict) and str(manifest.get("format", "")).startswith(family)
 
@@ -154,6 +159,17 @@ def replacing(path: Path, *, sync: bool = True) -> Iterator[BinaryIO]:
         raise
     if sync:
         sync_folder(path.parent)
+
+
+def fresh(path: Path) -> BinaryIO:
+    """A new file at `path`, open for writing, in place of what was there: a log, which is read while it is written.
+
+    A link is removed, not followed, and one in place of its folder is refused. Raises InputError or OSError.
+    """
+    if path.parent.is_symlink():
+        raise InputError(f"{path.parent} is a link", wanted="a folder of its own", do="remove the link")
+    path.unlink(missing_ok=True)
+    return path.open("xb")
 
 
 def write_bytes(path: Path, content: bytes, *, sync: bool = True) -> None:
@@ -225,22 +241,25 @@ def check_space(
         )
 
 
-def place(source: Path, target: Path, link: Link) -> FileRecord:
+def place(source: Path, target: Path, link: Link, *, small: int = SMALL_FILE) -> "FileRecord":
     """Put `source` (symbolic links resolved) at `target` as a hard link or a copy, and hash it.
 
-    The record's path is the file name. Raises InputError if `link` is hard and the file system refuses.
+    `auto` copies up to `small` bytes. The record's path is the file name. Raises InputError if `link` is hard and the
+    file system refuses.
     """
-    known = put(source, target, link)
+    from graphs.records.manifest import FileRecord
+
+    known = put(source, target, link, small=small)
     return FileRecord(file=target.name, size=target.stat().st_size, sha256=known or sha256(target))
 
 
-def put(source: Path, target: Path, link: Link) -> str | None:
+def put(source: Path, target: Path, link: Link, *, small: int = SMALL_FILE) -> str | None:
     """Put `source` at `target` as `place` does; gives its hash if that is known without reading it once more.
 
     A large file in the hub's cache is believed to have the hash it is kept under; a full check of the bundle hashes it.
     """
     source = source.resolve()
-    if will_link(source, target.parent, link):
+    if will_link(source, target.parent, link, small=small):
         try:
             os.link(source, target)
         except OSError as error:
@@ -265,29 +284,29 @@ def hub_sha256(path: Path) -> str | None:
     return path.name if in_cache and re.fullmatch(r"[0-9a-f]{64}", path.name) else None
 
 
-def will_link(source: Path, folder: Path, link: Link) -> bool:
+def will_link(source: Path, folder: Path, link: Link, *, small: int = SMALL_FILE) -> bool:
     """Whether `place` will try a hard link from a file in (or below) `folder` to `source`."""
-    if link == "copy" or (link == "auto" and source.stat().st_size <= SMALL_FILE):
+    if link == "copy" or (link == "auto" and source.stat().st_size <= small):
         return False
     return link == "hard" or source.stat().st_dev == existing_parent(folder).stat().st_dev
 
 
-def copied_bytes(sources: Sequence[Path], folder: Path, link: Link) -> int:
+def copied_bytes(sources: Sequence[Path], folder: Path, link: Link, *, small: int = SMALL_FILE) -> int:
     """Bytes that `place` will write for these files."""
-    return sum(path.stat().st_size for path in sources if not will_link(path.resolve(), folder, link))
+    return sum(path.stat().st_size for path in sources if not will_link(path.resolve(), folder, link, small=small))
 
 
-def sha256(path: Path, stop: threading.Event | None = None) -> str:
+def sha256(path: Path, stop: threading.Event | None = None, chunk_bytes: int = CHUNK) -> str:
     """Hash of a file's bytes; given up, with a wrong result, once `stop` is set."""
     digest = hashlib.sha256()
     with path.open("rb") as stream:
-        while (chunk := stream.read(CHUNK)) and not (stop and stop.is_set()):
+        while (chunk := stream.read(chunk_bytes)) and not (stop and stop.is_set()):
             digest.update(chunk)
     return digest.hexdigest()
 
 
 @contextlib.contextmanager
-def hashing(paths: Sequence[Path]) -> Iterator[Callable[[], dict[Path, str]]]:
+def hashing(paths: Sequence[Path], *, chunk_bytes: int = CHUNK) -> Iterator[Callable[[], dict[Path, str]]]:
     """Hash files in threads while the block does something else; what is yielded waits and gives the hashes.
 
     Reading and hashing leave the interpreter to others, and 14 GB of weights take as long as capturing a vision tower.
@@ -295,15 +314,17 @@ def hashing(paths: Sequence[Path]) -> Iterator[Callable[[], dict[Path, str]]]:
     """
     stop = threading.Event()
     with concurrent.futures.ThreadPoolExecutor(HASH_THREADS) as pool:
-        futures = {path: pool.submit(sha256, path, stop) for path in paths}
+        futures = {path: pool.submit(sha256, path, stop, chunk_bytes) for path in paths}
         try:
             yield lambda: {path: future.result() for path, future in futures.items()}
         finally:
             stop.set()
 
 
-def record(root: Path, file: str) -> FileRecord:
+def record(root: Path, file: str) -> "FileRecord":
     """Size and hash of `root`/`file`."""
+    from graphs.records.manifest import FileRecord
+
     return FileRecord(file=file, size=(root / file).stat().st_size, sha256=sha256(root / file))
 
 

@@ -7,14 +7,26 @@ Everything the manifest lists is hashed. engines/ and report/ are made from the 
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from graphs.files.atomic import SMALL_FILE, Link, hashing, put, record, sha256
+from graphs.files.bundle_checks import (
+    NO_DIGEST,
+    check_config,
+    check_digest,
+    check_graphs,
+    check_hash,
+    check_size,
+    check_unlisted,
+    digest_of,
+    listed_files,
+)
 from graphs.files.checkpoint import Checkpoint, open_checkpoint
+from graphs.files.folders import set_aside
 from graphs.records.errors import InputError
 from graphs.records.manifest import (
     BuildRecord,
@@ -27,9 +39,6 @@ from graphs.records.plan import PruningPlan
 from graphs.records.record import parse_record
 from graphs.records.shapes import ShapeProfile
 from graphs.records.spec import ModelSpec
-
-if TYPE_CHECKING:
-    pass
 
 Check = Literal["quick", "full"]
 
@@ -52,21 +61,35 @@ class Bundle:
     profile_plans: Mapping[str, PruningPlan] = field(default_factory=dict)
 
     @staticmethod
-    def open(path: Path | str, *, check: Check = "quick") -> "Bundle":
+    def open(path: Path | str, *, check: Check = "quick", small: int = SMALL_FILE) -> "Bundle":
         """Open a bundle and check it.
 
-        `quick` checks that every listed file exists with its size, and the hash of every file but weights above
-        64 MiB; `full` hashes those too. Raises InputError naming the file that is missing or differs.
+        `quick` checks that every listed file exists with its size, the hash of all but those above `small` bytes,
+        that nothing else lies in graphs/ and processor/, and that the graphs are as the manifest says; `full` hashes
+        everything. Raises InputError naming the file that is missing, differs or does not belong there.
         """
         path = Path(path)
+        while True:
+            before = _identity(path)
+            try:
+                return Bundle._open(path, check, small)
+            except InputError:
+                if before is None or _identity(path) == before:  # else it was replaced while it was read
+                    raise
+
+    @staticmethod
+    def _open(path: Path, check: Check, small: int) -> "Bundle":
         manifest = _read_manifest(path)
+        check_unlisted(path, manifest)
         files = list(listed_files(manifest))
         for entry in files:
-            _check_size(path, entry)
-        hashed = [entry for entry in files if check == "full" or entry.size <= SMALL_FILE]
+            check_size(path, entry)
+        hashed = [entry for entry in files if check == "full" or entry.size <= small]
         with hashing([path / entry.file for entry in hashed]) as hashes:
             for entry in hashed:
-                _check_hash(path, entry, hashes()[path / entry.file])
+                check_hash(path, entry, hashes()[path / entry.file])
+        check_config(path, manifest)
+        check_graphs(path, manifest.graphs, manifest.weights)
         plans = {name: PruningPlan.load(path / entry.file) for name, entry in manifest.profile_plans.items()}
         bundle = Bundle(path, manifest, PruningPlan.load(path / manifest.plan.file), plans)
         _check_plans(bundle)
@@ -122,45 +145,34 @@ class Bundle:
     def checkpoint(self, renames: Sequence[tuple[str, str]] | None = None) -> Checkpoint:
         """The model's own weights, by canonical name (with the manifest's renames unless others are given)."""
         pairs = self.manifest.model.renames if renames is None else renames
-        return open_checkpoint(self.processor, pairs, weights=self.weights)
+        listed = frozenset(Path(entry.file).name for entry in self.manifest.weights)
+        return open_checkpoint(self.processor, pairs, weights=self.weights, listed=listed)
 
 
-def listed_files(manifest: Manifest) -> Iterator[FileRecord]:
-    """Every file that the manifest vouches for."""
-    yield manifest.plan
-    yield from manifest.profile_plans.values()
-    yield from manifest.processor
-    yield from manifest.graphs
-    yield from manifest.weights
+def _identity(root: Path) -> tuple[int, int] | None:
+    """Which folder it is, by whatever name; None if there is none."""
+    try:
+        found = root.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def _read_manifest(root: Path) -> Manifest:
+    path = root / "manifest.json"
     try:
-        text = (root / "manifest.json").read_bytes()
+        text = path.read_bytes()
     except OSError as error:
+        do = f"btp-export --model demo --out {root}" if not root.exists() else "give the bundle's folder"
+        aside = None if root.exists() else set_aside(root)
         raise InputError(
             f"no bundle at {root}: manifest.json: {error.strerror}",
             wanted="a folder written by btp-export",
-            do=f"btp-export --model demo --out {root}" if not root.exists() else "give the bundle's folder",
+            do=do if aside is None else f"mv {aside} {root}, which an interrupted --force set aside",
         ) from error
-    return parse_record(Manifest, text, source=root / "manifest.json", noun="bundle manifest")
-
-
-REMEDY = "export it again, or restore the file"
-
-
-def _check_size(root: Path, entry: FileRecord) -> None:
-    path = root / entry.file
-    if not path.is_file():
-        raise InputError(f"{path} is missing", wanted="the bundle as it was exported", do=REMEDY)
-    size = path.stat().st_size
-    if size != entry.size:
-        raise InputError(f"{path} has {size} bytes", wanted=f"{entry.size} bytes as exported", do=REMEDY)
-
-
-def _check_hash(root: Path, entry: FileRecord, got: str) -> None:
-    if got != entry.sha256:
-        raise InputError(f"{root / entry.file} was changed: sha256 {got}", wanted=f"sha256 {entry.sha256}", do=REMEDY)
+    manifest = parse_record(Manifest, text, source=path, noun="bundle manifest")
+    check_digest(path, text, manifest)
+    return manifest
 
 
 def _check_plans(bundle: Bundle) -> None:
@@ -247,9 +259,11 @@ def write_manifest(
         processor=tuple(sorted(processor, key=lambda entry: entry.file)),
         tools=tool_versions() if tools is None else tools,
     )
-    text = json.dumps(manifest.model_dump(mode="json"), indent=1, ensure_ascii=False) + "\n"
-    (root / "manifest.json").write_text(text, encoding="utf-8")
-    return manifest
+    document = manifest.model_dump(mode="json") | {"manifest_sha256": NO_DIGEST}
+    text = json.dumps(document, indent=1, ensure_ascii=False) + "\n"
+    digest = digest_of(text.encode())
+    (root / "manifest.json").write_text(digest.join(text.rsplit(NO_DIGEST, 1)), encoding="utf-8")
+    return manifest.model_copy(update={"manifest_sha256": digest})
 
 
 def tool_versions() -> dict[str, str]:

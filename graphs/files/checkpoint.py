@@ -9,7 +9,7 @@ import json
 import math
 import operator
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -97,16 +97,24 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def open_checkpoint(
-    folder: Path, renames: Sequence[tuple[str, str]] = (), *, weights: Path | None = None
+    folder: Path,
+    renames: Sequence[tuple[str, str]] = (),
+    *,
+    weights: Path | None = None,
+    listed: Collection[str] | None = None,
 ) -> Checkpoint:
     """Read config.json and every shard's header; the shards lie in `weights` if that is another folder, of a bundle.
 
+    Of a bundle only the files `listed` in its manifest are looked at.
     `renames` are (stored prefix, canonical prefix) pairs; the first prefix that fits a stored name is replaced.
     Raises InputError for a missing, truncated or corrupt file, a missing shard, or one tensor stored twice.
     """
     config = read_config(folder)
-    entry = weights_entry(folder) if weights is None else _bundle_entry(weights)
+    entry = weights_entry(folder) if weights is None else _bundle_entry(weights, listed)
     paths = _shards(entry)
+    for path in paths:
+        if listed is not None and path.name not in listed:
+            raise InputError(f"{entry} names {path.name}", wanted="files that manifest.json lists", do="restore it")
     tensors: dict[str, TensorRef] = {}
     for path in paths:
         for ref in _read_header(path, renames):
@@ -146,9 +154,10 @@ def weights_entry(folder: Path) -> Path:
     return folder / (INDEX if has_index else SINGLE)
 
 
-def _bundle_entry(folder: Path) -> Path:
+def _bundle_entry(folder: Path, listed: Collection[str] | None) -> Path:
     """The same for the weights of a bundle, which have an index unless model.safetensors is all there is."""
-    return folder / (INDEX if (folder / INDEX).is_file() else SINGLE)
+    has_index = (folder / INDEX).is_file() if listed is None else INDEX in listed
+    return folder / (INDEX if has_index else SINGLE)
 
 
 def missing_shards(folder: Path) -> list[str]:

@@ -110,6 +110,24 @@ def recover(destination: Path, is_ours: Callable[[Path], bool]) -> None:
         shutil.rmtree(left, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def lock_file(path: Path, *, wait: bool) -> Iterator[bool]:
+    """Hold the lock of a file, made if it is not there; False where another process has it and `wait` is not set.
+
+    A link at its place is never followed. Raises OSError where it cannot be opened.
+    """
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+    finally:
+        os.close(handle)
+
+
 def set_aside(destination: Path) -> Path | None:
     """The old folder that an interrupted replacement left beside `destination`, if one did."""
     return next(iter(_left_over(destination.parent, re.escape(f".{destination.name}."), re.escape(OLD))), None)

@@ -7,7 +7,7 @@ picture everywhere and the same limits hold. What a file holds, in the order in 
 - 8 bits a channel: as `PIL.Image.convert("RGB")` gives it, what transformers' `load_image` calls. Alpha is dropped.
 - 16-bit grey: the upper byte, as Pillow reads 16-bit colour. (`convert` clips it: nearly all of it would be white.)
 - 32-bit and floating-point grey are refused: the file does not say which value is white.
-- More than SCALE_ABOVE pixels: scaled down by a whole factor while the file is read.
+- More than SCALE_ABOVE pixels (or `scale_above`): scaled down by a whole factor while the file is read.
 """
 
 import io
@@ -34,7 +34,7 @@ _STRIP: Final = 256  # rows of the scaled picture that are made at a time
 _DAMAGE = (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, struct.error)
 
 
-def open_picture(source: Path | bytes, name: str = "") -> Image.Image:
+def open_picture(source: Path | bytes, name: str = "", *, scale_above: int = SCALE_ABOVE) -> Image.Image:
     """Read a picture file, or its bytes, as upright RGB.
 
     Raises InputError, which calls it `name` (the path if left out), if the file is missing, is no picture of one of the
@@ -47,9 +47,10 @@ def open_picture(source: Path | bytes, name: str = "") -> Image.Image:
             # An open file and not its path: Pillow 13 maps uncompressed TIFFs into memory and turns them wrongly then.
             with _opened(source) as file, Image.open(file, formats=FORMATS) as image:
                 _check_size(image, name)
-                if image.width * image.height > SCALE_ABOVE:  # a JPEG is decoded at a half, a quarter or an eighth
-                    image.draft(image.mode, (image.width // _factor(image), image.height // _factor(image)))
-                return to_rgb(image, name=name)
+                factor = _factor(image, scale_above)
+                if factor > 1:  # a JPEG is decoded at a half, a quarter or an eighth
+                    image.draft(image.mode, (image.width // factor, image.height // factor))
+                return to_rgb(image, name=name, scale_above=scale_above)
     except Image.DecompressionBombError as error:
         raise _too_large(f"{name}: {error}") from error
     except _DAMAGE as error:
@@ -71,26 +72,27 @@ def _opened(source: Path | bytes) -> BinaryIO:
     return io.BytesIO(source) if isinstance(source, bytes) else source.open("rb")
 
 
-def to_rgb(image: Image.Image, *, name: str = "the picture") -> Image.Image:
-    """`image` upright in RGB, at most SCALE_ABOVE pixels; see above.
+def to_rgb(image: Image.Image, *, name: str = "the picture", scale_above: int = SCALE_ABOVE) -> Image.Image:
+    """`image` upright in RGB, at most `scale_above` pixels; see above.
 
     Raises InputError for sizes that no processor handles and for 32-bit and floating-point pixels.
     """
     _check_size(image, name)
     is_16_bit = _is_16_bit(image, name)
-    if image.width * image.height <= SCALE_ABOVE:
+    factor = _factor(image, scale_above)
+    if factor == 1:
         return _eight_bit(ImageOps.exif_transpose(image), is_16_bit)
     image.load()  # a TIFF is turned by that, and then has no orientation any more
     orientation = image.getexif().get(ExifTags.Base.Orientation)
-    scaled = _scaled(image, _factor(image), is_16_bit)
+    scaled = _scaled(image, factor, is_16_bit)
     if orientation is not None:
         scaled.getexif()[ExifTags.Base.Orientation] = orientation
     return ImageOps.exif_transpose(scaled)
 
 
-def _factor(image: Image.Image) -> int:
-    """By how much both sides are to be divided."""
-    return math.ceil(math.sqrt(image.width * image.height / SCALE_ABOVE))
+def _factor(image: Image.Image, scale_above: int) -> int:
+    """By how much both sides are to be divided: 1 up to `scale_above` pixels."""
+    return math.ceil(math.sqrt(image.width * image.height / scale_above))
 
 
 def _scaled(image: Image.Image, factor: int, is_16_bit: bool) -> Image.Image:

@@ -3,7 +3,7 @@
     work folder        named by a hash of everything that decides the result; removed when the work is done
       <sequence>/      one row of steps, of which the latest checkpoint is kept
         000012.safetensors   the tensors after step 12
-        000012.json          their hash, and what else is needed; written last, so it says that the step is whole
+        000012.json          what else is needed, and the hash of both; written last, so the step is whole
       <name>.npy       arrays that are read back from disk instead of being kept in memory
 
 Files appear by renaming. A checkpoint that cannot be read, or whose hash is wrong, is reported and ignored. A folder
@@ -11,10 +11,8 @@ that another process works in is left to it; this one then works without checkpo
 """
 
 import contextlib
-import fcntl
 import hashlib
 import json
-import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -26,6 +24,7 @@ import numpy as np
 
 from graphs.files.atomic import replacing, sha256, write_text
 from graphs.files.checkpoint import open_tensors
+from graphs.files.folders import lock_file
 from graphs.files.safetensors_file import write_stream
 from graphs.records.errors import InputError
 from graphs.records.progress import Note
@@ -103,7 +102,7 @@ class Sequence:
         for path in sorted(self._folder.glob("[0-9]*.json"), reverse=True):
             try:
                 return _read(path)
-            except (OSError, ValueError, KeyError, TypeError, InputError) as error:
+            except (OSError, ValueError, LookupError, TypeError, RecursionError, InputError) as error:
                 reason = str(error).splitlines()[0] if str(error) else type(error).__name__
                 self._note(f"the checkpoint {path.stem} of an interrupted run is damaged ({reason}) and is not used")
         return None
@@ -128,7 +127,7 @@ class Sequence:
             data = self._folder / f"{name}.safetensors"
             with replacing(data, sync=False) as stream:
                 write_stream(stream, tensors)
-            record = {"sha256": sha256(data), "meta": meta}
+            record = {"sha256": _sealed(data, json.loads(json.dumps(meta))), "meta": meta}
             write_text(self._folder / f"{name}.json", json.dumps(record), sync=False)
         except OSError as error:
             self._note(f"no checkpoint is written: {error.strerror or error}")
@@ -144,10 +143,15 @@ def _read(path: Path) -> Step:
     data = path.with_suffix(".safetensors")
     if not data.is_file():
         raise ValueError("its tensors are missing")
-    if sha256(data) != record["sha256"]:
-        raise ValueError("its tensors were changed")
+    if _sealed(data, record["meta"]) != record["sha256"]:
+        raise ValueError("it was changed")
     tensors = {name: ref.read() for name, ref in open_tensors(data).items()}
     return Step(int(path.stem), tensors, record["meta"])
+
+
+def _sealed(data: Path, meta: Any) -> str:
+    """The hash of a checkpoint: its tensors and what else is needed, so that a changed number is noticed too."""
+    return digest(sha256(data), meta)
 
 
 @contextlib.contextmanager
@@ -158,17 +162,16 @@ def work_folder(root: Path, key: str, note: Note, *, interval: float = INTERVAL)
     goes if it does not. Raises what the block raises.
     """
     folder = root / key[:32]
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        lock = (root / f"{folder.name}.lock").open("w")
-    except OSError as error:
-        note(f"interrupted work cannot be resumed: {root}: {error.strerror}")
-        yield None
-        return
-    with lock:
+    lock = root / f"{folder.name}.lock"
+    with contextlib.ExitStack() as stack:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+            root.mkdir(parents=True, exist_ok=True)
+            alone = stack.enter_context(lock_file(lock, wait=False))
+        except OSError as error:
+            note(f"interrupted work cannot be resumed: {root}: {error.strerror}")
+            yield None
+            return
+        if not alone:
             note("the same work is being done by another process: this one keeps no checkpoints")
             yield None
             return
@@ -176,13 +179,13 @@ def work_folder(root: Path, key: str, note: Note, *, interval: float = INTERVAL)
             yield Work(folder, note, interval)
         except BaseException:
             if not any(folder.glob("*/*.json")):
-                _remove(folder, lock.name)
+                _remove(folder, lock)
             raise
-        _remove(folder, lock.name)
+        _remove(folder, lock)
 
 
-def _remove(folder: Path, lock: str) -> None:
+def _remove(folder: Path, lock: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     with contextlib.suppress(OSError):
-        os.unlink(lock)
+        lock.unlink()
         folder.parent.rmdir()  # only if nothing else is in it

@@ -90,6 +90,8 @@ class Manifest(Record):
     weights: tuple[FileRecord, ...]
     processor: tuple[FileRecord, ...]
     tools: dict[str, str]
+    # Of this file with 64 zeros in its place, see graphs/files/bundle_checks.py; the last key. Older bundles have none.
+    manifest_sha256: Sha256 | None = Field(default=None, exclude_if=lambda digest: digest is None)
 
     @model_validator(mode="after")
     def _check(self) -> "Manifest":

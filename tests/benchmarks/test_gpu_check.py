@@ -327,6 +327,49 @@ def test_without_a_gpu_every_step_says_what_it_misses(call: str, prepared: Path,
         assert ["compute-sanitizer" in one["result"]["missing"] for one in records].count(True) in (0, 4)
 
 
+def test_cases_are_worked_out_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of `prepare` but compiling, with few cases; a second time nothing is worked out."""
+    few = [one for one in calls.all_cases() if one.name in ("all-picks", "one-token")]
+    timed = next(drawn.large_cases())
+    monkeypatch.setattr(prepare, "compile_all", lambda *given, report: None)
+    monkeypatch.setattr(calls, "all_cases", lambda: few)
+    monkeypatch.setattr(drawn, "large_cases", lambda: iter([timed]))
+    monkeypatch.setattr(prepare, "DRAWN", 2)
+    said: list[str] = []
+    for _ in range(2):
+        prepare.prepare(tmp_path, "90", None, report=said.append)
+    assert sum("expected outputs of" in line for line in said) == 1
+    record = json.loads((tmp_path / "prepared.json").read_text())
+    assert list(record["shapes"]) == [f"select_tokens/{timed.name}"] and record["architecture"] == "90"
+    assert len(json.loads((tmp_path / "calls.json").read_text())) >= 1
+
+
+# What the project needs and a bare machine lacks; torch, numpy, onnx and ml_dtypes are there (docs/gpu-check.md).
+LACKING = (
+    *("pydantic", "pydantic_core", "typer", "rich", "jinja2", "onnx_ir", "onnxruntime", "safetensors", "tokenizers"),
+    *("transformers", "huggingface_hub", "PIL"),
+)
+
+
+def test_call_a_starts_with_torch_numpy_and_onnx_alone() -> None:
+    """Every module that a step of call A loads, what compiles there anew, and the program that starts them all."""
+    modules = {one.command[2] for made, one in every_step() if made.name == "A" and one.command[0] == sys.executable}
+    assert len(modules) == 2
+    needed = sorted(modules | {"benchmarks.gpu_check.__main__", "benchmarks.gpu_check.prepare"})
+    script = (
+        "import importlib, sys\n"
+        "class Bare:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        f"        if name.partition('.')[0] in {LACKING!r}: raise ModuleNotFoundError(name)\n"
+        "sys.meta_path.insert(0, Bare())\n"
+        f"for name in {needed!r}: importlib.import_module(name)\n"
+        "from graphs import ops\n"
+        "ops.forms('kernel_python'), ops.forms('cases')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=builds.ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_the_native_program_finds_every_function(prepared: Path, native: Path) -> None:
     if not (native / "harness").is_file():
         pytest.skip("no CUDA compiler (nvcc) is installed")

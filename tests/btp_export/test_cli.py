@@ -38,7 +38,11 @@ def test_help_lists_the_commands_at_80_columns() -> None:
 
 def test_version() -> None:
     assert run("--version").stdout == f"btp-export {__version__}\n"
-    assert json.loads(run("--version", "--json").stdout) == {"format": "btp-version/1", "version": __version__}
+
+
+def test_version_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--version", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"format": "btp-version/1", "version": __version__}
 
 
 @pytest.mark.parametrize(
@@ -56,11 +60,11 @@ def test_version() -> None:
         (["--json", "doctor"], "it belongs after the command"),
     ],
 )
-def test_usage_errors(arguments: list[str], said: str) -> None:
-    done = run(*arguments)
-    assert (done.returncode, done.stdout) == (2, "")
-    lines = done.stderr.splitlines()
-    assert 1 <= len(lines) <= 3 and said in lines[0], done.stderr
+def test_usage_errors(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(arguments) == 2
+    shown = capsys.readouterr()
+    lines = shown.err.splitlines()
+    assert shown.out == "" and 1 <= len(lines) <= 3 and said in lines[0], shown.err
     assert lines[-1].startswith("  do this: ")
 
 

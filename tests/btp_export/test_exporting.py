@@ -21,6 +21,7 @@ from btp_export.model.open_model import PROCESSOR_FILES, Model, open_model
 from graphs.files.bundle import Bundle
 from graphs.records.errors import InputError
 from graphs.records.plan import PruningPlan, Stage
+from tests import plans
 
 ROOT = Path(__file__).parents[2]
 SHAPES = {"text_tokens": 16, "new_tokens": 12}
@@ -32,11 +33,7 @@ def tiny(tiny_checkpoint: Path) -> Model:
 
 
 def plan_of(model: Model, *stages: Stage) -> PruningPlan:
-    spec = model.spec
-    return PruningPlan(
-        model_type=spec.model_type, num_layers=spec.decoder.num_layers, image_tokens=spec.vision.image_tokens,
-        grid=spec.vision.grid, stages=stages,
-    )  # fmt: skip
+    return plans.plan_of(model.spec, *stages)
 
 
 def contents(root: Path) -> dict[str, bytes]:

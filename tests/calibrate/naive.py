@@ -1,73 +1,12 @@
 """A second, plain implementation of pruning for comparison: written from the contract, shares no code with ours."""
 
-from collections.abc import Sequence
-
 import numpy as np
 import torch
 from transformers import LlavaForConditionalGeneration
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from graphs.records.plan import PruningPlan
-
-
-def select(
-    scores: np.ndarray,
-    similarity: np.ndarray | None,
-    seeds: Sequence[int],
-    *,
-    keep: int,
-    attention_quota: int,
-    diversity_quota: int,
-    pool: int,
-    boundary: int,
-) -> list[int]:
-    """BtpSelectTokens on one item, rule by rule, in Python loops: the kept indices, ascending."""
-    order = sorted(range(len(scores)), key=lambda i: (-scores[i], i))
-    candidates = order[:pool]
-    low = [i for i in candidates if i < boundary]
-    picks = (low + [i for i in candidates if i >= boundary])[:attention_quota]
-    base: list[int] = []
-    for token in [*picks, *farthest(similarity, [], diversity_quota), *seeds]:
-        if token not in base:
-            base.append(token)
-    base = base[:keep]
-    if similarity is None:
-        rest = [i for i in order if i not in base]
-        return sorted(base + rest[: keep - len(base)])
-    return sorted(base + farthest(similarity, base, keep - len(base)))
-
-
-def farthest(similarity: np.ndarray | None, start: Sequence[int], count: int) -> list[int]:
-    """`count` more tokens by farthest-point selection from `start`."""
-    if count == 0 or similarity is None:
-        return []
-    distance = np.float32(1.0) - similarity.astype(np.float32)
-    tokens = range(len(distance))
-    chosen, added = list(start), []
-    while len(added) < count:
-        best, best_gap = -1, -np.inf
-        for token in tokens:
-            if token in chosen:
-                continue
-            others = chosen or [i for i in tokens if i != token]
-            gap = distance[token, others].min()
-            if gap > best_gap:
-                best, best_gap = token, gap
-        chosen.append(best)
-        added.append(best)
-    return added
-
-
-def grid_seeds(rows: int, columns: int, count: int) -> list[int]:
-    """Well spread tokens of the grid, from token 0 on, Euclidean."""
-    at = np.array([(r, c) for r in range(rows) for c in range(columns)], dtype=np.int64)
-    squared = ((at[:, None] - at[None]) ** 2).sum(-1)
-    chosen = [0]
-    while len(chosen) < count:
-        gaps = squared[:, chosen].min(1)
-        gaps[chosen] = -1
-        chosen.append(int(gaps.argmax()))
-    return chosen[:count]
+from tests.graphs.ops import oracle
 
 
 def prefill(
@@ -96,15 +35,11 @@ def prefill(
                     weights = torch.softmax(products / query.shape[-1] ** 0.5, -1)
                     scores = weights[:, 0, start : start + count].mean(0).numpy()
                 unit = torch.nn.functional.normalize(image, dim=-1)
-                picks = select(
+                picks = oracle.select_stage(
+                    stage,
                     scores,
                     (unit @ unit.T).numpy() if stage.needs_similarity else None,
-                    grid_seeds(*plan.grid, stage.seeds) if stage.seeds else [],
-                    keep=stage.keep,
-                    attention_quota=stage.attention_quota,
-                    diversity_quota=stage.diversity_quota,
-                    pool=stage.pool,
-                    boundary=stage.boundary,
+                    oracle.grid_seeds(plan.grid, stage.seeds),
                 )
             rows = [*range(start), *(start + p for p in picks), *range(start + count, hidden.shape[1])]
             hidden, cos, sin = hidden[:, rows], cos[:, rows], sin[:, rows]

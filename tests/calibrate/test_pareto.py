@@ -3,9 +3,8 @@
 import numpy as np
 import pytest
 
-from calibrate import pareto
 from calibrate.calibrate import Study, calibrate
-from calibrate.pareto import Point, front, requests
+from calibrate.pareto import Point, front, is_dominated, requests
 from calibrate.place.balance import Recipe
 from calibrate.place.candidates import Budget, Request
 from graphs.records.errors import InputError
@@ -43,10 +42,10 @@ def test_each_point_is_what_calibrating_for_its_budget_gives(study: Study) -> No
     assert shares == sorted(shares, reverse=True)
 
 
-def test_a_plan_that_another_makes_needless_is_marked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plan_that_another_makes_needless_is_marked() -> None:
     plan = Recipe().plan(SHAPE, (1, 5), (10, 0))
     points = [Point(n, plan, kl, 1.0, share) for n, (kl, share) in enumerate([(0.1, 0.8), (0.3, 0.5), (0.2, 0.4)])]
-    assert [pareto._dominated(point, points) for point in points] == [False, True, False]
+    assert [is_dominated(point, points) for point in points] == [False, True, False]
 
 
 def test_default_budgets_are_those_within_reach() -> None:

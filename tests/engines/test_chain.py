@@ -82,12 +82,11 @@ def test_incomplete_parts_are_refused(bundle: Bundle, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("alignment", [64, 1 << 30])
-def test_caches_in_one_piece_or_apart(bundle: Bundle, alignment: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_caches_in_one_piece_or_apart(bundle: Bundle, alignment: int) -> None:
     """Where the layers of a segment lie is not to be seen in any result."""
     found = []
     for chosen in (1 << 30, alignment):
-        monkeypatch.setattr("engines.cache_memory.ALIGNMENT", chosen)
-        chain = Chain(**parts(bundle))
+        chain = Chain(**parts(bundle), alignment=chosen)
         pixels, prefix, text, last = inputs(bundle)
         logits = [chain.prefill(Batch(pixels, prefix, text, last - 5)).logits]
         for step in range(3):

@@ -81,7 +81,7 @@ def only_one(folder: Path) -> Iterator[None]:
 def sweep(folder: Path) -> None:
     """Remove what a killed build has left; the old folder comes back if the new one had not taken its place."""
     for left in (*folder.glob(f"{SCRATCH}*"), *folder.glob(f"{UNPRUNED}/{SCRATCH}*")):
-        shutil.rmtree(left, ignore_errors=True)
+        left.unlink() if left.is_symlink() else shutil.rmtree(left, ignore_errors=True)
     recover(folder, is_engines)
 
 

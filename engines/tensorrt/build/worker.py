@@ -20,6 +20,7 @@ from typing import IO, Any, Final
 
 import graphs
 from engines.tensorrt.build.builder import Built, Job, Report, build_engine, out_of_memory
+from graphs.files.atomic import fresh
 from graphs.records.errors import BtpError, CheckError, InputError, UnavailableError
 
 ERRORS: Final = {kind.__name__: kind for kind in (CheckError, InputError, UnavailableError)}
@@ -33,7 +34,7 @@ def build_in_child(job: Job, scratch: Path, log: Path, report: Report) -> Built:
     Raises what build_engine raises, CheckError if the child crashes, UnavailableError if it was killed for its memory.
     The child never outlives this call.
     """
-    with log.open("wb") as stream, _started(job, scratch, stream) as process:
+    with fresh(log) as stream, _started(job, scratch, stream) as process:
         result = _listen(process, report)
         code = process.wait()
     if result is None:

@@ -7,7 +7,7 @@ times the model; RTX took 2.6 GB for 812 MB of constants, and 350 MB for 32 laye
 build on a device.
 """
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Final
@@ -19,6 +19,7 @@ from engines.tensorrt.prepare.prepared_graphs import PreparedGraph
 from engines.tensorrt.records import Estimate, WeightInput
 from graphs import dtypes, ops
 from graphs.building.graph_builder import BTP_DOMAIN, dims, dtype_of
+from graphs.ops.common.trt_python import Tensor
 from graphs.records.manifest import TensorRecord
 
 ENGINE_BASE: Final = 500_000  # bytes of an engine beside its constants
@@ -49,12 +50,13 @@ class Totals:
 def estimate(graph: PreparedGraph) -> Estimate:
     """The bytes of one engine."""
     nodes = list(graph.model.graph)
+    by_plugin = graph.custom_nodes
     constants = _constant_bytes(graph.model.graph)
     layers = sum(node.op_type in ("Attention", "Softmax") for node in nodes)
     return Estimate(
         weight_bytes=constants + sum(weight_bytes(weight) for weight in graph.weight_inputs),
         engine_bytes=constants + ENGINE_BASE + ENGINE_LAYER * layers,
-        activation_bytes=_peak_activations(nodes),
+        activation_bytes=_peak_activations(nodes, by_plugin),
         io_bytes=sum(tensor_bytes(tensor) for tensor in (*graph.inputs, *graph.outputs)),
         build_peak_bytes=BUILD_BASE + BUILD_FACTOR * constants,
     )
@@ -103,8 +105,11 @@ def _constant_bytes(graph: ir.Graph) -> int:
     return total
 
 
-def _peak_activations(nodes: Sequence[ir.Node]) -> int:
-    """Most bytes of values inside the graph that are alive at once, in the order of its nodes; fusion makes it less."""
+def _peak_activations(nodes: Sequence[ir.Node], by_plugin: Container[str]) -> int:
+    """Most bytes of values inside the graph that are alive at once, in the order of its nodes; fusion makes it less.
+
+    by_plugin: names of the custom nodes that plugins run.
+    """
     remaining: dict[ir.Value, int] = {}
     alive = peak = 0
     for node in nodes:
@@ -112,7 +117,7 @@ def _peak_activations(nodes: Sequence[ir.Node]) -> int:
             if not value.is_graph_output() and value.uses():
                 remaining[value] = len(value.consumers())
                 alive += _value_bytes(value)
-        peak = max(peak, alive + (_scratch_bytes(node) if node.domain == BTP_DOMAIN else 0))
+        peak = max(peak, alive + (_scratch_bytes(node, by_plugin) if node.domain == BTP_DOMAIN else 0))
         for value in {given for given in node.inputs if given in remaining}:
             remaining[value] -= 1
             if not remaining[value]:
@@ -125,9 +130,19 @@ def _value_bytes(value: ir.Value) -> int:
     return prod(dims(value)) * dtypes.BY_ONNX[dtype_of(value)].nbytes
 
 
-def _scratch_bytes(node: ir.Node) -> int:
-    """Memory that the body of a custom operator needs beside its inputs and outputs."""
+def _scratch_bytes(node: ir.Node, by_plugin: Container[str]) -> int:
+    """Memory that a custom operator needs beside its inputs and outputs: its plugin's workspace, or its body's."""
+    given = [value for value in node.inputs if value is not None]
+    if str(node.name) in by_plugin:
+        form = next((form.OPERATOR for form in ops.forms("trt_python") if node.op_type == form.OPERATOR.NAME), None)
+        if form is None:
+            return 0
+        attributes = {name: attribute.value for name, attribute in node.attributes.items()}
+        values = [attributes[name] for name in form.ATTRIBUTES]
+        values += [attributes.get(name, default) for name, default in form.OPTIONS.items()]
+        tensors = [Tensor(0, dims(value), dtypes.BY_ONNX[dtype_of(value)].name) for value in given]
+        return int(form(*values).workspace(tensors))
     operator = ops.of_node(node.op_type)
     if operator is None or not hasattr(operator, "scratch_bytes"):
         return 0
-    return int(operator.scratch_bytes([dims(value) for value in node.inputs if value is not None]))
+    return int(operator.scratch_bytes([dims(value) for value in given]))

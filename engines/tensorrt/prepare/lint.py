@@ -6,7 +6,7 @@ sizes of axes that TensorRT limits. Portable bodies are inlined first, so their 
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path, PurePosixPath
 
@@ -30,7 +30,9 @@ from graphs import dtypes, ops
 from graphs.building.graph_builder import BTP_DOMAIN
 from graphs.records.errors import CheckError
 
+DEFECT = "report it as a defect"
 AT_LEAST_2D = ("ArgMax", "ArgMin", "TopK")
+GENERIC_BODIES = ("OptionalHasElement", "Unique")  # how generic bodies ask for their inputs and compare their rule
 REFUSED_ATTRIBUTES = (("Attention", "softmax_precision"),)  # seen on RTX 1.7.1
 SEPARATORS = ",:'\""  # of trtexec's --loadInputs
 
@@ -67,12 +69,11 @@ def lint_model(model: ModelProto, traits: Traits, *, name: str, folder: Path, pl
     """The findings of one model."""
     if model.functions:
         ops.register_schemas()
-    context = _context(name, traits, model)
+    context = _context(_Context(name, traits, {}, {}, {}), model.graph)
     findings = [*_opset(context, model), *_custom(context, model, plugins), *_interface(context, model)]
     findings += _external(context, model.graph, folder)
     inlined = _inlined(model)
-    inner = _context(name, traits, inlined)
-    for node in _all_nodes(inlined.graph):
+    for inner, node in _in_scope(_Context(name, traits, {}, {}, {}), inlined.graph):
         findings += _operator(inner, node)
         findings += _dimensions(inner, node)
     return findings
@@ -94,19 +95,31 @@ def require_clean(findings: Sequence[Finding], traits: Traits) -> None:
 # -- what a model says of itself -------------------------------------------------------------------------------------
 
 
-def _context(name: str, traits: Traits, model: ModelProto) -> _Context:
-    graph = model.graph
+def _context(outer: _Context, graph: onnx.GraphProto) -> _Context:
+    """What the nodes of a graph see: its own values, and those of the graph around it."""
     values: list[ValueInfoProto] = [*graph.input, *graph.output, *graph.value_info]
     types = {value.name: _type_name(value.type.tensor_type.elem_type) for value in values}
     shapes = {value.name: _static(value) for value in values}
     constants = {tensor.name: tensor for tensor in graph.initializer}
     types |= {tensor.name: _type_name(tensor.data_type) for tensor in graph.initializer}
     shapes |= {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
-    for node in _all_nodes(graph):
+    for node in graph.node:
         for value in node.attribute if node.op_type == "Constant" else ():
             if value.name == "value":
                 constants[node.output[0]] = value.t
-    return _Context(name, traits, types, shapes, constants)
+    return replace(
+        outer, types=outer.types | types, shapes=outer.shapes | shapes, constants=outer.constants | constants
+    )
+
+
+def _in_scope(outer: _Context, graph: onnx.GraphProto) -> Iterator[tuple[_Context, NodeProto]]:
+    """The nodes of the graph and of the graphs inside its nodes, each with what it sees."""
+    context = _context(outer, graph)
+    for node in graph.node:
+        yield context, node
+        for attribute in node.attribute:
+            if attribute.type == AttributeProto.GRAPH:
+                yield from _in_scope(context, attribute.g)
 
 
 def _static(value: ValueInfoProto) -> tuple[int, ...] | None:
@@ -118,8 +131,10 @@ def _static(value: ValueInfoProto) -> tuple[int, ...] | None:
 
 
 def _type_name(element: int) -> str:
-    """ "float32", "bfloat16", "int64", ...; empty where the type is not known."""
-    return "" if element == TensorProto.UNDEFINED else ir.DataType(element).numpy().name
+    """ "float32", "bfloat16", "int64", "string", ...; empty where the type is not known."""
+    if element in (TensorProto.UNDEFINED, TensorProto.STRING):
+        return "" if element == TensorProto.UNDEFINED else "string"
+    return str(ir.DataType(element).numpy().name)
 
 
 def _inlined(model: ModelProto) -> ModelProto:
@@ -159,17 +174,17 @@ def _operator(context: _Context, node: NodeProto) -> Iterator[Finding]:
         return  # custom operators have their own check
     allowed, version = context.traits.types(node.op_type), context.traits.version
     if allowed is None:
-        yield context.finding(
-            _name(node),
-            f"the operator {node.op_type}",
-            f"an operator that the parser of TensorRT {version} has",
-            "export the bundle with --opset 18, or report it as a defect",
-        )
+        wanted = f"an operator that the parser of TensorRT {version} has"
+        do = "export the bundle with --opset 18, or report it as a defect"
+        if node.op_type in GENERIC_BODIES:
+            wanted = "bodies for the inputs and the rule of each node, not one for any"
+            do = "prepare the graphs with `btp-export build`"
+        yield context.finding(_name(node), f"the operator {node.op_type}", wanted, do)
         return
     for attribute in node.attribute:
         if (node.op_type, attribute.name) in REFUSED_ATTRIBUTES:
             wanted = f"{node.op_type} without it: TensorRT does not import it"
-            yield context.finding(_name(node), f"the attribute {attribute.name}", wanted, "report it as a defect")
+            yield context.finding(_name(node), f"the attribute {attribute.name}", wanted, DEFECT)
     data = [name for place, name in enumerate(node.input) if name and (place == 0 or _is_float(context, name))]
     for name in data:
         kind = context.types.get(name, "")
@@ -178,7 +193,7 @@ def _operator(context: _Context, node: NodeProto) -> Iterator[Finding]:
                 _name(node),
                 f"{node.op_type} of {kind} ({name})",
                 f"{', '.join(sorted(allowed))} in TensorRT {version}",
-                "export the bundle with --precision float16 or float32",
+                "export the bundle with --precision float16 or float32" if _is_float(context, name) else DEFECT,
             )
 
 
@@ -190,9 +205,7 @@ def _dimensions(context: _Context, node: NodeProto) -> Iterator[Finding]:
     if node.op_type in AT_LEAST_2D:
         shape = context.shapes.get(node.input[0])
         if shape is not None and len(shape) < 2:
-            yield context.finding(
-                _name(node), f"{node.op_type} of {list(shape)}", "at least 2 dimensions", "report it as a defect"
-            )
+            yield context.finding(_name(node), f"{node.op_type} of {list(shape)}", "at least 2 dimensions", DEFECT)
     count = _topk_count(context, node) if node.op_type == "TopK" else 0
     if count >= TOPK_LIMIT:
         do = "use the plugins, or a plan that keeps fewer tokens"
@@ -210,9 +223,7 @@ def _custom(context: _Context, model: ModelProto, plugins: bool) -> Iterator[Fin
     bodies = {(body.domain, body.name) for body in model.functions}
     for body in model.functions:
         if context.traits.types(body.name) is not None:
-            yield context.finding(
-                body.name, "a body named like a built-in operator", "a name of our own", "report it as a defect"
-            )
+            yield context.finding(body.name, "a body named like a built-in operator", "a name of our own", DEFECT)
     for node in _all_nodes(model.graph):
         if node.domain in ("", "ai.onnx"):
             continue
@@ -258,7 +269,7 @@ def _plugin_node(context: _Context, node: NodeProto, has_body: bool) -> Iterator
             kind = context.types.get(given_name, "")
             if kind and kind not in taken:
                 got = f"{node.op_type} of {kind} ({given_name})"
-                yield context.finding(_name(node), got, " or ".join(taken), "report it as a defect")
+                yield context.finding(_name(node), got, " or ".join(taken), DEFECT)
 
 
 def _interface(context: _Context, model: ModelProto) -> Iterator[Finding]:
@@ -270,7 +281,7 @@ def _interface(context: _Context, model: ModelProto) -> Iterator[Finding]:
             )
         if any(letter in value.name for letter in SEPARATORS):
             wanted = "no comma, colon or quote: trtexec separates by them"
-            yield context.finding(value.name, "a name trtexec cannot be told", wanted, "report it as a defect")
+            yield context.finding(value.name, "a name trtexec cannot be told", wanted, DEFECT)
 
 
 def _external(context: _Context, graph: onnx.GraphProto, folder: Path) -> Iterator[Finding]:

@@ -5,7 +5,8 @@ knows; with the bundle's own settings they are the bundle's graphs byte for byte
 What is then changed:
 
 1. Custom operators: with plugins the function bodies are left out, so that no version can prefer a body to the plugin
-   and a missing plugin is an error at once. Without plugins every node gets the body made for exactly its inputs.
+   and a missing plugin is an error at once; attributes that a node leaves out are written with their defaults, as
+   TensorRT's parser warns of each twice. Without plugins every node gets the body made for exactly its inputs.
 2. `shared` weights: the matrices of the projections become network inputs, with a record of where their bytes lie.
    Those that are multiplied with the same rows (q, k and v; gate and up) can be packed into one product.
 3. Attention loses its attribute softmax_precision, which no TensorRT imports (seen on RTX 1.7.1: "Setting softmax
@@ -122,6 +123,7 @@ def _prepare_profile(bundle: Bundle, profile: ShapeProfile, choices: Choices) ->
     for graph in prepared:
         if choices.plugins:
             strip_bodies(graph.model)
+            write_defaults(graph.model)
         else:
             exact_bodies(graph.model, choices.opset)
         drop_softmax_precision(graph.model)
@@ -160,6 +162,15 @@ def tensor(value: ir.Value) -> TensorRecord:
 def strip_bodies(model: ir.Model) -> None:
     """Take the function bodies out of the model: only the plugins can run the custom nodes then."""
     model.functions.clear()
+
+
+def write_defaults(model: ir.Model) -> None:
+    """Give each custom node the attributes that it leaves out, with the defaults of the operator's schema."""
+    for node in model.graph:
+        operator = ops.of_node(node.op_type) if node.domain == BTP_DOMAIN else None
+        for name, attribute in (operator.SCHEMA.attributes if operator is not None else {}).items():
+            if name not in node.attributes and not attribute.required:
+                node.attributes.add(ir.serde.deserialize_attribute(attribute.default_value))
 
 
 def exact_bodies(model: ir.Model, opset: int) -> None:

@@ -1,4 +1,4 @@
-"""kernel.h of BtpSelectTokens for Python: the structure and the device pointers of one call (engines.kernels)."""
+"""kernel.h of BtpSelectTokens for Python (engines.native.kernels): the structure and the pointers of one call."""
 
 import ctypes
 from collections.abc import Mapping, Sequence

@@ -33,13 +33,22 @@ _DISTANCE: Final = """
   first_row = Mul(batch_index, size)                              # [B]
 """
 
+_SEEDS: Final = """
+  # Which seeds name which tokens. seed_list starts with a -1, which is no token, so that it is never empty.
+  seed_count1 = Size(seed_list)
+  seed_float = Cast<to = 1>(seed_list)
+  seed_column = Unsqueeze(seed_float, axis1)
+  seed_hit = Equal(seed_column, index)                            # [m+1,V]
+"""
+
 _DIVERSITY: Final = """
   # Rule 2. From nothing, the first pick is the token farthest from its nearest other one. If the base would be empty,
-  # rule 4 starts from nothing as well: that is one diverse pick in the base.
-  seed_count1 = Size(seed_list)
-  seed_count = Sub(seed_count1, one)
+  # rule 4 starts from nothing as well: that is one diverse pick in the base. Seeds that name no token do not fill it.
+  # How many steps the loops run follows from the attributes alone.
   quotas = Add(attention_quota, diversity_quota)
-  base_most = Add(quotas, seed_count)
+  seed_hit_int = Cast<to = 7>(seed_hit)
+  seeds_inside = ReduceSum<keepdims = 0>(seed_hit_int)
+  base_most = Add(quotas, seeds_inside)
   base_empty = Equal(base_most, zero)
   base_empty_int = Cast<to = 7>(base_empty)
   diverse = Max(diversity_quota, base_empty_int)
@@ -47,7 +56,7 @@ _DIVERSITY: Final = """
   first_pick = ArgMax<axis = 1, keepdims = 0>(nearest_other)      # [B]
   first_pick_row = Add(first_pick, first_row)
   near_first = Gather<axis = 0>(distance_rows, first_pick_row)
-  diverse_left = Sub(diverse, one)
+  diverse_left = Sub(diversity_quota, one)
   diverse_steps = Max(diverse_left, one)
 {diverse_loop}
   first_picks = Unsqueeze(first_pick, axis0)
@@ -57,7 +66,6 @@ _DIVERSITY: Final = """
 
 _BASE: Final = """
   # Rule 3. base_key [B,V] puts A, D and seeds in their order; never = not in the base. A repeated seed counts once.
-  # seed_list starts with a -1, which is no token, so that it is never empty.
   unit64 = Add(size, seed_count1)
   unit = Cast<to = 1>(unit64)
   four_units = Constant<value_float = 4.0>()
@@ -65,9 +73,6 @@ _BASE: Final = """
   diverse_after = Mul(unit, four_units)
   seeds_after = Mul(unit, five_units)
   diverse_key = Add(diverse_time, diverse_after)
-  seed_float = Cast<to = 1>(seed_list)
-  seed_column = Unsqueeze(seed_float, axis1)
-  seed_hit = Equal(seed_column, index)                            # [m+1,V]
   seed_place64 = Range(zero, seed_count1, one)
   seed_place1 = Cast<to = 1>(seed_place64)
   seed_place = Unsqueeze(seed_place1, axis1)
@@ -98,7 +103,7 @@ _FILL: Final = """
   base_int = Cast<to = 7>(in_base)
   base_size = ReduceSum(base_int, axis1)
   needed = Sub(keep, base_size)                                   # [B,1]; rows with less than one need no step
-  base_least = Max(attention_quota, {base_least})
+  base_least = Max(attention_quota, diversity_quota)
   fill_most = Sub(keep, base_least)
   fill_steps = Max(fill_most, one)
 {fill_loop}
@@ -151,7 +156,6 @@ _IF_WEIGHTED: Final = """
 
 _DIVERSITY_BY_GAIN: Final = """
   # Rule 2. From nothing: nothing is covered, and no token is taken.
-  seed_count1 = Size(seed_list)
   diverse_steps = Max(diversity_quota, one)
   none_covered = Constant<value = int32 {{0}}>()
   covered_first = Expand(none_covered, scores_shape)
@@ -183,11 +187,10 @@ def by_distance(key: str) -> str:
     )
     fill = _FILL.format(
         key=key,
-        base_least="diverse",
         fill_loop=_farthest_loop("fill", "fill_steps", "near_base"),
         fill_times=_pick_times("fill", "fill_more", "needed"),
     )
-    return _DISTANCE + diversity + _BASE + _NEAR_BASE + fill
+    return _DISTANCE + _SEEDS + diversity + _BASE + _NEAR_BASE + fill
 
 
 def by_gain(key: str, weighted: int | None) -> str:
@@ -202,11 +205,10 @@ def by_gain(key: str, weighted: int | None) -> str:
     )
     fill = _FILL.format(
         key=key,
-        base_least="diversity_quota",
         fill_loop=_covering_loop("fill", "fill_steps", "base", weighted=weights != ""),
         fill_times=_pick_times("fill", "fill_more", "needed"),
     )
-    return _LEVELS + weights + diversity + _BASE + _COVERED_BASE + fill
+    return _LEVELS + weights + _SEEDS + diversity + _BASE + _COVERED_BASE + fill
 
 
 def _farthest_loop(name: str, steps: str, near: str) -> str:

@@ -19,7 +19,8 @@ reads that token's row of the similarity, which matters only where the matrix is
    (candidates with index < boundary, in order, then the other candidates, in order).
 2. picks D = `diversity_quota` tokens by farthest-point selection from nothing: first the token with the largest
    distance to its nearest other token, then always the token with the largest distance to its nearest selected one.
-3. base = A, then D, then seeds, without repeats, cut at `keep`.
+3. base = A, then D, then seeds, without repeats, cut at `keep`. A seed outside 0 to V-1 names no token: forms that
+   can look at seeds before they select (torch, ONNX Runtime on the CPU) refuse it, all others leave it out.
 4. fill: farthest-point selection continued with base as the selected set until `keep` (from nothing if base is empty).
    Without similarity: fill by order instead; diversity_quota must then be 0.
 

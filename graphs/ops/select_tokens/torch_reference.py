@@ -29,7 +29,7 @@ def reference(
     """The kept tokens, [B,keep] int32, ascending, distinct.
 
     scores [B,V] float32, similarity [B,V,V] float32 or float16, seeds [m] integers. The rules are those of the schema.
-    Raises InputError for tensors or attributes that do not fit.
+    Raises InputError for tensors or attributes that do not fit, seeds that name no token among them.
     """
     _check_tensors(scores, similarity, seeds)
     check(

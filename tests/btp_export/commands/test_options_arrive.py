@@ -165,6 +165,7 @@ class Runner:
         Image.new("RGB", (40, 30), "red").save(folder / "PICTURES" / "red.png")
         (folder / "PROMPTS").write_text("what ?\n")
         (folder / "OLD.json").write_text(self._plan)
+        (folder / "OLD.png").write_bytes(b"")
         watch, before = Watch(ends), sys.getprofile()
         with pytest.MonkeyPatch.context() as patch:
             patch.chdir(folder)
@@ -191,6 +192,8 @@ def command_line(command: str, flag: str, model: str, bundle: str) -> list[str]:
         needs = ["OLD.json"]
     if flag == "--force" and command in ("calibrate", "plan"):
         needs += ["--out", "OLD.json"]
+    if flag == "--force" and command == "run":
+        needs += ["--show", "OLD.png"]
     return [*([command] if command else []), *needs]
 
 

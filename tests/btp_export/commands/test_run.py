@@ -10,18 +10,10 @@ from PIL import Image
 
 import btp_export
 from btp_export import cli, console
-from graphs.records.plan import PruningPlan, Stage
+from tests.plans import PLAN
 
 PROMPT = "is there a red circle?"
 Run = Callable[..., tuple[int, str, str]]
-
-
-def plan() -> PruningPlan:
-    stages = (
-        Stage(layer=1, keep=18, attention_quota=6, pool=12, boundary=18, diversity_quota=6, seeds=9),
-        Stage(layer=4, keep=0),
-    )
-    return PruningPlan(model_type="llava", num_layers=6, image_tokens=36, grid=(6, 6), stages=stages)
 
 
 @pytest.fixture
@@ -42,7 +34,7 @@ def picture(tmp_path_factory: pytest.TempPathFactory, pictures: list[Image.Image
 
 @pytest.fixture(scope="module")
 def bundle(tiny_bundle: Any) -> Path:
-    root: Path = tiny_bundle(plan()).root
+    root: Path = tiny_bundle(PLAN).root
     return root
 
 
@@ -56,7 +48,7 @@ def test_text_streams_to_standard_output(
     text = btp_export.load(bundle).generate(picture, PROMPT)[0].text
     assert (code, out) == (0, text + "\n")
     assert len(pieces) > 2 and "".join(pieces) == out
-    assert "prefill" in err and "image tokens kept: 18, 0" in err
+    assert "prefill" in err and "image tokens kept: 18, 7, 0" in err
 
 
 def test_json_is_one_document(run: Run, bundle: Path, picture: Path) -> None:
@@ -65,11 +57,11 @@ def test_json_is_one_document(run: Run, bundle: Path, picture: Path) -> None:
     answer = btp_export.load(bundle).generate(picture, PROMPT, max_new_tokens=5)[0]
     assert code == 0
     assert document["text"] == answer.text
-    assert document["tokens_kept"] == [18, 0]
+    assert document["tokens_kept"] == [18, 7, 0]
     assert document["token_ids"] == list(answer.token_ids)
-    assert document["kept"] == [answer.kept[0].tolist(), []]
+    assert document["kept"] == [*(indices.tolist() for indices in answer.kept[:2]), []]
     assert document["prefill_ms"] > 0 and document["decode_ms_per_token"] > 0
-    assert len(document["select_ms"]) == 2
+    assert len(document["select_ms"]) == 3
 
 
 def test_several_prompts(run: Run, bundle: Path, picture: Path) -> None:
@@ -98,6 +90,16 @@ def test_kept_tokens_are_drawn(run: Run, bundle: Path, picture: Path, tmp_path: 
     code, _, err = run("run", bundle, "--image", picture, "--prompt", PROMPT, "--show", target)
     assert code == 0 and str(target) in err
     assert Image.open(target).width > 300
+    drawn = target.read_bytes()
+    target.write_text("mine")
+    code, _, err = run("run", bundle, "--image", picture, "--prompt", PROMPT, "--show", target)
+    assert code == 2 and "already exists" in err and target.read_text() == "mine"
+    (tmp_path / "victim").write_text("theirs")
+    target.unlink()
+    target.symlink_to(tmp_path / "victim")
+    assert run("run", bundle, "--image", picture, "--prompt", PROMPT, "--show", target)[0] == 2
+    assert run("run", bundle, "--image", picture, "--prompt", PROMPT, "--show", target, "--force")[0] == 0
+    assert target.read_bytes() == drawn and (tmp_path / "victim").read_text() == "theirs"
 
 
 @pytest.mark.parametrize(

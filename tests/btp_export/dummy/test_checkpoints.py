@@ -13,7 +13,6 @@ from safetensors import safe_open
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from btp_export import cli
-from btp_export.dummy import checkpoints
 from btp_export.dummy.checkpoints import configured, dummy_checkpoint, read_marker, tensor_bits, tensor_shapes
 from btp_export.dummy.processor import save_processor
 from btp_export.families import llava
@@ -27,6 +26,7 @@ from graphs.records.manifest import DUMMY_WEIGHTS
 SMALL_TEXT = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 4}
 SMALL_VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
 SMALL_VISION |= {"image_size": 84}
+SHARD_BYTES = 3_000_000  # several files
 
 
 @pytest.fixture
@@ -38,7 +38,6 @@ def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     config["image_seq_length"] = 36
     model = replace(llava.FAMILY.models[0], config=config)
     monkeypatch.setattr(llava.FAMILY, "models", (model, *llava.FAMILY.models[1:]))
-    monkeypatch.setattr(checkpoints, "SHARD_BYTES", 3_000_000)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path / "cache" / "btp-export" / "dummy"
 
@@ -113,7 +112,7 @@ def test_the_bytes_never_change() -> None:
 
 
 def test_a_checkpoint_is_whole_sharded_and_used_again(small: Path) -> None:
-    folder = dummy_checkpoint("llava-1.5-7b")
+    folder = dummy_checkpoint("llava-1.5-7b", shard_bytes=SHARD_BYTES)
     assert folder == small / "llava-1.5-7b-seed0"
     shards = sorted(folder.glob("*.safetensors"))
     assert len(shards) > 1
@@ -130,7 +129,7 @@ def test_a_checkpoint_is_whole_sharded_and_used_again(small: Path) -> None:
 
 
 def test_an_interrupted_one_goes_on(small: Path) -> None:
-    whole = dummy_checkpoint("llava-1.5-7b", root=small / "whole")
+    whole = dummy_checkpoint("llava-1.5-7b", root=small / "whole", shard_bytes=SHARD_BYTES)
 
     class Stop(Exception):
         pass
@@ -140,12 +139,12 @@ def test_an_interrupted_one_goes_on(small: Path) -> None:
             raise Stop
 
     with pytest.raises(Stop):
-        dummy_checkpoint("llava-1.5-7b", report=stop)
+        dummy_checkpoint("llava-1.5-7b", report=stop, shard_bytes=SHARD_BYTES)
     (partial,) = small.glob(".*.partial")
     kept = sorted(path.name for path in partial.glob("*.safetensors"))
     assert kept and not (small / "llava-1.5-7b-seed0").exists()
     written = (partial / kept[0]).stat().st_mtime_ns
-    made = dummy_checkpoint("llava-1.5-7b")
+    made = dummy_checkpoint("llava-1.5-7b", shard_bytes=SHARD_BYTES)
     assert (made / kept[0]).stat().st_mtime_ns == written, "a finished shard is not made again"
     for path in whole.iterdir():
         assert path.read_bytes() == (made / path.name).read_bytes(), path.name

@@ -29,7 +29,7 @@ from graphs.building.derived_bundles import derive
 from graphs.files.bundle import Bundle
 from graphs.records.match_plan import spec_at
 from graphs.records.plan import PruningPlan, Stage
-from tests.calibrate import naive
+from tests.graphs.ops import oracle
 
 PRESETS = ("none", "btp-paper", "fastv")
 PROMPTS = (  # of several lengths, all in one bucket
@@ -218,15 +218,11 @@ def _picks(
         weights = torch.softmax(products / query.shape[-1] ** 0.5, -1)
         scores = weights[:, 0, start : start + count].mean(0).numpy()
     unit = torch.nn.functional.normalize(hidden[start : start + count], dim=-1)
-    return naive.select(
+    return oracle.select_stage(
+        stage,
         scores,
         (unit @ unit.T).numpy() if stage.needs_similarity else None,
         block_seeds(plan, stage.seeds) if number == 0 else [],
-        keep=stage.keep,
-        attention_quota=stage.attention_quota,
-        diversity_quota=stage.diversity_quota,
-        pool=stage.pool,
-        boundary=stage.boundary,
     )
 
 

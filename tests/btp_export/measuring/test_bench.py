@@ -13,20 +13,12 @@ from btp_export.commands.bench import show
 from btp_export.measuring.bench import measure
 from graphs.pruning import operations
 from graphs.records.errors import InputError
-from graphs.records.plan import PruningPlan, Stage
-
-
-def plan() -> PruningPlan:
-    stages = (
-        Stage(layer=1, keep=18, attention_quota=6, pool=12, boundary=18, diversity_quota=6, seeds=9),
-        Stage(layer=4, keep=0),
-    )
-    return PruningPlan(model_type="llava", num_layers=6, image_tokens=36, grid=(6, 6), stages=stages)
+from tests.plans import PLAN
 
 
 @pytest.fixture(scope="module")
 def bundle(tiny_bundle: Any) -> Any:
-    return tiny_bundle(plan())
+    return tiny_bundle(PLAN)
 
 
 def test_bench_measures_both_models(bundle: Any, capsys: pytest.CaptureFixture[str]) -> None:
@@ -37,11 +29,11 @@ def test_bench_measures_both_models(bundle: Any, capsys: pytest.CaptureFixture[s
     assert prefill["share_of_limit"] == pytest.approx(prefill["speedup"] / prefill["flops_limit"])
     full, pruned = (
         operations.cost(bundle.spec.decoder, made, bundle.profile())
-        for made in (plan().model_copy(update={"stages": ()}), plan())
+        for made in (PLAN.model_copy(update={"stages": ()}), PLAN)
     )
     assert prefill["flops_limit"] == pytest.approx(full.decoder / pruned.decoder)
     assert document["cache_bytes"] == {"full": full.cache_bytes, "pruned": pruned.cache_bytes}
-    assert len(document["select_ms"]) == 2
+    assert len(document["select_ms"]) == 3
     assert document["decode"]["ms_per_token"] > 0 and document["vision_ms"] > 0
 
 
@@ -76,8 +68,8 @@ def test_bench_of_an_unpruned_bundle(tiny_bundle: Any) -> None:
 
 
 def test_bench_of_a_whole_graph(tiny_bundle: Any) -> None:
-    result = measure(tiny_bundle(plan(), assemble="whole"), rounds=1, warm_up=0)
-    assert len(result.select_ms) == 2
+    result = measure(tiny_bundle(PLAN, assemble="whole"), rounds=1, warm_up=0)
+    assert len(result.select_ms) == 3
     assert result.vision_ms > 0
 
 

@@ -12,15 +12,10 @@ from btp_export import cli
 from btp_export.measuring.evaluate import evaluate_bundle, evaluate_plans, resolve_budgets, resolve_plans
 from graphs.pruning.operations import cost
 from graphs.records.errors import InputError
-from graphs.records.plan import PruningPlan, Stage
+from graphs.records.plan import Stage
+from tests.plans import tiny_plan
 
-PLAN = PruningPlan(
-    model_type="llava",
-    num_layers=6,
-    image_tokens=36,
-    grid=(6, 6),
-    stages=(Stage(layer=1, keep=12, attention_quota=6, pool=12, boundary=12), Stage(layer=4, keep=0)),
-)
+PLAN = tiny_plan(Stage(layer=1, keep=12, attention_quota=6, pool=12, boundary=12), Stage(layer=4, keep=0))
 PROMPTS = ["what colour is the star?", "is there a red circle?", "where is the ring?", "how many objects are there?"]
 
 

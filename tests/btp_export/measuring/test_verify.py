@@ -1,5 +1,6 @@
 """`verify` on whole bundles."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -11,18 +12,9 @@ import pytest
 from btp_export import cli
 from btp_export.measuring.verify import verify_bundle
 from graphs.files.bundle import Bundle
-from graphs.records.plan import PruningPlan, Stage
-
-PLAN = PruningPlan(
-    model_type="llava",
-    num_layers=6,
-    image_tokens=36,
-    grid=(6, 6),
-    stages=(
-        Stage(layer=1, keep=18, attention_quota=6, pool=18, boundary=18, diversity_quota=4, seeds=9),
-        Stage(layer=4, keep=0),
-    ),
-)
+from graphs.records.errors import InputError
+from graphs.records.plan import PruningPlan
+from tests.plans import PLAN
 
 
 @pytest.mark.parametrize(
@@ -34,7 +26,7 @@ def test_bundles_of_all_kinds_are_verified(plan: PruningPlan | None, options: di
     result = verify_bundle(tiny_bundle(plan, **options), samples=3, threads=1)
     assert result.failures == ()
     assert result.passed and result.tokens_equal
-    assert result.kept_agreement == ((1.0, 1.0) if plan else ())
+    assert result.kept_agreement == ((1.0, 1.0, 1.0) if plan else ())
     assert all(1 - graph.cosine < 1e-9 for graph in result.graphs)
 
 
@@ -51,7 +43,8 @@ def test_the_command_prints_the_contract(tiny_bundle: Any, capsys: pytest.Captur
     document = json.loads(capsys.readouterr().out)
     assert {"passed", "graphs", "kept_agreement", "tokens_equal"} <= document.keys()
     names = [graph["name"] for graph in document["graphs"]]
-    assert names == ["vision", "prefill_0", "select_0", "prefill_1", "select_1", "prefill_2", "head", "decode"]
+    steps = [f"{kind}_{number}" for number in range(3) for kind in ("prefill", "select")]
+    assert names == ["vision", *steps, "prefill_3", "head", "decode"]
     assert all({"name", "cosine", "norm_ratio", "max_abs"} <= graph.keys() for graph in document["graphs"])
     assert cli.main(["verify", str(bundle.root), "--samples", "1"]) == 0
     assert capsys.readouterr().out.strip().endswith("verified")
@@ -78,6 +71,7 @@ def test_a_bundle_that_computes_something_else_fails(
 ) -> None:
     """Whole by its hashes, but with position tables of another model."""
     from graphs.files.atomic import record
+    from graphs.files.bundle_checks import digest_of
     from graphs.files.checkpoint import open_tensors
 
     root = copied(tiny_bundle(PLAN), tmp_path)
@@ -90,11 +84,30 @@ def test_a_bundle_that_computes_something_else_fails(
     for entry in manifest["weights"]:
         if entry["file"].endswith(rope.name):
             entry["sha256"] = record(root, entry["file"]).sha256
-    (root / "manifest.json").write_text(json.dumps(manifest))
+    text = json.dumps(manifest, indent=1) + "\n"
+    (root / "manifest.json").write_text(text.replace(manifest["manifest_sha256"], digest_of(text.encode())))
     assert cli.main(["verify", str(root), "--samples", "3", "--json"]) == 1
     document = json.loads(capsys.readouterr().out)
     assert not document["passed"] and not document["tokens_equal"]
     assert all(1 - graph["cosine"] < 1e-9 for graph in document["graphs"]), "the graphs themselves are right"
+
+
+@pytest.mark.parametrize(
+    ("part", "change"),
+    [("decoder", {"rms_norm_eps": 1e-2}), ("decoder", {"num_kv_heads": 4}), ("vision", {"channels": 4})],
+)
+def test_a_spec_that_is_not_of_the_bundle_s_own_files_is_refused(
+    tiny_bundle: Any, part: str, change: dict[str, Any]
+) -> None:
+    from btp_export.model.check_spec import check_spec
+
+    bundle = tiny_bundle(PLAN)
+    check_spec(bundle)
+    changed = getattr(bundle.spec, part).model_copy(update=change)
+    spec = bundle.spec.model_copy(update={part: changed})
+    other = dataclasses.replace(bundle, manifest=bundle.manifest.model_copy(update={"spec": spec}))
+    with pytest.raises(InputError, match=f"says {part}.{next(iter(change))} "):
+        check_spec(other)
 
 
 @pytest.mark.parametrize("arguments", [["--samples", "0"], ["--profile", "other"]])

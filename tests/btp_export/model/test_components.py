@@ -5,18 +5,23 @@ import os
 import shutil
 import struct
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+import btp_export
 from btp_export import cli
 from btp_export.families import known_models
+from btp_export.measuring.bench import measure
 from btp_export.model.open_model import find_model, open_model
 from graphs.files.atomic import hub_sha256, sha256
+from graphs.files.bundle import Bundle
 from graphs.files.checkpoint import open_checkpoint
 from graphs.records.errors import InputError, UnavailableError
 
@@ -192,14 +197,24 @@ def test_too_little_memory_is_said_before_a_calibration_starts(
 
 
 def test_too_little_memory_is_said_before_a_bundle_is_opened_as_a_whole(
-    tiny_bundle: object, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tiny_bundle: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bundle = tiny_bundle()  # type: ignore[operator]
-    monkeypatch.setattr("btp_export.running.memory_fit.STREAM_ABOVE", 0)
+    """Its output matrix says that it has 4 GiB; nothing of it is read before memory is looked at."""
+    bundle = tiny_bundle()
+    root = tmp_path / "bundle"
+    shutil.copytree(bundle.root, root)
+    head = onnx.load(root / "graphs" / "head.onnx", load_external_data=False)
+    matrix = next(
+        weight for weight in head.graph.initializer if list(weight.dims)[-1:] == [64] and len(weight.dims) == 2
+    )
+    matrix.dims[0] = 2**24
+    onnx.save(head, root / "graphs" / "head.onnx")
     monkeypatch.setattr("btp_export.running.memory_fit.available_memory", lambda: 100 * 2**20)
-    assert cli.main(["bench", str(bundle.root)]) == 2
-    error = capsys.readouterr().err
-    assert "100.0 MiB are available" in error and "one layer at a time" in error
+    large = Bundle(root, bundle.manifest, bundle.plan)
+    for use in (measure, btp_export.load):
+        with pytest.raises(InputError, match=r"needs about .* 100\.0 MiB are available") as error:
+            use(large)
+        assert "one layer at a time" in error.value.do
 
 
 # -- damaged files: what the safetensors library refuses, we refuse -------------------------------------------------

@@ -11,16 +11,11 @@ from btp_export.planning.latency import read_latency
 from btp_export.results.timing import Bench
 from calibrate.place.cost import MeasuredParts, MeasuredPrefills, MeasuredSegment
 from graphs.records.errors import InputError
-from graphs.records.plan import PruningPlan, Stage
+from graphs.records.plan import Stage
 from tests.btp_export.results.examples import verification
+from tests.plans import tiny_plan
 
-PLAN = PruningPlan(
-    model_type="llava",
-    num_layers=6,
-    image_tokens=36,
-    grid=(6, 6),
-    stages=(Stage(layer=2, keep=12, attention_quota=6, pool=12, boundary=12), Stage(layer=4, keep=0)),
-)
+PLAN = tiny_plan(Stage(layer=2, keep=12, attention_quota=6, pool=12, boundary=12), Stage(layer=4, keep=0))
 
 
 def part(name: str, kind: str, layers: list[int] | None, tokens: int, flops: int, ms: float) -> dict[str, Any]:

@@ -18,9 +18,10 @@ from engines.tensorrt.prepare.build_plan import Wishes, plan_build
 from graphs.files.bundle import Bundle
 from graphs.pruning.operations import cost
 from graphs.records.errors import InputError, UnavailableError
-from graphs.records.plan import PruningPlan, Stage
+from graphs.records.plan import Stage
 from tests.engines.tensorrt import trtexec_files
 from tests.engines.tensorrt.plans import prepared
+from tests.plans import tiny_plan
 
 TARGET = "jetson-orin-jp6"
 STAGES = (
@@ -37,8 +38,7 @@ LIBRARY = "plugins/libbtp_trt_dynamic.so"
 
 @pytest.fixture(scope="module")
 def pristine(tiny_bundle: Any) -> Bundle:
-    whole: Bundle = tiny_bundle()
-    plan = PruningPlan(model_type=whole.plan.model_type, num_layers=6, image_tokens=36, grid=(6, 6), stages=STAGES)
+    plan = tiny_plan(*STAGES)
     made: Bundle = tiny_bundle(plan)
     return made
 
@@ -83,9 +83,9 @@ def measured(bundle: Bundle, measured: Mapping[str, float] | None = None, **wish
     return root
 
 
-def device(bundle: Bundle, folder: Path, monkeypatch: pytest.MonkeyPatch, *, fail: str = "") -> Path:
+def device(bundle: Bundle, folder: Path, monkeypatch: pytest.MonkeyPatch, *, fail: str = "", **wishes: Any) -> Path:
     """A kit whose engines were "built" here, and a program in trtexec's place on PATH; the folder of engines."""
-    root = kit(bundle)
+    root = kit(bundle, **wishes)
     for name in times(bundle):
         (root / name).write_bytes(b"engine")
         (root / name).with_name("plugins").mkdir(exist_ok=True)
@@ -315,3 +315,21 @@ def test_the_report_shows_it(bundle: Bundle) -> None:
     assert 'id="engines"' in page and "select_1: " in page and "NV Power Mode: MAXN" in page
     assert "Pruning pays in prefill from about" in page
     assert 'id="engines"' not in render(found.model_copy(update={"engines": ()}), [])
+
+
+@pytest.mark.parametrize("script", ["profile.sh", "unpruned/profile.sh", "weights.sh", "unpruned/weights.sh"])
+def test_only_our_own_scripts_are_run(
+    script: str, bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = device(bundle, tmp_path / "bin", monkeypatch, engine_weights="shared")
+    owned = tmp_path / "owned"
+    text = (root / script).read_text()
+    (root / script).write_text(f"{text}\ntouch {owned}\n")
+    with pytest.raises(InputError, match="is not the script that belongs to"):
+        profile_engines(bundle, TARGET)
+    assert not owned.exists()
+    (root / script).write_text(text)
+    shutil.rmtree(root / "logs", ignore_errors=True)
+    (root / "logs").symlink_to(tmp_path)
+    with pytest.raises(InputError, match="is a link"):
+        profile_engines(bundle, TARGET)

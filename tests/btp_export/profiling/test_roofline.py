@@ -12,7 +12,8 @@ from btp_export.profiling.roofline import Roofline, product_flops
 from engines.tensorrt.prepare.prepared_graphs import Choices, prepare
 from graphs.files.bundle import Bundle
 from graphs.pruning.operations import cost
-from graphs.records.plan import PruningPlan, Stage
+from graphs.records.plan import Stage
+from tests.plans import tiny_plan
 
 STAGES = (
     Stage(layer=2, keep=18, attention_quota=6, pool=24, boundary=18, diversity_quota=6, seeds=9),
@@ -30,10 +31,7 @@ def test_the_slower_of_both_limits() -> None:
 
 @pytest.fixture(scope="module")
 def bundle(tiny_bundle: Any) -> Bundle:
-    whole: Bundle = tiny_bundle()
-    made: Bundle = tiny_bundle(
-        PruningPlan(model_type=whole.plan.model_type, num_layers=6, image_tokens=36, grid=(6, 6), stages=STAGES)
-    )
+    made: Bundle = tiny_bundle(tiny_plan(*STAGES))
     return made
 
 

@@ -10,24 +10,13 @@ from PIL import Image
 
 from btp_export.cli import main
 from graphs.files.bundle import Bundle
-from graphs.records.plan import PruningPlan, Stage
+from tests.plans import PLAN
 
 
 @pytest.fixture(scope="module")
 def bundle(tiny_bundle: Callable[..., Bundle]) -> Bundle:
     """36 tokens in 6 x 6; the second stage chooses among the first one's, the last drops all."""
-    plan = PruningPlan(
-        model_type="llava",
-        num_layers=6,
-        image_tokens=36,
-        grid=(6, 6),
-        stages=(
-            Stage(layer=2, keep=18, attention_quota=8, pool=12, boundary=18, diversity_quota=4, seeds=6),
-            Stage(layer=3, keep=6, attention_quota=6, pool=8, boundary=6),
-            Stage(layer=5, keep=0),
-        ),
-    )
-    return tiny_bundle(plan)
+    return tiny_bundle(PLAN)
 
 
 def test_report_measures_a_bundle_and_writes_what_it_prints(
@@ -49,7 +38,7 @@ def test_report_measures_a_bundle_and_writes_what_it_prints(
     for row in stored["evaluation"]["rows"]:
         assert f">{row['plan']}</th>" in html
     assert f"{stored['bench']['prefill']['speedup']:.2f}×" in html
-    assert [len(stage) for stage in stored["pictures"][0]["kept"]] == [18, 6, 0]
+    assert [len(stage) for stage in stored["pictures"][0]["kept"]] == [18, 7, 0]
     assert set(stored["pictures"][0]["kept"][1]) <= set(stored["pictures"][0]["kept"][0]), "kept sets are nested"
     assert stored["costs"]["cache_bytes"] == stored["bench"]["cache_bytes"], "arithmetic and buffers agree"
     assert (bundle.root / "manifest.json").read_bytes() == manifest

@@ -19,16 +19,9 @@ from btp_export.results.evaluation import Evaluation
 from btp_export.results.plans import ExportResult, Front, PlanSummary, Presets
 from btp_export.results.timing import Bench
 from btp_export.results.verification import Verification
-from graphs.records.plan import PruningPlan, Stage
+from tests.plans import PLAN
 
 ROOT = Path(__file__).parents[3]
-PLAN = PruningPlan(
-    model_type="llava",
-    num_layers=6,
-    image_tokens=36,
-    grid=(6, 6),
-    stages=(Stage(layer=2, keep=12, attention_quota=6, pool=12, boundary=12), Stage(layer=4, keep=0)),
-)
 SHAPES = ["--text-tokens", "16", "--max-new-tokens", "4"]
 Run = Callable[..., str]
 

@@ -13,9 +13,9 @@ from btp_export.running.runtime import load
 from engines.tensorrt.prepare.prepared_graphs import Choices, without_pruning
 from engines.tensorrt.records import UNPRUNED, engines_folder
 from graphs.files.bundle import Bundle
-from graphs.records.plan import PruningPlan
 from tests.engines.runners.host_cuda import HostCuda
 from tests.engines.tensorrt.run.engine_folders import STAGES, TARGET, machine_with_gpu, new_process, write_engines
+from tests.plans import tiny_plan
 
 
 @pytest.fixture(autouse=True)
@@ -31,8 +31,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> HostCuda:
 @pytest.fixture(scope="module")
 def bundle(tiny_bundle: Any, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """A bundle with engines, the unpruned ones among them."""
-    whole: Bundle = tiny_bundle()
-    plan = PruningPlan(model_type=whole.plan.model_type, num_layers=6, image_tokens=36, grid=(6, 6), stages=STAGES)
+    plan = tiny_plan(*STAGES)
     root = tmp_path_factory.mktemp("engines") / "bundle"
     shutil.copytree(tiny_bundle(plan).root, root)
     made = Bundle.open(root)

@@ -15,11 +15,13 @@ import btp_export
 from btp_export.families import family_for
 from btp_export.measuring.verify import verify_bundle
 from btp_export.running.generation import Answer, generate
+from btp_export.running.memory_fit import Streaming
 from graphs.files.checkpoint import open_checkpoint, read_config
 from graphs.records.generation import GenerationSettings
-from graphs.records.plan import PruningPlan, Stage
+from graphs.records.plan import Stage
 from tests.btp_export.running.test_runtime import PROMPTS, transformers_inputs
 from tests.conftest import unpruned
+from tests.plans import tiny_plan
 
 ROOM = 12
 SETTINGS: list[dict[str, Any]] = [
@@ -128,13 +130,12 @@ def test_verify_follows_them(
     """Of the whole bundle and of the streamed one; without the rules on the reference's side nothing would be equal."""
     from graphs.building.derived_bundles import derive
 
-    monkeypatch.setattr("btp_export.running.memory_fit.STREAM_ABOVE", 0 if streamed else 2**40)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     _, bundle, _ = penalised
     stages = (Stage(layer=2, keep=12, attention_quota=6, pool=8, boundary=12, diversity_quota=6),)
-    plan = PruningPlan(model_type="llava", num_layers=6, image_tokens=36, grid=(6, 6), stages=stages)
+    plan = tiny_plan(*stages)
     pruned = derive(bundle, plan, tmp_path / "pruned")
-    result = verify_bundle(pruned, samples=2, tokens=8, threads=1)
+    result = verify_bundle(pruned, samples=2, tokens=8, threads=1, streaming=Streaming(above=0 if streamed else 2**40))
     assert result.passed and result.streamed == streamed
     assert not result.near_ties
 

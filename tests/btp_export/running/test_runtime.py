@@ -1,5 +1,7 @@
 """The runtime against transformers: the unpruned bundle must be `model.generate`, a pruned one a plain torch loop."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,10 +14,10 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 import btp_export
-from graphs.ops import select_tokens
-from graphs.pruning.spatial_set import spatial_seeds
 from graphs.records.errors import CheckError, InputError, UnavailableError
 from graphs.records.plan import PruningPlan, Stage
+from tests.graphs.ops import oracle
+from tests.plans import tiny_plan
 
 PROMPTS = ["what colour is the star?", "is there a red circle?", "where is the ring?", "how many objects are there?"]
 
@@ -58,15 +60,11 @@ def test_unpruned_demo_is_transformers_generate(
         assert list(answer.token_ids) == transformers_generate(reference, demo_checkpoint, image, prompt, 8)
 
 
-def tiny_plan(**changes: Any) -> PruningPlan:
-    """Two stages that choose, with every part of the rules, and one that drops all."""
-    stages = (
-        Stage(layer=1, keep=20, attention_quota=6, pool=14, boundary=20, diversity_quota=6, seeds=9),
-        Stage(layer=3, keep=9, attention_quota=7, pool=10, boundary=9, diversity_quota=2),
-        Stage(layer=5, keep=0),
-    )
-    fields = {"model_type": "llava", "num_layers": 6, "image_tokens": 36, "grid": (6, 6), "stages": stages} | changes
-    return PruningPlan(**fields)
+PLAN = tiny_plan(  # two stages that choose, with every part of the rules, and one that drops all
+    Stage(layer=1, keep=20, attention_quota=6, pool=14, boundary=20, diversity_quota=6, seeds=9),
+    Stage(layer=3, keep=9, attention_quota=7, pool=10, boundary=9, diversity_quota=2),
+    Stage(layer=5, keep=0),
+)
 
 
 class PrunedReference:
@@ -135,28 +133,23 @@ class PrunedReference:
         return weights.mean(1)[0, 0]
 
     def _select(self, stage: Stage, image: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        unit = torch.nn.functional.normalize(image.float(), dim=-1)
-        seeds = torch.tensor(spatial_seeds(self.plan.grid, stage.seeds, "euclidean")) if stage.seeds else None
-        return select_tokens.reference(
-            scores[None, self.prefix : self.prefix + image.shape[1]],
-            unit @ unit.transpose(1, 2) if stage.needs_similarity else None,
-            seeds,
-            keep=stage.keep,
-            attention_quota=stage.attention_quota,
-            diversity_quota=stage.diversity_quota,
-            pool=stage.pool,
-            boundary=stage.boundary,
-        )[0].long()
+        unit = torch.nn.functional.normalize(image[0].float(), dim=-1)
+        picks = oracle.select_stage(
+            stage,
+            scores[self.prefix : self.prefix + image.shape[1]].numpy(),
+            (unit @ unit.T).numpy() if stage.needs_similarity else None,
+            oracle.grid_seeds(self.plan.grid, stage.seeds),
+        )
+        return torch.tensor(picks)
 
 
 @pytest.mark.parametrize("options", [{}, {"batch": 2}, {"opset": 18}, {"assemble": "whole"}], ids=str)
 def test_pruned_is_the_plain_reference(
     options: dict[str, Any], reference: Any, tiny_checkpoint: Path, tiny_bundle: Any, pictures: list[Image.Image]
 ) -> None:
-    plan = tiny_plan()
-    model = btp_export.load(tiny_bundle(plan, **options), threads=1)
+    model = btp_export.load(tiny_bundle(PLAN, **options), threads=1)
     answers = model.generate(pictures, PROMPTS)
-    plain = PrunedReference(reference, plan, prefix=8)
+    plain = PrunedReference(reference, PLAN, prefix=8)
     for image, prompt, answer in zip(pictures, PROMPTS, answers, strict=True):
         ids, kept = plain.generate(transformers_inputs(tiny_checkpoint, image, prompt), 12)
         first, second = np.array(kept[0]), np.array(kept[0])[kept[1]]
@@ -170,7 +163,7 @@ def test_pruned_is_the_plain_reference(
 @pytest.mark.parametrize("keep", [0, 12])
 def test_a_stage_before_the_first_layer(keep: int, tiny_bundle: Any, pictures: list[Image.Image]) -> None:
     stage = Stage(layer=0, keep=keep, **({"diversity_quota": keep} if keep else {}))
-    answer = btp_export.load(tiny_bundle(tiny_plan(stages=(stage,))), threads=1).generate(pictures[0], PROMPTS[0])[0]
+    answer = btp_export.load(tiny_bundle(tiny_plan(stage)), threads=1).generate(pictures[0], PROMPTS[0])[0]
     assert answer.tokens_kept == (keep,)
     assert [len(indices) for indices in answer.kept] == [keep]
     assert len(answer.select_ms) == 1
@@ -178,9 +171,8 @@ def test_a_stage_before_the_first_layer(keep: int, tiny_bundle: Any, pictures: l
 
 def test_batches_do_not_change_answers(tiny_bundle: Any, pictures: list[Image.Image]) -> None:
     """Three samples in a batch of two: one batch is filled up; each row stops by itself; streams do not mix."""
-    plan = tiny_plan()
-    single = btp_export.load(tiny_bundle(plan), threads=1)
-    double = btp_export.load(tiny_bundle(plan, batch=2), threads=1)
+    single = btp_export.load(tiny_bundle(PLAN), threads=1)
+    double = btp_export.load(tiny_bundle(PLAN, batch=2), threads=1)
     settings: dict[str, Any] = {"temperature": 0.8, "top_p": 0.9, "seed": 5}
     streamed: dict[int, str] = {}
 
@@ -220,7 +212,7 @@ def test_an_answer_stops_at_the_end_token(tiny_bundle: Any, pictures: list[Image
 
 def test_caches_stay_where_they_are(tiny_bundle: Any, pictures: list[Image.Image]) -> None:
     """Decoding writes one row of each cache in place: same addresses, other rows untouched, no copy of the cache."""
-    model = btp_export.load(tiny_bundle(tiny_plan(), batch=2), threads=1)
+    model = btp_export.load(tiny_bundle(PLAN, batch=2), threads=1)
     prefill = model.prefill(model.encode(pictures[:2], [PROMPTS[0], "how many objects are there in the picture?"]))
     caches = {layer: tuple(buffer.array for buffer in pair) for layer, pair in model.chain.caches.items()}
     before = {layer: tuple(array.copy() for array in pair) for layer, pair in caches.items()}
@@ -297,7 +289,7 @@ def test_pruning_that_did_not_happen_is_a_failure(
     stage: int, words: str, tiny_bundle: Any, pictures: list[Image.Image]
 ) -> None:
     """A stage that tells a wrong length, one that keeps a token again and again, and a kernel that fails."""
-    model = btp_export.load(tiny_bundle(tiny_plan()), threads=1)
+    model = btp_export.load(tiny_bundle(PLAN), threads=1)
     damage = {
         0: lambda: model.chain._last[1].write(np.array([30], np.int32)),
         1: lambda: model.chain._kept[1].write(np.full((1, 9), 3, np.int32)),
@@ -311,12 +303,12 @@ def test_pruning_that_did_not_happen_is_a_failure(
 
 
 def test_graphs_of_another_plan_are_refused(tiny_bundle: Any) -> None:
-    bundle = tiny_bundle(tiny_plan())
-    stages = (*tiny_plan().stages[:2], Stage(layer=4, keep=0))
+    bundle = tiny_bundle(PLAN)
+    stages = (*PLAN.stages[:2], Stage(layer=4, keep=0))
     with pytest.raises(InputError, match=r"does not fit the plan|no graph|is float32"):
-        btp_export.load(replace(bundle, plan=tiny_plan(stages=stages)))
+        btp_export.load(replace(bundle, plan=tiny_plan(*stages)))
     with pytest.raises(InputError, match=r"does not fit the plan|no graph|is float32"):
-        btp_export.load(replace(bundle, plan=tiny_plan(stages=())))
+        btp_export.load(replace(bundle, plan=tiny_plan()))
 
 
 def test_float16_bundle_is_close_to_float32(tiny_bundle: Any, pictures: list[Image.Image]) -> None:
@@ -335,3 +327,26 @@ def test_float16_bundle_is_close_to_float32(tiny_bundle: Any, pictures: list[Ima
 def test_bfloat16_does_not_run_on_the_cpu(tiny_bundle: Any) -> None:
     with pytest.raises(UnavailableError, match=r"cannot open(.|\n)*--device cuda, or export with --precision float32"):
         btp_export.load(tiny_bundle(precision="bfloat16"), threads=1)
+
+
+# -- threads ---------------------------------------------------------------------------------------------------------
+
+
+def test_threads_wait_for_each_other(tiny_bundle: Any, pictures: list[Image.Image]) -> None:
+    model = btp_export.load(tiny_bundle(), threads=1)
+    calls = [(picture, prompt) for picture in pictures for prompt in PROMPTS] * 2
+    alone = [model.generate([picture], [prompt])[0].token_ids for picture, prompt in calls]
+    assert len(set(alone)) > 4, "the model says the same to everything: no test"
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda call: model.generate([call[0]], [call[1]])[0].token_ids, calls))
+    assert together == alone
+
+
+def test_a_thread_whose_caches_are_gone_is_told(tiny_bundle: Any, pictures: list[Image.Image]) -> None:
+    model = btp_export.load(tiny_bundle(), threads=1)
+    mine = model.prefill(model.encode(pictures[:1], PROMPTS[:1]))
+    other = threading.Thread(target=lambda: model.prefill(model.encode(pictures[1:2], PROMPTS[:1])))
+    other.start()
+    other.join()
+    with pytest.raises(InputError, match="hold a later batch"):
+        model.decode_step(mine, [5])

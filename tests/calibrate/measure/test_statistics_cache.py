@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from calibrate.measure import statistics_cache
 from calibrate.measure.statistics import Statistics
 from calibrate.measure.statistics_cache import StatisticsCache, checkpoint_identity, key_of
 from tests.calibrate.models import checkpoint, make_llava
@@ -97,13 +96,11 @@ def test_the_key_follows_every_part() -> None:
     assert key_of({"a": 1, "b": 2}) == key_of({"b": 2, "a": 1})
 
 
-@pytest.mark.parametrize("small", [True, False], ids=["hashed-whole", "sampled"])
-def test_other_weights_are_another_model(small: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not small:
-        monkeypatch.setattr(statistics_cache, "SMALL_FILE", 0)
+@pytest.mark.parametrize("small", [2**26, 0], ids=["hashed-whole", "sampled"])
+def test_other_weights_are_another_model(small: int, tmp_path: Path) -> None:
     make_llava(tmp_path)
-    before = checkpoint_identity(checkpoint(tmp_path))
-    assert checkpoint_identity(checkpoint(tmp_path)) == before
+    before = checkpoint_identity(checkpoint(tmp_path), small=small)
+    assert checkpoint_identity(checkpoint(tmp_path), small=small) == before
     file = tmp_path / "model.safetensors"
     stat = file.stat()
     tensor = checkpoint(tmp_path)["language_model.layers.3.mlp.up_proj.weight"]
@@ -112,15 +109,28 @@ def test_other_weights_are_another_model(small: bool, tmp_path: Path, monkeypatc
         stream.write(b"\x01\x02")
     os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     assert file.stat().st_size == stat.st_size and file.stat().st_mtime_ns == stat.st_mtime_ns
-    assert checkpoint_identity(checkpoint(tmp_path)) != before
+    assert checkpoint_identity(checkpoint(tmp_path), small=small) != before
 
 
-def test_a_hub_download_is_known_by_the_hash_in_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(statistics_cache, "SMALL_FILE", 0)
+def test_a_hub_download_is_known_by_the_hash_in_its_name(tmp_path: Path) -> None:
     folder = tmp_path / "snapshot"
     make_llava(folder)
     blobs, name = tmp_path / "models--owner--name" / "blobs", "ab" * 32
     blobs.mkdir(parents=True)
     (folder / "model.safetensors").rename(blobs / name)
     (folder / "model.safetensors").symlink_to(blobs / name)
-    assert checkpoint_identity(checkpoint(folder))["model.safetensors"] == name
+    assert checkpoint_identity(checkpoint(folder), small=0)["model.safetensors"] == name
+
+
+def test_a_changed_number_is_noticed(tmp_path: Path, statistics: Statistics) -> None:
+    """An entry that reads back whole, with one number that is not what was measured: NaN or a plausible one."""
+    for value in (np.nan, 0.125):
+        said: list[str] = []
+        cache = StatisticsCache(tmp_path, said.append)
+        cache.put("key", statistics)
+        path = tmp_path / "key.npz"
+        with np.load(path) as stored:
+            arrays = {name: stored[name].copy() for name in stored.files}
+        arrays["divergence"][0, 0] = value
+        np.savez_compressed(path, **arrays)
+        assert cache.get("key") is None and len(said) == 1 and "measured again" in said[0]

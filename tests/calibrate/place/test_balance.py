@@ -2,15 +2,13 @@
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from calibrate.place.balance import Recipe, balance, pool_factor, stage_of
 from calibrate.place.counts import Shape
-from graphs.ops import select_tokens
 from graphs.records.errors import InputError
-from graphs.records.plan import Stage
+from tests.graphs.ops import oracle
 
 LLAVA = Shape("llava", 32, 576, (24, 24))
 NEXT = Shape("llava_next", 32, 2928, (48, 48), ((24, 24), (48, 49)))
@@ -52,20 +50,13 @@ def test_a_picture_of_blocks_has_its_spatial_set_on_all_of_them() -> None:
     assert 50 < (chosen < 576).sum() < 400, "both views have a part of it"
 
 
-def select(scores: np.ndarray, stage: Stage) -> list[int]:
-    return select_tokens.reference(
-        torch.from_numpy(scores)[None], None, None, keep=stage.keep, attention_quota=stage.attention_quota,
-        diversity_quota=stage.diversity_quota, pool=stage.pool, boundary=stage.boundary,
-    )[0].tolist()  # fmt: skip
-
-
 def test_without_rebalance_the_best_are_kept_wherever_they_lie() -> None:
     scores = np.linspace(0, 1, 100, dtype=np.float32)  # late tokens are the best
     plain = stage_of(1, 20, 1.0, tokens=100, rebalance=False)
-    assert select(scores, plain) == list(range(80, 100))
+    assert oracle.select_stage(plain, scores, None) == list(range(80, 100))
     rebalanced = stage_of(1, 90, 1.0, tokens=100)
-    assert 0 in select(scores, rebalanced), "a wide pool reaches early tokens"
-    assert 0 not in select(scores, stage_of(1, 90, 1.0, tokens=100, rebalance=False))
+    assert 0 in oracle.select_stage(rebalanced, scores, None), "a wide pool reaches early tokens"
+    assert 0 not in oracle.select_stage(stage_of(1, 90, 1.0, tokens=100, rebalance=False), scores, None)
 
 
 def test_without_the_spatial_set_diversity_has_its_places() -> None:

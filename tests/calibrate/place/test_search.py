@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -118,22 +119,21 @@ def test_the_search_finds_the_optimum_of_a_known_landscape() -> None:
     assert again == best, "the same seed searches the same way"
 
 
-def with_measurements(monkeypatch: pytest.MonkeyPatch, unseen_best: float) -> list[int]:
-    """`tune` on the landscape; on unseen samples the optimum is another one."""
-    sizes: list[int] = []
+def measurements(unseen_best: float, sizes: list[int]) -> Any:
+    """Measuring on the landscape; on unseen samples the optimum is another one. `sizes`: of the passes."""
 
     def measure(reference, inputs, plans, *, progress=None):
         sizes.append(len(inputs))
         seen = len(inputs) > 6
         return landscape(plans, samples=len(inputs), best=0.9 if seen else unseen_best)
 
-    monkeypatch.setattr(tuning, "measure_plans", measure)
-    return sizes
+    return measure
 
 
-def test_a_plan_that_holds_on_unseen_samples_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes = with_measurements(monkeypatch, unseen_best=0.9)
-    plan, record = tune(None, list(range(18)), DEFAULT, Recipe(), COST)  # type: ignore[arg-type,list-item]
+def test_a_plan_that_holds_on_unseen_samples_is_taken() -> None:
+    sizes: list[int] = []
+    measure = measurements(0.9, sizes)
+    plan, record = tune(None, list(range(18)), DEFAULT, Recipe(), COST, measure=measure)  # type: ignore[arg-type,list-item]
     assert record["taken"] and plan != DEFAULT and record["better_in"] == 1.0
     assert (record["samples"], record["held_out"]) == (12, 6) and sizes[-1] == 6 and set(sizes[:-1]) == {12}
     assert record["tuned"]["held_out"]["objective"] < record["default"]["held_out"]["objective"] == 1.0
@@ -141,9 +141,9 @@ def test_a_plan_that_holds_on_unseen_samples_is_taken(monkeypatch: pytest.Monkey
     assert record["tuned"]["keep"] == [stage.keep for stage in plan.stages]
 
 
-def test_a_plan_that_does_not_hold_is_not_taken_and_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    with_measurements(monkeypatch, unseen_best=0.1)
-    plan, record = tune(None, list(range(18)), DEFAULT, Recipe(), COST)  # type: ignore[arg-type,list-item]
+def test_a_plan_that_does_not_hold_is_not_taken_and_it_is_said() -> None:
+    measure = measurements(0.1, [])
+    plan, record = tune(None, list(range(18)), DEFAULT, Recipe(), COST, measure=measure)  # type: ignore[arg-type,list-item]
     assert plan == DEFAULT and not record["taken"]
     assert record["tuned"]["held_out"]["objective"] > 1.0 and record["reason"]
 
@@ -177,5 +177,5 @@ def test_what_cannot_be_tuned_is_refused(model) -> None:
 
 def test_moves_that_helped_are_made_together() -> None:
     at = Setting((20, 10), (0.4, 1.0))
-    together = tuning._combined(at, [Setting((26, 10), (0.4, 1.0)), Setting((20, 10), (0.6, 1.0))])
+    together = tuning.combined(at, [Setting((26, 10), (0.4, 1.0)), Setting((20, 10), (0.6, 1.0))])
     assert together == Setting((26, 10), (0.6, 1.0))

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from calibrate.place.counts import Shape
-from calibrate.reference import answers as module
 from calibrate.reference.answers import greedy_answers
 from calibrate.reference.records import ReferenceInput
 from calibrate.reference.streamed_model import StreamedReference
@@ -58,11 +57,11 @@ def test_an_answer_ends_with_its_end_token(setup) -> None:
     assert got[0][-1] == end and len(got[0]) <= 3
 
 
-def test_keys_on_disk_in_half_precision_give_the_same_answers(setup, tmp_path: Path, monkeypatch) -> None:
+def test_keys_on_disk_in_half_precision_give_the_same_answers(setup, tmp_path: Path) -> None:
     files, inputs, wanted = setup
-    monkeypatch.setattr(module, "SPILL_BYTES", 0)
     with work_folder(tmp_path, "0" * 32, lambda text: None) as work:
-        got = greedy_answers(StreamedReference(files, work=work), inputs, SHAPE.plan(()), tokens=TOKENS)
+        reference = StreamedReference(files, work=work, spill_above=0)
+        got = greedy_answers(reference, inputs, SHAPE.plan(()), tokens=TOKENS)
         kept = list(work.folder.glob("answer-*.npy"))
     assert got == wanted
     assert len(kept) == len(inputs) * LAYERS * 2, "keys and values of every layer lie on disk"

@@ -99,13 +99,10 @@ def test_several_plans_resume_to_the_same_bytes(
 
 
 @pytest.mark.parametrize("spilled", [False, True], ids=["memory", "disk"])
-def test_recorded_segments_resume_to_the_same_bytes(
-    spilled: bool, model: tuple[Any, Path], work: Work, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_recorded_segments_resume_to_the_same_bytes(spilled: bool, model: tuple[Any, Path], work: Work) -> None:
     inputs = [make_input(model[0], seed=seed)[0] for seed in range(2)]
     wanted = StreamedReference(checkpoint(model[1])).run(inputs, PLANS[2], record_segments=True)
-    monkeypatch.setattr("calibrate.reference.streamed_model.SPILL_BYTES", 0 if spilled else 2**40)
-    reference = StreamedReference(checkpoint(model[1]), work=work)
+    reference = StreamedReference(checkpoint(model[1]), work=work, spill_above=0 if spilled else 2**40)
     with pytest.raises(Stopped):
         reference.run(inputs, PLANS[2], record_segments=True, progress=stop_after(8))
     got = reference.run(inputs, PLANS[2], record_segments=True)
@@ -155,11 +152,10 @@ def test_half_precision_maths_resumes(half: torch.dtype, model: tuple[Any, Path]
 
 @pytest.mark.parametrize("damage", ["tensors cut", "byte flipped", "record cut", "tensors gone", "kept array"])
 def test_damaged_checkpoints_are_said_and_not_used(
-    damage: str, model: tuple[Any, Path], work: Work, notes: list[str], monkeypatch: pytest.MonkeyPatch
+    damage: str, model: tuple[Any, Path], work: Work, notes: list[str]
 ) -> None:
-    monkeypatch.setattr("calibrate.reference.streamed_model.SPILL_BYTES", 0)
     inputs = [make_input(model[0])[0]]
-    reference = StreamedReference(checkpoint(model[1]), work=work)
+    reference = StreamedReference(checkpoint(model[1]), work=work, spill_above=0)
     with pytest.raises(Stopped):
         reference.run(inputs, PLANS[1], record_segments=True, progress=stop_after(5))
     (data,) = work.folder.glob("*/*.safetensors")
@@ -181,11 +177,8 @@ def test_damaged_checkpoints_are_said_and_not_used(
     assert len(notes) == 1 and "damaged" in notes[0] and "not used" in notes[0]
 
 
-def test_records_on_disk_are_only_mapped_while_in_use(
-    model: tuple[Any, Path], work: Work, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("calibrate.reference.streamed_model.SPILL_BYTES", 0)
-    run = StreamedReference(checkpoint(model[1]), work=work).run(
+def test_records_on_disk_are_only_mapped_while_in_use(model: tuple[Any, Path], work: Work) -> None:
+    run = StreamedReference(checkpoint(model[1]), work=work, spill_above=0).run(
         [make_input(model[0])[0]], PLANS[0], record_segments=True
     )
     key = run[0].segments[0].keys[3]

@@ -178,8 +178,8 @@ def test_a_wrong_graph_is_refused_with_a_message(case: str, form: str, tmp_path:
 def test_a_second_form_of_the_plugins_is_refused() -> None:
     script = (
         "from engines.native.plugins import register_python\n"
-        "from engines.tensorrt import library\n"
-        "trt = library.load('rtx').module; keep = register_python(trt)\n"
+        "from engines.tensorrt import installed\n"
+        "trt = installed.load('rtx').module; keep = register_python(trt)\n"
         "try:\n    register_python(trt)\n"
         "except Exception as error:\n    print(type(error).__name__, error)\n"
     )
@@ -191,8 +191,8 @@ def test_the_python_plugins_are_made_again_from_what_they_serialize() -> None:
     script = (
         "import numpy as np\n"
         "from engines.native.plugins import register_python\n"
-        "from engines.tensorrt import library\n"
-        "trt = library.load('rtx').module\n"
+        "from engines.tensorrt import installed\n"
+        "trt = installed.load('rtx').module\n"
         "for creator in register_python(trt):\n"
         "    names = [field.name for field in creator.field_names]\n"
         "    values = [1 if name == 'weighted' else 2 + n // 3 for n, name in enumerate(names)]\n"

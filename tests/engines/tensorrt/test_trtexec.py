@@ -148,15 +148,15 @@ def test_a_run_that_ends_without_its_results(tmp_path: Path) -> None:
 
 def test_finding_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr(trtexec, "PLACES", (tmp_path / "bin",))
+    places = [tmp_path / "bin"]
     with pytest.raises(UnavailableError, match="trtexec was found neither") as caught:
-        trtexec.find()
+        trtexec.find(places=places)
     assert "--from" in caught.value.do and caught.value.exit_code == 3
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "trtexec").write_text("")
-    assert trtexec.find() == tmp_path / "bin" / "trtexec"
+    assert trtexec.find(places=places) == tmp_path / "bin" / "trtexec"
     (tmp_path / "trtexec").write_text("#!/bin/sh\n")
     (tmp_path / "trtexec").chmod(0o755)
-    assert trtexec.find() == tmp_path / "trtexec"
+    assert trtexec.find(places=places) == tmp_path / "trtexec"
     with pytest.raises(UnavailableError, match="cannot be started"):
         trtexec.run([tmp_path / "gone"], folder=tmp_path, log=tmp_path / "a.log")

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import pytest
 from btp_export import cli
 from btp_export.measuring.verify import verify_bundle
 from btp_export.results.verification import Verification
+from btp_export.running.memory_fit import Streaming
 from engines.runners.onnxruntime import OrtLoader
 from engines.verify.gates import GATES
 from engines.verify.streamed_graphs import StreamedRunner
@@ -23,14 +25,12 @@ from graphs.building.graph_parts import has_bfloat16, read_graph, split, wide_we
 from graphs.files.bundle import Bundle
 from tests.engines.verify.test_verification import EARLY, PLAN, TEXT
 
+STREAMED = Streaming(above=0, part_bytes=0)  # every bundle, one layer at a time
+
 
 @pytest.fixture(autouse=True)
-def small_parts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Every bundle is streamed, one layer at a time, and checkpoints go to a folder of the test."""
-    monkeypatch.setattr("btp_export.running.memory_fit.STREAM_ABOVE", 0)
-    monkeypatch.setattr(
-        "engines.verify.streamed_graphs.StreamedRunner.__init__.__kwdefaults__", {"most": 0, "progress": None}
-    )
+def own_checkpoints(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Checkpoints go to a folder of the test."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
@@ -82,10 +82,10 @@ def test_parts_compute_what_the_whole_computes(name: str, tiny_bundle: Any) -> N
     ids=["unpruned", "pruned", "batch", "opset 18", "whole", "layer 0", "similar-text", "float16", "bfloat16"],
 )  # fmt: skip
 def test_bundles_of_all_kinds_verify_streamed(
-    plan: Any, options: dict[str, Any], tiny_bundle: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    plan: Any, options: dict[str, Any], tiny_bundle: Any, tmp_path: Path
 ) -> None:
     bundle = tiny_bundle(plan, **options)
-    result = verify_bundle(bundle, samples=3, threads=1, tokens=4)
+    result = verify_bundle(bundle, samples=3, threads=1, tokens=4, streaming=STREAMED)
     assert result.failures == () and result.passed and result.streamed
     assert [graph.name for graph in result.graphs] == [graph.name for graph in bundle.graphs()]
     half = options.get("precision") == "float16"
@@ -93,7 +93,6 @@ def test_bundles_of_all_kinds_verify_streamed(
     assert half or all(1 - graph.cosine < 1e-9 for graph in exact)
     assert not (tmp_path / "cache" / "btp-export" / "work").exists()
     if options.get("precision") != "bfloat16":  # for which there are no kernels here
-        monkeypatch.setattr("btp_export.running.memory_fit.STREAM_ABOVE", 2**40)
         ordinary = verify_bundle(bundle, samples=3, threads=1, tokens=4)
         assert ordinary.passed and not ordinary.streamed
         assert half or ordinary.kept_agreement == result.kept_agreement
@@ -114,7 +113,9 @@ def test_a_perturbed_weight_is_found_in_its_graph(tiny_bundle: Any, tmp_path: Pa
     other = next(name for name in (i.name for i in model.graph.initializer) if "layers.2.mlp.up_proj" in name)
     node.input[1] = other  # the weights of another layer
     onnx.save(model, root / "graphs" / "prefill_1.onnx")
-    result = verify_bundle(Bundle(root, bundle.manifest, bundle.plan), samples=1, threads=1, tokens=2)
+    result = verify_bundle(
+        Bundle(root, bundle.manifest, bundle.plan), samples=1, threads=1, tokens=2, streaming=STREAMED
+    )
     assert not result.passed
     assert any(text.startswith("prefill_1") for text in result.failures)
     assert not any(text.startswith(("prefill_0", "prefill_2", "decode")) for text in result.failures)
@@ -130,7 +131,9 @@ def test_widened_bfloat16_is_held_to_the_gates_it_reports(tiny_bundle: Any, tmp_
     epsilon = next(attribute for attribute in norm.attribute if attribute.name == "epsilon")
     epsilon.f = 0.05  # the model's is 1e-5 or so
     onnx.save(model, root / "graphs" / "prefill_1.onnx")
-    result = verify_bundle(Bundle(root, bundle.manifest, bundle.plan), samples=1, threads=1, tokens=2)
+    result = verify_bundle(
+        Bundle(root, bundle.manifest, bundle.plan), samples=1, threads=1, tokens=2, streaming=STREAMED
+    )
     [check] = [graph for graph in result.graphs if graph.name == "prefill_1"]
     gates = GATES["bfloat16"]
     assert check.cosine > gates.cosine and abs(check.norm_ratio - 1) < gates.norm, "bfloat16's gates miss it"
@@ -142,10 +145,7 @@ def test_widened_bfloat16_is_held_to_the_gates_it_reports(tiny_bundle: Any, tmp_
 
 
 @pytest.mark.parametrize("phase", ["free run: decode", "reference"])
-def test_an_interrupted_verification_goes_on(
-    phase: str, tiny_bundle: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("graphs.files.resume.work_folder.__wrapped__.__kwdefaults__", {"interval": 0.0})
+def test_an_interrupted_verification_goes_on(phase: str, tiny_bundle: Any, tmp_path: Path) -> None:
     bundle, notes, calls = tiny_bundle(PLAN), [], []
 
     def report(done: int, total: int, text: str = "") -> None:
@@ -154,7 +154,9 @@ def test_an_interrupted_verification_goes_on(
             raise KeyboardInterrupt
 
     def run(**more: Any) -> Verification:
-        return verify_bundle(bundle, samples=2, tokens=3, threads=1, note=notes.append, **more)
+        return verify_bundle(
+            bundle, samples=2, tokens=3, threads=1, note=notes.append, streaming=replace(STREAMED, interval=0.0), **more
+        )
 
     wanted = run()
     with pytest.raises(KeyboardInterrupt):
@@ -167,30 +169,31 @@ def test_an_interrupted_verification_goes_on(
 
 SCRIPT = """
 import os, signal, sys
-import btp_export.console, btp_export.running.memory_fit, engines.verify.streamed_graphs, graphs.files.resume
-from btp_export import cli
+from btp_export.measuring.verify import verify_bundle
+from btp_export.running.memory_fit import Streaming
+from graphs.files.bundle import Bundle
 
-btp_export.running.memory_fit.STREAM_ABOVE = 0
-engines.verify.streamed_graphs.StreamedRunner.__init__.__kwdefaults__.update(most=0)
-graphs.files.resume.work_folder.__wrapped__.__kwdefaults__.update(interval=0.0)
-
-def kill_in_the_graphs(self, done, total, text=""):
+def kill_in_the_graphs(done, total, text=""):
     if "graphs: prefill_2" in text:
         os.kill(os.getpid(), signal.SIGKILL)
 
-btp_export.console.Bar.__call__ = kill_in_the_graphs
-cli.main(sys.argv[1:])
+verify_bundle(
+    Bundle.open(sys.argv[1]), samples=1, tokens=2, threads=1, report=kill_in_the_graphs,
+    streaming=Streaming(interval=0.0),
+)
 """
 
 
 def test_a_hard_kill_and_then_the_same_result(
     tiny_bundle: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = ["verify", str(tiny_bundle(PLAN).root), "--samples", "1", "--tokens", "2", "--threads", "1", "--json"]
+    """bfloat16, which is streamed whatever its size: the command has no setting for that."""
+    root = str(tiny_bundle(PLAN, precision="bfloat16").root)
+    command = ["verify", root, "--samples", "1", "--tokens", "2", "--threads", "1", "--device", "cpu", "--json"]
     assert cli.main(command) == 0
     wanted = json.loads(capsys.readouterr().out)
     cut = subprocess.run(
-        [sys.executable, "-c", SCRIPT, *command], capture_output=True, text=True, check=False,
+        [sys.executable, "-c", SCRIPT, root], capture_output=True, text=True, check=False,
         env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=Path(__file__).parents[3],
     )  # fmt: skip
     assert cut.returncode == -signal.SIGKILL and cut.stdout == ""

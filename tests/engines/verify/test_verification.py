@@ -19,18 +19,8 @@ from engines.verify.gates import CheckResults, agreement, compare
 from engines.verify.verification import FreeRun, VerifySample, same_kept, verify_free, verify_graphs
 from graphs.files.bundle import Bundle
 from graphs.records.plan import PruningPlan, Stage
+from tests.plans import PLAN
 
-PLAN = PruningPlan(
-    model_type="llava",
-    num_layers=6,
-    image_tokens=36,
-    grid=(6, 6),
-    stages=(
-        Stage(layer=2, keep=18, attention_quota=6, pool=18, boundary=18, diversity_quota=4, seeds=9),
-        Stage(layer=4, keep=7, attention_quota=7, pool=9, boundary=7),
-        Stage(layer=5, keep=0),
-    ),
-)
 EARLY = PLAN.model_copy(
     update={"stages": (Stage(layer=0, keep=12, boundary=12, diversity_quota=12), Stage(layer=3, keep=0))}
 )

@@ -152,8 +152,7 @@ def test_space_is_checked_with_numbers(tmp_path: Path) -> None:
         check_space(tmp_path / "not" / "there", 2**50)
 
 
-def test_links_and_copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(atomic, "SMALL_FILE", 10)
+def test_links_and_copies(tmp_path: Path) -> None:
     small, big, linked = tmp_path / "small", tmp_path / "big", tmp_path / "linked"
     small.write_bytes(b"1234567890")
     big.write_bytes(b"12345678901")
@@ -163,7 +162,7 @@ def test_links_and_copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     inodes = {}
     for link in ("auto", "hard", "copy"):
         for source in (small, linked):
-            entry = place(source, target / f"{link}-{source.name}", link)  # type: ignore[arg-type]
+            entry = place(source, target / f"{link}-{source.name}", link, small=10)  # type: ignore[arg-type]
             path = target / entry.file
             assert not path.is_symlink()
             assert (entry.size, entry.sha256) == (path.stat().st_size, sha256(source.resolve()))
@@ -171,7 +170,7 @@ def test_links_and_copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert {key for key, inode in inodes.items() if inode in (small.stat().st_ino, big.stat().st_ino)} == {
         ("auto", "linked"), ("hard", "small"), ("hard", "linked"),
     }  # fmt: skip
-    assert [copied_bytes([small, linked], target, link) for link in ("auto", "hard", "copy")] == [10, 0, 21]
+    assert [copied_bytes([small, linked], target, link, small=10) for link in ("auto", "hard", "copy")] == [10, 0, 21]
 
 
 def test_hard_links_that_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,9 +178,8 @@ def test_hard_links_that_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyP
         raise OSError(18, "Invalid cross-device link")
 
     monkeypatch.setattr(os, "link", refuse)
-    monkeypatch.setattr(atomic, "SMALL_FILE", 0)
     (tmp_path / "a").write_bytes(b"bytes")
-    assert place(tmp_path / "a", tmp_path / "b", "auto").size == 5
+    assert place(tmp_path / "a", tmp_path / "b", "auto", small=0).size == 5
     with pytest.raises(InputError, match="cannot hard-link"):
         place(tmp_path / "a", tmp_path / "c", "hard")
 

@@ -4,13 +4,18 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
 
 from graphs.building.derived_bundles import derive
-from graphs.files.bundle import Bundle, listed_files
+from graphs.files import atomic, bundle_checks
+from graphs.files.bundle import Bundle, _read_manifest, write_manifest
+from graphs.files.bundle_checks import listed_files
+from graphs.files.folders import exchange
 from graphs.records.errors import InputError
+from graphs.records.manifest import GraphRecord, Manifest
 from graphs.records.plan import PruningPlan, Stage
 
 
@@ -24,6 +29,13 @@ def bundle(tiny_bundle: Callable[..., Bundle], tmp_path: Path) -> Bundle:
 
 def other_plan(bundle: Bundle) -> PruningPlan:
     return bundle.plan.model_copy(update={"stages": (Stage(layer=3, keep=0),)})
+
+
+def sealed(bundle: Bundle, **changes: Any) -> None:
+    """Write the manifest again with changes, as somebody who knows how its digest is made."""
+    kept = {name: getattr(bundle.manifest, name) for name in Manifest.model_fields}
+    del kept["format"], kept["manifest_sha256"]
+    write_manifest(bundle.root, **(kept | changes))
 
 
 def refusal(root: Path, check: str = "quick") -> InputError:
@@ -90,10 +102,9 @@ def test_a_flipped_byte_is_named_with_both_hashes(bundle: Bundle, file: str) -> 
     assert recorded not in error.got and "sha256" in error.got
 
 
-def test_quick_leaves_big_weights_to_full(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("graphs.files.bundle.SMALL_FILE", 1000)
+def test_quick_leaves_big_weights_to_full(bundle: Bundle) -> None:
     flip(bundle.root / "graphs" / "weights" / "model.safetensors")
-    Bundle.open(bundle.root)
+    Bundle.open(bundle.root, small=1000)
     assert "model.safetensors was changed" in refusal(bundle.root, "full").got
 
 
@@ -116,11 +127,9 @@ def test_a_damaged_manifest_names_the_key(bundle: Bundle, damage: Callable[[str]
 
 
 def test_a_plan_of_another_model_is_refused(bundle: Bundle) -> None:
-    from graphs.files.bundle import write_manifest, write_plan
+    from graphs.files.bundle import write_plan
 
-    entry = write_plan(bundle.root, bundle.plan.model_copy(update={"num_layers": 7}))
-    fields = {name: getattr(bundle.manifest, name) for name in type(bundle.manifest).model_fields if name != "format"}
-    write_manifest(bundle.root, **(fields | {"plan": entry}))
+    sealed(bundle, plan=write_plan(bundle.root, bundle.plan.model_copy(update={"num_layers": 7})))
     assert "llava with 7 layers" in refusal(bundle.root).got
 
 
@@ -169,3 +178,123 @@ def flip(path: Path) -> None:
     data[len(data) // 2] ^= 1
     path.unlink()  # the file may be a hard link to another bundle's
     path.write_bytes(data)
+
+
+# -- what is not listed, and the manifest itself ---------------------------------------------------------------------
+
+
+def test_one_flipped_bit_of_the_manifest_is_noticed(bundle: Bundle) -> None:
+    """Every byte, each time another bit: none passes, whether it is JSON afterwards or not."""
+    path = bundle.root / "manifest.json"
+    whole = path.read_bytes()
+    for place in range(len(whole)):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << place % 8]) + whole[place + 1 :])
+        with pytest.raises(InputError):
+            _read_manifest(bundle.root)
+    path.write_bytes(whole)
+    assert Bundle.open(bundle.root).manifest == bundle.manifest
+
+
+@pytest.mark.parametrize("change", [("1e-06", "1e-02"), ("1e-06", "1E-06"), ("\n}\n", "\n}\n\n"), ("{\n", "{ \n")])
+def test_a_manifest_edited_by_hand_is_named(bundle: Bundle, change: tuple[str, str]) -> None:
+    path = bundle.root / "manifest.json"
+    text = path.read_text()
+    assert change[0] in text
+    path.write_text(text.replace(*change))
+    assert "manifest.json was changed" in refusal(bundle.root).got
+
+
+def test_a_bundle_of_an_earlier_version_has_no_digest_and_opens(bundle: Bundle) -> None:
+    path = bundle.root / "manifest.json"
+    document = json.loads(path.read_text())
+    del document["manifest_sha256"]
+    path.write_text(json.dumps(document, indent=1) + "\n")
+    assert Bundle.open(bundle.root, check="full").manifest.manifest_sha256 is None
+
+
+@pytest.mark.parametrize(
+    "file", ["processor/chat_template.json", "graphs/weights/extra.safetensors", "graphs/extra.onnx", "processor/a/b"]
+)
+def test_a_file_that_is_not_listed_is_refused(bundle: Bundle, file: str) -> None:
+    path = bundle.root / file
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("{}")
+    error = refusal(bundle.root)
+    assert str(path) in error.got and error.do == "remove it"
+
+
+def test_a_folder_behind_a_link_is_refused(bundle: Bundle, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (bundle.root / "processor" / "more").symlink_to(tmp_path / "elsewhere")
+    assert "does not belong" in refusal(bundle.root).got
+
+
+def test_what_is_put_beside_them_is_the_user_s(bundle: Bundle) -> None:
+    (bundle.root / "notes.txt").write_text("mine")
+    (bundle.root / "graphs" / ".DS_Store").write_text("a file manager's")
+    Bundle.open(bundle.root)
+
+
+def test_an_index_that_comes_later_is_not_read(bundle: Bundle) -> None:
+    before = {name: ref.offset for name, ref in bundle.checkpoint().tensors.items()}
+    (bundle.weights / "model.safetensors.index.json").write_text('{"weight_map": {"a": "other.safetensors"}}')
+    assert {name: ref.offset for name, ref in bundle.checkpoint().tensors.items()} == before
+
+
+def test_graphs_must_be_as_the_manifest_says(bundle: Bundle) -> None:
+    graphs = list(bundle.manifest.graphs)
+    first = graphs[1].inputs[0]
+    for change in ({"name": "other"}, {"dtype": "float16"}, {"shape": (1, 2)}):
+        inputs = (first.model_copy(update=change), *graphs[1].inputs[1:])
+        sealed(bundle, graphs=[graphs[0], graphs[1].model_copy(update={"inputs": inputs}), *graphs[2:]])
+        assert graphs[1].file in refusal(bundle.root).got
+    sealed(bundle, graphs=[graphs[0], graphs[1].model_copy(update={"outputs": ()}), *graphs[2:]])
+    assert graphs[1].file in refusal(bundle.root).got
+
+
+@pytest.mark.parametrize("location", ["../../outside.safetensors", "/etc/passwd", "weights/unknown.safetensors"])
+def test_external_data_must_be_listed(bundle: Bundle, location: str) -> None:
+    graph = bundle.manifest.graphs[1]
+    model = onnx.load(bundle.root / graph.file, load_external_data=False)
+    tensor = next(tensor for tensor in model.graph.initializer if tensor.external_data)
+    next(entry for entry in tensor.external_data if entry.key == "location").value = location
+    replaced(bundle, graph, model.SerializeToString())
+    assert location in refusal(bundle.root).got
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff" * 100, b"\x08\x0a\x3a\xff\xff"], ids=["empty", "noise", "cut"])
+def test_a_damaged_graph_is_named(bundle: Bundle, content: bytes) -> None:
+    graph = bundle.manifest.graphs[1]
+    replaced(bundle, graph, content)
+    assert graph.file in refusal(bundle.root).got
+
+
+def replaced(bundle: Bundle, graph: GraphRecord, content: bytes) -> None:
+    """Another graph with its size and hash in the manifest."""
+    (bundle.root / graph.file).write_bytes(content)
+    entry = graph.model_copy(update=atomic.record(bundle.root, graph.file).model_dump())
+    sealed(bundle, graphs=[entry if one.file == graph.file else one for one in bundle.manifest.graphs])
+
+
+def test_a_bundle_that_is_replaced_while_it_is_opened(bundle: Bundle, tmp_path: Path) -> None:
+    """The reader that saw the old manifest and the new files looks again."""
+    other = derive(bundle, other_plan(bundle), tmp_path / "other")
+    if not exchange(bundle.root, other.root):
+        pytest.skip("this file system cannot exchange folders")
+    opened = bundle_checks.check_unlisted
+    exchanged = []
+
+    def meanwhile(root: Path, manifest: Manifest) -> None:
+        if not exchanged:
+            exchanged.append(exchange(bundle.root, other.root))
+        opened(root, manifest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("graphs.files.bundle.check_unlisted", meanwhile)
+        assert Bundle.open(bundle.root).plan == bundle.plan
+    assert exchanged == [True]
+
+
+def test_an_old_bundle_that_was_set_aside_is_named(bundle: Bundle) -> None:
+    aside = bundle.root.rename(bundle.root.with_name(".bundle.0123abcd.old"))
+    assert str(aside) in refusal(bundle.root).do

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from graphs.files import folders
-from graphs.files.atomic import check_destination, check_outside, is_bundle, staged
-from graphs.files.folders import exchange, recover, scratch, set_aside
+from graphs.files.atomic import check_destination, check_outside, fresh, is_bundle, staged
+from graphs.files.folders import exchange, lock_file, recover, scratch, set_aside
 from graphs.records.errors import InputError
 
 FORMAT = '{"format": "btp-bundle/1"}'
@@ -191,3 +191,26 @@ def test_a_system_without_exchange_says_so(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(folders.ctypes, "CDLL", lambda *args, **kwargs: Without())
     assert exchange(bundle(tmp_path / "one", "1"), bundle(tmp_path / "other", "2")) is False
     assert mark(tmp_path / "one") == "1"
+
+
+def test_a_lock_is_one_process_s_and_follows_no_link(tmp_path: Path) -> None:
+    with lock_file(tmp_path / "a.lock", wait=False) as mine, lock_file(tmp_path / "a.lock", wait=False) as other:
+        assert mine and not other
+    (tmp_path / "victim").write_text("theirs")
+    (tmp_path / "b.lock").symlink_to(tmp_path / "victim")
+    with pytest.raises(OSError, match="symbolic links"), lock_file(tmp_path / "b.lock", wait=False):
+        pass
+    assert (tmp_path / "victim").read_text() == "theirs"
+
+
+def test_a_log_takes_the_place_of_a_link(tmp_path: Path) -> None:
+    (tmp_path / "victim").write_text("theirs")
+    (tmp_path / "a.log").symlink_to(tmp_path / "victim")
+    with fresh(tmp_path / "a.log") as stream:
+        stream.write(b"ours")
+    assert (tmp_path / "victim").read_text() == "theirs" and (tmp_path / "a.log").read_text() == "ours"
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "logs").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(InputError, match="is a link"):
+        fresh(tmp_path / "logs" / "a.log")
+    assert names(tmp_path / "elsewhere") == []

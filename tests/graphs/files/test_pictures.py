@@ -13,7 +13,6 @@ from transformers.image_utils import load_image
 
 from calibrate.data import samples
 from calibrate.data.sources import calibration_samples
-from graphs.files import pictures
 from graphs.files.pictures import open_picture, to_rgb
 from graphs.records.errors import InputError
 
@@ -148,9 +147,7 @@ def test_pictures_too_large_to_be_meant(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", [*FILES, "deep"])
-def test_large_pictures_are_means_of_the_same_pixels(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_large_pictures_are_means_of_the_same_pixels(name: str, tmp_path: Path) -> None:
     """The limit is lowered to the size of the test's pictures; a JPEG is decoded smaller and only nearly the same."""
     image, suffix, options = FILES.get(name, (NOISE, "png", {}))
     if name == "deep":
@@ -160,16 +157,14 @@ def test_large_pictures_are_means_of_the_same_pixels(
     path = tmp_path / f"picture.{suffix}"
     image.save(path, **options)
     whole = open_picture(path)
-    monkeypatch.setattr(pictures, "SCALE_ABOVE", whole.width * whole.height // 4)
-    scaled = open_picture(path)
+    scaled = open_picture(path, scale_above=whole.width * whole.height // 4)
     assert (scaled.mode, scaled.size) == ("RGB", (whole.width // 2, whole.height // 2))
     np.testing.assert_allclose(np.asarray(scaled), np.asarray(whole.reduce(2)), atol=3 if suffix == "jpeg" else 0)
 
 
-def test_strips_of_a_large_picture_meet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_strips_of_a_large_picture_meet() -> None:
     tall = Image.fromarray(np.random.default_rng(1).integers(0, 256, (1601, 21, 3), dtype=np.uint8))
-    monkeypatch.setattr(pictures, "SCALE_ABOVE", 1601 * 21 // 8)
-    np.testing.assert_array_equal(np.asarray(to_rgb(tall)), np.asarray(tall.reduce(3)))
+    np.testing.assert_array_equal(np.asarray(to_rgb(tall, scale_above=1601 * 21 // 8)), np.asarray(tall.reduce(3)))
 
 
 MEASURED = """

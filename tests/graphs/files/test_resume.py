@@ -141,11 +141,10 @@ def test_hashes_are_the_files(tmp_path: Path) -> None:
         assert hashes() == {}
 
 
-def test_hashing_stops_with_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("graphs.files.atomic.CHUNK", 1)
+def test_hashing_stops_with_the_work(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(bytes(50_000_000))  # a byte at a time: minutes
     begun = threading.active_count()
-    with pytest.raises(KeyboardInterrupt), hashing([tmp_path / "a"]):
+    with pytest.raises(KeyboardInterrupt), hashing([tmp_path / "a"], chunk_bytes=1):
         raise KeyboardInterrupt
     assert threading.active_count() == begun
 
@@ -153,3 +152,18 @@ def test_hashing_stops_with_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_a_file_that_cannot_be_read_is_an_error_where_it_is_asked_for(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError), hashing([tmp_path / "none"]) as hashes:
         hashes()
+
+
+def test_a_changed_number_in_a_checkpoint_is_noticed(tmp_path: Path, notes: list[str]) -> None:
+    """Not only in the tensors: also in what is kept beside them, which decides how the work goes on."""
+    work = Work(tmp_path, notes.append)
+    meta = {"runs": [{"cos": 0.25, "layer": 3}], "by_number": {2: "two", 10: "ten"}, "pair": (1, 2)}
+    work.sequence("pass").save(1, {"a": np.zeros(3, np.float32)}, meta)
+    assert work.sequence("pass").latest() is not None and not notes
+    path = tmp_path / "pass" / "000001.json"
+    text = path.read_text()
+    for changed in (text.replace("0.25", "0.75"), text.replace("3", "4", 1), "[" * 100_000, "[]", '{"meta": null}'):
+        path.write_text(changed)
+        notes.clear()
+        assert work.sequence("pass").latest() is None
+        assert len(notes) == 1 and "is damaged" in notes[0]

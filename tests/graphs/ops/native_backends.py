@@ -29,7 +29,8 @@ class Emulated:
         self.kernels = Kernels(builds.emulated_kernels())
 
     def select(self, inputs: dict[str, Array], attributes: dict[str, int]) -> Array:
-        tensors = [_tensor(np.ascontiguousarray(array)) for array in inputs.values()]
+        arrays = [np.ascontiguousarray(array) for array in inputs.values()]  # copies must outlive the call
+        tensors = [_tensor(array) for array in arrays]
         workspace = np.full(self.kernels.workspace("select_tokens", tensors, **attributes) + 8, 0xA5, np.uint8)
         output = np.full((inputs["scores"].shape[0], attributes["keep"]), -7, np.int32)
         self.kernels.select_tokens(tensors, output.ctypes.data, workspace.ctypes.data, stream=0, **attributes)

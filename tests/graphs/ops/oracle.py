@@ -1,10 +1,14 @@
-"""BtpSelectTokens once more, in plain Python, slow, from the contract alone: what the reference is tested on."""
+"""BtpSelectTokens once more, in plain Python, slow, from the contract alone: what every selection is tested on.
+
+The only one in the tests; with it the spatial set, which gives a selection its seeds.
+"""
 
 from collections.abc import Sequence
 
 import numpy as np
 
 from graphs.ops.select_tokens import Case
+from graphs.records.plan import Stage
 
 Key = tuple[bool, float]  # orders floats with NaN lowest
 
@@ -26,6 +30,36 @@ def select(case: Case) -> list[list[int]]:
         )
         for b, scores in enumerate(case.scores.tolist())
     ]
+
+
+def select_stage(
+    stage: Stage, scores: np.ndarray, similarity: np.ndarray | None, seeds: Sequence[int] = ()
+) -> list[int]:
+    """What a stage of a plan keeps of its tokens: scores [V], similarity [V,V] if it needs them."""
+    case = Case(
+        "stage",
+        scores[None].astype(np.float32),
+        None if similarity is None else similarity[None],
+        None if similarity is None else np.array(seeds, np.int32),
+        {name: getattr(stage, name) for name in ("keep", "attention_quota", "diversity_quota", "pool", "boundary")},
+    )
+    return select(case)[0]
+
+
+def grid_seeds(grid: tuple[int, int], count: int, metric: str = "euclidean") -> list[int]:
+    """`count` well spread tokens of a grid, rule by rule: from token 0 on, always the farthest from all so far."""
+    points = [(r, c) for r in range(grid[0]) for c in range(grid[1])]
+
+    def distance(a: int, b: int) -> int:
+        dr, dc = abs(points[a][0] - points[b][0]), abs(points[a][1] - points[b][1])
+        return dr + dc if metric == "manhattan" else dr * dr + dc * dc
+
+    chosen = [0][:count]
+    nearest = [distance(i, 0) for i in range(len(points))]
+    while len(chosen) < count:
+        chosen.append(nearest.index(max(nearest)))
+        nearest = [min(gap, distance(i, chosen[-1])) for i, gap in enumerate(nearest)]
+    return chosen
 
 
 def similarity_levels(similarity: np.ndarray) -> list[list[list[int]]]:

@@ -219,6 +219,23 @@ def test_reference_evaluator_on_anything(case: Case) -> None:
     assert np.array_equal(models.run_evaluator(model, case.inputs), reference(case))
 
 
+@pytest.mark.parametrize("seeds", [[-4], [30, 2**30, -1], [30, 5], [30, 5, 5, -1]])
+@pytest.mark.parametrize("rule", [{}, {"diversity_rule": "coverage"}, {"diversity_rule": "coverage", "weighted": 1}])
+@pytest.mark.parametrize("quotas", [(0, 0), (0, 3), (2, 0)])
+def test_bodies_leave_out_seeds_that_name_no_token(quotas: tuple[int, int], rule: Any, seeds: list[int]) -> None:
+    """As if they were not there: with both quotas 0 and no seed left the fill starts from nothing."""
+    attention, diversity = quotas
+    counts = {"attention_quota": attention, "diversity_quota": diversity, "pool": attention}
+    case = replace(CASES["batch"], attributes=CASES["batch"].attributes | counts | rule)
+    given = replace(case, seeds=np.array(seeds, np.int32))
+    inside = [seed for seed in seeds if 0 <= seed < 30]
+    wanted = reference(replace(case, seeds=np.array(inside, np.int32)))
+    for form, opset in product(("exact", "generic"), OPSETS):
+        model = models.select_model(given, opset, form, padded=form == "generic")
+        assert np.array_equal(models.run_onnxruntime(model, given.inputs), wanted), (form, opset)
+        assert np.array_equal(models.run_evaluator(model, given.inputs), wanted), (form, opset)
+
+
 # What follows from the rules.
 
 

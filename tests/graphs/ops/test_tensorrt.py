@@ -24,7 +24,10 @@ def output_shapes(named: dict[str, ModelProto], folder: Path) -> dict[str, list[
 
 # The forms of the body and the sizes at which one of its tensors or loops is as small as it gets.
 FORMS = {"released-1", "released-1-float16", "released-2", "released-3", "batch"}
-SMALLEST = {"no-seed-in-seeds", "nothing-but-empty-seeds", "one-token", "keep-all-from-nothing", "cut-in-attention"}
+SMALLEST = {
+    *("no-seed-in-seeds", "nothing-but-empty-seeds", "one-token", "keep-all-from-nothing", "cut-in-attention"),
+    "seeds-fill",
+}
 COVERAGE = {
     *("coverage-released-1", "coverage-released-1-float16", "coverage-weighted-released-2-float16", "coverage-batch"),
     *("coverage-weighted-batch", "coverage-576-127", "coverage-nothing-but-empty-seeds", "coverage-one-token"),

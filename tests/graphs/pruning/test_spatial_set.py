@@ -6,21 +6,7 @@ from hypothesis import strategies as st
 from graphs.pruning.spatial_set import PIVOTS, random_scores, spatial_seeds, stage_pivots, stage_seeds
 from graphs.records.errors import InputError
 from graphs.records.plan import PruningPlan, Stage
-
-
-def naive(grid, count, metric):
-    """The rule word by word, with Python integers."""
-    points = [(r, c) for r in range(grid[0]) for c in range(grid[1])]
-
-    def distance(a, b):
-        dr, dc = abs(points[a][0] - points[b][0]), abs(points[a][1] - points[b][1])
-        return dr + dc if metric == "manhattan" else dr * dr + dc * dc
-
-    chosen = [0][:count]
-    while len(chosen) < count:
-        nearest = [min(distance(i, j) for j in chosen) for i in range(len(points))]
-        chosen.append(nearest.index(max(nearest)))
-    return chosen
+from tests.graphs.ops import oracle
 
 
 @settings(max_examples=60, deadline=None)
@@ -29,7 +15,7 @@ def test_seeds_follow_the_rule(rows, columns, data, metric):
     count = data.draw(st.integers(0, rows * columns))
     seeds = spatial_seeds((rows, columns), count, metric)
     assert seeds.dtype == np.int32
-    assert seeds.tolist() == naive((rows, columns), count, metric)
+    assert seeds.tolist() == oracle.grid_seeds((rows, columns), count, metric)
     assert len(set(seeds.tolist())) == count
 
 

@@ -27,13 +27,15 @@ from engines.tensorrt.build.build import Result, build
 from engines.tensorrt.installed import Library
 from engines.tensorrt.build.machine import machine_for, choose_plugins
 from engines.tensorrt.prepare.build_plan import BuildPlan, Wishes, plan_build
+from engines.tensorrt.prepare.prepared_graphs import Choices, prepare
 from engines.tensorrt.records import EnginesRecord
 from graphs.files.bundle import Bundle
 from graphs.records.errors import CheckError, InputError, UnavailableError
 from graphs.records.plan import Stage
 from tests.btp_export.results.examples import verification
 from tests.engines.tensorrt import building
-from tests.engines.tensorrt.plans import staged_plan
+from tests.engines.native import rtx
+from tests.engines.tensorrt.plans import RULES, STAGES, staged_bundle, staged_plan
 
 WHOLE = Wishes(assemble="whole")
 ONE_STAGE = (Stage(layer=4, keep=6, attention_quota=6, pool=6),)
@@ -111,6 +113,28 @@ def test_other_choices_rebuild_what_they_change_and_keep_what_is_the_users(bundl
     assert check_folder(second.folder).plugins.form == "python"
     assert (second.folder / "notes.txt").read_text() == "mine"
     assert (second.folder / "profile" / "decode.json").read_text() == "{}"
+
+
+# -- stages that differ ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("plugins", ["python", "none"])
+def test_one_engine_of_stages_with_different_rules(tiny_bundle: Any, tmp_path: Path, plugins: Any) -> None:
+    original = staged_bundle(tiny_bundle, *RULES)
+    shutil.copytree(original.root, tmp_path / "bundle")
+    result = run(Bundle.open(tmp_path / "bundle"), replace(WHOLE, plugins=plugins))
+    assert result.built == ("prefill.engine", "decode.engine")
+
+
+def test_the_parser_warns_of_no_attribute_of_a_prepared_selection(tiny_bundle: Any, tmp_path: Path) -> None:
+    building.need_rtx()
+    for number, stages in enumerate((STAGES, RULES)):
+        graphs = prepare(staged_bundle(tiny_bundle, *stages), Choices(23, plugins=True))
+        models = {graph.name: ir.serde.serialize_model(graph.model) for graph in graphs if graph.custom_nodes}
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        built, _ = rtx.build(models, folder, "python")
+        assert len(built) == 3 and all(result["parsed"] and result["log"] == [] for result in built.values()), built
 
 
 # -- failed and interrupted ------------------------------------------------------------------------------------------

@@ -10,8 +10,9 @@ from safetensors import safe_open
 from engines.targets import GIB, Target, find_target
 from engines.tensorrt.prepare.build_plan import Wishes, plan_build, require_build_memory
 from engines.tensorrt.prepare.estimate import BUILD_BASE, BUILD_FACTOR, ENGINE_BASE, estimate, totals
-from engines.tensorrt.prepare.prepared_graphs import Choices, PreparedGraph, prepare
-from graphs.building.graph_builder import GraphBuilder
+from engines.tensorrt.prepare.prepared_graphs import Choices, PreparedGraph, prepare, strip_bodies
+from graphs.building.graph_builder import BTP_DOMAIN, GraphBuilder
+from graphs.building.selection import embed_bodies
 from graphs.records.errors import InputError
 from tests.engines.tensorrt.plans import staged_bundle
 
@@ -29,6 +30,39 @@ def test_values_that_are_alive_at_once() -> None:
     assert counted.activation_bytes == 3 * 4096
     assert counted.io_bytes == 2 * 4096 and counted.weight_bytes == 0
     assert counted.engine_bytes == ENGINE_BASE and counted.build_peak_bytes == BUILD_BASE
+
+
+def selection(tokens: int, **rule: Any) -> ir.Model:
+    """One BtpSelectTokens on scores [2,V] and a float16 similarity, both made in the graph."""
+    b = GraphBuilder("select_0", opset=18)
+    scores = b.unary("Sqrt", b.input("x", (2, tokens)), "scores")
+    given = b.input("s", (2, tokens, tokens), ir.DataType.FLOAT16)
+    counts = {"keep": 8, "attention_quota": 2, "diversity_quota": 2, "pool": 4, "boundary": 0}
+    indices = b.op(
+        "BtpSelectTokens", [scores, given], "indices", shape=(2, 8), dtype=ir.DataType.INT32, domain=BTP_DOMAIN,
+        **counts, **rule,
+    )  # fmt: skip
+    b.output(indices, "y")
+    embed_bodies(b)
+    return b.build().model
+
+
+@pytest.mark.parametrize("tokens", [576, 577])
+def test_a_selection_needs_its_plugins_workspace_or_its_bodys(tokens: int) -> None:
+    """Coverage keeps the similarity of a row once more, in 2 bytes, its rows filled up to 8 elements."""
+
+    def activations(model: ir.Model) -> int:
+        return estimate(PreparedGraph("select_0", "p", model, None)).activation_bytes
+
+    needed: dict[str, int] = {}
+    for name, rule in (("farthest", {}), ("coverage", {"diversity_rule": "coverage", "weighted": 1})):
+        model = selection(tokens, **rule)
+        assert activations(model) == 2 * 4 * tokens + 3 * 4 * 2 * tokens**2  # the scores; see scratch_bytes
+        strip_bodies(model)
+        needed[name] = activations(model)
+    filled = (tokens + 7) // 8 * 8
+    assert needed["coverage"] - needed["farthest"] == 2 * 2 * tokens * filled
+    assert needed["farthest"] < 2 * 4 * tokens + 2 * 16 * tokens
 
 
 def test_weights_are_those_of_the_files(tiny_bundle: Any) -> None:

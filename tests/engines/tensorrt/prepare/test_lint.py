@@ -17,13 +17,14 @@ from engines.tensorrt.summaries import Finding
 from engines.tensorrt.versions import traits
 from graphs import ops
 from graphs.records.errors import CheckError
-from tests.engines.tensorrt.plans import staged_bundle
+from tests.engines.tensorrt.plans import RULES, STAGES, staged_bundle
 
 
 @pytest.mark.parametrize("name", known_targets())
 @pytest.mark.parametrize("plugins", [True, False])
-def test_prepared_graphs_suit_every_target(tiny_bundle: Any, name: str, plugins: bool) -> None:
-    bundle, target = staged_bundle(tiny_bundle), find_target(name)
+@pytest.mark.parametrize("stages", [STAGES, RULES], ids=["inputs", "rules"])
+def test_prepared_graphs_suit_every_target(tiny_bundle: Any, name: str, plugins: bool, stages: Any) -> None:
+    bundle, target = staged_bundle(tiny_bundle, *stages), find_target(name)
     known = traits(target.flavour, target.version())
     for assemble in ("segments", "whole"):
         graphs = prepare(bundle, Choices(known.opset, assemble, "shared", plugins=plugins))
@@ -125,11 +126,49 @@ def test_a_body_beside_a_plugin() -> None:
     assert found(selecting(functions=[body]), plugins=False) == []
 
 
-def test_the_inside_of_a_body_is_checked() -> None:
-    """The generic body asks for its inputs with OptionalHasElement, and compares the name of its rule with Unique."""
-    generic = next(body for body in ops.functions(18) if body.name == "BtpSelectTokens")
-    findings = found(selecting(functions=[generic]), "10.16", plugins=False)
-    assert {f.got for f in findings} == {"the operator OptionalHasElement", "the operator Unique"}
+@pytest.mark.parametrize("opset", [18, 23])
+def test_the_inside_of_a_body_is_checked(opset: int) -> None:
+    """The generic body asks for its inputs with OptionalHasElement, and compares the name of its rule with Unique.
+
+    The rule is compared inside one branch of an If: there too the types are known.
+    """
+    generic = next(body for body in ops.functions(opset) if body.name == "BtpSelectTokens")
+    model = selecting(functions=[generic], diversity_rule="coverage", weighted=1)
+    model.opset_import[0].version = opset
+    findings = found(model, "10.16", plugins=False)
+    assert {f.got for f in findings if "string" not in f.got} == {
+        "the operator OptionalHasElement",
+        "the operator Unique",
+    }
+    assert all("btp-export build" in f.do for f in findings if "string" not in f.got)
+    kinds = {f.got.partition(" (")[0] for f in findings if "string" in f.got}
+    assert kinds == {f"{operator} of string" for operator in ("Reshape", "Concat", "Size")}
+
+
+def test_only_whole_graphs_that_mix_rules_compare_strings(tiny_bundle: Any) -> None:
+    """The bundle's own graph is told apart from what is prepared of it, which TensorRT imports."""
+    known = traits("tensorrt", "10.16")
+    mixed = staged_bundle(tiny_bundle, *RULES, assemble="whole")
+    farthest = staged_bundle(tiny_bundle, assemble="whole")
+    segments = staged_bundle(tiny_bundle, *RULES)
+    for bundle, got in (
+        (mixed, {"OptionalHasElement", "Unique"}),
+        (farthest, {"OptionalHasElement"}),
+        (segments, set()),
+    ):
+        findings = [
+            finding
+            for record in bundle.graphs()
+            for finding in lint_model(
+                onnx.load(bundle.root / record.file, load_external_data=False),
+                known, name=record.name, folder=bundle.root / "graphs", plugins=False,
+            )
+        ]  # fmt: skip
+        operators = {f.got.removeprefix("the operator ") for f in findings if f.got.startswith("the operator ")}
+        assert operators == got
+    for assemble in ("segments", "whole"):
+        graphs = prepare(mixed, Choices(known.opset, assemble, plugins=False))
+        assert lint(graphs, known, folder=mixed.root / "graphs", plugins=False) == []
 
 
 def test_a_body_that_keeps_too_many_tokens_for_topk() -> None:

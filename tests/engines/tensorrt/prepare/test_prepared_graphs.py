@@ -30,7 +30,7 @@ from graphs.building.graph_builder import BTP_DOMAIN, GraphBuilder
 from graphs.building.selection import embed_bodies
 from graphs.files.bundle import Bundle
 from graphs.ops import select_tokens
-from tests.engines.tensorrt.plans import staged_bundle
+from tests.engines.tensorrt.plans import RULES, STAGES, staged_bundle
 from tests.graphs import models
 
 RNG = np.random.default_rng(0)
@@ -208,6 +208,26 @@ def test_plugins_leave_no_body_behind(tiny_bundle: Any, assemble: Any) -> None:
         for node in (node for node in graph.model.graph if node.domain == BTP_DOMAIN):
             assert node.attributes["plugin_version"].as_string() == "1"
             assert node.attributes["plugin_namespace"].as_string() == ""
+
+
+def test_plugins_find_every_attribute_written(tiny_bundle: Any) -> None:
+    """TensorRT's parser warns of each that is not; the bundle's own graphs, and bodies, leave defaults out."""
+    options = ("diversity_rule", "weighted")
+    for stages, expected in (
+        (STAGES, [("farthest", 0)] * 3),
+        (RULES, [("farthest", 0), ("coverage", 0), ("coverage", 1)]),
+    ):
+        bundle = staged_bundle(tiny_bundle, *stages)
+        written = selections(prepare(bundle, Choices(18, plugins=True)))
+        assert [tuple(node.attributes[name].value for name in options) for node in written] == expected
+        for node in written:
+            assert set(node.attributes) == set(select_tokens.SCHEMA.attributes)
+    plain = selections(prepare(staged_bundle(tiny_bundle), Choices(18, plugins=False)))
+    assert len(plain) == 3 and not any(name in node.attributes for node in plain for name in options)
+
+
+def selections(graphs: list[PreparedGraph]) -> list[ir.Node]:
+    return [node for graph in graphs for node in graph.model.graph if node.op_type.startswith("BtpSelectTokens")]
 
 
 @pytest.mark.parametrize("opset", [23, 18])

@@ -1,0 +1,167 @@
+"""What is checked when a bundle is opened: that everything in it is listed, unchanged, and fits together.
+
+    manifest's own digest     manifest_sha256 is that of the file with 64 zeros in its place; old bundles have none
+    listed files              there, with their sizes and hashes
+    other files               none in graphs/ and processor/, where libraries pick up what they find
+    graphs                    inputs, outputs and external data are what the manifest says
+
+None of this is a signature: who can write all files of a bundle can write one that passes (docs/security.md).
+"""
+
+import hashlib
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Final
+
+from graphs import dtypes
+from graphs.records.errors import InputError
+from graphs.records.manifest import FileRecord, GraphRecord, Manifest, TensorRecord
+
+if TYPE_CHECKING:
+    import onnx
+
+REMEDY: Final = "export it again, or restore the file"
+CLOSED: Final = ("graphs", "processor")  # folders in which nothing but listed files may lie
+_DIGEST: Final = re.compile(rb'"manifest_sha256": "([0-9a-f]{64})"\n}\n\Z')
+NO_DIGEST: Final = "0" * 64
+
+
+def listed_files(manifest: Manifest) -> Iterator[FileRecord]:
+    """Every file that the manifest vouches for."""
+    yield manifest.plan
+    yield from manifest.profile_plans.values()
+    yield from manifest.processor
+    yield from manifest.graphs
+    yield from manifest.weights
+
+
+def digest_of(text: bytes) -> str:
+    """The digest of a manifest that ends with one, whatever it is now."""
+    found = _DIGEST.search(text)
+    start = found.start(1) if found else len(text)
+    return hashlib.sha256(text[:start] + NO_DIGEST.encode() + text[start + 64 :]).hexdigest()
+
+
+def check_digest(path: Path, text: bytes, manifest: Manifest) -> None:
+    """Raise InputError unless the manifest is as it was written; one of an earlier version has no digest."""
+    recorded = manifest.manifest_sha256
+    if recorded is not None and (_DIGEST.search(text) is None or digest_of(text) != recorded):
+        raise InputError(f"{path} was changed: sha256 {digest_of(text)}", wanted=f"sha256 {recorded}", do=REMEDY)
+
+
+def check_size(root: Path, entry: FileRecord) -> None:
+    """Raise InputError unless a listed file is there with its size."""
+    path = root / entry.file
+    if not path.is_file():
+        raise InputError(f"{path} is missing", wanted="the bundle as it was exported", do=REMEDY)
+    size = path.stat().st_size
+    if size != entry.size:
+        raise InputError(f"{path} has {size} bytes", wanted=f"{entry.size} bytes as exported", do=REMEDY)
+
+
+def check_hash(root: Path, entry: FileRecord, got: str) -> None:
+    """Raise InputError unless the hash `got` is the recorded one."""
+    if got != entry.sha256:
+        raise InputError(f"{root / entry.file} was changed: sha256 {got}", wanted=f"sha256 {entry.sha256}", do=REMEDY)
+
+
+def check_unlisted(root: Path, manifest: Manifest) -> None:
+    """Raise InputError for a file in graphs/ or processor/ that is not listed; hidden files are read by nobody."""
+    listed = {entry.file for entry in listed_files(manifest)}
+    for folder in CLOSED:
+        for path in sorted((root / folder).rglob("*")):
+            file = path.relative_to(root).as_posix()
+            if path.name.startswith(".") or file in listed or (path.is_dir() and not path.is_symlink()):
+                continue
+            raise InputError(
+                f"{path} does not belong to the bundle", wanted="the files that manifest.json lists", do="remove it"
+            )
+
+
+def check_config(root: Path, manifest: Manifest) -> None:
+    """Raise InputError unless processor/config.json is the one that the model's record was made from."""
+    config = next((entry for entry in manifest.processor if entry.file == "processor/config.json"), None)
+    if config is None or config.sha256 != manifest.model.config_sha256:
+        got = "is not listed" if config is None else f"has sha256 {config.sha256}"
+        raise InputError(
+            f"{root / 'processor' / 'config.json'} {got}", wanted=f"sha256 {manifest.model.config_sha256}", do=REMEDY
+        )
+
+
+# -- graphs ----------------------------------------------------------------------------------------------------------
+
+
+def check_graphs(root: Path, graphs: Sequence[GraphRecord], weights: Sequence[FileRecord]) -> None:
+    """Raise InputError unless every graph has the recorded inputs and outputs, and external data in listed files."""
+    files = {PurePosixPath(entry.file).relative_to("graphs").as_posix() for entry in weights}
+    for graph in graphs:
+        model = read_graph(root / graph.file)
+        for recorded, values in ((graph.inputs, model.graph.input), (graph.outputs, model.graph.output)):
+            _check_values(root / graph.file, recorded, values)
+        for tensor in _tensors(model):
+            location = next((entry.value for entry in tensor.external_data if entry.key == "location"), None)
+            if location is not None and location not in files:
+                raise InputError(
+                    f"{root / graph.file}: {tensor.name} lies in {location!r}",
+                    wanted="weights that manifest.json lists",
+                    do=REMEDY,
+                )
+
+
+def read_graph(path: Path) -> "onnx.ModelProto":
+    """An ONNX file without its external data. Raises InputError if it is damaged."""
+    import onnx
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped, unused-ignore]
+
+    try:
+        return onnx.load_model_from_string(path.read_bytes())
+    except (DecodeError, ValueError) as error:
+        raise damaged_graph(path, str(error)) from error
+
+
+def damaged_graph(path: Path, reason: str) -> InputError:
+    """The error for a graph that cannot be read."""
+    return InputError(f"{path} is no readable ONNX graph: {reason}", wanted="the graph as exported", do=REMEDY)
+
+
+def _check_values(path: Path, recorded: Sequence[TensorRecord], values: "Sequence[onnx.ValueInfoProto]") -> None:
+    got = [_described(value) for value in values]
+    wanted = [(tensor.name, tensor.dtype, tensor.shape) for tensor in recorded]
+    if got != wanted:
+        one, other = next(
+            (pair for pair in zip(got, wanted, strict=False) if pair[0] != pair[1]), (f"{len(got)}", f"{len(wanted)}")
+        )
+        raise InputError(f"{path} has {one}", wanted=f"{other} as in manifest.json", do=REMEDY)
+
+
+def _described(value: "onnx.ValueInfoProto") -> tuple[str, str, tuple[int, ...]]:
+    tensor = value.type.tensor_type
+    known = {element.onnx: element.name for element in dtypes.TYPES}
+    shape = tuple(dim.dim_value if dim.HasField("dim_value") else -1 for dim in tensor.shape.dim)
+    return value.name, known.get(tensor.elem_type, f"type {tensor.elem_type}"), shape
+
+
+def _tensors(model: "onnx.ModelProto") -> "Iterator[onnx.TensorProto]":
+    """Every stored tensor, those in attributes, inner graphs and functions included."""
+    yield from _of_graph(model.graph)
+    for function in model.functions:
+        for node in function.node:
+            yield from _of_node(node)
+
+
+def _of_graph(graph: "onnx.GraphProto") -> "Iterator[onnx.TensorProto]":
+    yield from graph.initializer
+    for sparse in graph.sparse_initializer:
+        yield from (sparse.values, sparse.indices)
+    for node in graph.node:
+        yield from _of_node(node)
+
+
+def _of_node(node: "onnx.NodeProto") -> "Iterator[onnx.TensorProto]":
+    for attribute in node.attribute:
+        yield from (attribute.t, *attribute.tensors)
+        for sparse in (attribute.sparse_tensor, *attribute.sparse_tensors):
+            yield from (sparse.values, sparse.indices)
+        for graph in (attribute.g, *attribute.graphs):
+            yield from _of_graph(graph)
