@@ -51,7 +51,9 @@ def test_a_plan_that_another_makes_needless_is_marked() -> None:
 def test_default_budgets_are_those_within_reach() -> None:
     asked = requests(Request(), SHAPE, COST)  # six layers: at most 0.833
     assert [one.budget.compression for one in asked] == [0.5, 0.6, 0.7, 0.78]
+    inside = Request(recipe=Recipe(spatial=False))  # stages of this recipe lie inside the decoder
     for budgets, words in (([0.5, 0.5], "different compressions"), ([], "different"), ([0.9], r"at most 0\.833")):
         with pytest.raises(InputError, match=words):
-            requests(Request(), SHAPE, COST, budgets)
+            requests(inside, SHAPE, COST, budgets)
+    assert len(requests(Request(), SHAPE, COST, [0.9])) == 1, "before layer 0 it can be met"
     assert np.all([one.recipe == Recipe() for one in asked])
