@@ -7,6 +7,7 @@ hangs costs its own time and nothing else.
 
 import contextlib
 import ctypes
+import importlib.util
 import json
 import os
 import re
@@ -126,9 +127,10 @@ def _run(
         return _not_run(step, "skipped", "no time was left"), None
     if before is not None and before["status"] != "done":
         return _not_run(step, before["status"], f"{step.after}: {what_is_missing(before)}"), None
-    if absent := [program for program in step.needs if shutil.which(program) is None]:
-        problem = f"{', '.join(absent)} (of the CUDA toolkit)" + "".join(f"; {text}" for text in gpu_problems())
-        return _not_run(step, "missing", problem), None
+    absent = [f"{program} (of the CUDA toolkit)" for program in step.needs if shutil.which(program) is None]
+    absent += [f"{name} (for Python)" for name in step.modules if importlib.util.find_spec(name) is None]
+    if absent:
+        return _not_run(step, "missing", "; ".join([*absent, *gpu_problems()])), None
     try:
         running = beside.pop(step.name, None) or start(step)
     except OSError as error:  # of a program that was not compiled, or not for this system

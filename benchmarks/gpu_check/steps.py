@@ -21,6 +21,7 @@ class Step:
     seconds: int
     command: tuple[str, ...]
     needs: tuple[str, ...] = ()  # programs
+    modules: tuple[str, ...] = ()  # of Python, beside those that every step has
     beside: bool = False
     after: str = ""  # a step whose failure makes this one pointless
 
@@ -74,8 +75,8 @@ def call_a(native: Path) -> Call:
             Step("verify", 45, harness("verify")),
             Step("time", 40, (*harness("time", "--tag", "timed", "--count", "30"), *before(native))),
             Step("probe", 15, ("{native}/harness", "probe", "--count", "20")),
-            Step("layers", 60, python("on_torch", "layers", "{cases}", "{native}")),
-            Step("products", 40, python("on_torch", "products", "{cases}", "{native}")),
+            Step("layers", 60, python("on_torch", "layers", "{cases}", "{native}"), modules=("torch",)),
+            Step("products", 40, python("on_torch", "products", "{cases}", "{native}"), modules=("torch",)),
             Step("replay", 75, harness("replay", "--tag", "replayed", "--count", "20000", "--seconds", "13")),
             Step("streams", 30, harness("streams", "--tag", "replayed", "--count", "2000", "--seconds", "1")),
             Step("green", 20, harness("green", "--tag", "green", "--count", "16")),

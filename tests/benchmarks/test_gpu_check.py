@@ -222,18 +222,20 @@ def test_failures_say_why_and_stop_nothing(tmp_path: Path) -> None:
         steps.Step("lacks", 9, python('print(\'{"missing": "a thing"}\'); raise SystemExit(3)')),
         steps.Step("no-program", 9, ("{native}/no-such-file",)),
         steps.Step("no-tool", 9, python("pass"), needs=("no-such-tool",)),
+        steps.Step("no-module", 9, python("pass"), modules=("json", "no_such_module")),
         steps.Step("pointless", 9, python("pass"), after="fails"),
         steps.Step("fine", 9, python("pass")),
     )
     states = {name: one["status"] for name, one in found.items()}
     assert states == {
         "prepared": "done", "fails": "failed", "lacks": "missing", "no-program": "missing", "no-tool": "missing",
-        "pointless": "failed", "fine": "done",
+        "no-module": "missing", "pointless": "failed", "fine": "done",
     }  # fmt: skip
     assert runner.what_is_missing(found["fails"]) == "it broke"
     assert runner.what_is_missing(found["lacks"]) == "a thing"
     assert "no-such-file: No such file" in found["no-program"]["result"]["missing"]
     assert found["no-tool"]["result"]["missing"].startswith("no-such-tool (of the CUDA toolkit)")
+    assert found["no-module"]["result"]["missing"].startswith("no_such_module (for Python)")
     assert found["pointless"]["result"]["missing"] == "fails: it broke"
 
 
