@@ -124,13 +124,13 @@ def export(
     if isinstance(plan, PruningPlan):
         if compression is not None:
             raise InputError("compression with a Plan", wanted="one of them", do="leave compression out")
-        chosen = plan
+        chosen, profiles = plan, None
     else:
         settings = CalibrationSettings(compression=compression)
         reads = files_read(str(plan), settings)
         profiles = check_target(opened, folder, options, force=force, reads=reads)
         chosen = choose_plan(opened, str(plan), settings, profile=profiles[0], report=report, note=note)
-    return export_bundle(opened, chosen, folder, options, force=force, report=report, note=note)
+    return export_bundle(opened, chosen, folder, options, force=force, profiles=profiles, report=report, note=note)
 
 
 def calibrate(

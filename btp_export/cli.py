@@ -161,6 +161,7 @@ def _set_up_libraries(debug: bool) -> None:
     # then waits for a time slice: calibration of the demo took 171 s so, and 9 s with threads that sleep.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not debug:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

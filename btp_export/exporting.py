@@ -31,6 +31,7 @@ from graphs.files.atomic import (
     record,
     sha256,
     staged,
+    will_link,
 )
 from graphs.files.bundle import ROPE_WEIGHTS, VISION_WEIGHTS, Bundle, place_weights, write_manifest, write_plans
 from graphs.files.safetensors_file import write_tensors
@@ -69,19 +70,22 @@ def export_bundle(
     options: Options,
     *,
     force: bool = False,
+    profiles: Sequence[ShapeProfile] | None = None,
     report: Report | None = None,
     note: Note | None = None,
 ) -> Bundle:
     """Export to a bundle at `out`, which appears there whole or not at all.
 
-    A plan for other image tokens than a profile's is rescaled to it; `note` is told of that and of generation settings
-    that are not followed. Raises InputError if anything
-    does not fit together, before the first long step.
+    `profiles` are what `check_target` gave if it was asked already. A plan for other image tokens than a profile's is
+    rescaled to it; `note` is told of that, of generation settings that are not followed and of linked weights.
+    Raises InputError if anything does not fit together, before the first long step.
     """
-    profiles = check_target(model, out, options, force=force)
+    if profiles is None:
+        profiles = check_target(model, out, options, force=force)
     plans = check_plan(model, plan, profiles, note=note)
     if note is not None:
         note_generation(model, note)
+        note_links(model, out, options, note)
     with staged(out, force=force) as root:
         export_into(model, plans, profiles, root, options, report=report)
         made = Bundle.open(root)  # what is damaged is never put in place
@@ -174,6 +178,15 @@ def note_generation(model: Model, note: Note) -> None:
         )
     if not model.spec.eos_token_ids:
         note("the checkpoint names no end token (eos_token_id): answers end where the room for new tokens does")
+
+
+def note_links(model: Model, out: Path, options: Options, note: Note) -> None:
+    """Say where other programs will refuse the bundle's weights because they are hard links."""
+    if any(will_link(path, out, options.link) for path in model.checkpoint.files):
+        note(
+            "weights are hard links to the checkpoint's files: onnx.load and onnx.checker refuse such files "
+            "(--link copy makes a bundle that they open; docs/bundle.md)"
+        )
 
 
 def export_into(

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from btp_export import console
-from btp_export.exporting import Options, check_plan, check_target, export_into, note_generation
+from btp_export.exporting import Options, check_plan, check_target, export_into, note_generation, note_links
 from btp_export.model.open_model import DummyWeights, open_model
 from btp_export.planning.choose_plan import choose_plan, files_read
 from btp_export.planning.study import CalibrationSettings
@@ -79,6 +79,7 @@ def run_job(job: Job) -> JobResult:
         plan = choose_plan(model, job.plan, job.calibration, profile=profiles[0], report=report)
         plans = check_plan(model, plan, profiles, note=console.note)
     note_generation(model, console.note)
+    note_links(model, job.out, job.export, console.note)
     with staged(job.out, force=job.force) as root:
         with clock.phase("export") as report:
             export_into(model, plans, profiles, root, job.export, report=report)

@@ -12,11 +12,13 @@ import dataclasses
 import inspect
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Annotated, Any, NamedTuple, get_args, get_type_hints
 
 import typer
 
 from btp_export.console import note
+from graphs.files.paths import expanded
 from graphs.records.errors import InputError
 
 DebugOption = Annotated[bool, typer.Option("--debug", help="After an error, show where in the code it came from.")]
@@ -61,6 +63,7 @@ def as_command(
             _take_former(values, former)
             for parameter in parameters:
                 _check_bounds(parameter, values)
+                values[parameter.name] = _with_home(values[parameter.name])
             values.pop("debug")  # cli.main looks for it, the command does not
             for name, group in groups.items():
                 values[name] = group(**{field.name: values.pop(field.name) for field in dataclasses.fields(group)})
@@ -122,6 +125,13 @@ def _take_former(values: dict[str, Any], former: Mapping[str, inspect.Parameter]
             raise InputError(f"both {old} and {new}", wanted=f"{new} alone", do=f"leave {old} out")
         note(f"note: {old} is now {new}; this version still takes {old}, the next one will not")
         values[parameter.name] = value
+
+
+def _with_home(value: Any) -> Any:
+    """The same with `~` resolved in paths: a shell leaves that of `--out=~/bundle` to us."""
+    if isinstance(value, list):
+        return [_with_home(entry) for entry in value]
+    return expanded(value) if isinstance(value, Path) else value
 
 
 def _check_bounds(parameter: inspect.Parameter, values: Mapping[str, Any]) -> None:

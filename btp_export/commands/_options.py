@@ -13,6 +13,7 @@ import typer
 from btp_export.commands import _complete as complete
 from btp_export.commands._groups import Between, Formerly
 from btp_export.families import known_models
+from graphs.files.paths import expanded
 
 if TYPE_CHECKING:
     from btp_export.exporting import Options
@@ -249,7 +250,8 @@ class DummyOptions:
 
 def default_out(model: str) -> Path:
     """./demo-bundle for demo, ./model-bundle for owner/model or some/folder/model."""
-    return Path(f"{Path(model.rstrip('/')).resolve().name if model in ('.', '..') else Path(model).name}-bundle")
+    path = expanded(model)
+    return Path(f"{path.resolve().name if model in ('.', '..') else path.name}-bundle")
 
 
 def parse_image_size(text: str) -> tuple[int, int]:

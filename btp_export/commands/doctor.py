@@ -82,11 +82,11 @@ def _version(package: str) -> str | None:
 def _providers() -> list[str]:
     """Where onnxruntime can run graphs. Any of its builds will do, so the module decides and not a package's name."""
     try:
-        import onnxruntime
+        from engines.runners.onnxruntime import providers
     except ImportError:
         return []
     remote = "AzureExecutionProvider"  # sends pictures to a service; built in, never used here
-    return [name for name in onnxruntime.get_available_providers() if name != remote]
+    return [name for name in providers() if name != remote]
 
 
 def _free_disk() -> int | None:

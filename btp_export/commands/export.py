@@ -32,7 +32,7 @@ def command(
     with progress("planning") as bar:
         pruning = choose_plan(opened, plan.plan, settings, profile=profiles[0], report=bar)
     with progress("exporting") as bar:
-        bundle = export_bundle(opened, pruning, target, chosen, force=force, report=bar, note=note)
+        bundle = export_bundle(opened, pruning, target, chosen, force=force, profiles=profiles, report=bar, note=note)
     result = ExportResult(
         bundle=target,
         plan=bundle.plan,

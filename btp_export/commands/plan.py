@@ -92,9 +92,10 @@ def command(
 
 def _plan(name: str, model: str | None, compression: float | None, image_size: tuple[int, int] | None) -> "PruningPlan":
     from calibrate.place.presets import PRESETS
+    from graphs.files.paths import expanded
     from graphs.records.plan import PruningPlan
 
-    path = Path(name)
+    path = expanded(name)
     if path.is_dir() and name not in PRESETS:
         path = path / "plan.json"
     if model is not None:

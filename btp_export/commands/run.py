@@ -67,7 +67,7 @@ def command(
     as_json: JsonOption = False,
 ) -> None:
     """Answer a prompt about a picture; text is printed as it is generated."""
-    from btp_export.model.pictures import profile_for
+    from btp_export.model.pictures import fitted, profile_for
     from btp_export.running.runtime import load
     from graphs.files.bundle import Bundle
     from graphs.files.pictures import open_picture
@@ -76,9 +76,11 @@ def command(
     if show is not None:
         _check_show(show, max(len(pictures), len(prompt)), force=force)
     opened = Bundle.open(bundle)
-    if profile is None:
-        profile = profile_for(pictures, opened.spec, opened.manifest.profiles, resize=resize).name
-    model = load(opened, profile=profile, threads=threads, device=device, engine=target)
+    # Before anything is loaded: what no graph takes is refused, and the rest is what the model sees.
+    profiles = opened.manifest.profiles if profile is None else [opened.profile(profile)]
+    chosen = profile_for(pictures, opened.spec, profiles, resize=resize)
+    pictures, _ = fitted(pictures, opened.spec, chosen)
+    model = load(opened, profile=chosen.name, threads=threads, device=device, engine=target)
     live = not as_json and len(pictures) == len(prompt) == 1
     answers = model.generate(
         pictures,
@@ -89,7 +91,6 @@ def command(
         seed=seed,
         raw_prompt=raw_prompt,
         system=system,
-        resize=resize,
         on_text=(lambda sample, piece: stream(piece)) if live else None,
     )
     if live:

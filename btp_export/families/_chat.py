@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from graphs.files.paths import require_text
 from graphs.records.errors import InputError
 
 PLACEHOLDERS = {"image_token": "a picture", "video_token": "a video", "audio_token": "a sound"}
@@ -65,6 +66,7 @@ def refuse_placeholders(processor: Any, prompt: str) -> None:
 def _check_system(processor: Any, system: str) -> None:
     if not system.strip():
         raise InputError("the system message is empty", wanted="a text", do="leave --system out")
+    require_text(system, "the system message")
     for name in PLACEHOLDERS:
         token = getattr(processor, name, None)
         if isinstance(token, str) and token in system:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from graphs.files.checkpoint import Checkpoint
+from graphs.files.checkpoint import Checkpoint, TensorRef
 from graphs.files.configuration import whole_config
 from graphs.records.errors import InputError
 from graphs.records.shapes import ShapeProfile
@@ -76,11 +76,19 @@ def image_side(kind: Any, config: Any) -> Any:
 
 
 def vision_state(checkpoint: Checkpoint, prefixes: tuple[str, ...]) -> dict[str, "torch.Tensor"]:
-    """The tensors under these canonical prefixes in float32; old checkpoints' position_ids are no weights."""
+    """The tensors under these canonical prefixes in float32; old checkpoints' position_ids are no weights.
+
+    Nothing is read of a checkpoint that is asked for shapes alone.
+    """
     import torch
 
+    def tensor(ref: TensorRef) -> torch.Tensor:
+        if checkpoint.shapes_alone:
+            return torch.empty(ref.shape, device="meta")
+        return torch.from_numpy(np.array(ref.read(), dtype=np.float32))
+
     return {
-        name: torch.from_numpy(np.array(ref.read(), dtype=np.float32))
+        name: tensor(ref)
         for name, ref in checkpoint.tensors.items()
         if name.startswith(prefixes) and not name.endswith(".position_ids")
     }

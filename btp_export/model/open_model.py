@@ -7,12 +7,13 @@ template, and every shard with a header that fits its length.
 import difflib
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from btp_export.families import Family, family_for, known_models
 from btp_export.families._checkpoint import count_prefix_tokens
 from graphs.files.checkpoint import Checkpoint, missing_shards, open_checkpoint, read_config
+from graphs.files.paths import expanded, require_utf8
 from graphs.records.errors import InputError, UnavailableError
 from graphs.records.progress import Report
 from graphs.records.spec import ModelSpec
@@ -113,7 +114,9 @@ def open_model(
 def _spec(family: Family, checkpoint: Checkpoint, name: str) -> ModelSpec:
     """The model as data; an error names both sets of weights where the folder has two."""
     try:
-        return family.spec(checkpoint, name)
+        spec = family.spec(checkpoint, name)
+        _check_vision(family, checkpoint)
+        return spec
     except InputError as error:
         if not checkpoint.not_read:
             raise
@@ -125,13 +128,18 @@ def _spec(family: Family, checkpoint: Checkpoint, name: str) -> ModelSpec:
         ) from error
 
 
+def _check_vision(family: Family, checkpoint: Checkpoint) -> None:
+    """Raise InputError unless all weights of tower and projector are there, in the shapes that config.json says."""
+    family.vision_module(replace(checkpoint, shapes_alone=True))
+
+
 def find_model(name: str) -> Source:
     """Resolve `demo`, a known name, a local folder or a hub id, fetching from the hub what is not there yet."""
     if name == DEMO:
         from btp_export.demo import checkpoint_path
 
         return Source(DEMO, DEMO, checkpoint_path(), is_demo=True)
-    folder, known = Path(name).expanduser(), known_models()
+    folder, known = expanded(name), known_models()
     if name in known:
         return _from_hub(name, known[name].repository)
     if name and folder.is_dir():
@@ -146,6 +154,7 @@ def find_model(name: str) -> Source:
 def _local(folder: Path) -> Source:
     from btp_export.dummy.checkpoints import read_marker
 
+    require_utf8(folder)
     marker = read_marker(folder)
     if marker is not None:
         return Source(marker.model, marker.origin, folder, is_dummy=True)
@@ -248,6 +257,12 @@ def _from_hub(name: str, repository: str) -> Source:
             f"the hub has no public model {repository}", wanted="owner/name of a model", do="check the spelling"
         ) from error
     except (OSError, RuntimeError, ValueError) as error:  # what the hub's client raises without a network
+        if "home directory" in str(error):  # Python's words
+            raise UnavailableError(
+                "there is no home folder, where the hub's client keeps what it fetches",
+                wanted="HOME, or a folder for it",
+                do="export HF_HOME=/some/folder",
+            ) from error
         partial = _cached_snapshot(Path(constants.HF_HUB_CACHE), repository)
         if partial is None:
             raise _not_reachable(repository, type(error).__name__) from error

@@ -16,6 +16,7 @@ from PIL import Image
 
 from btp_export.families._chat import conversation_text, refuse_placeholders, writes_begin_token
 from btp_export.families._processor import load_processor
+from graphs.files.paths import require_text
 from graphs.records.errors import InputError
 from graphs.records.shapes import ShapeProfile
 from graphs.records.spec import ModelSpec
@@ -148,6 +149,7 @@ class Prompter:
         """The whole text as the model sees it, with the image placeholder once; `system` as in `encode`."""
         if not prompt.strip():
             raise InputError("the prompt is empty", wanted="a question or an instruction", do='--prompt "..."')
+        require_text(prompt, "the prompt")
         if not raw:
             refuse_placeholders(self.processor, prompt)
             chosen = self.spec.system if system is None else system

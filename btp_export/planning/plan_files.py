@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from graphs.files.atomic import write_text
+from graphs.files.paths import expanded
 from graphs.records.errors import InputError
 from graphs.records.plan import PruningPlan
 from graphs.records.spec import ModelSpec
@@ -41,7 +42,7 @@ def plan_for(
             compression=compression,
             average_tokens=average_tokens,
         )
-    path = Path(name).expanduser()
+    path = expanded(name)
     if name == CALIBRATED or not (path.suffix == ".json" or path.exists()):
         raise InputError(
             f"no preset or plan file is called {name!r}",

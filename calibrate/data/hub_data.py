@@ -14,6 +14,7 @@ from typing import Any
 from PIL import Image
 
 from calibrate.data.samples import DEFAULT_PROMPTS, NO_CHECKS, Checks, Found, SampleSet, take
+from graphs.files.paths import expanded
 from graphs.files.pictures import open_picture
 from graphs.records.errors import InputError, UnavailableError
 from graphs.records.progress import Note
@@ -90,8 +91,8 @@ def _open(library: Any, source: str) -> tuple[Any, str]:
             name, _, split = source.removeprefix(PREFIX).partition(":")
             opened = library.load_dataset(name, streaming=True)
         else:
-            name = Path(source).expanduser().resolve().name
-            opened = library.load_from_disk(str(Path(source).expanduser()))
+            name = expanded(source).resolve().name
+            opened = library.load_from_disk(str(expanded(source)))
     except (ConnectionError, TimeoutError) as error:
         raise UnavailableError(
             f"cannot reach the hub for {name}", wanted="a network", do="give a folder of pictures, or a saved data set"

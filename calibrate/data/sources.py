@@ -16,6 +16,7 @@ from calibrate.data.samples import (
     read_prompts,
     scene_samples,
 )
+from graphs.files.paths import expanded
 from graphs.records.errors import InputError
 from graphs.records.progress import Note
 
@@ -40,7 +41,7 @@ def calibration_samples(
     if images is None:
         return scene_samples(count, seed=seed, split="calibration")
     given = None if prompts is None else read_prompts(prompts, checks)
-    path = Path(images).expanduser()
+    path = expanded(images)
     if images.startswith(hub_data.PREFIX) or hub_data.is_saved(path):
         return hub_data.samples(images, prompts=given, count=count, seed=seed, note=note, checks=checks)
     if path.is_dir():

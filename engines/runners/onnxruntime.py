@@ -4,11 +4,16 @@ Every tensor goes in and out through an IOBinding by pointer and ONNX element ty
 (numpy has no bfloat16) and for both devices, and a bound tensor is never copied by the runtime.
 """
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+
+# Recent builds report their use to their makers, and warn where they find no home folder for the machine's number.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+
 import onnxruntime as ort
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
@@ -214,11 +219,16 @@ def explain(error: Exception, path: Path, doing: str) -> BtpError:
     return CheckError(got, wanted="a graph that runs", do="btp-export verify shows which part is wrong")
 
 
+def providers() -> list[str]:
+    """Where this onnxruntime can run graphs, in its own words."""
+    return list(ort.get_available_providers())
+
+
 def onnxruntime_device(name: str) -> str:
     """The device as asked for; `auto` is CUDA where this onnxruntime has it and a driver is there, else the CPU."""
     if name != "auto":
         return name
-    there = "CUDAExecutionProvider" in ort.get_available_providers() and Path("/dev/nvidiactl").exists()
+    there = "CUDAExecutionProvider" in providers() and Path("/dev/nvidiactl").exists()
     return "cuda" if there else "cpu"
 
 
@@ -242,7 +252,7 @@ def _require_code_for_gpu(library: Path, number: int) -> None:
 
 
 def _require_cuda() -> None:
-    if "CUDAExecutionProvider" not in ort.get_available_providers():
+    if "CUDAExecutionProvider" not in providers():
         raise UnavailableError(
             f"onnxruntime {ort.__version__} here has no CUDA",
             wanted="onnxruntime-gpu in place of onnxruntime",

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
 from graphs.files.folders import PARTIAL, locked_folder, put_in_place, recover, sync_folder
+from graphs.files.paths import require_utf8
 from graphs.records.errors import InputError
 
 if TYPE_CHECKING:
@@ -89,6 +90,7 @@ def check_destination(
     An old bundle that an interrupted replacement left aside is put back first.
     """
     another = "give another --out" if is_ours is None else "move it away"
+    require_utf8(destination)
     recover(destination, is_ours or is_bundle)
     if not destination.exists():
         return

@@ -27,6 +27,7 @@ from graphs.files.bundle_checks import (
 )
 from graphs.files.checkpoint import Checkpoint, open_checkpoint
 from graphs.files.folders import set_aside
+from graphs.files.paths import require_utf8
 from graphs.records.errors import InputError
 from graphs.records.manifest import (
     BuildRecord,
@@ -66,9 +67,11 @@ class Bundle:
 
         `quick` checks that every listed file exists with its size, the hash of all but those above `small` bytes,
         that nothing else lies in graphs/ and processor/, and that the graphs are as the manifest says; `full` hashes
-        everything. Raises InputError naming the file that is missing, differs or does not belong there.
+        everything. Raises InputError naming the file that is missing, differs or does not belong there,
+        and for a path that is not UTF-8.
         """
         path = Path(path)
+        require_utf8(path)
         while True:
             before = _identity(path)
             try:

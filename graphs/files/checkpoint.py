@@ -66,6 +66,7 @@ class Checkpoint:
     files: tuple[Path, ...]  # safetensors files, real paths, symbolic links resolved
     shards: tuple[str, ...]  # their names in the folder, in the order of `files`
     not_read: str = ""  # an index beside them that is not followed, because transformers does not
+    shapes_alone: bool = False  # modules made of it get tensors without data, to see whether all fit
 
     def __getitem__(self, name: str) -> TensorRef:
         try:

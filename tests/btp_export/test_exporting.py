@@ -15,9 +15,12 @@ import numpy as np
 import onnx
 import pytest
 
+import btp_export
 from btp_export.cli import main
 from btp_export.exporting import Options, check_target, export_bundle, make_profiles
+from btp_export.model.check_processor import check_processor
 from btp_export.model.open_model import PROCESSOR_FILES, Model, open_model
+from engines.runners.onnxruntime import OrtLoader
 from graphs.files.bundle import Bundle
 from graphs.records.errors import InputError
 from graphs.records.plan import PruningPlan, Stage
@@ -101,6 +104,54 @@ def test_links_of_the_hub_s_cache_are_resolved(tiny_checkpoint: Path, tmp_path: 
     weights = bundle.weights / "model.safetensors"
     assert weights.samefile(snapshot / "model.safetensors") and not weights.is_symlink()
     assert not any(path.is_symlink() for path in bundle.root.rglob("*"))
+
+
+@pytest.mark.parametrize("link", ["hard", "copy"])
+def test_linked_weights_are_for_onnx_runtime_alone(model_folder: Path, tmp_path: Path, link: Any) -> None:
+    """onnx refuses them, which the export says with the option that helps; copies open everywhere."""
+    model, notes = open_model(str(model_folder)), list[str]()
+    options = Options(**SHAPES, link=link)
+    bundle = export_bundle(model, plan_of(model), tmp_path / "bundle", options, note=notes.append)
+    said = [text for text in notes if "onnx.load and onnx.checker refuse" in text and "--link copy" in text]
+    graph = str(bundle.graph_path("prefill_0"))
+    OrtLoader()(Path(graph))
+    if link == "copy":
+        assert not said
+        onnx.checker.check_model(graph)
+        assert onnx.load(graph).graph.node
+        return
+    assert len(said) == 1
+    for opens in (onnx.load, onnx.checker.check_model):
+        with pytest.raises(Exception, match="hard link"):
+            opens(graph)
+
+
+@pytest.mark.parametrize("with_plan", [False, True])
+def test_the_processor_is_tried_once(model_folder: Path, tmp_path: Path, monkeypatch: Any, with_plan: bool) -> None:
+    """It takes seconds for a large picture."""
+    tried = []
+
+    def check(*arguments: Any) -> None:
+        tried.append(arguments)
+        check_processor(*arguments)
+
+    monkeypatch.setattr("btp_export.exporting.check_processor", check)
+    if with_plan:
+        plan = plan_of(open_model(str(model_folder)))
+        shape = btp_export.Shape(text=16)
+        btp_export.export(str(model_folder), plan=plan, out=tmp_path / "bundle", shapes=[shape])
+    else:
+        arguments = ["export", "--model", str(model_folder), "--plan", "none", "--out", str(tmp_path / "bundle")]
+        assert main([*arguments, "--text-tokens", "16"]) == 0
+    assert len(tried) == 1
+
+
+@pytest.fixture
+def model_folder(tiny_checkpoint: Path, tmp_path: Path) -> Path:
+    """A checkpoint on the same disk, not shared with other tests: links count."""
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_checkpoint, folder)
+    return folder
 
 
 def test_whole_holds_one_prefill_graph(tiny: Model, tiny_bundle: Callable[..., Bundle]) -> None:

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from btp_export import cli
+from btp_export.drawing.kept_tokens import draw_kept
 from btp_export.exporting import Options, make_profiles
 from btp_export.measuring.verify import verify_profiles
 from btp_export.model.open_model import open_model
@@ -276,3 +277,34 @@ def test_damaged_plans_of_profiles(exported: tuple[Path, Path], tmp_path: Path) 
     (root / "plans" / f"{WIDE}.json").unlink()
     with pytest.raises(InputError, match=rf"plans/{WIDE}.json is missing"):
         Bundle.open(root)
+
+
+def test_show_draws_what_the_model_saw(
+    exported: tuple[Path, Path],
+    pictures: dict[str, str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A picture scaled with --resize is drawn scaled: its tokens lie on that one."""
+    drawn: list[Image.Image] = []
+
+    def draw(picture: Image.Image, *arguments: Any, **options: Any) -> Image.Image:
+        drawn.append(picture)
+        return draw_kept(picture, *arguments, **options)
+
+    monkeypatch.setattr("btp_export.drawing.kept_tokens.draw_kept", draw)
+    question = ["run", str(exported[0]), "--prompt", PROMPT, "--show", str(tmp_path / "shown.png")]
+    for name, more, size in (("tall", ["--resize", "--profile", SQUARE], (48, 48)), ("large", [], (61, 61))):
+        code, _, said = run(capsys, *question, "--image", pictures[name], *more)
+        assert code == 0, said
+        assert drawn.pop().size == size
+
+
+def test_a_picture_for_no_graph_is_refused_before_anything_is_loaded(
+    exported: tuple[Path, Path], pictures: dict[str, str], capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    monkeypatch.setattr("btp_export.running.runtime.load", None)
+    for more in ([], ["--profile", SQUARE]):
+        code, _, said = run(capsys, "run", str(exported[0]), "--prompt", PROMPT, "--image", pictures["tall"], *more)
+        assert code == 2 and "run with --resize" in said

@@ -5,6 +5,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
@@ -12,6 +13,8 @@ from btp_export import cli
 from btp_export.families import known_models
 from btp_export.model.open_model import find_model, open_model
 from graphs.records.errors import InputError, UnavailableError
+from tests.btp_export.families.qwen import make_qwen
+from tests.btp_export.families.test_llava_next import make_next
 
 
 def test_demo_is_there_and_named() -> None:
@@ -91,6 +94,38 @@ def test_two_sets_of_weights_that_disagree_are_both_named(
     assert "model.safetensors is what transformers loads" in lines[0] and "model.safetensors.index.json" in lines[0]
     (folder / "model.safetensors").unlink()
     assert open_model(str(folder)).checkpoint.shards == ("model-00001-of-00001.safetensors",)
+
+
+@pytest.mark.parametrize("kind", ["llava", "llava_next", "qwen2_5_vl"])
+@pytest.mark.parametrize("change", ["missing", "shape"])
+def test_weights_of_the_tower_are_looked_for_when_a_model_is_opened(
+    tiny_checkpoint: Path, demo_checkpoint: Path, tmp_path: Path, kind: str, change: str
+) -> None:
+    """By their headers alone, in every family; two sets of weights are both named."""
+    folder = tmp_path / "model"
+    if kind == "llava":
+        shutil.copytree(tiny_checkpoint, folder)
+    elif kind == "llava_next":
+        make_next(demo_checkpoint, folder)
+    else:
+        make_qwen(folder)
+    whole = {name: array for path in folder.glob("*.safetensors") for name, array in load_file(path).items()}
+    for path in [*folder.glob("*.safetensors"), *folder.glob("*.safetensors.index.json")]:
+        path.unlink()
+    save_file(whole, folder / "model.safetensors")
+    open_model(str(folder))
+    tower = "visual." if kind == "qwen2_5_vl" else "vision_tower."
+    chosen = next(name for name in sorted(whole) if tower in name and name.endswith("weight"))
+    if change == "missing":
+        del whole[chosen]
+    else:
+        whole[chosen] = np.concatenate([whole[chosen]] * 2)
+    save_file(whole, folder / "model.safetensors")
+    with pytest.raises(InputError, match="1 vision tensors do not fit"):
+        open_model(str(folder))
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {}}')
+    with pytest.raises(InputError, match=r"model\.safetensors is what transformers loads; .*index\.json beside it"):
+        open_model(str(folder))
 
 
 def test_an_adapter_is_to_be_merged_first(
