@@ -7,6 +7,7 @@ from btp_export.model.open_model import Model
 from btp_export.planning.plan_files import CALIBRATED, plan_for
 from btp_export.planning.study import CalibrationSettings, calibrate_model, check_settings
 from calibrate.place.presets import PRESETS
+from graphs.files.paths import expanded
 from graphs.records.errors import InputError
 from graphs.records.match_plan import spec_at
 from graphs.records.plan import PruningPlan
@@ -47,7 +48,7 @@ def files_read(choice: str, settings: CalibrationSettings) -> list[Path]:
     """The files and folders of the user's that choosing a plan reads."""
     named: list[str | Path | None] = [choice if choice != CALIBRATED and choice not in PRESETS else None]
     named += [settings.images, settings.prompts, settings.latency_from]
-    paths = [Path(name).expanduser() for name in named if name is not None]
+    paths = [expanded(name) for name in named if name is not None]
     return [path for path in paths if path.exists()]
 
 
