@@ -294,9 +294,10 @@ def test_show_draws_what_the_model_saw(
         return draw_kept(picture, *arguments, **options)
 
     monkeypatch.setattr("btp_export.drawing.kept_tokens.draw_kept", draw)
-    question = ["run", str(exported[0]), "--prompt", PROMPT, "--show", str(tmp_path / "shown.png")]
+    question = ["run", str(exported[0]), "--prompt", PROMPT]
     for name, more, size in (("tall", ["--resize", "--profile", SQUARE], (48, 48)), ("large", [], (61, 61))):
-        code, _, said = run(capsys, *question, "--image", pictures[name], *more)
+        shown = str(tmp_path / f"{name}-shown.png")
+        code, _, said = run(capsys, *question, "--image", pictures[name], "--show", shown, *more)
         assert code == 0, said
         assert drawn.pop().size == size
 
