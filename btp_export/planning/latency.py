@@ -1,4 +1,4 @@
-"""`--latency-from FILE`: what bench, profile or the whole job measured, read back for the cost of a plan."""
+"""What a plan's prefill costs: operations, times read back (`--latency-from`), or a device's limits (`--target`)."""
 
 import json
 import math
@@ -7,9 +7,29 @@ from pathlib import Path
 from btp_export.results.job import JobResult
 from btp_export.results.profile import Profile
 from btp_export.results.timing import Bench
-from calibrate.place.cost import MeasuredParts, MeasuredPrefills, MeasuredSegment
+from calibrate.place.cost import MeasuredParts, MeasuredPrefills, MeasuredSegment, PrefillCost, measured_cost
+from calibrate.place.device_cost import Device, device_cost
+from engines.targets import find_target
 from graphs.records.errors import InputError
 from graphs.records.record import parse_record
+from graphs.records.shapes import ShapeProfile
+from graphs.records.spec import ModelSpec
+
+
+def prefill_cost(
+    measured: Path | None, target: str | None, weights: str, spec: ModelSpec, profile: ShapeProfile
+) -> PrefillCost:
+    """The cost of plans for a model and a shape; at most one of `measured` and `target` is given.
+
+    `weights` are the device's: the model's own, or int4. Raises InputError as read_latency, and for an unknown target.
+    """
+    operations = PrefillCost(spec.decoder, profile)
+    if target is not None:
+        device = find_target(target)
+        precision = device.precision if weights == "model" else weights
+        limits = Device(device.name, device.bandwidth, device.peak[device.precision], device.peak["float32"], precision)
+        return device_cost(operations, limits)
+    return operations if measured is None else measured_cost(read_latency(measured), measured, spec.decoder, profile)
 
 
 def read_latency(path: Path) -> MeasuredPrefills | MeasuredParts:

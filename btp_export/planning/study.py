@@ -28,10 +28,12 @@ if TYPE_CHECKING:
     from btp_export.model.prompting import Prompter
     from calibrate.calibrate import Study
     from calibrate.data.samples import Sample, SampleSet
+    from calibrate.measure.statistics import Statistics
     from calibrate.place.candidates import Request
     from calibrate.place.cost import PrefillCost
     from calibrate.place.counts import Shape
     from calibrate.reference.records import ReferenceInput
+    from calibrate.reference.streamed_model import StreamedReference
 
 MOST_SAMPLES = 4096
 DEFAULT_SAMPLES = 64
@@ -160,8 +162,8 @@ def open_study(
     check_settings(settings)
 
     from btp_export.model.prompting import Prompter
+    from btp_export.planning.latency import prefill_cost
     from calibrate import calibrate as calibration
-    from calibrate.measure.statistics_cache import StatisticsCache
     from calibrate.place.counts import Shape
     from calibrate.place.search import check_tuning
     from calibrate.reference.streamed_model import StreamedReference, torch_device
@@ -170,7 +172,7 @@ def open_study(
     device = torch_device(settings.device)
     profile = profile or default_profile(model)
     shape = Shape(spec.model_type, spec.decoder.num_layers, profile.image_tokens, profile.grid, profile.blocks)
-    cost = _prefill_cost(settings, spec, profile)
+    cost = prefill_cost(settings.latency_from, settings.target, settings.weights, spec, profile)
     request = replace(request_of(settings), released=model.family.released)
     (check or type(request).check)(request, shape, cost)
     prompter = Prompter(model.source.folder, spec)
@@ -178,27 +180,14 @@ def open_study(
     _check_memory(model, profile, len(chosen.samples), settings.maths)
     if settings.tune:
         check_tuning(len(chosen.samples), counts=settings.keep is None, shares=settings.balance is None)
-    cache = StatisticsCache(cache_folder("statistics") if settings.cache else None, note)
-    taus = calibration.taus_for(settings.tau, spec.change_threshold)
-    key = _cache_key(model, profile, chosen.digest(), taus, settings, device)
-    statistics = cache.get(key)
     samples, resized = fitted_samples(chosen.samples, spec, profile)
     inputs = _inputs(model, prompter, profile, samples, report)
     reference = StreamedReference(
         model.checkpoint, dtype=dtypes.BY_NAME[settings.maths].torch, device=device, work=work
     )
-    if statistics is None:
-        statistics = calibration.measure_statistics(
-            reference,
-            inputs,
-            shape,
-            tau=settings.tau,
-            model_tau=spec.change_threshold,
-            answer_tokens=settings.answer_tokens,
-            ends=spec.eos_token_ids,
-            progress=report,
-        )
-        cache.put(key, statistics)
+    taus = calibration.taus_for(settings.tau, spec.change_threshold)
+    key = _cache_key(model, profile, chosen.digest(), taus, settings, device)
+    statistics = _statistics(reference, inputs, shape, key, model, settings, report, note)
     study = calibration.Study(
         reference=reference,
         inputs=statistics.answered(inputs),
@@ -214,33 +203,35 @@ def open_study(
     return study, request
 
 
-def _prefill_cost(settings: CalibrationSettings, spec: ModelSpec, profile: ShapeProfile) -> PrefillCost:
-    """What a plan's prefill costs: in operations, or in the time of a measurement."""
-    from btp_export.planning.latency import read_latency
-    from calibrate.place.cost import PrefillCost, measured_cost
+def _statistics(
+    reference: StreamedReference,
+    inputs: Sequence[ReferenceInput],
+    shape: Shape,
+    key: str,
+    model: Model,
+    settings: CalibrationSettings,
+    report: Report | None,
+    note: Note | None,
+) -> Statistics:
+    """The measurements of that key: from the cache, or made now and kept there."""
+    from calibrate.calibrate import measure_statistics
+    from calibrate.measure.statistics_cache import StatisticsCache
 
-    if settings.target is not None:
-        return _device_cost(settings.target, settings.weights, spec, profile)
-    if settings.latency_from is None:
-        return PrefillCost(spec.decoder, profile)
-    return measured_cost(read_latency(settings.latency_from), settings.latency_from, spec.decoder, profile)
-
-
-def _device_cost(name: str, weights: str, spec: ModelSpec, profile: ShapeProfile) -> PrefillCost:
-    """The prefill's time by a target's data sheet. Raises InputError for an unknown target."""
-    from calibrate.place.cost import PrefillCost
-    from calibrate.place.device_cost import Device, device_cost
-    from engines.targets import find_target
-
-    target = find_target(name)
-    device = Device(
-        target.name,
-        bandwidth=target.bandwidth,
-        peak=target.peak[target.precision],
-        peak_float32=target.peak["float32"],
-        weights=target.precision if weights == "model" else weights,
-    )
-    return device_cost(PrefillCost(spec.decoder, profile), device)
+    cache = StatisticsCache(cache_folder("statistics") if settings.cache else None, note)
+    statistics = cache.get(key)
+    if statistics is None:
+        statistics = measure_statistics(
+            reference,
+            inputs,
+            shape,
+            tau=settings.tau,
+            model_tau=model.spec.change_threshold,
+            answer_tokens=settings.answer_tokens,
+            ends=model.spec.eos_token_ids,
+            progress=report,
+        )
+        cache.put(key, statistics)
+    return statistics
 
 
 def _check_memory(model: Model, profile: ShapeProfile, samples: int, maths: Precision) -> None:
