@@ -140,7 +140,7 @@ def _verdict(table: dict[str, Any]) -> str:
     parts = [f"better than {_list(better)}" if better else "better than none of them"]
     parts += [f"worse than {_list(worse)}"] if worse else []
     parts += [f"not significantly different from {_list(open_)}"] if open_ else []
-    share = _percent(1 - table["compression"])
+    share = _share(table)
     return f"With {share} of the tokens btp is {', '.join(parts)} (significance level {_percent(LEVEL)})."
 
 
