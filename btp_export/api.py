@@ -69,7 +69,8 @@ def load(
     Args:
         bundle: its folder, or an opened Bundle.
         profile: name of a shape profile; the first if left out.
-        threads: threads inside an operator; all cores if left out. Engines have none.
+        threads: threads inside an operator; all cores if left out. Engines have none. A model may be called by several
+            threads: one call runs at a time, the others wait. Load it twice to run two at once.
         device: where ONNX Runtime computes: "cpu", "cuda" or "cuda:<number>"; engines run on the first GPU.
         target: run the engines built for this device in place of the graphs.
         engine: the former name of `target`.
