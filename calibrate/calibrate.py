@@ -28,7 +28,7 @@ import numpy as np
 
 from calibrate.measure.statistics import Statistics, bootstrap_spread, measure, rounded
 from calibrate.place.bootstrap import stage_spread
-from calibrate.place.candidates import Budget, Candidate, Evidence, Request, propose
+from calibrate.place.candidates import STAGES, Budget, Candidate, Evidence, Request, propose
 from calibrate.place.cost import PrefillCost
 from calibrate.place.counts import Shape
 from calibrate.place.rank_by_divergence import judge
@@ -149,8 +149,15 @@ def calibrate(
     candidates = propose(study.evidence, study.shape, request, study.cost)
     report = labelled(progress, "trying placements")
     (candidates,) = judge(study.reference, study.inputs, [candidates], study.statistics.logits_of(), progress=report)
-    plan, _ = planned(study, request, candidates)
-    return _tuned(study, request, plan, progress) if tuned else plan
+    plan, best = planned(study, request, candidates)
+    if not tuned:
+        return plan
+    if candidates[best].method != STAGES:
+        reason = f"the best plan is of another kind ({candidates[best].method}): the search is for balanced stages"
+        return plan.model_copy(
+            update={"calibration": plan.calibration | {"tuning": {"taken": False, "reason": reason}}}
+        )
+    return _tuned(study, request, plan, progress)
 
 
 def _tuned(study: Study, request: Request, plan: PruningPlan, progress: Report | None) -> PruningPlan:

@@ -98,13 +98,19 @@ def test_a_front_is_a_folder_of_plans(run: Run, tmp_path: Path) -> None:
 
 
 def test_the_search_is_recorded_and_shown(run: Run, tmp_path: Path) -> None:
-    code, out, _ = run("--tune", "--out", str(tmp_path / "plan.json"))
+    """A bound on dropping all leaves balanced stages alone; a plan of another kind is not searched, and says so."""
+    code, out, _ = run("--tune", "--drop-bound", "0.1", "--out", str(tmp_path / "plan.json"))
     assert code == 0 and "searched counts and balance" in out
     record = PruningPlan.load(tmp_path / "plan.json").calibration["tuning"]
     assert (record["samples"], record["held_out"]) == (8, 4) and record["cost"]["tuned"] <= record["cost"]["default"]
     assert ("used: " in out) == record["taken"] and ("the default is kept" in out) == (not record["taken"])
     code, out, err = run("--tune", "--samples", "6")
     assert (code, out) == (2, "") and "--tune with 6 samples" in err
+    code, out, _ = run("--tune", "--json")
+    record = json.loads(out)["plan"]["calibration"]
+    searched = record["candidates"][record["chosen"]]["method"] == "stages"
+    assert code == 0 and ("searched" in record["tuning"]) == searched
+    assert searched or (not record["tuning"]["taken"] and "of another kind" in record["tuning"]["reason"])
 
 
 def test_switches_are_in_the_plan(run: Run) -> None:
