@@ -4,8 +4,7 @@
    token before each layer does to the answer (calibrate/measure/statistics.py). Its result can be kept and used
    again.
 2. The counts propose a few placements of the stages for the budget (calibrate/place/candidates.py), for two bounds on
-the drop,
-   with token counts that fall like the released ones and with flat ones.
+   the drop, with token counts that fall like the released ones and with flat ones.
 3. Plans of other kinds join them where only a budget is asked for (calibrate/place/alternatives.py): before layer 0,
    mixtures, remainders and every baseline.
 4. All run on a few of the samples, the better ones on more, the best few on all. The one that stays nearest to the full
@@ -271,19 +270,16 @@ def _record(
 
 def _answers(study: Study, chosen: Candidate) -> dict[str, Any]:
     """What the chosen plan does to the model's answers: the mean, the tail, and each kind of picture."""
-    lengths, values = study.statistics.lengths, chosen.divergence
+    lengths, values, summary = study.statistics.lengths, chosen.divergence, chosen.summary()
     rng = np.random.default_rng(study.seed)
     means = values[rng.integers(len(values), size=(_BOOTSTRAP, len(values)))].mean(axis=1)
     kinds = study.kinds or [""] * len(values)
     return {
         "tokens": int(lengths.sum()),
         "longest": int(lengths.max()),
-        "divergence": round(chosen.mean, 6),
+        "divergence": summary["divergence"],
         "interval": rounded(np.quantile(means, (0.025, 0.975))),
-        "divergence_90": round(float(np.quantile(values, 0.9)), 6),
-        "divergence_worst": round(float(values.max()), 6),
-        "agreement": round(float(chosen.agreement.mean()), 6),
-        "exact": round(float(chosen.exact.mean()), 6),
+        **{key: summary[key] for key in ("divergence_90", "divergence_worst", "agreement", "exact")},
         "kind_bound": study.kind_bound,
         "by_kind": {kind: round(value, 6) for kind, value in chosen.by_kind(kinds).items()},
     }
