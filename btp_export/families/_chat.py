@@ -1,5 +1,6 @@
 """A question about one picture as the text that a model sees, by the checkpoint's own chat template."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,14 @@ from graphs.records.errors import InputError
 PLACEHOLDERS = {"image_token": "a picture", "video_token": "a video", "audio_token": "a sound"}
 
 
-def conversation_text(processor: Any, prompt: str, *, system: str | None = None, folder: Path) -> str:
+def conversation_text(
+    processor: Any, prompt: str, *, later: Sequence[str] = (), system: str | None = None, folder: Path
+) -> str:
     """The whole text with the image placeholder in it; `folder` is where the template is from.
 
-    `system` is a message before the question; None leaves that to the template. A template that takes text only gets
-    the placeholder as part of it. Raises InputError for a template that is not there, is broken, refuses the question,
+    `later` is what was said after the first question, in turn an answer and the next question. `system` is a message
+    before the question; None leaves that to the template. A template that takes text only gets the placeholder as part
+    of it. Raises InputError for a template that is not there, is broken, refuses the question,
     writes no placeholder, or leaves the system message out.
     """
     if system is not None:
@@ -23,7 +27,7 @@ def conversation_text(processor: Any, prompt: str, *, system: str | None = None,
     refused: Exception | None = None
     for text_only in (False, True):
         try:
-            text = _rendered(processor, _conversation(processor, prompt, system, text_only=text_only), folder)
+            text = _rendered(processor, _conversation(processor, (prompt, *later), system, text_only=text_only), folder)
         except (TypeError, ValueError, KeyError, AttributeError, TemplateError) as error:
             refused = refused or error
             continue
@@ -79,14 +83,17 @@ def writes_begin_token(processor: Any, text: str) -> bool:
     return bool(begin) and text.startswith(begin)
 
 
-def _conversation(processor: Any, prompt: str, system: str | None, *, text_only: bool) -> list[dict[str, Any]]:
+def _conversation(processor: Any, turns: Sequence[str], system: str | None, *, text_only: bool) -> list[dict[str, Any]]:
     def content(text: str, *, picture: bool) -> Any:
         if text_only:
             return f"{processor.image_token}\n{text}" if picture else text
         return [*([{"type": "image"}] if picture else []), {"type": "text", "text": text}]
 
     messages = [] if system is None else [{"role": "system", "content": content(system, picture=False)}]
-    return [*messages, {"role": "user", "content": content(prompt, picture=True)}]
+    return messages + [
+        {"role": "assistant" if number % 2 else "user", "content": content(text, picture=number == 0)}
+        for number, text in enumerate(turns)
+    ]
 
 
 def _rendered(processor: Any, conversation: list[dict[str, Any]], folder: Path) -> str:

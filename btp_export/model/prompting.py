@@ -65,6 +65,16 @@ class Encoded:
         rows = len(self.pixel_values) // len(self)
         return np.concatenate([self.pixel_values[n * rows : (n + 1) * rows] for n in samples])
 
+    @staticmethod
+    def joined(samples: "Sequence[Encoded]") -> "Encoded":
+        """Samples that were encoded one by one, for the same profile, as one batch."""
+        return replace(
+            samples[0],
+            input_ids=tuple(ids for sample in samples for ids in sample.input_ids),
+            pixel_values=np.concatenate([sample.pixel_values for sample in samples]),
+            unknown=tuple(count for sample in samples for count in sample.unknown),
+        )
+
     def check(self, profile: ShapeProfile, *, most: int | None = None) -> None:
         """Raise InputError unless every sample fits the profile's image tokens, pixels and text bucket.
 
@@ -127,10 +137,29 @@ class Prompter:
         """
         if len(images) != len(prompts) or not images:
             raise InputError(f"{len(images)} pictures and {len(prompts)} prompts", wanted="one picture for each prompt")
-        samples = [
-            self._sample(image, self.text(prompt, raw=raw, system=system))
-            for image, prompt in zip(images, prompts, strict=True)
-        ]
+        texts = [self.text(prompt, raw=raw, system=system) for prompt in prompts]
+        return self._encoded(images, texts, system, profile)
+
+    def conversation(
+        self,
+        image: Image.Image,
+        prompt: str,
+        later: Sequence[str],
+        *,
+        system: str | None = None,
+        profile: ShapeProfile | None = None,
+    ) -> Encoded:
+        """One sample that goes on after the first question: `later` is in turn an answer and the next question.
+
+        Everything else, and what is raised, as for `encode`.
+        """
+        return self._encoded([image], [self.text(prompt, later=later, system=system)], system, profile)
+
+    def _encoded(
+        self, images: Sequence[Image.Image], texts: Sequence[str], system: str | None, profile: ShapeProfile | None
+    ) -> Encoded:
+        """Samples of whole texts; see `encode`."""
+        samples = [self._sample(image, text) for image, text in zip(images, texts, strict=True)]
         ids = tuple(sample[0] for sample in samples)
         image_tokens = self._span(ids, system)
         unknown = getattr(self.tokenizer, "unk_token_id", None)
@@ -145,15 +174,19 @@ class Prompter:
             encoded.check(profile, most=self.spec.decoder.max_positions)
         return encoded
 
-    def text(self, prompt: str, *, raw: bool = False, system: str | None = None) -> str:
-        """The whole text as the model sees it, with the image placeholder once; `system` as in `encode`."""
-        if not prompt.strip():
-            raise InputError("the prompt is empty", wanted="a question or an instruction", do='--prompt "..."')
-        require_text(prompt, "the prompt")
+    def text(self, prompt: str, *, later: Sequence[str] = (), raw: bool = False, system: str | None = None) -> str:
+        """The whole text as the model sees it, with the image placeholder once; `system` and `later` as in `encode` and
+        `conversation`.
+        """
+        for said in (prompt, *later):
+            if not said.strip():
+                raise InputError("the prompt is empty", wanted="a question or an instruction", do='--prompt "..."')
+            require_text(said, "the prompt")
         if not raw:
-            refuse_placeholders(self.processor, prompt)
+            for said in (prompt, *later):
+                refuse_placeholders(self.processor, said)
             chosen = self.spec.system if system is None else system
-            return conversation_text(self.processor, prompt, system=chosen, folder=self.folder)
+            return conversation_text(self.processor, prompt, later=later, system=chosen, folder=self.folder)
         if system is not None:
             raise InputError("--system with --raw-prompt", wanted="one of them", do="write it into the raw prompt")
         if (count := prompt.count(self.image_token)) != 1:

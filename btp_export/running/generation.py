@@ -25,6 +25,7 @@ class Answer:
 
     ends: tokens that end it, kept as its last. room: at most so many tokens.
     on_token: called after each token with its id and whether it was the last.
+    stopped: set it to end the answer before that; nothing more is chosen.
     """
 
     choose: Choose
@@ -32,11 +33,12 @@ class Answer:
     room: int
     on_token: Callable[[int, bool], None] | None = None
     ids: list[int] = field(default_factory=list)
+    stopped: bool = False
 
     @property
     def done(self) -> bool:
         """Whether no more tokens come."""
-        return len(self.ids) >= self.room or (bool(self.ids) and self.ids[-1] in self.ends)
+        return self.stopped or len(self.ids) >= self.room or (bool(self.ids) and self.ids[-1] in self.ends)
 
     def take(self, token: int) -> None:
         """Append a token, unless the answer is done."""
@@ -87,13 +89,13 @@ def answers_for(
 def generate(answers: Sequence[Answer], logits: Array, decode: Decode) -> None:
     """Grow all answers until each is done, from `logits` [n, vocab] of their next tokens.
 
-    An answer that is done earlier goes on getting its last token decoded, which nobody looks at: batches are of one
-    size.
+    An answer that is done earlier goes on getting its last token decoded (token 0 if it has none), which nobody looks
+    at: batches are of one size.
     """
     while True:
         for answer, row in zip(answers, logits, strict=True):
             if not answer.done:
-                answer.take(answer.choose(answer.ids, row))
+                answer.take(answer.choose(answer.ids, row))  # does nothing if choosing stopped the answer
         if all(answer.done for answer in answers):
             return
-        logits = decode([answer.ids[-1] for answer in answers])
+        logits = decode([answer.ids[-1] if answer.ids else 0 for answer in answers])

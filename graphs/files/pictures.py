@@ -34,11 +34,13 @@ _STRIP: Final = 256  # rows of the scaled picture that are made at a time
 _DAMAGE = (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, struct.error)
 
 
-def open_picture(source: Path | bytes, name: str = "", *, scale_above: int = SCALE_ABOVE) -> Image.Image:
+def open_picture(
+    source: Path | bytes, name: str = "", *, scale_above: int = SCALE_ABOVE, most_pixels: int = MAX_PIXELS
+) -> Image.Image:
     """Read a picture file, or its bytes, as upright RGB.
 
     Raises InputError, which calls it `name` (the path if left out), if the file is missing, is no picture of one of the
-    FORMATS, is damaged, or is too large to be meant.
+    FORMATS, is damaged, or is too large to be meant: more than `most_pixels`, of which MAX_PIXELS is the most.
     """
     name = name or ("the picture" if isinstance(source, bytes) else str(source))
     try:
@@ -46,7 +48,7 @@ def open_picture(source: Path | bytes, name: str = "", *, scale_above: int = SCA
             warnings.simplefilter("ignore")  # of large pictures, for which MAX_PIXELS is the limit, and of odd metadata
             # An open file and not its path: Pillow 13 maps uncompressed TIFFs into memory and turns them wrongly then.
             with _opened(source) as file, Image.open(file, formats=FORMATS) as image:
-                _check_size(image, name)
+                _check_size(image, name, most_pixels)
                 factor = _factor(image, scale_above)
                 if factor > 1:  # a JPEG is decoded at a half, a quarter or an eighth
                     image.draft(image.mode, (image.width // factor, image.height // factor))
@@ -132,19 +134,19 @@ def _is_16_bit(image: Image.Image, name: str) -> bool:
     return False
 
 
-def _check_size(image: Image.Image, name: str) -> None:
+def _check_size(image: Image.Image, name: str, most_pixels: int = MAX_PIXELS) -> None:
     width, height = image.size
     if width < 1 or height < 1:
         raise InputError(
             f"{name} is {width} x {height} pixels", wanted="a picture that is not empty", do="check the file"
         )
-    if width * height > MAX_PIXELS:
-        raise _too_large(f"{name} is {width} x {height} pixels")
+    if width * height > most_pixels:
+        raise _too_large(f"{name} is {width} x {height} pixels", most_pixels)
     if max(width, height) > MAX_ASPECT * min(width, height):
         raise InputError(
             f"{name} is {width} x {height} pixels", wanted=f"sides of at most {MAX_ASPECT} to 1", do="crop the picture"
         )
 
 
-def _too_large(got: str) -> InputError:
-    return InputError(got, wanted=f"at most {MAX_PIXELS // 1_000_000} million pixels", do="make the picture smaller")
+def _too_large(got: str, most_pixels: int = MAX_PIXELS) -> InputError:
+    return InputError(got, wanted=f"at most {most_pixels / 1e6:.3g} million pixels", do="make the picture smaller")

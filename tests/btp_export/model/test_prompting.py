@@ -9,7 +9,7 @@ from PIL import Image
 from transformers import AutoProcessor
 
 from btp_export.model.open_model import open_model
-from btp_export.model.prompting import Prompter
+from btp_export.model.prompting import Encoded, Prompter
 from graphs.records.errors import InputError
 
 
@@ -52,6 +52,29 @@ def test_begin_token_is_not_doubled(prompter: Prompter, pictures: list[Image.Ima
     text = prompter.text("is there a red circle?")
     ids = prompter.encode(pictures[:1], [f"<s>{text}"], raw=True).input_ids[0]
     np.testing.assert_array_equal(ids, prompter.encode(pictures[:1], [text], raw=True).input_ids[0])
+
+
+def test_a_conversation_is_the_chat_template_s(prompter: Prompter, pictures: list[Image.Image]) -> None:
+    turns = ["is there a red circle?", "yes", "where is it?"]
+    encoded = prompter.conversation(pictures[0], turns[0], turns[1:])
+    processor = AutoProcessor.from_pretrained(prompter.folder)
+    messages = [
+        {"role": role, "content": [*([{"type": "image"}] if number == 0 else []), {"type": "text", "text": text}]}
+        for number, (role, text) in enumerate(zip(["user", "assistant", "user"], turns, strict=True))
+    ]
+    text = processor.apply_chat_template(messages, add_generation_prompt=True)
+    wanted = processor(images=[pictures[0]], text=[text], return_tensors="np")
+    np.testing.assert_array_equal(encoded.input_ids[0], wanted["input_ids"][0])
+    with pytest.raises(InputError, match="stands for a picture"):
+        prompter.conversation(pictures[0], turns[0], ["yes", "and <image>"])
+
+
+def test_samples_join_to_the_batch_they_would_be(prompter: Prompter, pictures: list[Image.Image]) -> None:
+    prompts = ["is there a red circle?", "zebra?"]
+    whole = prompter.encode(pictures[:2], prompts)
+    joined = Encoded.joined([prompter.encode([image], [text]) for image, text in zip(pictures, prompts, strict=False)])
+    np.testing.assert_array_equal(joined.pixel_values, whole.pixel_values)
+    assert joined.lengths == whole.lengths and joined.unknown == whole.unknown == (0, 1)
 
 
 def test_unknown_words_are_counted(prompter: Prompter, pictures: list[Image.Image]) -> None:

@@ -156,3 +156,23 @@ def test_the_loop_ends_where_each_answer_does() -> None:
     assert [answer.ids for answer in answers] == [[0, 1, 2, 3], [1, 2, 3], [4, 5]]
     assert [answer.without_end() for answer in answers] == [[0, 1, 2], [1, 2], [4, 5]]
     assert fed == [[0, 1, 4], [1, 2, 5], [2, 3, 5]]
+
+
+def test_a_stopped_answer_leaves_the_others_alone() -> None:
+    """One is stopped while its first token is chosen, one after its second."""
+
+    def choose(ids: Any, logits: Any) -> int:
+        answers[0].stopped = True
+        return 5
+
+    answers = [
+        Answer(choose, frozenset(), 9),
+        Answer(lambda ids, logits: len(ids), frozenset(), 9, on_token=lambda token, last: stop_second(token)),
+        Answer(lambda ids, logits: 7, frozenset(), 4),
+    ]
+
+    def stop_second(token: int) -> None:
+        answers[1].stopped = token == 1
+
+    generate(answers, np.zeros((3, 8), np.float32), lambda ids: np.zeros((3, 8), np.float32))
+    assert [answer.ids for answer in answers] == [[], [0, 1], [7, 7, 7, 7]]

@@ -144,6 +144,10 @@ def test_pictures_too_large_to_be_meant(tmp_path: Path) -> None:
             open_picture(tmp_path / "bomb.png")
     with pytest.raises(InputError, match="200 to 1"):
         to_rgb(Image.new("RGB", (2010, 10)))
+    Image.new("1", (40, 30)).save(tmp_path / "small.png")
+    assert open_picture(tmp_path / "small.png", most_pixels=1200).size == (40, 30)
+    with pytest.raises(InputError, match="40 x 30 pixels"):
+        open_picture(tmp_path / "small.png", most_pixels=1199)
 
 
 @pytest.mark.parametrize("name", [*FILES, "deep"])
