@@ -8,7 +8,7 @@ import onnxruntime
 from onnx import FunctionProto, ModelProto, TensorProto, helper
 from onnx.reference import ReferenceEvaluator
 
-from graphs.ops import DOMAIN, VERSION, gather_tokens, select_tokens
+from graphs.ops import DOMAIN, VERSION, gather_tokens, linear, select_tokens
 
 PLUGIN = {"plugin_version": "1", "plugin_namespace": ""}
 DEFAULTS = {"diversity_rule": "farthest", "weighted": 0}
@@ -61,6 +61,18 @@ def gather_model(case: gather_tokens.Case, opset: int) -> ModelProto:
     output = ("kept", helper.np_dtype_to_tensor_dtype(case.tokens.dtype), tuple(shape))
     body = gather_tokens.function(opset)
     return one_node_model(gather_tokens.NAME, body, opset, case.inputs, output, case.attributes | PLUGIN)
+
+
+def linear_model(case: linear.Case, opset: int, form: str) -> ModelProto:
+    """`form` generic or exact. Missing inputs in between are there as empty names, those at the end are left out."""
+    given = {"zeros": case.zeros is not None, "bias": case.bias is not None}
+    body = linear.function(opset) if form == "generic" else linear.body(opset, **given)
+    names = ["x", "qweight", "scales", *["zeros" if given["zeros"] else ""] * any(given.values())]
+    names += ["bias"] * given["bias"]
+    if form == "generic":
+        names += [""] * (5 - len(names))  # onnx's evaluator counts the inputs
+    output = ("y", helper.np_dtype_to_tensor_dtype(case.x.dtype), (len(case.x), len(case.qweight)))
+    return one_node_model(linear.NAME, body, opset, case.inputs, output, case.attributes | PLUGIN, names)
 
 
 def run_onnxruntime(model: ModelProto, inputs: dict[str, Any], *, optimised: bool = True, threads: int = 1) -> Any:

@@ -143,7 +143,7 @@ def one_node(case: Any, body: Any) -> onnx.ModelProto:
 
 
 def test_it_is_found_with_its_schema_reference_body_and_cases(added: Path) -> None:
-    assert ops.names() == ["gather_tokens", "scale_tokens", "select_tokens"]
+    assert ops.names() == ["gather_tokens", "linear", "scale_tokens", "select_tokens"]
     operator = ops.scale_tokens
     assert ops.of_node("BtpScaleTokens") is operator
     body = next(body for body in ops.functions(18) if body.name == "BtpScaleTokens")

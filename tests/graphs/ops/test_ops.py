@@ -9,19 +9,24 @@ import pytest
 from onnx import TensorProto, defs, shape_inference
 
 from graphs import ops
-from graphs.ops import gather_tokens, select_tokens
+from graphs.ops import gather_tokens, linear, select_tokens
 from tests.graphs.ops import models
 
 CONTRACT = {
     "BtpSelectTokens": {"keep", "attention_quota", "diversity_quota", "pool", "boundary"},
     "BtpGatherTokens": {"start", "count"},
+    "BtpLinear": {"bits", "group"},
 }
-OPTIONS = {"BtpSelectTokens": {"diversity_rule": b"farthest", "weighted": 0}, "BtpGatherTokens": {}}
+OPTIONS = {
+    "BtpSelectTokens": {"diversity_rule": b"farthest", "weighted": 0},
+    "BtpGatherTokens": {},
+    "BtpLinear": {},
+}
 
 
 def test_domain_and_version() -> None:
     assert (ops.DOMAIN, ops.VERSION) == ("btp", 1)
-    assert ops.names() == ["gather_tokens", "select_tokens"]
+    assert ops.names() == ["gather_tokens", "linear", "select_tokens"]
 
 
 @pytest.mark.parametrize("opset", [18, 23])
@@ -43,7 +48,7 @@ def test_functions_are_the_same_bytes_every_time() -> None:
     assert first == second
 
 
-@pytest.mark.parametrize("operator", [gather_tokens, select_tokens])
+@pytest.mark.parametrize("operator", [gather_tokens, linear, select_tokens])
 def test_schema_is_that_of_the_contract(operator: object) -> None:
     schema = operator.SCHEMA
     assert (schema.domain, schema.since_version) == ("btp", 1)
@@ -65,13 +70,18 @@ INFERENCE = """
 import sys
 from onnx import TensorProto, checker, shape_inference
 from graphs import ops
-from graphs.ops import gather_tokens, select_tokens
+from graphs.ops import gather_tokens, linear, select_tokens
 from tests.graphs.ops import models
 ops.register_schemas()
 ops.register_schemas()
-cases = [case for op in (select_tokens, gather_tokens) for case in op.cases() if case.name == "batch"]
-for case, build in zip(cases, (lambda c: models.select_model(c, 18, "exact"), lambda c: models.gather_model(c, 18))):
-    model = build(case)
+def case(op, name):
+    return next(case for case in op.cases() if case.name == name)
+for model in (
+    models.select_model(case(select_tokens, "batch"), 18, "exact"),
+    models.gather_model(case(gather_tokens, "batch"), 18),
+    models.linear_model(case(linear, "zeros-and-bias"), 18, "exact"),
+    models.linear_model(case(linear, "bias"), 18, "exact"),
+):
     wanted = model.graph.output[0].SerializeToString()
     del model.functions[:]
     model.graph.output[0].type.Clear()
@@ -103,7 +113,7 @@ assert not heavy, heavy
     "line",
     [
         "import graphs.ops",
-        "import graphs.ops.select_tokens, graphs.ops.gather_tokens",
+        "import graphs.ops.select_tokens, graphs.ops.gather_tokens, graphs.ops.linear, graphs.ops.linear.packing",
         "from graphs import ops; ops.functions(18); ops.select_tokens.cases()",
     ],
 )
@@ -112,14 +122,12 @@ def test_imports_load_no_framework(line: str) -> None:
 
 
 def test_reference_is_loaded_on_first_use() -> None:
-    line = (
-        "from graphs import ops; assert callable(ops.select_tokens.reference) and callable(ops.gather_tokens.reference)"
-    )
+    line = "from graphs import ops\nfor name in ops.names():\n    assert callable(ops.operator(name).reference)"
     subprocess.run([sys.executable, "-c", line], check=True, timeout=120)
 
 
 def test_unknown_names_are_attribute_errors() -> None:
-    for module in (ops, select_tokens, gather_tokens):
+    for module in (ops, select_tokens, gather_tokens, linear):
         assert not hasattr(module, "no_such_operator")
 
 
