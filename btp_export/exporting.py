@@ -226,6 +226,7 @@ def export_into(
         root,
         model=_model_record(model),
         spec=model.spec,
+        quantization=model.checkpoint.quantization,
         plan=first_plan,
         profile_plans=profile_plans,
         build=BuildRecord(opset=options.opset, precision=precision, assemble=options.assemble),

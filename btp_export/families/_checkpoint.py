@@ -12,6 +12,7 @@ from btp_export.families._keys import refuse_unknown_keys
 from btp_export.families._processor import load_processor
 from graphs import dtypes
 from graphs.files.checkpoint import Checkpoint
+from graphs.files.packed_weights import packed_linear
 from graphs.records.errors import InputError
 from graphs.records.record import Record, parse_record
 from graphs.records.spec import ModelSpec, VisionSpec
@@ -44,7 +45,9 @@ def model_spec(
     refuse_unknown_keys(checkpoint, unused)
     settings = _settings(checkpoint.folder)
     ends = end_tokens(checkpoint)
-    stored = checkpoint["language_model.layers.0.self_attn.q_proj.weight"].dtype
+    first = "language_model.layers.0.self_attn.q_proj"
+    packed = packed_linear(checkpoint, first)
+    stored = checkpoint[f"{first}.weight"].dtype if packed is None else packed.scales.dtype
     extra: dict[str, Any] = {} if settings.change_threshold is None else {"change_threshold": settings.change_threshold}
     prefix = settings.prefix_tokens
     return ModelSpec(

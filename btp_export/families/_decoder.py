@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from graphs.files import configuration
 from graphs.files.checkpoint import Checkpoint
+from graphs.files.packed_weights import PARTS, QWEIGHT, packed_linear
 from graphs.records.errors import InputError
 from graphs.records.spec import DecoderSpec
 
@@ -149,6 +150,10 @@ def _refuse_tensors(checkpoint: Checkpoint, spec: DecoderSpec) -> None:
             _refuse(
                 f"the decoder has a tensor {ref.stored_name}", f"{spec.num_layers} layers, as the configuration says"
             )
+        module, _, part = within.rpartition(".")
+        if part in PARTS and f"{module}.weight" in known and len(known[f"{module}.weight"]) == 2:
+            _refuse_packed(checkpoint, name.rpartition(".")[0], known[f"{module}.weight"])
+            continue
         if within not in known:
             _refuse(f"the decoder has a tensor {ref.stored_name}", "layers like Llama's, as the configuration says")
         if ref.shape != known[within]:
@@ -161,9 +166,32 @@ def _refuse_tensors(checkpoint: Checkpoint, spec: DecoderSpec) -> None:
     for within in known:
         layers = [""] if within in outside else [f"layers.{layer}." for layer in range(spec.num_layers)]
         for prefix in layers:
-            checkpoint[f"language_model.{prefix}{within}"]  # raises for one that is not there
+            name = f"language_model.{prefix}{within}"
+            if f"{name.removesuffix('weight')}{QWEIGHT}" not in checkpoint.tensors:
+                checkpoint[name]  # raises for one that is not there
     if not spec.tie_word_embeddings:
         checkpoint["lm_head.weight"]
+
+
+def _refuse_packed(checkpoint: Checkpoint, module: str, shape: tuple[int, ...]) -> None:
+    """A matrix of four bits must be there once, whole, of the shape that config.json says, and recorded there."""
+    linear = packed_linear(checkpoint, module)
+    if linear is None:
+        checkpoint[f"{module}.{QWEIGHT}"]  # raises: its scales are there without it
+        return
+    if checkpoint.quantization is None or f"{module}.weight" in checkpoint.tensors:
+        raise InputError(
+            f"{linear.qweight.stored_name} holds codes of four bits"
+            + (", and its weight is there too" if checkpoint.quantization else ", which config.json does not mention"),
+            wanted="a packed checkpoint as btp-export writes it, with its quantization_config",
+            do="make it again from its source",
+        )
+    if (linear.n, linear.k) != shape:
+        raise InputError(
+            f"{linear.qweight.stored_name} is of a matrix {[linear.n, linear.k]}",
+            wanted=f"{list(shape)}, as config.json says",
+            do="use the config.json and the safetensors files of the same model",
+        )
 
 
 def _shapes(spec: DecoderSpec) -> dict[str, tuple[int, ...]]:

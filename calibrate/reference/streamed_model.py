@@ -36,6 +36,7 @@ from calibrate.reference.recording import SPILL_BYTES, KeptSegment, OpenSegment,
 from calibrate.reference.records import EmbeddedRecord, ReferenceInput, RunRecord, SegmentRecord
 from graphs import dtypes
 from graphs.files.checkpoint import Checkpoint
+from graphs.files.packed_weights import read_tensor
 from graphs.files.resume import Work, digest
 from graphs.records.errors import InputError, UnavailableError
 from graphs.records.plan import PruningPlan
@@ -397,14 +398,14 @@ class StreamedReference:
     def _materialise(self, module: nn.Module, prefix: str) -> None:
         state: dict[str, torch.Tensor] = {}
         for name, parameter in module.state_dict().items():
-            ref = self._checkpoint[prefix + name]
-            if ref.shape != tuple(parameter.shape):
+            array = read_tensor(self._checkpoint, prefix + name)
+            if array.shape != tuple(parameter.shape):
                 raise InputError(
-                    f"{ref.name} in {ref.file.name} has shape {list(ref.shape)}",
+                    f"{prefix}{name} of {self._checkpoint.folder} has shape {list(array.shape)}",
                     wanted=f"{list(parameter.shape)}, as config.json says",
                     do="restore config.json or the weights, so that both are of the same model",
                 )
-            state[name] = dtypes.torch_of_numpy(ref.read()).to(self._device, self._dtype)
+            state[name] = dtypes.torch_of_numpy(array).to(self._device, self._dtype)
         module.load_state_dict(state, assign=True)
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:

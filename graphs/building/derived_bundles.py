@@ -51,6 +51,7 @@ def derive_into(bundle: Bundle, plan: PruningPlan, root: Path) -> None:
         root,
         model=manifest.model,
         spec=manifest.spec,
+        quantization=manifest.quantization,
         plan=first_plan,
         profile_plans=profile_plans,
         build=manifest.build.model_copy(update={"assemble": "segments"}),

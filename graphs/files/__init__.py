@@ -1,4 +1,4 @@
 """Files on disk: checkpoints, safetensors, bundles, pictures, resumable work, the cache folder, whole writes.
 
-May use graphs.records, names and dtypes.
+May use graphs.records, names, packing and dtypes.
 """

@@ -37,6 +37,7 @@ from graphs.records.manifest import (
     ModelRecord,
 )
 from graphs.records.plan import PruningPlan
+from graphs.records.quantization import Quantization
 from graphs.records.record import parse_record
 from graphs.records.shapes import ShapeProfile
 from graphs.records.spec import ModelSpec
@@ -248,11 +249,13 @@ def write_manifest(
     processor: Sequence[FileRecord],
     profile_plans: dict[str, FileRecord] | None = None,
     tools: dict[str, str] | None = None,
+    quantization: Quantization | None = None,
 ) -> Manifest:
     """Write manifest.json, the last file of a bundle."""
     manifest = Manifest(
         model=model,
         spec=spec,
+        quantization=quantization,
         plan=plan,
         profile_plans=profile_plans or {},
         build=build,

@@ -18,10 +18,12 @@ import numpy as np
 
 from graphs import dtypes
 from graphs.records.errors import InputError
-from graphs.records.record import require_name
+from graphs.records.quantization import Quantization
+from graphs.records.record import parse_record, require_name
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 INDEX_ENDING = ".safetensors.index.json"
+PACKED = "btp"  # quant_method of what this project packs
 HEADER_BYTES = 100_000_000  # the format's own limit
 
 
@@ -61,12 +63,13 @@ class Checkpoint:
     """
 
     folder: Path
-    config: dict[str, Any]
+    config: dict[str, Any]  # config.json without the record of a packed checkpoint
     tensors: Mapping[str, TensorRef]
     files: tuple[Path, ...]  # safetensors files, real paths, symbolic links resolved
     shards: tuple[str, ...]  # their names in the folder, in the order of `files`
     not_read: str = ""  # an index beside them that is not followed, because transformers does not
     shapes_alone: bool = False  # modules made of it get tensors without data, to see whether all fit
+    quantization: Quantization | None = None  # of a packed checkpoint, see graphs/files/packed_weights.py
 
     def __getitem__(self, name: str) -> TensorRef:
         try:
@@ -129,7 +132,20 @@ def open_checkpoint(
     files = tuple(path.resolve() for path in paths)
     single = entry.name == SINGLE and (entry.parent / INDEX).is_file()
     shards = tuple(path.name for path in paths)
-    return Checkpoint(folder, config, tensors, files, shards, not_read=INDEX if single else "")
+    quantization = _take_quantization(folder, config)
+    return Checkpoint(
+        folder, config, tensors, files, shards, not_read=INDEX if single else "", quantization=quantization
+    )
+
+
+def _take_quantization(folder: Path, config: dict[str, Any]) -> Quantization | None:
+    """Our record of packed weights, taken out of `config`: transformers knows none of it. Other methods' stay."""
+    fields = config.get("quantization_config")
+    if not isinstance(fields, dict) or fields.get("quant_method") != PACKED:
+        return None
+    del config["quantization_config"]
+    source = f"quantization_config in {folder / 'config.json'}"
+    return parse_record(Quantization, json.dumps(fields), source=source, noun="record of packed weights")
 
 
 def weights_entry(folder: Path) -> Path:

@@ -5,6 +5,7 @@ from typing import Annotated, Final, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from graphs.dtypes import Precision
+from graphs.records.quantization import Quantization
 from graphs.records.record import NAME_RULE, Name, Record, is_name
 from graphs.records.shapes import ShapeProfile
 from graphs.records.spec import ModelSpec
@@ -82,6 +83,8 @@ class Manifest(Record):
     format: Literal["btp-bundle/1"] = FORMAT
     model: ModelRecord
     spec: ModelSpec
+    # Of weights in four bits: the record in processor/config.json once more, for who reads only this file.
+    quantization: Quantization | None = Field(default=None, exclude_if=lambda made: made is None)
     plan: FileRecord  # of the first profile
     profile_plans: dict[str, FileRecord] = Field(default_factory=dict, exclude_if=lambda plans: not plans)
     build: BuildRecord
