@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from graphs import dtypes
-from graphs.ops.linear.packing import LARGEST, pack, pack_zeros
+from graphs.packing import LARGEST, pack, pack_zeros
 
 Array = npt.NDArray[Any]
 

@@ -6,6 +6,7 @@ from typing import Any, Final
 from onnx import TypeProto, defs, helper
 
 from graphs.ops.domain import DOMAIN, PLUGIN, VERSION
+from graphs.packing import BITS, check_group, qweight_shape, zeros_shape
 from graphs.records.errors import InputError
 
 NAME: Final = "BtpLinear"
@@ -17,11 +18,9 @@ w [N,K] = (q - z) * s, rounded once to the type of x. q are the unsigned codes, 
 each `group` of neighbouring codes of a row; z is 8 where there are no zeros. Codes lie two in a byte along K, the
 earlier one in the low nibble, zeros likewise along the groups (the last high nibble is unused if their number is odd).
 These are the bytes of ONNX Runtime's MatMulNBits. Graphs prepared for TensorRT declare the same bytes as little-endian
-int32: qweight [N,K/8], zeros [ceil(N * ceil(K/group/2) / 4)], row after row without a gap (`packing.py`).
+int32: qweight [N,K/8], zeros [ceil(N * ceil(K/group/2) / 4)], row after row without a gap (`graphs/packing.py`).
 """
 
-BITS: Final = 4
-GROUPS: Final = (16, 32, 64, 128, 256)
 INTEGERS: Final = {"bits": "bits of a code: 4", "group": "codes of a row that share a scale: 16, 32, 64, 128 or 256"}
 
 _TYPES: Final = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"]
@@ -70,33 +69,6 @@ def _schema() -> defs.OpSchema:
 SCHEMA: Final = _schema()
 
 
-def qweight_shape(n: int, k: int, group: int) -> tuple[int, int, int]:
-    """Bytes of the codes of w [N,K]: [N,K/group,group/2]."""
-    return n, k // group, group * BITS // 8
-
-
-def zeros_shape(n: int, groups: int) -> tuple[int, int]:
-    """Bytes of the zeros of `groups` groups a row: [N,ceil(groups/2)]."""
-    return n, (groups * BITS + 7) // 8
-
-
-def check_attributes(*, bits: int, group: int) -> None:
-    """Raise InputError for attributes that fit no weight."""
-    if bits != BITS:
-        raise InputError(f"{NAME}: bits is {bits}", f"{BITS}", "quantise the weights to four bits")
-    if group not in GROUPS:
-        wanted = "16, 32, 64, 128 or 256 (a scale for a whole row is written out in groups)"
-        raise InputError(f"{NAME}: group is {group}", wanted, "quantise the weights in groups of one of these sizes")
-
-
-def check_group(k: int, *, bits: int, group: int) -> None:
-    """Raise InputError unless rows of K = `k` weights can be stored with these attributes."""
-    check_attributes(bits=bits, group=group)
-    if k < 1 or k % group:
-        got = f"{NAME}: group is {group} and K is {k}"
-        raise InputError(got, "a group that divides K", "quantise the weights in smaller groups")
-
-
 def check(
     x: Sequence[int],
     qweight: Sequence[int],
@@ -108,7 +80,8 @@ def check(
     group: int,
 ) -> None:
     """Raise InputError unless these are the shapes of one product; the message names the first that does not fit."""
-    check_attributes(bits=bits, group=group)
+    if bits != BITS:
+        raise InputError(f"{NAME}: bits is {bits}", f"{BITS}", "quantise the weights to four bits")
 
     def require(name: str, shape: Sequence[int] | None, wanted: Sequence[int]) -> None:
         if shape is not None and list(shape) != list(wanted):
@@ -117,9 +90,13 @@ def check(
 
     if len(x) != 2:
         raise InputError(f"{NAME}: x has shape {list(x)}", "[M,K]", "reshape x")
-    check_group(x[1], bits=bits, group=group)
+    try:
+        check_group(x[1], group)
+    except InputError as error:
+        raise InputError(f"{NAME}: {error.got}", error.wanted, error.do) from error
     if len(qweight) != 3 or qweight[0] < 1:
-        raise InputError(f"{NAME}: qweight has shape {list(qweight)}", "[N,K/group,group/2]", "pack it: packing.pack")
+        got = f"{NAME}: qweight has shape {list(qweight)}"
+        raise InputError(got, "[N,K/group,group/2]", "pack it: graphs.packing.pack")
     n, k = qweight[0], x[1]
     require("qweight", qweight, qweight_shape(n, k, group))
     require("scales", scales, (n, k // group))

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from graphs.ops.linear.packing import MIDDLE
 from graphs.ops.linear.schema import NAME, check
+from graphs.packing import MIDDLE
 from graphs.records.errors import InputError
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from graphs.files.checkpoint import Checkpoint, open_checkpoint
 from graphs.files.packed_weights import packed_linear, read_matrix, read_tensor
 from graphs.files.safetensors_file import write_tensors
-from graphs.packing import check_scales, dequantise, pack, pack_zeros, unpack, unpack_zeros
+from graphs.packing import dequantise, pack, pack_zeros
 from graphs.records.errors import InputError
 
 RECORD = {"quant_method": "btp", "version": 1, "bits": 4, "method": "read", "source": "awq", "groups": {"16": 1}}
@@ -48,32 +48,15 @@ def matrices(draw: st.DrawFn) -> dict[str, Any]:
 
 
 @given(matrices())
-def test_packing_is_the_contract(drawn: dict[str, Any]) -> None:
+def test_what_is_packed_stands_for_what_the_contract_says(drawn: dict[str, Any]) -> None:
     codes, points, scales, group = (drawn[key] for key in ("codes", "points", "scales", "group"))
     qweight, zeros = pack(codes, group), None if points is None else pack_zeros(points)
     n, k = codes.shape
-    assert qweight.shape == (n, k // group, group // 2)
-    np.testing.assert_array_equal(unpack(qweight), codes)
-    if zeros is not None:
-        np.testing.assert_array_equal(unpack_zeros(zeros, k // group), points)
     exact = by_hand(qweight, scales, zeros, n, k, group)
     np.testing.assert_array_equal(dequantise(qweight, scales, zeros), exact.astype(scales.dtype))
     wide = dequantise(qweight, scales, zeros, dtype=np.dtype(np.float32))
     assert wide.dtype == np.float32
     np.testing.assert_array_equal(wide, exact.astype(np.float32))
-
-
-def test_numbers_that_do_not_fit_are_refused() -> None:
-    with pytest.raises(InputError, match="codes from 0 to 16"):
-        pack(np.array([[0, 16] * 8]), 16)
-    with pytest.raises(InputError, match="zeros from -1 to 3"):
-        pack_zeros(np.array([[3, -1]]))
-    with pytest.raises(InputError, match="groups of 32 in rows of 48"):
-        pack(np.zeros((2, 48), int), 32)
-    with pytest.raises(InputError, match="groups of 24"):
-        pack(np.zeros((2, 48), int), 24)
-    with pytest.raises(InputError, match=r"holds nan at \[1, 0\]"):
-        check_scales(np.array([[1.0], [np.nan]], np.float16))
 
 
 def folder_of(tmp_path: Path, tensors: dict[str, np.ndarray], record: dict[str, Any] | None = None) -> Checkpoint:

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnxruntime.capi.onnxruntime_pybind11_state import NotImplemented
 
-from graphs import dtypes
+from graphs import dtypes, packing
 from graphs.ops import linear
-from graphs.ops.linear import Case, packing
+from graphs.ops.linear import Case
 from graphs.ops.linear.cases import make
 from graphs.records.errors import InputError
 from tests.graphs.ops import models

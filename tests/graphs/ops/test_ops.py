@@ -113,7 +113,7 @@ assert not heavy, heavy
     "line",
     [
         "import graphs.ops",
-        "import graphs.ops.select_tokens, graphs.ops.gather_tokens, graphs.ops.linear, graphs.ops.linear.packing",
+        "import graphs.ops.select_tokens, graphs.ops.gather_tokens, graphs.ops.linear, graphs.packing",
         "from graphs import ops; ops.functions(18); ops.select_tokens.cases()",
     ],
 )
