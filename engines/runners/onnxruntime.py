@@ -21,7 +21,7 @@ from engines.native import libraries
 from engines.runners import Array, Bound, Buffer, Dtype, TensorSpec
 from engines.runners.binding import check_arrays, check_names, check_tensor
 from engines.runners.host import HostBuffer
-from graphs import dtypes
+from graphs import dtypes, ops
 from graphs.records.errors import BtpError, CheckError, InputError, UnavailableError
 
 ORT_ERRORS: tuple[type[Exception], ...] = tuple(
@@ -43,6 +43,8 @@ class OrtLoader:
             (engines.native.libraries), if there is one. With None the graphs' own function bodies run.
         prepack: False keeps float32 weights mapped from their file instead of copying them into a kernel's own layout:
             slower, but a model larger than memory runs.
+        accuracy_level: how ONNX Runtime multiplies with four-bit weights: 1 with x in float32, to verify with; 4 with x
+            rounded to int8, several times as fast.
         tf32: whether CUDA may compute float32 products in TF32 (graphs/tf32.py says when).
         log_severity: 0 everything, 2 warnings, 3 errors.
 
@@ -56,6 +58,7 @@ class OrtLoader:
         threads: int | None = None,
         custom_ops: Path | Literal["found"] | None = "found",
         prepack: bool = True,
+        accuracy_level: Literal[1, 4] = 1,
         tf32: bool = False,
         log_severity: int = 3,
     ) -> None:
@@ -72,19 +75,39 @@ class OrtLoader:
             if custom_ops is not None:
                 _require_code_for_gpu(custom_ops, self._number)
         self.custom_ops = custom_ops
+        self.accuracy_level = accuracy_level
         self.tf32 = tf32
         self._settings = (threads or 0, custom_ops, prepack, log_severity)
 
     def __call__(self, path: Path) -> "OrtRunner":
         if not path.is_file():
             raise InputError(f"no graph {path}", wanted="a complete bundle", do="export it again")
+        content = path.read_bytes()
+        if ops.wants_onnxruntime_nodes(content):
+            return self.open_model(content, path)
         return self._open(str(path), path, self._options())
 
     def open_model(self, content: bytes, path: Path) -> "OrtRunner":
         """Open a graph from memory; its weights lie where those of the graph at `path` do. Raises as for a file."""
         options = self._options()
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
-        return self._open(content, path, options)
+        return self._open(self._with_own_nodes(content, path), path, options)
+
+    def _with_own_nodes(self, content: bytes, path: Path) -> bytes:
+        """The model with ONNX Runtime's nodes for operators that it has itself; on CUDA our library's come first."""
+        if not ops.wants_onnxruntime_nodes(content) or (self._kind == "cuda" and self.custom_ops is not None):
+            return content
+        import onnx
+        from google.protobuf.message import DecodeError  # type: ignore[import-untyped, unused-ignore]
+
+        try:
+            model = onnx.load_model_from_string(content)
+        except DecodeError as error:
+            do = "export the bundle again"
+            raise InputError(f"{path.name} is no ONNX graph", wanted="the graph as exported", do=do) from error
+        ops.for_onnxruntime(model, accuracy_level=self.accuracy_level)
+        prepared: bytes = model.SerializeToString()
+        return prepared
 
     def _open(self, source: str | bytes, path: Path, options: ort.SessionOptions) -> "OrtRunner":
         try:

@@ -6,6 +6,8 @@ An operator is a folder with a `schema.py`; adding one is adding a folder, nothi
 - `form(inputs, attributes)`, if nodes with other inputs or attributes want another body (see `exact_body`);
 - `scratch_bytes(shapes)`, if its body needs memory beside its inputs and outputs: for inputs of these shapes.
 
+- `ort_node.py`, if ONNX Runtime has nodes of its own that do the same (see `for_onnxruntime`).
+
 Beside them, each where there is such a form: `kernel.cu` and `kernel.h` with `kernel_python.py`, `trt_plugin.cpp`,
 `trt_python.py` (its `OPERATOR`), `ort_op.cc`, `cpu.cc`. docs/native.md says how builds and libraries find them.
 """
@@ -27,12 +29,14 @@ __all__ = [
     "VERSION",
     "exact_body",
     "folders",
+    "for_onnxruntime",
     "forms",
     "functions",
     "names",
     "of_node",
     "operator",
     "register_schemas",
+    "wants_onnxruntime_nodes",
 ]
 
 
@@ -84,6 +88,41 @@ def exact_body(
         return "", module.function(opset)
     form = module.form(inputs, attributes)
     return form.suffix, form.body(opset)
+
+
+def wants_onnxruntime_nodes(serialized: bytes) -> bool:
+    """Whether a model's bytes name an operator for which ONNX Runtime has nodes of its own. Reads no protobuf."""
+    return any(str(form.OPERATOR).encode() in serialized for form in forms("ort_node"))
+
+
+def for_onnxruntime(model: "onnx.ModelProto", *, accuracy_level: int) -> None:
+    """Put ONNX Runtime's own nodes in place of the custom ones that have such a form; their bodies are taken out.
+
+    The model stays as it was otherwise, external data too. accuracy_level: 1 to verify with, 4 to run with
+    (graphs/ops/linear/ort_node.py). Raises InputError for nodes whose shapes are not static.
+    """
+    by_name = {form.OPERATOR: form for form in forms("ort_node")}
+    values = [*model.graph.input, *model.graph.value_info]
+    tensors = {value.name: value.type.tensor_type for value in values}
+    shapes = {name: [size.dim_value for size in tensor.shape.dim] for name, tensor in tensors.items()}
+    types = {name: tensor.elem_type for name, tensor in tensors.items()}
+    shapes.update({tensor.name: list(tensor.dims) for tensor in model.graph.initializer})
+    types.update({tensor.name: tensor.data_type for tensor in model.graph.initializer})
+    domains: dict[str, int] = {}
+    nodes: list[onnx.NodeProto] = []
+    for node in model.graph.node:
+        form = by_name.get(node.op_type) if node.domain == DOMAIN else None
+        nodes.extend([node] if form is None else form.nodes(node, shapes, types, accuracy_level))
+        domains.update([form.MICROSOFT] if form is not None else [])
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    kept = [body for body in model.functions if body.domain != DOMAIN or body.name not in by_name]
+    del model.functions[:]
+    model.functions.extend(kept)
+    known = {opset.domain for opset in model.opset_import}
+    for domain, version in domains.items():
+        if domain not in known:
+            model.opset_import.add(domain=domain, version=version)
 
 
 def register_schemas() -> None:

@@ -7,6 +7,7 @@ What is then changed:
 1. Custom operators: with plugins the function bodies are left out, so that no version can prefer a body to the plugin
    and a missing plugin is an error at once; attributes that a node leaves out are written with their defaults, as
    TensorRT's parser warns of each twice. Without plugins every node gets the body made for exactly its inputs.
+   TensorRT has no missing inputs: those between others are left out, of the node and of its body.
 2. `shared` weights: the matrices of the projections become network inputs, with a record of where their bytes lie.
    Those that are multiplied with the same rows (q, k and v; gate and up) can be packed into one product.
 3. Attention loses its attribute softmax_precision, which no TensorRT imports (seen on RTX 1.7.1: "Setting softmax
@@ -124,6 +125,8 @@ def _prepare_profile(bundle: Bundle, profile: ShapeProfile, choices: Choices) ->
         if choices.plugins:
             strip_bodies(graph.model)
             write_defaults(graph.model)
+            for node in custom_nodes(graph.model):
+                leave_out_missing(node)
         else:
             exact_bodies(graph.model, choices.opset)
         drop_softmax_precision(graph.model)
@@ -166,8 +169,8 @@ def strip_bodies(model: ir.Model) -> None:
 
 def write_defaults(model: ir.Model) -> None:
     """Give each custom node the attributes that it leaves out, with the defaults of the operator's schema."""
-    for node in model.graph:
-        operator = ops.of_node(node.op_type) if node.domain == BTP_DOMAIN else None
+    for node in custom_nodes(model):
+        operator = ops.of_node(node.op_type)
         for name, attribute in (operator.SCHEMA.attributes if operator is not None else {}).items():
             if name not in node.attributes and not attribute.required:
                 node.attributes.add(ir.serde.deserialize_attribute(attribute.default_value))
@@ -182,10 +185,13 @@ def exact_bodies(model: ir.Model, opset: int) -> None:
     """
     model.functions.clear()
     made: dict[str, list[tuple[ir.Node, str, FunctionProto]]] = defaultdict(list)
-    for node in model.graph:
-        operator = ops.of_node(node.op_type) if node.domain == BTP_DOMAIN else None
+    for node in custom_nodes(model):
+        operator = ops.of_node(node.op_type)
         if operator is not None:
-            made[operator.NAME].append((node, *ops.exact_body(operator, opset, *given_to(node))))
+            suffix, body = ops.exact_body(operator, opset, *given_to(node))
+            for index in leave_out_missing(node):
+                del body.input[index]
+            made[operator.NAME].append((node, suffix, body))
     for bodies in made.values():
         several = len({suffix for _, suffix, _ in bodies}) > 1
         for node, suffix, body in bodies:
@@ -193,6 +199,24 @@ def exact_bodies(model: ir.Model, opset: int) -> None:
                 body.name = node.op_type = body.name + suffix
             function = ir.serde.deserialize_function(body)
             model.functions[function.identifier()] = function
+
+
+def custom_nodes(model: ir.Model) -> list[ir.Node]:
+    """The nodes of our operators."""
+    return [node for node in model.graph if node.domain == BTP_DOMAIN]
+
+
+def leave_out_missing(node: ir.Node) -> list[int]:
+    """Take missing inputs that stand between others out of the node; gives their places, the last one first.
+
+    Plugins tell what is left apart by its type.
+    """
+    missing = [index for index, value in enumerate(node.inputs) if value is None]
+    given = [value for value in node.inputs if value is not None]
+    for index, value in enumerate(given):
+        node.replace_input_with(index, value)
+    node.resize_inputs(len(given))
+    return missing[::-1]
 
 
 # -- 2. weights as inputs --------------------------------------------------------------------------------------------

@@ -9,8 +9,13 @@ from graphs.ops.linear.cases import Case
 SIGNIFICAND = {"float32": 23, "float16": 10, "bfloat16": 7}
 
 
-def product(case: Case) -> Any:
-    """y [M,N] in float64, one number of w after the other as the definition has it; not rounded to x's type."""
+def rounded_product(case: Case, *, round_w: bool = True) -> Any:
+    """y [M,N] of x's type. round_w: False leaves out the rounding of w."""
+    return product(case, round_w=round_w).astype(case.x.dtype)
+
+
+def product(case: Case, *, round_w: bool = True) -> Any:
+    """y [M,N] in float64, one number of w after the other as the definition has it; y is not rounded."""
     n, k, group = len(case.scales), case.x.shape[1], case.attributes["group"]
     flat = case.qweight.reshape(n, -1)
     w = np.empty((n, k))
@@ -18,7 +23,7 @@ def product(case: Case) -> Any:
         q = (flat[:, i // 2] >> 4 * (i % 2)) & 15
         z = np.full(n, 8) if case.zeros is None else (case.zeros[:, i // group // 2] >> 4 * (i // group % 2)) & 15
         w[:, i] = (q.astype(np.int64) - z) * case.scales[:, i // group].astype(np.float64)
-    w = w.astype(case.x.dtype).astype(np.float64)
+    w = w.astype(case.x.dtype).astype(np.float64) if round_w else w
     y = case.x.astype(np.float64) @ w.T
     return y if case.bias is None else y + case.bias.astype(np.float64)
 

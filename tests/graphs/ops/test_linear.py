@@ -15,7 +15,7 @@ from graphs.ops.linear import Case
 from graphs.ops.linear.cases import make
 from graphs.records.errors import InputError
 from tests.graphs.ops import models
-from tests.graphs.ops.agreement import assert_agree, product
+from tests.graphs.ops.agreement import assert_agree, rounded_product
 
 CASES = {case.name: case for case in linear.cases()}
 every_case = pytest.mark.parametrize("name", CASES)
@@ -95,7 +95,7 @@ def test_packing_refuses(call: Any, message: str) -> None:
 @every_case
 def test_reference_agrees_with_the_definition(name: str) -> None:
     case = CASES[name]
-    assert_agree(reference(case), product(case).astype(case.x.dtype))
+    assert_agree(reference(case), rounded_product(case))
 
 
 def test_w_is_rounded_once_to_the_type_of_x() -> None:

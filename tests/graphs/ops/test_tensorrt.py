@@ -2,10 +2,12 @@
 
 from pathlib import Path
 
+import onnx_ir as ir
 import pytest
 from onnx import ModelProto
 
-from graphs.ops import gather_tokens, select_tokens
+from engines.tensorrt.prepare.prepared_graphs import exact_bodies
+from graphs.ops import gather_tokens, linear, select_tokens
 from tests.engines.native import rtx
 from tests.graphs.ops import models
 
@@ -50,6 +52,17 @@ def test_gather_tokens(opset: int, tmp_path: Path) -> None:
         name: [[dim.dim_value for dim in model.graph.output[0].type.tensor_type.shape.dim]]
         for name, model in named.items()
     }
+
+
+def test_linear(tmp_path: Path) -> None:
+    """The weights are network inputs here, uint8 ones too; the missing zeros before a bias are left out."""
+    names = {"plain", "zeros-and-bias", "odd-groups", "prefill-float16", "few-rows-bfloat16", "one-of-each"}
+    chosen = [case for case in linear.cases() if case.name in names]
+    for_tensorrt = {case.name: ir.serde.deserialize_model(models.linear_model(case, 18, "exact")) for case in chosen}
+    for model in for_tensorrt.values():
+        exact_bodies(model, 18)
+    built = output_shapes({name: ir.serde.serialize_model(model) for name, model in for_tensorrt.items()}, tmp_path)
+    assert built == {case.name: [[len(case.x), len(case.qweight)]] for case in chosen}
 
 
 def test_generic_select_body_needs_the_exact_one(tmp_path: Path) -> None:
