@@ -56,7 +56,7 @@ ROOMS = {
         ["console"],
         ["drawing", "families"],
         ["demo"],
-        ["dummy"],
+        ["dummy", "quantised"],
         ["model"],
         ["planning", "running", "exporting"],
         ["measuring", "profiling", "engine_inputs"],

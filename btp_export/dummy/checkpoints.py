@@ -12,7 +12,6 @@ run has finished are kept.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import hashlib
 import json
@@ -29,8 +28,8 @@ from btp_export.dummy.processor import save_processor
 from btp_export.families import family_for, known_models
 from graphs import dtypes
 from graphs.files.atomic import check_space, replacing, write_text
-from graphs.files.cache_folder import cache_folder
-from graphs.files.folders import lock_file, put_in_place
+from graphs.files.cache_folder import cache_folder, only_one
+from graphs.files.folders import put_in_place
 from graphs.files.safetensors_file import header_bytes, tensor_order
 from graphs.records.errors import InputError
 from graphs.records.manifest import DUMMY_WEIGHTS
@@ -98,7 +97,7 @@ def dummy_checkpoint(
         return place
     tensors = tensor_shapes(config)
     shards = in_shards(tensors, dtypes.numpy_of(str(config["torch_dtype"])), shard_bytes)
-    with _only_one(place):
+    with only_one(place):
         if not (place / MARKER).is_file():  # somebody else may just have made it
             _make(place, config, record, shards, report)
     return place
@@ -137,16 +136,6 @@ def tensor_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(whole)
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-
-
-@contextlib.contextmanager
-def _only_one(place: Path) -> Iterator[None]:
-    """Nobody else makes the same checkpoint at the same time."""
-    place.parent.mkdir(parents=True, exist_ok=True)
-    lock = place.with_name(f".{place.name}.lock")
-    with lock_file(lock, wait=True):
-        yield
-    lock.unlink(missing_ok=True)
 
 
 def _make(

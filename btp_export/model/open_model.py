@@ -12,6 +12,8 @@ from pathlib import Path
 
 from btp_export.families import Family, family_for, known_models
 from btp_export.families._checkpoint import count_prefix_tokens
+from btp_export.quantised.formats import OTHERS, find_format
+from btp_export.quantised.reading import open_foreign, read_packed
 from graphs.files.checkpoint import Checkpoint, missing_shards, open_checkpoint, read_config
 from graphs.files.paths import expanded, require_utf8
 from graphs.records.errors import InputError, UnavailableError
@@ -94,6 +96,7 @@ def open_model(
 ) -> Model:
     """Find a model and read its configuration and headers; with `dummy`, one of its shapes with made-up weights.
 
+    One in another program's four-bit format is repacked into the cache folder first, see btp_export/quantised.
     `system` is a message that every prompt is to begin with: its tokens are part of the prefix.
 
     Raises InputError for an unknown name, a model without a family, or a checkpoint that is broken or lacks a part;
@@ -101,9 +104,16 @@ def open_model(
     """
     source = find_model(name) if dummy is None else _dummy_source(name, dummy, report)
     _refuse_adapter(source.folder, source.name)
-    family = family_for(read_config(source.folder))
+    config = read_config(source.folder)
+    family = family_for(config)
     _check_parts(source)
+    found = find_format(source.folder, config)
     checkpoint = open_checkpoint(source.folder, family.renames)
+    if found is not None:
+        foreign = open_foreign(checkpoint, *found)
+        planned = _spec(family, foreign.planned(), source.name)  # all that can be wrong, before anything is written
+        folder = read_packed(foreign, source.name, planned.decoder.head_dim, report)
+        source, checkpoint = replace(source, folder=folder), open_checkpoint(folder, family.renames)
     spec = _spec(family, checkpoint, source.name)
     if system is not None:
         prefix = count_prefix_tokens(source.folder, spec.image_token_id, system=system)
@@ -146,6 +156,8 @@ def find_model(name: str) -> Source:
         return _local(folder.resolve())
     if HUB_ID.fullmatch(name) and not folder.parent.is_dir():
         return _from_hub(name, name)
+    if folder.suffix == ".gguf":
+        raise InputError(f"{name} is a GGUF file", wanted="a folder with safetensors", do=OTHERS["gguf"])
     if folder.is_file():
         raise InputError(f"{name} is a file", wanted="a checkpoint folder", do="give the folder that holds config.json")
     raise _unknown(name)

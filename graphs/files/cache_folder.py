@@ -1,10 +1,13 @@
-"""Where files are kept that can be made again: dummy checkpoints, and the checkpoints of interrupted work."""
+"""Where files are kept that can be made again: dummy and packed checkpoints, the checkpoints of interrupted work."""
 
+import contextlib
 import os
 import stat
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
+from graphs.files.folders import lock_file
 from graphs.records.errors import InputError
 
 
@@ -17,6 +20,18 @@ def cache_folder(*parts: str) -> Path:
     base = os.environ.get("XDG_CACHE_HOME", "")
     root = Path(base) if os.path.isabs(base) else _home_cache()  # a relative one is to be ignored (XDG)
     return (_temporary() if root is None else root / "btp-export").joinpath(*parts)
+
+
+@contextlib.contextmanager
+def only_one(place: Path) -> Iterator[None]:
+    """Nobody else makes the file or folder `place` at the same time."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    lock = place.with_name(f".{place.name}.lock")
+    try:
+        with lock_file(lock, wait=True):
+            yield
+    finally:
+        lock.unlink(missing_ok=True)
 
 
 def _home_cache() -> Path | None:

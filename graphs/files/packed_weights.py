@@ -18,7 +18,7 @@ import numpy as np
 
 from graphs import dtypes
 from graphs.files.checkpoint import Checkpoint, TensorRef
-from graphs.packing import GROUPS, dequantise
+from graphs.packing import GROUPS, MIDDLE, check_scales, dequantise, pack, pack_zeros
 from graphs.records.errors import InputError
 
 QWEIGHT, SCALES, ZEROS, INPUT_SCALE = "qweight", "scales", "zeros", "input_scale"
@@ -44,6 +44,39 @@ class PackedLinear:
         """Bytes of all its tensors."""
         parts = (self.qweight, self.scales, self.zeros, self.input_scale)
         return sum(part.nbytes for part in parts if part is not None)
+
+
+@dataclass(frozen=True)
+class PackedMatrix:
+    """The same as arrays: what is written for one module."""
+
+    qweight: np.ndarray
+    scales: np.ndarray
+    zeros: np.ndarray | None = None
+    input_scale: np.ndarray | None = None
+
+    @staticmethod
+    def of(
+        codes: np.ndarray, scales: np.ndarray, zeros: np.ndarray | None, input_scale: np.ndarray | None = None
+    ) -> "PackedMatrix":
+        """Of codes [N,K] and zeros [N,K/g], 0 to 15; zeros that are all 8 are left out.
+
+        Raises InputError for other numbers, groups that cannot be stored, and scales that are not finite.
+        """
+        check_scales(scales)
+        group = codes.shape[1] // max(1, scales.shape[1])
+        symmetric = zeros is None or bool((zeros == MIDDLE).all())
+        points = None if zeros is None or symmetric else pack_zeros(zeros)
+        return PackedMatrix(pack(codes, group), scales, points, input_scale)
+
+    def named(self, module: str) -> dict[str, np.ndarray]:
+        """The arrays by their names in a checkpoint."""
+        parts = {QWEIGHT: self.qweight, SCALES: self.scales, ZEROS: self.zeros, INPUT_SCALE: self.input_scale}
+        return {f"{module}.{part}": array for part, array in parts.items() if array is not None}
+
+    def numbers(self, dtype: np.dtype[Any] | None = None) -> np.ndarray:
+        """The matrix [N,K] as `read_matrix` gives it."""
+        return dequantise(self.qweight, self.scales, self.zeros, dtype=dtype)
 
 
 def packed_linear(checkpoint: Checkpoint, module: str) -> PackedLinear | None:

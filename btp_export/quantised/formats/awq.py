@@ -1,0 +1,70 @@
+"""AWQ's gemm layout, as AutoAWQ and transformers write it (casper-hansen/AutoAWQ, awq/modules/linear/gemm.py).
+
+qweight i32 [K, N/8]     bits 4b.. of word j are output 8j + (0,2,4,6,1,3,5,7)[b]
+qzeros  i32 [K/g, N/8]   in the same order
+scales      [K/g, N]
+weight = (q - z) * s
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from btp_export.quantised.formats import (
+    Settings,
+    quantization_config,
+    require_group,
+    require_part,
+    require_shape,
+    require_value,
+)
+from btp_export.quantised.formats._codes import NIBBLES, nibbles, spread, stored_group
+from graphs.files.checkpoint import TensorRef
+from graphs.files.packed_weights import PackedMatrix
+
+# Where outputs 0 to 7 of a word are: the inverse of the order in which AWQ packs them.
+PLACES = np.argsort([0, 2, 4, 6, 1, 3, 5, 7])
+
+
+class Awq:
+    """quant_method "awq", version "gemm"."""
+
+    name = "awq"
+    parts = ("qweight", "qzeros", "scales")
+
+    def settings(self, folder: Path, config: Mapping[str, Any]) -> Settings | None:
+        """gemm with 4 bits; the other versions order the same codes for one kernel each."""
+        fields = quantization_config(config, "awq")
+        if fields is None:
+            return None
+        version = str(fields.get("version", "gemm")).lower()
+        require_value({"version": version}, "version", ("gemm",), "AWQ")
+        require_value(fields, "bits", (4,), "AWQ")
+        require_value(fields, "w_bit", (4,), "AWQ")
+        return Settings(fields)
+
+    def shape(self, parts: Mapping[str, TensorRef], settings: Settings) -> tuple[int, int, int]:
+        """Of qweight and scales."""
+        qweight, scales = require_part(parts, "qweight"), require_part(parts, "scales")
+        k, words = (*qweight.shape, 0, 0)[:2]
+        n = NIBBLES * words
+        group = require_group(scales, k, (*scales.shape, 0)[0])
+        require_shape(qweight, "I32", (k, words))
+        require_shape(scales, "float", (k // group, n))
+        require_shape(require_part(parts, "qzeros"), "I32", (k // group, words))
+        return n, k, stored_group(k, group)
+
+    def matrix(self, parts: Mapping[str, TensorRef], settings: Settings) -> PackedMatrix:
+        """Transposed, in the order of the outputs."""
+        n, k, stored = self.shape(parts, settings)
+        scales = parts["scales"].read()
+        group = k // len(scales)
+        codes = nibbles(parts["qweight"].read())[..., PLACES].reshape(k, n).T
+        zeros = nibbles(parts["qzeros"].read())[..., PLACES].reshape(-1, n).T
+        steps = spread(np.ascontiguousarray(scales.T), group, stored)
+        return PackedMatrix.of(codes, steps, spread(zeros, group, stored))
+
+
+FORMAT = Awq()

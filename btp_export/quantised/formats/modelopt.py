@@ -1,0 +1,87 @@
+"""ModelOpt's W4A16_AWQ in its Hugging Face form (NVIDIA/TensorRT-Model-Optimizer, modelopt/torch/export).
+
+weight           u8 [N/2, K]   low nibble row 2i, high nibble row 2i + 1, two's complement
+weight_scale        [N, K/g]
+pre_quant_scale     [K]        multiplies the input; absent where it was folded into the norm before
+weight = q * s
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from btp_export.quantised.formats import (
+    READ,
+    Settings,
+    quantization_config,
+    refuse,
+    require_group,
+    require_part,
+    require_shape,
+    require_value,
+)
+from btp_export.quantised.formats._codes import spread, stored_group
+from graphs.files.checkpoint import TensorRef
+from graphs.files.packed_weights import PackedMatrix
+from graphs.packing import check_scales
+
+FILE = "hf_quant_config.json"
+FORM = "ModelOpt"
+
+
+class ModelOpt:
+    """hf_quant_config.json with quant_algo W4A16_AWQ; newer files repeat it in config.json."""
+
+    name = "modelopt"
+    parts = ("weight_scale", "weight", "pre_quant_scale")
+
+    def settings(self, folder: Path, config: Mapping[str, Any]) -> Settings | None:
+        """Of the file, or of config.json alone."""
+        path = folder / FILE
+        fields = _read(path) if path.is_file() else quantization_config(config, "modelopt")
+        if fields is None:
+            return None
+        require_value(fields, "quant_algo", ("W4A16_AWQ",), FORM)
+        require_value(fields, "kv_cache_quant_algo", (None,), FORM)
+        require_value(fields, "has_zero_point", (False,), FORM)
+        return Settings(fields)
+
+    def shape(self, parts: Mapping[str, TensorRef], settings: Settings) -> tuple[int, int, int]:
+        """Two rows lie in one of the stored matrix."""
+        weight, scale = require_part(parts, "weight"), require_part(parts, "weight_scale")
+        pairs, k = (*weight.shape, 0, 0)[:2]
+        group = require_group(scale, k, (*scale.shape, 0, 0)[1])
+        require_shape(weight, "U8", (pairs, k))
+        require_shape(scale, "float", (2 * pairs, k // group))
+        if "pre_quant_scale" in parts:
+            require_shape(parts["pre_quant_scale"], "float", (k,))
+        return 2 * pairs, k, stored_group(k, group)
+
+    def matrix(self, parts: Mapping[str, TensorRef], settings: Settings) -> PackedMatrix:
+        """Signed codes become unsigned ones whose zero is 8."""
+        n, k, stored = self.shape(parts, settings)
+        scale = np.asarray(parts["weight_scale"].read())
+        stored_rows = parts["weight"].read()
+        codes = np.empty((n, k), np.uint8)
+        codes[0::2], codes[1::2] = stored_rows & 15, stored_rows >> 4
+        codes ^= 8  # two's complement of four bits and the value plus 8 differ in the highest bit
+        before = np.asarray(parts["pre_quant_scale"].read()) if "pre_quant_scale" in parts else None
+        if before is not None:
+            check_scales(before, parts["pre_quant_scale"].stored_name)
+        return PackedMatrix.of(codes, spread(scale, k // scale.shape[1], stored), None, before)
+
+
+def _read(path: Path) -> Mapping[str, Any]:
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))["quantization"]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        refuse(f"{path} has no readable quantization", "ModelOpt's settings", f"restore it ({type(error).__name__})")
+    if not isinstance(fields, Mapping):
+        refuse(f"{path}: quantization is a {type(fields).__name__}", "ModelOpt's settings", READ)
+    return fields
+
+
+FORMAT = ModelOpt()
