@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Concatenate, Final, Literal, ParamSpec, TypeVar
 
 import numpy as np
 
@@ -45,6 +45,8 @@ Array = np.ndarray[Any, np.dtype[Any]]
 P = ParamSpec("P")
 T = TypeVar("T")
 OnText = Callable[[int, str], None]
+Activations = Literal["int8", "float32"]
+LEVELS: Final[dict[Activations, Literal[1, 4]]] = {"float32": 1, "int8": 4}  # OrtLoader's accuracy_level
 
 
 @dataclass(frozen=True)
@@ -125,16 +127,19 @@ def open_graphs(
     threads: int | None = None,
     device: str = "cpu",
     engine: str | None = None,
+    activations: Activations = "int8",
     part: str = "",
     check: Check = "quick",
 ) -> tuple[Loader, dict[str, Path]]:
     """How the graphs of a profile are opened, and the file of each by name: the ONNX graphs, or a target's engines.
 
-    `part` is the folder of other engines inside the target's, such as the unpruned ones.
+    `activations`: what ONNX Runtime multiplies four-bit weights with. `part` is the folder of other engines inside the
+    target's, such as the unpruned ones.
     """
     if engine is None:
         files = {graph.name: bundle.root / graph.file for graph in bundle.graphs(profile)}
-        return OrtLoader(device=device, threads=threads, tf32=allows_tf32(bundle.manifest.build.precision)), files
+        tf32 = allows_tf32(bundle.manifest.build.precision)
+        return OrtLoader(device=device, threads=threads, tf32=tf32, accuracy_level=LEVELS[activations]), files
     from engines.targets import find_target
     from engines.tensorrt.records import engines_folder
     from engines.tensorrt.run.runner import open_engines

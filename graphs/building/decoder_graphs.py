@@ -5,7 +5,8 @@ import onnx_ir as ir
 from graphs import names
 from graphs.building.decoder import Stream, add_cache_outputs, add_decode, add_head, add_segment
 from graphs.building.graph_builder import BuiltGraph, GraphBuilder, serialize
-from graphs.building.selection import add_selection, embed_bodies, segment_query, stage_after
+from graphs.building.portable_bodies import embed_bodies
+from graphs.building.selection import add_selection, segment_query, stage_after
 from graphs.building.whole_graph import assemble_whole
 from graphs.dtypes import Precision
 from graphs.files.checkpoint import Checkpoint
@@ -46,6 +47,7 @@ def build_decoder_graphs(
     graphs.append(_head_graph(builder(names.HEAD), spec, plan, profile))
     decode = builder(names.DECODE)
     add_decode(decode, spec.decoder, plan, profile)
+    embed_bodies(decode)
     return [*graphs, decode.build()]
 
 
@@ -68,6 +70,7 @@ def _segment_graph(
     query = None
     if stage_after(plan, segment) is not None:
         query = segment_query(b, plan, segment, profile, result, stream.last)
+    embed_bodies(b)
     b.output(result.hidden, "hidden_out")
     add_cache_outputs(b, result.caches)
     if query is not None:
@@ -102,5 +105,7 @@ def _head_graph(b: GraphBuilder, spec: ModelSpec, plan: PruningPlan, profile: Sh
     tokens = profile.tokens_with(plan.segments()[-1].image_tokens)
     hidden = b.input("hidden", (profile.batch, tokens, spec.decoder.hidden_size))
     last = b.input("last", (profile.batch,), INT32)
-    b.output(add_head(b, spec.decoder, hidden, last), "logits")
+    logits = add_head(b, spec.decoder, hidden, last)
+    embed_bodies(b)
+    b.output(logits, "logits")
     return b.build()

@@ -17,13 +17,15 @@ import onnx_ir as ir
 
 from graphs import dtypes
 from graphs.dtypes import Precision
-from graphs.files.checkpoint import Checkpoint
+from graphs.files.checkpoint import Checkpoint, TensorRef
+from graphs.files.packed_weights import PackedLinear, packed_linear
 from graphs.records.errors import InputError
 
 FUSED_OPSET = 23  # has RMSNormalization, RotaryEmbedding and Attention
 PORTABLE_OPSET = 18  # primitives only
 IR_VERSIONS = {PORTABLE_OPSET: 8, FUSED_OPSET: 11}
 BTP_DOMAIN = "btp"
+PLUGIN: dict[str, Any] = {"plugin_version": "1", "plugin_namespace": ""}  # how TensorRT finds a custom node's plugin
 WEIGHTS_FOLDER = "weights"  # beside the .onnx files
 
 
@@ -236,11 +238,19 @@ class GraphBuilder:
                 wanted=f"{list(shape)} in F32, F16 or BF16, as config.json says",
                 do="use the config.json and the safetensors files of the same model",
             )
-        stored = dtypes.BY_SAFETENSORS[ref.dtype].ir
-        value = self._initializer(name, external(name, ref.shard, ref.offset, ref.nbytes, stored, shape))
+        value = self._stored(ref)
+        stored = dtype_of(value)
         if stored == self.dtype:
             return value
         return self._append("Cast", [value], cast_name, shape, self.dtype, "", {"to": self.dtype})
+
+    def _stored(self, ref: TensorRef) -> ir.Value:
+        """A tensor of the checkpoint as it is, under its own name; the same one again gives the same value."""
+        known = self._named.get(ref.name)
+        if known is not None:
+            return known
+        tensor = external(ref.name, ref.shard, ref.offset, ref.nbytes, ref.element.ir, ref.shape)
+        return self._initializer(ref.name, tensor)
 
     # -- nodes ---------------------------------------------------------------------------------------------------
 
@@ -308,13 +318,39 @@ class GraphBuilder:
         batch = np.broadcast_shapes(dims(a)[:-2], dims(b)[:-2])
         return self.op("MatMul", [a, b], name, shape=(*batch, dims(a)[-2], dims(b)[-1]))
 
-    def linear(self, x: ir.Value, weight: str, features: int, name: str, *, bias: str | None = None) -> ir.Value:
-        """[n, in] -> [n, features] with the checkpoint's [out, in] matrix as it is stored."""
+    def linear(self, x: ir.Value, module: str, features: int, name: str, *, bias: bool = False) -> ir.Value:
+        """[n, in] -> [n, features] with the [out, in] matrix of a module of the checkpoint, as it is stored there."""
+        assert self._checkpoint is not None
+        packed = packed_linear(self._checkpoint, module)
+        if packed is not None:
+            return self._packed_linear(x, packed, features, name, bias=bias)
         rows, width = dims(x)
-        inputs = [x, self.weight(weight, (features, width))]
-        if bias is not None:
-            inputs.append(self.weight(bias, (features,)))
+        inputs = [x, self.weight(f"{module}.weight", (features, width))]
+        if bias:
+            inputs.append(self.weight(f"{module}.bias", (features,)))
         return self.op("Gemm", inputs, name, shape=(rows, features), transB=1)
+
+    def _packed_linear(self, x: ir.Value, packed: PackedLinear, features: int, name: str, *, bias: bool) -> ir.Value:
+        """The same with a matrix of four bits: a BtpLinear node, whose scales have the graph's precision."""
+        rows, width = dims(x)
+        if (packed.n, packed.k) != (features, width):
+            raise InputError(
+                f"{packed.qweight.shard}: {packed.module} has packed weights of {packed.n} x {packed.k}",
+                wanted=f"{features} x {width}, as config.json says",
+                do="use the config.json and the safetensors files of the same model",
+            )
+        if packed.input_scale is not None:
+            x = self.mul(x, self.weight(packed.input_scale.name, packed.input_scale.shape), f"{name}_input")
+        inputs: list[ir.Value | None] = [x, self._stored(packed.qweight)]
+        inputs.append(self.weight(packed.scales.name, packed.scales.shape))
+        if packed.zeros is not None or bias:
+            inputs.append(None if packed.zeros is None else self._stored(packed.zeros))
+        if bias:
+            inputs.append(self.weight(f"{packed.module}.bias", (features,)))
+        return self.op(
+            "BtpLinear", inputs, name, shape=(rows, features), domain=BTP_DOMAIN,
+            bits=packed.bits, group=packed.group, **PLUGIN,
+        )  # fmt: skip
 
     def concat(self, parts: Sequence[ir.Value], axis: int, name: str) -> ir.Value:
         """The parts one after another along `axis`; a single part is returned as it is."""

@@ -17,7 +17,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from graphs import names
+from graphs import dtypes, names
 
 WIDE_BYTES = 4  # of a weight in float32, in which a CPU computes
 
@@ -38,8 +38,13 @@ def read_graph(path: Path) -> onnx.ModelProto:
 
 
 def wide_weights(model: onnx.ModelProto) -> int:
-    """Bytes of all weights of a graph in float32."""
-    return sum(WIDE_BYTES * prod(tensor.dims) for tensor in model.graph.initializer)
+    """Bytes of all weights of a graph with its floats in float32; packed ones stay packed."""
+    return sum(_wide(tensor) for tensor in model.graph.initializer)
+
+
+def _wide(tensor: TensorProto) -> int:
+    kind = dtypes.BY_ONNX[tensor.data_type]
+    return int(prod(tensor.dims)) * (WIDE_BYTES if kind.is_precision else kind.nbytes)
 
 
 def split(model: onnx.ModelProto, most: int) -> list[Part]:
@@ -71,7 +76,7 @@ def split(model: onnx.ModelProto, most: int) -> list[Part]:
             opset_imports=model.opset_import,
             ir_version=model.ir_version,
         )
-        size = sum(WIDE_BYTES * prod(tensor.dims) for tensor in held)
+        size = sum(map(_wide, held))
         parts.append(Part(part, tuple(inputs), tuple(outputs), size))
     return parts
 
@@ -95,7 +100,7 @@ def _packed(
     packed: list[list[onnx.NodeProto]] = []
     filled = 0
     for nodes in sections:
-        size = sum(WIDE_BYTES * prod(weights[name].dims) for name in set(_used(nodes)) & weights.keys())
+        size = sum(_wide(weights[name]) for name in set(_used(nodes)) & weights.keys())
         if packed and filled + size <= most:
             packed[-1] = packed[-1] + nodes
             filled += size

@@ -37,7 +37,7 @@ def project_heads(
 ) -> ir.Value:
     """rows [B*S,C] -> [B,heads,S,D]."""
     tokens = dims(rows)[0] // batch
-    flat = b.linear(rows, f"{module}.weight", heads * head_dim, f"{name}_flat", bias=f"{module}.bias" if bias else None)
+    flat = b.linear(rows, module, heads * head_dim, f"{name}_flat", bias=bias)
     if tokens == 1:  # the same order of elements, no transposition needed
         return b.reshape(flat, (batch, heads, 1, head_dim), name)
     split = b.reshape(flat, (batch, tokens, heads, head_dim), f"{name}_split")
@@ -91,8 +91,7 @@ def merge_heads(b: GraphBuilder, spec: DecoderSpec, layer: int, context: ir.Valu
     by_token = context if tokens == 1 else b.transpose(context, (0, 2, 1, 3), "context_by_token")
     merged = b.reshape(by_token, (batch * tokens, heads * size), "context_rows")
     module = f"{layer_prefix(layer)}.self_attn.o_proj"
-    bias = f"{module}.bias" if spec.o_bias else None
-    return b.linear(merged, f"{module}.weight", spec.hidden_size, "projected", bias=bias)
+    return b.linear(merged, module, spec.hidden_size, "projected", bias=spec.o_bias)
 
 
 def activation(b: GraphBuilder, kind: str, x: ir.Value) -> ir.Value:
@@ -114,8 +113,7 @@ def mlp(b: GraphBuilder, spec: DecoderSpec, layer: int, rows: ir.Value) -> ir.Va
     module = f"{layer_prefix(layer)}.mlp"
 
     def linear(kind: str, x: ir.Value, features: int) -> ir.Value:
-        bias = f"{module}.{kind}_proj.bias" if spec.mlp_bias else None
-        return b.linear(x, f"{module}.{kind}_proj.weight", features, kind, bias=bias)
+        return b.linear(x, f"{module}.{kind}_proj", features, kind, bias=spec.mlp_bias)
 
     gate = activation(b, spec.hidden_act, linear("gate", rows, spec.intermediate_size))
     gated = b.mul(gate, linear("up", rows, spec.intermediate_size), "gated")
@@ -138,7 +136,7 @@ def attention_norm(b: GraphBuilder, spec: DecoderSpec, layer: int, rows: ir.Valu
 
 def output_logits(b: GraphBuilder, spec: DecoderSpec, rows: ir.Value) -> ir.Value:
     """Final norm and output projection of rows [B,C] -> [B,vocab] float32."""
-    table = "language_model.embed_tokens.weight" if spec.tie_word_embeddings else "lm_head.weight"
+    table = "language_model.embed_tokens" if spec.tie_word_embeddings else "lm_head"
     with b.scope("head"):
         normal = rms_norm(b, rows, "language_model.norm.weight", spec.rms_norm_eps, "norm")
         return b.cast(b.linear(normal, table, spec.vocab_size, "projected"), FLOAT, "logits")

@@ -8,17 +8,14 @@ import onnx_ir as ir
 
 from graphs import names
 from graphs.building.decoder import SegmentResult, Stream, last_query
-from graphs.building.graph_builder import BTP_DOMAIN, GraphBuilder, dims
+from graphs.building.graph_builder import BTP_DOMAIN, PLUGIN, GraphBuilder, dims
 from graphs.building.onnx_scores import image_rows, stage_scores, stage_similarity
-from graphs.ops import gather_tokens, select_tokens
-from graphs.ops.select_tokens.schema import FARTHEST
 from graphs.pruning.spatial_set import stage_seeds
 from graphs.pruning.torch_scores import query_rows
 from graphs.records.plan import PruningPlan, Segment
 from graphs.records.shapes import ShapeProfile
 
 INT32 = ir.DataType.INT32
-PLUGIN: dict[str, Any] = {"plugin_version": "1", "plugin_namespace": ""}
 
 
 @dataclass(frozen=True)
@@ -96,30 +93,6 @@ def _gather(b: GraphBuilder, x: ir.Value, indices: ir.Value, start: int, count: 
     return b.op(
         "BtpGatherTokens", [x, indices], name, shape=shape, domain=BTP_DOMAIN, start=start, count=count, **PLUGIN
     )
-
-
-def embed_bodies(b: GraphBuilder) -> None:
-    """Put the portable operator bodies that the graph's selections need into the model.
-
-    One body per operator and model: where the stages differ in optional inputs or rules it is the generic one, else the
-    shorter one made for exactly these.
-    """
-    selections = [node for node in b.nodes(BTP_DOMAIN) if node.op_type == select_tokens.NAME]
-    if not selections:
-        return
-    forms = {select_tokens.form(*given_to(node)) for node in selections}
-    rules = {form.diversity_rule for form in forms}
-    if len(forms) == 1:
-        b.function(forms.pop().body(b.opset))
-    else:
-        b.function(select_tokens.function(b.opset, only=FARTHEST if rules == {FARTHEST} else None))
-    b.function(gather_tokens.body(b.opset))
-
-
-def given_to(node: ir.Node) -> tuple[list[bool], dict[str, Any]]:
-    """Whether each input of a node is there, and its attributes."""
-    attributes = {name: attribute.value for name, attribute in node.attributes.items()}
-    return [value is not None for value in node.inputs], attributes
 
 
 def stage_after(plan: PruningPlan, segment: Segment) -> int | None:

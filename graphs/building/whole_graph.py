@@ -5,7 +5,8 @@ import onnx_ir as ir
 from graphs import names
 from graphs.building.decoder import SegmentResult, Stream, add_cache_outputs, add_head, add_segment
 from graphs.building.graph_builder import BuiltGraph, GraphBuilder
-from graphs.building.selection import add_selection, embed_bodies, segment_query, stage_after
+from graphs.building.portable_bodies import embed_bodies
+from graphs.building.selection import add_selection, segment_query, stage_after
 from graphs.dtypes import Precision
 from graphs.files.checkpoint import Checkpoint
 from graphs.pruning.torch_scores import uses_attention
@@ -53,8 +54,9 @@ def assemble_whole(
             query = segment_query(b, plan, segment, profile, result, stream.last)
             key = result.caches[segment.stop - 1][0]
         stream = Stream(result.hidden, stream.cos, stream.sin, stream.last)
+    logits = add_head(b, spec.decoder, stream.hidden, stream.last)
     embed_bodies(b)
-    b.output(add_head(b, spec.decoder, stream.hidden, stream.last), "logits")
+    b.output(logits, "logits")
     add_cache_outputs(b, caches)
     for stage, indices in chosen.items():
         b.output(indices, names.indices(stage))

@@ -32,7 +32,7 @@ from engines.tensorrt.versions import Traits
 from graphs import dtypes, names, ops
 from graphs.building.decoder_graphs import build_decoder_graphs
 from graphs.building.graph_builder import BTP_DOMAIN, PORTABLE_OPSET, WEIGHTS_FOLDER, BuiltGraph, dims, dtype_of
-from graphs.building.selection import given_to
+from graphs.building.portable_bodies import given_to
 from graphs.building.whole_graph import assemble_whole
 from graphs.files.bundle import Bundle
 from graphs.records.manifest import TensorRecord

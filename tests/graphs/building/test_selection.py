@@ -7,7 +7,8 @@ import torch
 
 from graphs.building.decoder_graphs import build_decoder_graphs, stream_inputs
 from graphs.building.graph_builder import BuiltGraph, GraphBuilder
-from graphs.building.selection import add_selection, embed_bodies
+from graphs.building.portable_bodies import embed_bodies
+from graphs.building.selection import add_selection
 from graphs.ops import gather_tokens, select_tokens
 from graphs.pruning.spatial_set import stage_seeds
 from graphs.pruning.torch_scores import cosine_similarity, importance_scores

@@ -12,7 +12,7 @@ from engines.tensorrt.prepare.build_plan import Wishes, plan_build, require_buil
 from engines.tensorrt.prepare.estimate import BUILD_BASE, BUILD_FACTOR, ENGINE_BASE, estimate, totals
 from engines.tensorrt.prepare.prepared_graphs import Choices, PreparedGraph, prepare, strip_bodies
 from graphs.building.graph_builder import BTP_DOMAIN, GraphBuilder
-from graphs.building.selection import embed_bodies
+from graphs.building.portable_bodies import embed_bodies
 from graphs.records.errors import InputError
 from tests.engines.tensorrt.plans import staged_bundle
 

@@ -27,7 +27,7 @@ from engines.tensorrt.prepare.prepared_graphs import (
 from engines.tensorrt.versions import traits
 from graphs.building.decoder_graphs import build_decoder_graphs
 from graphs.building.graph_builder import BTP_DOMAIN, GraphBuilder
-from graphs.building.selection import embed_bodies
+from graphs.building.portable_bodies import embed_bodies
 from graphs.files.bundle import Bundle
 from graphs.ops import select_tokens
 from tests.engines.tensorrt.plans import RULES, STAGES, staged_bundle
