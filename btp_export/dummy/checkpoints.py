@@ -24,6 +24,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field
 
+from btp_export.dummy import packed
 from btp_export.dummy.processor import save_processor
 from btp_export.families import family_for, known_models
 from graphs import dtypes
@@ -59,12 +60,14 @@ class DummyRecord(Record):
     seed: int = Field(ge=0)
     layers: int = Field(ge=1)
     all_layers: int = Field(ge=1)
+    group: int | None = None  # weights of four bits in groups of so many, None: of the model's type
 
     @property
     def origin(self) -> str:
         """What stands for the source of the weights in a manifest."""
         layers = "" if self.layers == self.all_layers else f", {self.layers} of {self.all_layers} decoder layers"
-        return f"dummy weights in the shapes of {self.model}, seed {self.seed}{layers}"
+        bits = "" if self.group is None else f", random codes of four bits in groups of {self.group}"
+        return f"dummy weights in the shapes of {self.model}, seed {self.seed}{layers}{bits}"
 
 
 def read_marker(folder: Path) -> DummyRecord | None:
@@ -80,22 +83,28 @@ def dummy_checkpoint(
     *,
     seed: int = 0,
     layers: int | None = None,
+    group: int | None = None,
     report: Report | None = None,
     root: Path | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> Path:
     """The folder of a known model's dummy checkpoint, made now if it is not in the cache; `layers` cuts the decoder.
 
-    No file of weights is larger than `shard_bytes`, unless a single tensor is.
+    With `group` its projections are random codes of four bits in groups of so many (btp_export/dummy/packed.py). No
+    file of weights is larger than `shard_bytes`, unless a single tensor is.
 
     Raises InputError for a model whose configuration is not known, a number of layers it does not have, or too little
     disk, before anything is written.
     """
     config, record = configured(model, seed, layers)
+    record = record.model_copy(update={"group": group})
     place = (root or cache_folder("dummy")) / _folder_name(record)
     if (place / MARKER).is_file():
         return place
     tensors = tensor_shapes(config)
+    if group is not None:
+        config["quantization_config"] = packed.quantization(tensors, group)
+        tensors = packed.packed_shapes(tensors, group)
     shards = in_shards(tensors, dtypes.numpy_of(str(config["torch_dtype"])), shard_bytes)
     with only_one(place):
         if not (place / MARKER).is_file():  # somebody else may just have made it
@@ -123,7 +132,8 @@ def configured(model: str, seed: int = 0, layers: int | None = None) -> tuple[di
 
 def _folder_name(record: DummyRecord) -> str:
     layers = "" if record.layers == record.all_layers else f"-{record.layers}-layers"
-    return f"{record.model}-seed{record.seed}{layers}"
+    bits = "" if record.group is None else f"-int4-g{record.group}"
+    return f"{record.model}-seed{record.seed}{layers}{bits}"
 
 
 def tensor_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -148,8 +158,9 @@ def _make(
     """Write beside the place, shard by shard, and rename when all is there."""
     kind = str(config["torch_dtype"])
     folder = place.with_name(f".{place.name}.partial")
-    shapes = [shape for part in shards.values() for shape in part.values()]
-    total = sum(math.prod(shape) for shape in shapes) * dtypes.BY_NAME[kind].nbytes
+    total = sum(
+        math.prod(shape) * stored_type(name, kind).itemsize for part in shards.values() for name, shape in part.items()
+    )
     there = sum(path.stat().st_size for path in folder.glob("*.safetensors")) if folder.is_dir() else 0
     check_space(place, total - there, what=f"the dummy checkpoint of {record.model}", do="set XDG_CACHE_HOME elsewhere")
     folder.unlink(missing_ok=True) if folder.is_symlink() else None  # its name can be guessed
@@ -176,7 +187,7 @@ def in_shards(
     parts: list[dict[str, tuple[int, ...]]] = [{}]
     filled = 0
     for name, shape in tensors.items():
-        size = math.prod(shape) * dtype.itemsize
+        size = math.prod(shape) * stored_type(name, str(dtype.name)).itemsize
         if filled and filled + size > most:
             parts.append({})
             filled = 0
@@ -185,9 +196,14 @@ def in_shards(
     return {f"model-{n:05d}-of-{len(parts):05d}.safetensors": part for n, part in enumerate(parts, 1)}
 
 
+def stored_type(name: str, kind: str) -> np.dtype[Any]:
+    """The type of a tensor in a checkpoint of that type: codes are bytes."""
+    return np.dtype(np.uint8) if name.endswith(f".{QWEIGHT}") else dtypes.numpy_of(kind)
+
+
 def _write_shard(path: Path, shapes: Mapping[str, tuple[int, ...]], kind: str, seed: int) -> Iterator[int]:
     """Write one shard if it is not there; gives the bytes of each piece as it is written."""
-    stand_ins = {name: np.broadcast_to(np.zeros((), dtypes.numpy_of(kind)), shape) for name, shape in shapes.items()}
+    stand_ins = {name: np.broadcast_to(np.zeros((), stored_type(name, kind)), shape) for name, shape in shapes.items()}
     size = sum(array.nbytes for array in stand_ins.values())
     header = header_bytes(stand_ins)
     if path.is_file() and path.stat().st_size == len(header) + size:
@@ -202,12 +218,22 @@ def _write_shard(path: Path, shapes: Mapping[str, tuple[int, ...]], kind: str, s
 
 
 def tensor_bits(name: str, shape: tuple[int, ...], kind: str, seed: int) -> Iterator[np.ndarray]:
-    """The bits of one tensor's elements, as uint16 pieces in order; the same for the same name, shape and seed."""
-    mask, shift, bias = LAYOUT[kind]
-    one = np.uint16(bias << shift)
-    count = math.prod(shape)
+    """The bits of one tensor's elements, as uint16 pieces in order; the same for the same name, shape and seed.
+
+    Codes of four bits are pieces of uint8, two codes each.
+    """
     start = int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8], "little")
     random = np.random.SFC64(start)
+    count = math.prod(shape)
+    if name.endswith(f".{QWEIGHT}"):
+        for first in range(0, count, PIECE):
+            size = min(PIECE, count - first)
+            yield random.random_raw(-(-size // 8)).astype("<u8", copy=False).view(np.uint8)[:size]
+        return
+    mask, shift, bias = LAYOUT[kind]
+    if name.endswith(f".{SCALES}"):
+        mask &= 0x7FFF  # no signs
+    one = np.uint16(bias << shift)
     exponent = np.uint16((bias + _exponent(name, shape)) << shift)
     for first in range(0, count, PIECE):
         size = min(PIECE, count - first)
@@ -224,6 +250,10 @@ def _exponent(name: str, shape: tuple[int, ...]) -> int:
     """e of the magnitudes [2^e, 2^(e+1)): the nearest to gain / sqrt(inputs), the scale that keeps a signal's own."""
     if "embed_tokens" in name:
         return -1
+    if name.endswith(f".{SCALES}"):
+        # Codes around 8 have a root mean square of 4.6, so scales a quarter as large keep that of the product (as if in
+        # groups of 128; in smaller ones the weights are up to twice as large).
+        return _exponent(f"{name.removesuffix(SCALES)}weight", (shape[0], shape[1] * 128)) - 2
     if len(shape) < 2 or "position_embedding" in name:
         return -6
     gain = 2.0 if SHARP.search(name) else 0.5 if RESIDUAL.search(name) else 1.0

@@ -85,10 +85,14 @@ class Model:
 
 @dataclass(frozen=True)
 class DummyWeights:
-    """What `--dummy-weights` asks for: the seed, and fewer decoder layers than the model has (None: all)."""
+    """What `--dummy-weights` asks for: the seed, and fewer decoder layers than the model has (None: all).
+
+    `group`: random codes of four bits in groups of so many, None for weights of the model's type.
+    """
 
     seed: int = 0
     layers: int | None = None
+    group: int | None = None
 
 
 def open_model(
@@ -176,7 +180,7 @@ def _local(folder: Path) -> Source:
 def _dummy_source(name: str, dummy: DummyWeights, report: Report | None) -> Source:
     from btp_export.dummy.checkpoints import dummy_checkpoint
 
-    return _local(dummy_checkpoint(name, seed=dummy.seed, layers=dummy.layers, report=report))
+    return _local(dummy_checkpoint(name, seed=dummy.seed, layers=dummy.layers, group=dummy.group, report=report))
 
 
 def _refuse_adapter(folder: Path, name: str) -> None:

@@ -20,6 +20,7 @@ from btp_export.families._processor import load_processor
 from btp_export.model.open_model import DummyWeights, open_model
 from graphs import dtypes
 from graphs.files.bundle import Bundle
+from graphs.files.packed_weights import packed_linear, read_matrix
 from graphs.records.errors import InputError
 from graphs.records.manifest import DUMMY_WEIGHTS
 
@@ -219,3 +220,25 @@ def test_everything_says_that_the_weights_are_made_up(
 def test_options_that_go_with_it_need_it(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["export", "--model", "demo", "--dummy-layers", "2"]) == 2
     assert "without --dummy-weights" in capsys.readouterr().err
+
+
+def test_codes_of_four_bits_open_as_packed_weights_of_the_same_spread(small: Path) -> None:
+    folder = dummy_checkpoint("llava-1.5-7b", group=32)
+    assert folder == small / "llava-1.5-7b-seed0-int4-g32"
+    model = open_model(str(folder))
+    assert model.source.is_dummy and model.checkpoint.quantization is not None
+    plain = open_model(str(dummy_checkpoint("llava-1.5-7b")))
+    for kind in ("self_attn.q_proj", "mlp.down_proj"):
+        module = f"language_model.layers.0.{kind}"
+        packed = packed_linear(model.checkpoint, module)
+        weight = plain.checkpoint[f"{module}.weight"].read().astype(np.float64)
+        assert packed is not None and (packed.n, packed.k) == weight.shape
+        read = read_matrix(model.checkpoint, module).astype(np.float64)
+        assert 0.4 < read.std() / weight.std() < 2.5
+    assert "language_model.layers.0.input_layernorm.weight" in model.checkpoint.tensors
+
+
+def test_a_group_that_fits_no_row_is_refused(small: Path) -> None:
+    with pytest.raises(InputError, match="groups of 48"):
+        dummy_checkpoint("llava-1.5-7b", group=48)
+    assert not small.exists() or not list(small.iterdir())
