@@ -31,6 +31,7 @@ from graphs import dtypes
 from graphs.files.atomic import check_space, replacing, write_text
 from graphs.files.cache_folder import cache_folder, only_one
 from graphs.files.folders import put_in_place
+from graphs.files.packed_weights import QWEIGHT, SCALES
 from graphs.files.safetensors_file import header_bytes, tensor_order
 from graphs.records.errors import InputError
 from graphs.records.manifest import DUMMY_WEIGHTS
