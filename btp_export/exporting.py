@@ -17,7 +17,7 @@ from graphs.building.decoder_graphs import build_decoder_graphs
 from graphs.building.derived_bundles import write_graphs
 from graphs.building.graph_builder import IR_VERSIONS, BuiltGraph
 from graphs.building.rope import rope_tables
-from graphs.building.vision_capture import capture_vision, share_weights
+from graphs.building.vision_capture import bind_to, capture_vision, share_weights
 from graphs.building.whole_graph import assemble_whole
 from graphs.dtypes import Precision
 from graphs.files.atomic import (
@@ -208,7 +208,9 @@ def export_into(
         processor = _place_processor(model, root)
     with hashing([root / file for file, known in placed.items() if known is None]) as hashes:
         with steps.next("capturing the vision graph"):
-            visions = _capture_visions(model, profiles, weights, options.opset, precision)
+            visions = _capture_visions(
+                model, profiles, weights, options.opset, precision, class_attention=plans[0].needs_class_attention
+            )
         with steps.next("position tables"):
             cos, sin = rope_tables(model.checkpoint.config, max(profile.max_positions for profile in profiles))
             write_tensors(weights / ROPE_WEIGHTS, {"cos": cos, "sin": sin})
@@ -253,7 +255,13 @@ def default_precision(model: Model) -> Precision:
 
 
 def _capture_visions(
-    model: Model, profiles: Sequence[ShapeProfile], weights: Path, opset: int, precision: Precision
+    model: Model,
+    profiles: Sequence[ShapeProfile],
+    weights: Path,
+    opset: int,
+    precision: Precision,
+    *,
+    class_attention: bool,
 ) -> list[BuiltGraph]:
     """One vision graph a profile; equal shapes share the capture, all share one file of weights."""
     captured: dict[tuple[int, tuple[int, int]], tuple[BuiltGraph, dict[str, np.ndarray]]] = {}
@@ -263,18 +271,40 @@ def _capture_visions(
         if shape in captured:
             continue
         graph, arrays = capture_vision(
-            model.family.vision_module(model.checkpoint, profile.image_size),
+            model.family.vision_module(model.checkpoint, profile.image_size, class_attention=class_attention),
             batch=profile.batch,
             image_size=profile.image_size,
             pixel_shape=profile.pixel_input(model.spec.vision.channels),
             opset=opset,
             precision=precision,
+            class_attention=class_attention,
             in_place=True,
         )
         # Towers of several sizes hold the same weights: keep them in memory once.
         captured[shape] = graph, {name: stored.setdefault(name, array) for name, array in arrays.items()}
     write_tensors(weights / VISION_WEIGHTS, share_weights(list(captured.values())))
     return [captured[(profile.batch, profile.image_size)][0] for profile in profiles]
+
+
+def vision_with_attention(bundle: Bundle, profile: ShapeProfile) -> BuiltGraph:
+    """The vision graph of a bundle's profile that gives the class token's attention too, on the bundle's own weights.
+
+    For plans that are derived of a bundle whose own plan did not ask for it.
+    """
+    from btp_export.families import family_of
+
+    build = bundle.manifest.build
+    graph, _ = capture_vision(
+        family_of(bundle.spec).vision_module(bundle.checkpoint(), profile.image_size, class_attention=True),
+        batch=profile.batch,
+        image_size=profile.image_size,
+        pixel_shape=profile.pixel_input(bundle.spec.vision.channels),
+        opset=build.opset,
+        precision=build.precision,
+        class_attention=True,
+        in_place=True,
+    )
+    return bind_to(graph, bundle.root / "graphs" / "weights" / VISION_WEIGHTS)
 
 
 def _write_profile(

@@ -110,14 +110,14 @@ class Chain:
 
     # Prefill
 
-    def prefill(self, batch: Batch, *, features: Array | None = None) -> PrefillRun:
+    def prefill(self, batch: Batch, *, vision: Mapping[str, Array] | None = None) -> PrefillRun:
         """Run a batch from pictures to the logits of its last tokens; the caches then hold it.
 
-        `features` [B,V,C] are `image_features` of an earlier run of the same pictures, in place of running the vision
-        graph; a whole graph has no such place.
+        `vision` is `vision_outputs` after an earlier run of the same pictures, in place of running the vision graph,
+        which is done if anything is missing there. A whole graph has no such place.
         """
         times: dict[str, float] = {}
-        self._write_inputs(batch, times, features)
+        self._write_inputs(batch, times, vision or {})
         begin = time.perf_counter()
         for step in self._steps:
             start = time.perf_counter()
@@ -167,9 +167,11 @@ class Chain:
         return self._vision is None
 
     @property
-    def image_features(self) -> Array:
-        """Features of the latest pictures [B,V,C], after a prefill of segments."""
-        return self._features.read()
+    def vision_outputs(self) -> dict[str, Array]:
+        """What the vision graph made of the latest pictures, after a prefill of segments: image_features [B,V,C], and
+        class_attention [B,V] if the plan scores by it. Empty for a whole graph.
+        """
+        return {name: buffer.read() for name, buffer in self._vision_out.items()}
 
     @property
     def stage_scores(self) -> dict[int, Array]:
@@ -276,12 +278,12 @@ class Chain:
         vision = self._open(names.VISION)
         inputs = self._inputs(names.VISION)
         self._pixels = inputs["pixel_values"]
-        outputs = self._outputs(names.VISION)
-        self._features = outputs["image_features"]
-        self._vision: Bound | None = vision.bind(inputs, outputs)
+        self._vision_out: dict[str, Buffer] = self._outputs(names.VISION)
+        self._features = self._vision_out["image_features"]
+        self._vision: Bound | None = vision.bind(inputs, self._vision_out)
         shape = (self.profile.batch, self.profile.total_tokens, self._token.shape[-1])
         self._hidden = self._loader.allocate(self.dtype, shape)
-        flow = {"hidden": self._hidden, **self._allocate_positions()}
+        flow = {**self._vision_out, "hidden": self._hidden, **self._allocate_positions()}
         for segment in self.segments:
             if segment.stage is not None:
                 flow = self._wire_selection(segment.stage, flow)
@@ -322,11 +324,11 @@ class Chain:
         self._kept = {
             number: outputs[names.indices(number)] for number, stage in enumerate(self.plan.stages) if stage.keep
         }
-        self._vision = None
+        self._vision, self._vision_out = None, {}
 
     # Running
 
-    def _write_inputs(self, batch: Batch, times: dict[str, float], features: Array | None) -> None:
+    def _write_inputs(self, batch: Batch, times: dict[str, float], vision: Mapping[str, Array]) -> None:
         profile = self.profile
         self._pixels.write(batch.pixel_values)
         self._last_in.write(np.asarray(batch.last, np.int32))
@@ -335,11 +337,12 @@ class Chain:
             self._text.write(batch.text)
             return
         start = time.perf_counter()
-        if features is None:
+        if self._vision_out.keys() <= vision.keys():
+            for name, buffer in self._vision_out.items():
+                buffer.write(vision[name])
+        else:
             self._vision()
             times[names.VISION] = _since(start)
-        else:
-            self._features.write(features)
         image, rest = profile.prefix_tokens, profile.prefix_tokens + profile.image_tokens
         parts: list[tuple[int, Array | Buffer]] = [(0, batch.prefix), (image, self._features), (rest, batch.text)]
         for first, rows in parts:

@@ -21,6 +21,7 @@ WHOLE: Final = "prefill"  # vision, segments, stages and head in one graph: `--a
 GraphKind = Literal["vision", "prefill", "select", "head", "decode", "whole"]
 GRAPH_KINDS: Final[tuple[GraphKind, ...]] = get_args(GraphKind)
 
+CLASS_ATTENTION: Final = "class_attention"  # of the tower, for plans that score by it: from `vision` to `select_0`
 STREAM: Final = ("hidden", "cos", "sin", "last")  # what flows from graph to graph, inputs of a segment and of a stage
 NUMBERED: Final = ("past_key", "past_value", "key", "value", "length", "indices", "last")
 

@@ -57,11 +57,15 @@ class Family(Protocol):
         """
         ...
 
-    def vision_module(self, checkpoint: Checkpoint, image_size: tuple[int, int] | None = None) -> "nn.Module":
+    def vision_module(
+        self, checkpoint: Checkpoint, image_size: tuple[int, int] | None = None, *, class_attention: bool = False
+    ) -> "nn.Module":
         """Vision tower and projector, float32, for pictures of that height and width (None: the model's own).
 
         forward(pixel_values, shaped as the profile's `pixel_input`) -> image features [B,V,C]; B follows from the
-        pixels' first dimension.
+        pixels' first dimension. With `class_attention` it gives a pair: the features, and the attention of the tower's
+        class token to each of the V tokens, [B,V] float32. Raises InputError if the tower has none; that is asked for
+        only where the spec's `vision.class_token` is true.
         """
         ...
 

@@ -1,5 +1,6 @@
 """What the families share on the image side: layouts of pictures, profiles, and loading towers."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -138,6 +139,28 @@ def grid_of_patches(config: dict[str, Any]) -> tuple[int, int]:
     return side, side // patch
 
 
+def has_class_token(config: dict[str, Any]) -> bool:
+    """Whether a CLIP-like tower has a class token whose attention says what matters in the picture.
+
+    Not if the image tokens are the tower's embeddings themselves: no layer makes them.
+    """
+    tower = (config.get("vision_config") or {}).get("model_type", "clip_vision_model")
+    if not HAS_CLASS_TOKEN.get(tower, False):
+        return False
+    features = PatchFeatures(whole_config(config))
+    states = whole_config(config).vision_config.num_hidden_layers + 1
+    return any(layer % states for layer in features.layers)
+
+
+def refuse_class_attention(name: str) -> InputError:
+    """For a tower without a class token."""
+    return InputError(
+        f"the class token's attention of {name}",
+        wanted="a vision tower with a class token",
+        do="a plan that does not score by vision-cls: importance norm, for example",
+    )
+
+
 def _check_tower(config: Any) -> None:
     from transformers.activations import ACT2FN
 
@@ -177,7 +200,27 @@ class PatchFeatures:
 
     def __call__(self, tower: "nn.Module", pixel_values: "torch.Tensor") -> "torch.Tensor":
         """Pixels [N,3,h,w] -> [N, patches, width of the layers side by side]."""
+        return self._joined(tower(pixel_values, output_hidden_states=True).hidden_states)
+
+    def with_class_attention(
+        self, tower: Any, pixel_values: "torch.Tensor"
+    ) -> tuple["torch.Tensor", "torch.Tensor"]:
+        """The same, and how much the class token attends to each patch, [N, patches] float32: the mean over the heads.
+
+        In the layer that makes the last hidden state of those taken, as VisionZip reads it (arXiv 2412.04467); only the
+        class token's row of it is computed.
+        """
+        states = tower(pixel_values, output_hidden_states=True).hidden_states
+        before = max(layer % len(states) for layer in self.layers) - 1
+        layer = tower.encoder.layers[before]
+        rows = layer.layer_norm1(states[before])
+        heads = layer.self_attn.num_heads
+        query, key = layer.self_attn.q_proj(rows[:, :1]), layer.self_attn.k_proj(rows)
+        query, key = (part.float().unflatten(-1, (heads, -1)).transpose(1, 2) for part in (query, key))  # [N,H,n,D]
+        weights = ((query * query.shape[-1] ** -0.5) @ key.transpose(2, 3)).softmax(-1)
+        return self._joined(states), weights.mean(1)[:, 0, 1:]
+
+    def _joined(self, states: Sequence["torch.Tensor"]) -> "torch.Tensor":
         import torch
 
-        states = tower(pixel_values, output_hidden_states=True).hidden_states
         return torch.cat([states[layer][:, self.first :] for layer in self.layers], dim=-1)

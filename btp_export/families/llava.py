@@ -13,10 +13,12 @@ from btp_export.families._vision import (
     Layout,
     PatchFeatures,
     grid_of_patches,
+    has_class_token,
     image_side,
     image_token_id,
     load_vision,
     make_profile,
+    refuse_class_attention,
     vision_state,
 )
 from calibrate.place.presets import ReleasedSettings, ReleasedStage
@@ -151,7 +153,9 @@ class Llava:
         config = checkpoint.config
         side, patches = grid_of_patches(config)
         channels = (config.get("vision_config") or {}).get("num_channels", 3)
-        vision = VisionSpec(image_size=(side, side), grid=(patches, patches), channels=channels)
+        vision = VisionSpec(
+            image_size=(side, side), grid=(patches, patches), channels=channels, class_token=has_class_token(config)
+        )
         return model_spec(
             checkpoint, model_type=self.model_type, name=name, vision=vision, image_token_id=image_token_id(config)
         )
@@ -180,14 +184,19 @@ class Llava:
         layout = self.layout(spec, size)
         return make_profile(spec, layout, batch=batch, image_size=size, text_tokens=text_tokens, new_tokens=new_tokens)
 
-    def vision_module(self, checkpoint: Checkpoint, image_size: tuple[int, int] | None = None) -> "nn.Module":
+    def vision_module(
+        self, checkpoint: Checkpoint, image_size: tuple[int, int] | None = None, *, class_attention: bool = False
+    ) -> "nn.Module":
         """transformers' own tower and projector, with the checkpoint's weights in float32."""
         import torch
         from torch import nn
         from transformers import LlavaConfig, LlavaModel
 
+        if class_attention and not has_class_token(checkpoint.config):
+            raise refuse_class_attention(str(checkpoint.folder))
+
         class ImageFeatures(nn.Module):
-            """pixel_values [B,3,h,w] -> image features [B,V,C].
+            """pixel_values [B,3,h,w] -> image features [B,V,C], and with `class_attention` that, [B,V] float32.
 
             LlavaModel.get_image_features gives a list with one entry per picture, which would put B slices and a
             concatenation into the graph; this keeps the batch whole.
@@ -199,9 +208,13 @@ class Llava:
                 self.multi_modal_projector = model.multi_modal_projector
                 self.patch_features = PatchFeatures(model.config)
 
-            def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-                patches = self.patch_features(self.vision_tower, pixel_values)
-                features: torch.Tensor = self.multi_modal_projector(patches)
+            def forward(self, pixel_values: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+                if class_attention:
+                    patches, attention = self.patch_features.with_class_attention(self.vision_tower, pixel_values)
+                    return self.multi_modal_projector(patches), attention
+                features: torch.Tensor = self.multi_modal_projector(
+                    self.patch_features(self.vision_tower, pixel_values)
+                )
                 return features
 
         model = image_side(LlavaModel, LlavaConfig.from_dict(checkpoint.config))

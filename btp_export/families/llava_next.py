@@ -17,10 +17,12 @@ from btp_export.families._vision import (
     Layout,
     PatchFeatures,
     grid_of_patches,
+    has_class_token,
     image_side,
     image_token_id,
     load_vision,
     make_profile,
+    refuse_class_attention,
     vision_state,
 )
 from btp_export.families.llava import CONFIG, DUMMY, VICUNA_7B, Llava, counting, picture_size
@@ -93,6 +95,7 @@ class LlavaNext:
             dynamic=True,
             pinpoints=pinpoints,
             tile=side,
+            class_token=has_class_token(config),
         )
         return model_spec(
             checkpoint, model_type=self.model_type, name=name, vision=vision, image_token_id=image_token_id(config)
@@ -121,11 +124,16 @@ class LlavaNext:
         layout = self.layout(spec, size)
         return make_profile(spec, layout, batch=batch, image_size=size, text_tokens=text_tokens, new_tokens=new_tokens)
 
-    def vision_module(self, checkpoint: Checkpoint, image_size: tuple[int, int] | None = None) -> "nn.Module":
+    def vision_module(
+        self, checkpoint: Checkpoint, image_size: tuple[int, int] | None = None, *, class_attention: bool = False
+    ) -> "nn.Module":
         """transformers' own tower, projector, unpadding and newlines, with the checkpoint's weights in float32."""
         import torch
         from torch import nn
         from transformers import LlavaNextConfig, LlavaNextModel
+
+        if class_attention and not has_class_token(checkpoint.config):
+            raise refuse_class_attention(str(checkpoint.folder))
 
         config = LlavaNextConfig.from_dict(checkpoint.config)
         side, _ = grid_of_patches(checkpoint.config)
@@ -136,6 +144,7 @@ class LlavaNext:
         class ImageFeatures(nn.Module):
             """pixel_values [B, 1 + tiles, 3, s, s] -> image features [B,V,C], for pictures of one size.
 
+            With `class_attention` that too, [B,V] float32, each patch's from its own square; newline tokens have none, 0.
             LlavaNextModel.get_image_features takes the sizes as a tensor and looks into it; here they are a constant.
             """
 
@@ -147,13 +156,23 @@ class LlavaNext:
                 self.patch_features = PatchFeatures(config)
                 self.pack = model.pack_image_features
 
-            def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+            def forward(self, pixel_values: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
                 batch, squares = pixel_values.shape[:2]
-                patches = self.patch_features(self.vision_tower, pixel_values.flatten(0, 1))
+                pixels = pixel_values.flatten(0, 1)
+                if class_attention:
+                    patches, attention = self.patch_features.with_class_attention(self.vision_tower, pixels)
+                    by_square = attention.reshape(batch, squares, -1, 1)
+                    scores = self._packed(by_square, torch.zeros(1, dtype=attention.dtype, device=attention.device))
+                else:
+                    patches = self.patch_features(self.vision_tower, pixels)
                 features = self.multi_modal_projector(patches).unflatten(0, (batch, squares))
-                packed, _ = self.pack(
-                    list(features), [list(size)] * batch, config.vision_feature_select_strategy, self.image_newline
-                )
+                packed = self._packed(features, self.image_newline)
+                return (packed, scores[..., 0]) if class_attention else packed
+
+            def _packed(self, rows: torch.Tensor, newline: torch.Tensor) -> torch.Tensor:
+                """Rows [B, 1 + tiles, patches, c] in the tokens' order, [B,V,c]."""
+                strategy = config.vision_feature_select_strategy
+                packed, _ = self.pack(list(rows), [list(size)] * len(rows), strategy, newline)
                 return torch.stack(packed)
 
         model = image_side(LlavaNextModel, config)

@@ -19,7 +19,13 @@ from typing import TYPE_CHECKING, Any
 from btp_export.families._checkpoint import model_spec
 from btp_export.families._known import DummyProcessor, KnownModel
 from btp_export.families._processor import readable_folder
-from btp_export.families._vision import Layout, load_vision, make_profile, vision_state
+from btp_export.families._vision import (
+    Layout,
+    load_vision,
+    make_profile,
+    refuse_class_attention,
+    vision_state,
+)
 from calibrate.place.presets import ReleasedSettings, ReleasedStage
 from graphs.files.checkpoint import Checkpoint
 from graphs.records.errors import InputError
@@ -194,10 +200,15 @@ class Qwen2_5_VL:
             )
         return make_profile(spec, layout, batch=batch, image_size=size, text_tokens=text_tokens, new_tokens=new_tokens)
 
-    def vision_module(self, checkpoint: Checkpoint, image_size: tuple[int, int] | None = None) -> "nn.Module":
+    def vision_module(
+        self, checkpoint: Checkpoint, image_size: tuple[int, int] | None = None, *, class_attention: bool = False
+    ) -> "nn.Module":
         """transformers' own tower and merger with the checkpoint's weights in float32, for one grid of patches."""
         import torch
         from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
+
+        if class_attention:
+            raise refuse_class_attention(str(checkpoint.folder))
 
         config = _vision_config(checkpoint)
         with torch.device("meta"):  # no weights of its own: those of the checkpoint are put in its place
@@ -334,6 +345,7 @@ def _vision_spec(checkpoint: Checkpoint) -> VisionSpec:
         grid=(size[0] // cell, size[1] // cell),
         channels=vision.in_channels,
         dynamic=True,
+        class_token=False,
         patches=(merge * merge, vision.in_channels * frames * patch * patch),
         pixel_range=bounds,
     )

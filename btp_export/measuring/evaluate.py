@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from btp_export.exporting import vision_with_attention
 from btp_export.model.pictures import fitted
 from btp_export.planning.plan_files import CALIBRATED, plan_for
 from btp_export.results.evaluation import EvaluatedPlan, Evaluation
@@ -102,7 +103,9 @@ def evaluate_plans(
     total = len(different) * len(chosen.samples)
     with scratch_folder(bundle) as folder:
         for digest, (name, plan) in different.items():
-            derived = bundle if digest == bundle.plan.digest() else derive(bundle, plan, folder / digest)
+            derived = bundle
+            if digest != bundle.plan.digest():
+                derived = derive(bundle, plan, folder / digest, vision=vision_with_attention)
             start = len(answers) * len(chosen.samples)
             model = load(derived, threads=threads)
             questions = questions or _ask(model, chosen)
@@ -187,11 +190,11 @@ def _resizing(bundle: Bundle, resized: int) -> dict[str, Any]:
 
 @dataclass
 class _Questions:
-    """The samples as the graphs take them. Vision is the same for all plans, so the first one leaves its features."""
+    """The samples as the graphs take them. Vision is the same for all plans, so the first one leaves what it made."""
 
     encoded: Encoded
     room: int  # new tokens that are enough to tell a right answer
-    features: dict[int, Any]  # by first sample of a batch: [B,V,C]
+    vision: dict[int, dict[str, Any]]  # by first sample of a batch: the vision graph's outputs by name
     resized: int  # pictures that were scaled to the profile's size
 
 
@@ -234,9 +237,10 @@ def _answer(model: BundleModel, questions: _Questions, report: Report | None) ->
     total = len(questions.encoded)
     for first in range(0, total, model.profile.batch):
         part = questions.encoded.part(range(first, min(first + model.profile.batch, total)))
-        prefill = model.prefill(part, features=questions.features.get(first))
-        if first not in questions.features and names.WHOLE not in {graph.name for graph in model.bundle.graphs()}:
-            questions.features[first] = model.chain.image_features
+        known = questions.vision.setdefault(first, {})
+        prefill = model.prefill(part, vision=known)
+        if prefill.vision_ms is not None:  # it was run: something was not known yet
+            known |= model.chain.vision_outputs
         for stage, shares in _attention_kept(model, prefill).items():
             kept.setdefault(stage, []).extend(shares)
         for answer in model.greedy(prefill, part, questions.room):

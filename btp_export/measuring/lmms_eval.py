@@ -174,12 +174,14 @@ class _Continuation:
 
 
 def _with_plan(bundle: Bundle, plan: str, compression: float | None, cleanup: contextlib.ExitStack) -> Bundle:
+    from btp_export.exporting import vision_with_attention
     from btp_export.measuring.evaluate import resolve_plans
 
     chosen = resolve_plans(bundle, [plan], compression)[plan]
     if chosen == bundle.plan:
         return bundle
-    return derive(bundle, chosen, cleanup.enter_context(scratch_folder(bundle)) / "bundle")
+    folder = cleanup.enter_context(scratch_folder(bundle)) / "bundle"
+    return derive(bundle, chosen, folder, vision=vision_with_attention)
 
 
 def _document(tasks: Any, doc_id: int, task: str, split: str) -> Any:

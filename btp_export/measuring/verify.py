@@ -260,7 +260,10 @@ def _prepared(job: _Job) -> tuple[list[Sample], list[Prepared]]:
     bundle, spec = job.bundle, job.bundle.spec
     scenes = scene_samples(job.samples, seed=job.seed, split="calibration").samples
     samples, _ = fitted_samples(scenes, spec, job.profile)
-    vision = family_of(spec).vision_module(bundle.checkpoint(), job.profile.image_size)
+    attention = bundle.plan_for(job.profile.name).needs_class_attention
+    vision = family_of(spec).vision_module(
+        bundle.checkpoint(), job.profile.image_size, class_attention=attention
+    )
     return samples, prepare(samples, Prompter(bundle.processor, spec), vision, progress=job.phases.named("pictures"))
 
 
@@ -318,6 +321,11 @@ def _verify_samples(prepared: list[Prepared], runs: list[RunRecord]) -> list[Any
     from engines.verify.verification import VerifySample
 
     return [
-        VerifySample(sample.pixel_values, sample.input.image_features.float().numpy(), run)
+        VerifySample(
+            sample.pixel_values,
+            sample.input.image_features.float().numpy(),
+            run,
+            None if sample.input.class_attention is None else sample.input.class_attention.float().numpy(),
+        )
         for sample, run in zip(prepared, runs, strict=True)
     ]

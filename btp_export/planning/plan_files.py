@@ -41,6 +41,7 @@ def plan_for(
             released=family_of(spec).released,
             compression=compression,
             average_tokens=average_tokens,
+            class_token=bool(spec.vision.class_token),
         )
     path = expanded(name)
     if name == CALIBRATED or not (path.suffix == ".json" or path.exists()):

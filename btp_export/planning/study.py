@@ -171,7 +171,14 @@ def open_study(
     spec = model.spec
     device = torch_device(settings.device)
     profile = profile or default_profile(model)
-    shape = Shape(spec.model_type, spec.decoder.num_layers, profile.image_tokens, profile.grid, profile.blocks)
+    shape = Shape(
+        spec.model_type,
+        spec.decoder.num_layers,
+        profile.image_tokens,
+        profile.grid,
+        profile.blocks,
+        class_token=bool(spec.vision.class_token),
+    )
     cost = prefill_cost(settings.latency_from, settings.target, settings.weights, spec, profile)
     request = replace(request_of(settings), released=model.family.released)
     (check or type(request).check)(request, shape, cost)
@@ -282,7 +289,8 @@ def _inputs(
     """What the reference takes of each sample."""
     from calibrate.data.samples import prepare
 
-    vision = model.family.vision_module(model.checkpoint, profile.image_size)
+    attention = bool(model.spec.vision.class_token)  # among the plans tried are some that score by it
+    vision = model.family.vision_module(model.checkpoint, profile.image_size, class_attention=attention)
     prepared = prepare(samples, prompter, vision, progress=labelled(report, "reading the pictures"))
     return [sample.input for sample in prepared]
 

@@ -256,11 +256,10 @@ class BundleModel:
         return self.prompter.encode(pictures, prompts, raw=raw, system=system, profile=self.profile)
 
     @_alone
-    def prefill(self, encoded: Encoded, *, features: Array | None = None) -> Prefill:
+    def prefill(self, encoded: Encoded, *, vision: Mapping[str, Array] | None = None) -> Prefill:
         """Run the samples up to their first logits; at most as many as the profile's batch.
 
-        `features` [B,V,C] are `chain.image_features` of an earlier prefill of the same pictures, to save the vision
-        graph.
+        `vision` is `chain.vision_outputs` after an earlier prefill of the same pictures, to save the vision graph.
         A smaller batch is filled up with its last sample, whose results are dropped. Raises CheckError if a stage did
         not keep exactly its tokens.
         """
@@ -268,7 +267,7 @@ class BundleModel:
         if count > batch:
             raise InputError(f"{count} samples", wanted=f"at most {batch}, the batch of profile {self.profile.name}")
         inputs = self._embedding.batch(encoded, self.profile, filled(count, batch))
-        run = self.chain.prefill(inputs, features=features)
+        run = self.chain.prefill(inputs, vision=vision)
         self._prefills += 1
         own = {stage: indices[:count] for stage, indices in run.kept.items()}
         relative = kept_tokens.every_stage(own, [stage.keep for stage in self.plan.stages], samples=count)

@@ -279,12 +279,13 @@ def prepare(
     *,
     progress: Report | None = None,
 ) -> list[Prepared]:
-    """Token ids and image features [V,C] of every sample; `vision` maps pixel_values [B,3,h,w] to features [B,V,C].
+    """Token ids and image features [V,C] of every sample; `vision` maps pixel_values [B,3,h,w] to features [B,V,C], or
+    to these and its class token's attention [B,V].
 
     A picture that occurs in several samples goes through the vision tower once.
     """
     prepared: list[Prepared] = []
-    features: dict[bytes, torch.Tensor] = {}
+    seen: dict[bytes, tuple[torch.Tensor, torch.Tensor | None]] = {}
     for number, sample in enumerate(samples):
         try:
             encoded = encoder.encode([sample.image], [sample.prompt])
@@ -292,11 +293,14 @@ def prepare(
             raise at(sample.where or sample.name, error) from error
         pixels = np.asarray(encoded.pixel_values, dtype=np.float32)
         key = pixels.tobytes()
-        if key not in features:
+        if key not in seen:
             with torch.inference_mode():
-                features[key] = vision(torch.from_numpy(pixels))[0]
+                made = vision(torch.from_numpy(pixels))
+            seen[key] = (made[0][0], made[1][0]) if isinstance(made, tuple) else (made[0], None)
+        features, attention = seen[key]
         ids = torch.as_tensor(np.asarray(encoded.input_ids[0]), dtype=torch.int64)
-        prepared.append(Prepared(ReferenceInput(ids, features[key]), pixels[0] if len(pixels) == 1 else pixels))
+        given = ReferenceInput(ids, features, class_attention=attention)
+        prepared.append(Prepared(given, pixels[0] if len(pixels) == 1 else pixels))
         if progress is not None:
             progress(number + 1, len(samples))
     return prepared

@@ -39,12 +39,12 @@ class Alternative:
     make: Callable[[int], PruningPlan | None]
 
 
-def alternatives(
-    shape: Shape, *, final: int, released: ReleasedSettings | None = None, saliency: Sequence[Importance] = ("norm",)
-) -> list[Alternative]:
+def alternatives(shape: Shape, *, final: int, released: ReleasedSettings | None = None) -> list[Alternative]:
     """All kinds. `final` is the layer from which on the model is known to do without the picture; `released` are the
-    settings that `btp-paper` stands for; `saliency` the rules that may weigh tokens before layer 0.
+    settings that `btp-paper` stands for. Tokens before layer 0 are weighed by their norm, and where the tower has a
+    class token by its attention too.
     """
+    saliency: tuple[Importance, ...] = ("norm", "vision-cls") if shape.class_token else ("norm",)
     return [
         *_before_the_decoder(shape, saliency),
         *_mixtures(shape, final, saliency[0]),

@@ -25,7 +25,8 @@ FLAT_EXPONENTS = (1.0, 1.2, 1.5)  # counts that fall little: for models whose im
 class Shape:
     """The decoder and picture a plan is made for: L layers, V image tokens on a grid of rows and columns.
 
-    `blocks` are the token blocks of a picture that is not one grid (graphs/records/token_layout.py).
+    `blocks` are the token blocks of a picture that is not one grid (graphs/records/token_layout.py). `class_token`:
+    whether the vision tower has one, so that plans may score by its attention.
     """
 
     model_type: str
@@ -33,6 +34,7 @@ class Shape:
     image_tokens: int
     grid: tuple[int, int]
     blocks: tuple[tuple[int, int], ...] = ()
+    class_token: bool = False
 
     @staticmethod
     def of(plan: PruningPlan) -> Shape:

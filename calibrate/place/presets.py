@@ -75,17 +75,18 @@ def preset(
     released: ReleasedSettings | None = None,
     average_tokens: float | None = None,
     compression: float | None = None,
+    class_token: bool = False,
 ) -> PruningPlan:
     """The plan of that name for a decoder of L layers and V image tokens on `grid` (or in `blocks`).
 
     Without a budget it has its method's own published setting; `btp-paper` takes it from `released`. Raises InputError
-    for an unknown name, `btp-paper` without settings, two budgets, and a budget that the method cannot reach.
+    for an unknown name, `btp-paper` without settings, `visionzip-select` without a `class_token`, two budgets, and a budget that the method cannot reach.
     """
     if name not in PRESETS:
         raise InputError(f"no preset is called {name!r}", wanted=", ".join(PRESETS), do="btp-export plan --list")
     if average_tokens is not None and compression is not None:
         raise InputError("both an average and a compression", wanted="one of them", do="leave one out")
-    shape = Shape(model_type, num_layers, image_tokens, grid, blocks)
+    shape = Shape(model_type, num_layers, image_tokens, grid, blocks, class_token)
     if average_tokens is not None:
         return _nearest(PRESETS[name], shape, released, average_tokens)
     return PRESETS[name].make(shape, None if compression is None else _budget(compression, shape), released)
@@ -267,6 +268,24 @@ def _scope(shape: Shape, budget: int | None, _: ReleasedSettings | None) -> Prun
     )
 
 
+def _visionzip_select(shape: Shape, budget: int | None, _: ReleasedSettings | None) -> PruningPlan:
+    """What VisionZip keeps as it is, before layer 0 (published: 54 dominant tokens by the class token's attention and 10
+    contextual ones of 576). The contextual ones are the most spread-out of the rest here; they are not merged.
+    """
+    if not shape.class_token:
+        raise InputError(
+            f"visionzip-select for {shape.model_type}",
+            wanted="a model whose vision tower has a class token (of a bundle: one that was exported by this version)",
+            do="scope or divprune, which need none",
+        )
+    keep = _keep_from_start(shape, budget, 1 / 9)
+    dominant = max(1, math.floor(keep * 54 / 64 + 0.5))
+    stage = Stage(
+        layer=0, keep=keep, importance="vision-cls", attention_quota=dominant, pool=dominant, boundary=shape.image_tokens
+    )
+    return shape.plan([stage])
+
+
 def _vtw(shape: Shape, budget: int | None, _: ReleasedSettings | None) -> PruningPlan:
     """All tokens go at one layer (published: half way), a fixed random set one layer earlier to meet a budget."""
     if budget is None:
@@ -315,6 +334,11 @@ PRESETS: dict[str, Preset] = {
         Preset("pyramiddrop", "several stages by attention", _pyramiddrop),
         Preset("divprune", "the most spread-out tokens, before layer 0", _divprune),
         Preset("scope", "the tokens that cover the picture, weighed by their norm, before layer 0", _scope),
+        Preset(
+            "visionzip-select",
+            "the tokens that the vision tower's class token looks at, before layer 0",
+            _visionzip_select,
+        ),
         Preset("vtw", "all tokens until one layer, none after it", _vtw),
         Preset("random", "tokens by lot, before layer 0", _random),
         Preset("dart", "pivots and the tokens least like them, before layer 0", _dart),

@@ -45,14 +45,15 @@ def apply_stage(
     image_start: int,
     before: torch.Tensor,
     forced: Sequence[int] | None = None,
+    class_attention: torch.Tensor | None = None,
 ) -> tuple[StageRecord, tuple[torch.Tensor, ...]]:
     """Prune `rows` (hidden first, then whatever goes along; each [1, S, ...]) as stage `number` of `plan` says.
 
     `query` [1,H,S,D] and `key` [1,K,S,D] are those of the layer before, after RoPE (None at layer 0); `before` [V_i]
-    are the survivors so far in the picture's numbering. Gives the record and the gathered rows, each [1, S-V_i+k, ...].
+    are the survivors so far in the picture's numbering; `class_attention` [V] is the vision tower's. Gives the record and the gathered rows, each [1, S-V_i+k, ...].
     """
     stage, count = plan.stages[number], len(before)
-    chosen, scores = _choose(plan, number, rows[0], query, key, last, image_start)
+    chosen, scores = _choose(plan, number, rows[0], query, key, last, image_start, class_attention)
     indices = chosen if forced is None else torch.as_tensor(forced, dtype=torch.int32)
     at = indices[None].to(before.device)
     gathered = tuple(_gather(row, at, start=image_start, count=count) for row in rows)
@@ -76,6 +77,7 @@ def _choose(
     key: torch.Tensor | None,
     last: int,
     image_start: int,
+    class_attention: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Indices [k] int32 and scores [V_i] float32 of one stage, on the CPU wherever the layers run."""
     stage, count = plan.stages[number], plan.tokens_before(number)
@@ -87,8 +89,9 @@ def _choose(
         rows = slice(image_start + count, None) if text else slice(last, last + 1)
         query, key = query[:, :, rows].cpu(), key.cpu()
     scores = torch_scores.importance_scores(
-        plan, number, prefix_tokens=image_start, hidden=hidden, last=torch.tensor([last]), query=query, key=key
-    )
+        plan, number, prefix_tokens=image_start, hidden=hidden, last=torch.tensor([last]), query=query, key=key,
+        vision_cls=None if class_attention is None else class_attention[None].cpu(),
+    )  # fmt: skip
     image = hidden[:, image_start : image_start + count]
     seeds = stage_seeds(plan, number)
     indices = select_tokens.reference(

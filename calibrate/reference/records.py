@@ -17,6 +17,7 @@ class ReferenceInput:
     """One unpadded prompt of n tokens whose image placeholders are expanded to V tokens.
 
     `input_ids` [n] int64; `image_features` [V, C]; `new_tokens` are generated ids to check (or none);
+    `class_attention` [V] float32 of the vision tower, for plans that score by it;
     `position_ids` [n + N] or, for M-RoPE, [3, n + N]; None means the model's own rule
     (calibrate/reference/positions.py).
     """
@@ -25,6 +26,7 @@ class ReferenceInput:
     image_features: torch.Tensor
     new_tokens: tuple[int, ...] = ()
     position_ids: torch.Tensor | None = None
+    class_attention: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)

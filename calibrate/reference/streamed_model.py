@@ -97,6 +97,7 @@ class _Run:
     sin: torch.Tensor
     kept: torch.Tensor
     forced: Sequence[Sequence[int]] | None
+    class_attention: torch.Tensor | None
     query: torch.Tensor | None = None
     key: torch.Tensor | None = None
     stages: list[StageRecord] = field(default_factory=list)
@@ -229,6 +230,7 @@ class StreamedReference:
                 sample.input_ids,
                 sample.image_features.float(),
                 sample.position_ids,
+                sample.class_attention,
                 torch.tensor(sample.new_tokens),
             )
             if array is not None
@@ -306,7 +308,10 @@ class StreamedReference:
         cos, sin = self.rotary_tables(positions.unsqueeze(-2))
         kept = torch.arange(plan.image_tokens, device=self._device)
         prompt = len(sample.input_ids)
-        return _Run(plan, number, start, prompt, len(sample.new_tokens), hidden[None], cos, sin, kept, None)
+        return _Run(
+            plan, number, start, prompt, len(sample.new_tokens), hidden[None], cos, sin, kept, None,
+            sample.class_attention,
+        )  # fmt: skip
 
     def _step(
         self,
@@ -352,6 +357,7 @@ class StreamedReference:
             image_start=run.image_start,
             before=run.kept,
             forced=forced,
+            class_attention=run.class_attention,
         )
         run.kept = run.kept[torch.from_numpy(record.indices).to(run.kept.device)]
         run.stages.append(record)

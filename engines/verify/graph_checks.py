@@ -87,6 +87,9 @@ class GraphVerifier:
         def look(out: Mapping[str, Array]) -> None:
             for place, (number, sample) in enumerate(batch):
                 self._compare("image_features", number, sample.image_features, out["image_features"][place])
+                if sample.class_attention is not None and names.CLASS_ATTENTION in out:
+                    got = out[names.CLASS_ATTENTION][place]
+                    self._compare(names.CLASS_ATTENTION, number, sample.class_attention, got)
 
         yield self._feed({"pixel_values": lambda: [s.pixel_values for _, s in batch]}), look
 
@@ -267,12 +270,14 @@ class GraphVerifier:
         return values
 
     def _stage_inputs(self, sample: VerifySample, number: int) -> dict[str, Array]:
-        """hidden, cos, sin, last, query and key that stage `number` of the reference saw; real rows only."""
+        """hidden, cos, sin, last, query and key (before layer 0 the tower's class attention) that stage `number` of the reference saw; real rows only."""
         layer = self.plan.stages[number].layer
         if layer == 0:
             whole = sample.embedded
             n = whole.last + 1
             real = {"hidden": whole.hidden[:n], "cos": whole.cos[:n], "sin": whole.sin[:n]}
+            if sample.class_attention is not None:
+                real[names.CLASS_ATTENTION] = sample.class_attention
             return real | {"last": np.asarray(whole.last, np.int32)}
         index = next(segment.index for segment in self.plan.segments() if segment.stop == layer)
         run = sample.run.segments[index]

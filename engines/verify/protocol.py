@@ -116,11 +116,15 @@ class ReferenceRun(Protocol):
 
 @dataclass(frozen=True)
 class VerifySample:
-    """A picture's pixels [3,h,w] and features [V,C], and what the reference made of them; float32."""
+    """A picture's pixels [3,h,w] and features [V,C], and what the reference made of them; float32.
+
+    `class_attention` [V] is the vision tower's, where the plan scores by it.
+    """
 
     pixel_values: Array
     image_features: Array
     run: ReferenceRun
+    class_attention: Array | None = None
 
     @property
     def embedded(self) -> EmbeddedRun:

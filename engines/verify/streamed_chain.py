@@ -181,10 +181,12 @@ class StreamedChain:
         return takers[graph.kind]
 
     def _take_features(self, batch: Batch, run: BatchRun, outputs: Mapping[str, Array]) -> None:
+        if names.CLASS_ATTENTION in outputs:
+            run.flow = dict(run.flow) | {names.CLASS_ATTENTION: outputs[names.CLASS_ATTENTION]}
         if "image_features" in outputs:
             features = outputs["image_features"].astype(batch.prefix.dtype)
             hidden = np.concatenate([batch.prefix, features, batch.text], axis=1)
-            run.flow = self._inputs(batch) | {"hidden": hidden}
+            run.flow = dict(run.flow) | self._inputs(batch) | {"hidden": hidden}
             self._begin_segment(run)
 
     def _take_segment(self, batch: Batch, run: BatchRun, outputs: Mapping[str, Array]) -> None:

@@ -89,7 +89,8 @@ def _select_graph(
         rows = 1 if query_rows(plan, number) == "last" else profile.text_tokens
         query = b.input("query", (profile.batch, d.num_heads, rows, d.head_dim))
         key = b.input("key", (profile.batch, d.num_kv_heads, profile.tokens_with(image_tokens), d.head_dim))
-    selection = add_selection(b, plan, number, profile, stream, query=query, key=key)
+    attention = _class_attention(b, plan, number, profile)
+    selection = add_selection(b, plan, number, profile, stream, query=query, key=key, class_attention=attention)
     embed_bodies(b)
     b.output(selection.stream.hidden, "hidden_out")
     b.output(selection.stream.cos, "cos_out")
@@ -99,6 +100,15 @@ def _select_graph(
         b.output(selection.indices, "indices")
         b.output(selection.scores, "scores")
     return b.build()
+
+
+def _class_attention(
+    b: GraphBuilder, plan: PruningPlan, number: int, profile: ShapeProfile
+) -> ir.Value | None:
+    """class_attention [B,V] as an input of stage `number`, if it scores by it."""
+    if plan.stages[number].keep == 0 or plan.importance_of(number) != "vision-cls":
+        return None
+    return b.input(names.CLASS_ATTENTION, (profile.batch, profile.image_tokens), ir.DataType.FLOAT)
 
 
 def _head_graph(b: GraphBuilder, spec: ModelSpec, plan: PruningPlan, profile: ShapeProfile) -> BuiltGraph:

@@ -3,7 +3,7 @@
 import contextlib
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,26 +13,34 @@ from graphs.building.graph_builder import BuiltGraph, dims, dtype_of, serialize
 from graphs.files.atomic import link_or_copy, record, staged
 from graphs.files.bundle import Bundle, write_manifest, write_plans
 from graphs.files.folders import scratch
+from graphs.records.errors import InputError
 from graphs.records.manifest import GraphRecord, TensorRecord
-from graphs.records.match_plan import plan_for_profile
+from graphs.records.match_plan import check_fits, plan_for_profile
 from graphs.records.plan import PruningPlan
 from graphs.records.shapes import ShapeProfile
 
 
-def derive(bundle: Bundle, plan: PruningPlan, out: Path, *, force: bool = False) -> Bundle:
+Vision = Callable[[Bundle, ShapeProfile], BuiltGraph]  # the vision graph with class_attention, of the bundle's weights
+
+
+def derive(
+    bundle: Bundle, plan: PruningPlan, out: Path, *, force: bool = False, vision: Vision | None = None
+) -> Bundle:
     """The same model, shapes and vision graph with another plan, as a bundle of segments at `out`.
 
     The plan is brought to each profile's image tokens; the bundle's own is what it is for each. Only the decoder graphs
     are built anew, from the bundle's own weights; no torch is needed. Weights are hard-linked where possible whatever
-    their size, as a derived bundle is for measuring. Raises InputError if the plan does not fit the model.
+    their size, as a derived bundle is for measuring. Where the plan scores by the vision tower's class token and the
+    bundle's vision graph does not give its attention, `vision` makes one that does. Raises InputError if the plan does
+    not fit the model, or asks for that and there is no `vision`.
     """
     with staged(out, force=force) as root:
-        derive_into(bundle, plan, root)
+        derive_into(bundle, plan, root, vision=vision)
         made = Bundle.open(root)
     return replace(made, root=out)
 
 
-def derive_into(bundle: Bundle, plan: PruningPlan, root: Path) -> None:
+def derive_into(bundle: Bundle, plan: PruningPlan, root: Path, *, vision: Vision | None = None) -> None:
     """Fill the empty folder `root` with the bundle that `derive` makes."""
     manifest = bundle.manifest
     graphs: list[GraphRecord] = []
@@ -42,6 +50,7 @@ def derive_into(bundle: Bundle, plan: PruningPlan, root: Path) -> None:
     }
     for profile in manifest.profiles:
         suffix = f".{profile.name}" if len(manifest.profiles) > 1 else ""
+        graphs.append(_vision_graph(bundle, plans[profile.name], profile, root, suffix, vision))
         graphs += _derived_graphs(bundle, plans[profile.name], profile, root, suffix)
     for entry in (*manifest.weights, *manifest.processor):
         (root / entry.file).parent.mkdir(parents=True, exist_ok=True)
@@ -67,13 +76,31 @@ def _derived_graphs(
     bundle: Bundle, plan: PruningPlan, profile: ShapeProfile, root: Path, suffix: str
 ) -> list[GraphRecord]:
     build = bundle.manifest.build
-    vision = bundle.graph(names.VISION, profile.name)
-    (root / vision.file).parent.mkdir(parents=True, exist_ok=True)
-    link_or_copy(bundle.root / vision.file, root / vision.file)
     built = build_decoder_graphs(
         bundle.spec, bundle.checkpoint(), plan, profile, opset=build.opset, precision=build.precision
     )
-    return [vision, *write_graphs(root, built, profile.name, suffix=suffix)]
+    return write_graphs(root, built, profile.name, suffix=suffix)
+
+
+def _vision_graph(
+    bundle: Bundle, plan: PruningPlan, profile: ShapeProfile, root: Path, suffix: str, vision: Vision | None
+) -> GraphRecord:
+    """The bundle's own vision graph, or one that gives the class token's attention too, if only that is missing."""
+    own = bundle.graph(names.VISION, profile.name)
+    gives = {output.name for output in own.outputs}
+    if not plan.needs_class_attention or names.CLASS_ATTENTION in gives:
+        (root / own.file).parent.mkdir(parents=True, exist_ok=True)
+        link_or_copy(bundle.root / own.file, root / own.file)
+        return own
+    check_fits(bundle.spec, plan, profile)
+    if vision is None:
+        raise InputError(
+            f"{bundle.root} was exported without the vision tower's class attention, which the plan scores by",
+            wanted="a bundle of a plan that scores by vision-cls",
+            do="export the model with this plan",
+        )
+    (made,) = write_graphs(root, [vision(bundle, profile)], profile.name, suffix=suffix)
+    return made
 
 
 @contextlib.contextmanager

@@ -57,8 +57,12 @@ def stage_scores(
     last: ir.Value,
     query: ir.Value | None,
     key: ir.Value | None,
+    class_attention: ir.Value | None = None,
 ) -> ir.Value:
-    """Scores [B,n] float32 by the stage's rule; hidden [B,S,C], image [B,n,C] of it, last [B] int32."""
+    """Scores [B,n] float32 by the stage's rule; hidden [B,S,C], image [B,n,C] of it, last [B] int32.
+
+    query [B,H,Q,D] and key [B,K,S,D], or the tower's class_attention [B,n], only if the rule needs them.
+    """
     batch, count, rule = profile.batch, plan.tokens_before(stage), plan.importance_of(stage)
     if rule == "random":
         return b.constant(b.full_name("random_scores"), np.tile(random_scores(count, stage), (batch, 1)))
@@ -68,6 +72,9 @@ def stage_scores(
         features = centred(b, image, "norm_features")
         squares = b.reduce("ReduceSum", b.mul(features, features, "squares"), -1, "square_sum")
         return b.reshape(b.unary("Sqrt", squares, "norm"), (batch, count), "scores")
+    if rule == "vision-cls":
+        assert class_attention is not None
+        return class_attention
     if not uses_attention(plan, stage):
         return b.constant(b.full_name("equal_scores"), np.zeros((batch, count), np.float32))
     assert query is not None and key is not None

@@ -36,8 +36,11 @@ def add_selection(
     *,
     query: ir.Value | None,
     key: ir.Value | None,
+    class_attention: ir.Value | None = None,
 ) -> Selection:
-    """Stage `number` on the stream; query [B,H,Q,D] and key [B,K,S,D] only if its scores need them."""
+    """Stage `number` on the stream; query [B,H,Q,D] and key [B,K,S,D], and the vision tower's class_attention [B,V]
+    before layer 0, only if its scores need them.
+    """
     stage, count = plan.stages[number], plan.tokens_before(number)
     with b.scope(names.stage_scope(number)):
         fewer = b.constant(b.full_name("dropped"), np.array([count - stage.keep], np.int32))
@@ -49,8 +52,9 @@ def add_selection(
             return Selection(Stream(hidden, cos, sin, last), None, None)
         image = image_rows(b, stream.hidden, profile, count)
         scores = stage_scores(
-            b, plan, number, profile, hidden=stream.hidden, image=image, last=stream.last, query=query, key=key
-        )
+            b, plan, number, profile, hidden=stream.hidden, image=image, last=stream.last, query=query, key=key,
+            class_attention=class_attention,
+        )  # fmt: skip
         indices = _select(b, plan, number, image, scores)
         hidden, cos, sin = (_gather(b, x, indices, profile.prefix_tokens, count, name) for x, name in _rows_of(stream))
         return Selection(Stream(hidden, cos, sin, last), indices, scores)

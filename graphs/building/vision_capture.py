@@ -7,6 +7,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,6 +16,7 @@ import onnx_ir as ir
 from graphs import dtypes, names
 from graphs.building.graph_builder import IR_VERSIONS, BuiltGraph, GraphBuilder, external
 from graphs.dtypes import Precision
+from graphs.files.checkpoint import open_tensors
 from graphs.files.safetensors_file import tensor_offsets
 from graphs.records.errors import InputError
 
@@ -34,9 +36,12 @@ def capture_vision(
     opset: int,
     precision: Precision = "float32",
     pixel_shape: tuple[int, ...] | None = None,
+    class_attention: bool = False,
     in_place: bool = False,
 ) -> tuple[BuiltGraph, dict[str, np.ndarray]]:
     """`vision`: pixel_values [B,3,h,w] (or `pixel_shape`) float32 -> image_features [B,V,C] in `precision`.
+
+    With `class_attention` the module gives that too, and it is a second output, class_attention [B,V] float32.
 
     `module` is float32; it is not changed, or with `in_place` turned into `precision`, which saves the memory of a
     copy. The returned arrays are what weights/btp-vision.safetensors must hold
@@ -46,7 +51,8 @@ def capture_vision(
     """
     GraphBuilder(names.VISION, opset=opset)  # refuses an opset that the other graphs would refuse
     narrowed = _in_precision(module, precision, in_place)
-    model = _export(narrowed, pixel_shape or (batch, 3, *image_size), opset)
+    outputs = ["image_features", names.CLASS_ATTENTION] if class_attention else ["image_features"]
+    model = _export(narrowed, pixel_shape or (batch, 3, *image_size), opset, outputs)
     _strip(model)
     model.ir_version = IR_VERSIONS[opset]
     model.producer_name, model.producer_version = "btp-export", None
@@ -68,7 +74,24 @@ def share_weights(captured: Sequence[tuple[BuiltGraph, dict[str, np.ndarray]]]) 
     return together
 
 
-def _export(module: "nn.Module", pixel_shape: tuple[int, ...], opset: int) -> ir.Model:
+def bind_to(graph: BuiltGraph, weights: Path) -> BuiltGraph:
+    """The captured graph reading its weights from the safetensors file of another capture of the same tower.
+
+    Raises InputError if that file lacks one of them.
+    """
+    stored = open_tensors(weights)
+    for name, value in graph.model.graph.initializers.items():
+        pointer = value.const_value
+        if not isinstance(pointer, ir.ExternalTensor):
+            continue
+        ref = stored.get(name)
+        if ref is None or (ref.element.ir, ref.shape) != (pointer.dtype, tuple(pointer.shape.numpy())):
+            raise InputError(f"{weights} has no tensor {name} as the vision tower needs it", do="export it again")
+        value.const_value = external(name, VISION_FILE, ref.offset, ref.nbytes, pointer.dtype, ref.shape)
+    return graph
+
+
+def _export(module: "nn.Module", pixel_shape: tuple[int, ...], opset: int, outputs: list[str]) -> ir.Model:
     import torch
 
     pixels = torch.zeros(pixel_shape)
@@ -79,7 +102,7 @@ def _export(module: "nn.Module", pixel_shape: tuple[int, ...], opset: int) -> ir
             dynamo=True,
             opset_version=opset,
             input_names=["pixel_values"],
-            output_names=["image_features"],
+            output_names=outputs,
             external_data=False,
             verbose=False,
         )
@@ -110,9 +133,8 @@ def _in_precision(module: "nn.Module", precision: Precision, in_place: bool) -> 
             super().__init__()
             self.inner = module
 
-        def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-            features: torch.Tensor = self.inner(pixel_values.to(dtype))
-            return features
+        def forward(self, pixel_values: torch.Tensor) -> Any:
+            return self.inner(pixel_values.to(dtype))
 
     return Narrow().eval()
 

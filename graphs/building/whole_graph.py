@@ -30,19 +30,22 @@ def assemble_whole(
 ) -> BuiltGraph:
     """`prefill`: from pixel_values, prefix and text embeddings to logits and all caches; decode stays its own graph.
 
-    `vision` must be made with the same batch, image size, opset and precision.
+    `vision` must be made with the same batch, image size, opset and precision, and give class_attention if the plan
+    scores by it.
     Raises InputError as build_decoder_graphs does.
     """
     check_fits(spec, plan, profile)
     b = GraphBuilder(names.WHOLE, opset=opset, precision=precision, checkpoint=checkpoint)
-    stream = _embedded(b, vision, spec, profile)
+    stream, class_attention = _embedded(b, vision, spec, profile)
     lengths: dict[int, ir.Value] = {}
     chosen: dict[int, ir.Value] = {}
     caches: dict[int, tuple[ir.Value, ir.Value]] = {}
     query = key = None
     for segment in plan.segments():
         if segment.stage is not None:
-            selection = add_selection(b, plan, segment.stage, profile, stream, query=query, key=key)
+            selection = add_selection(
+                b, plan, segment.stage, profile, stream, query=query, key=key, class_attention=class_attention
+            )
             stream = selection.stream
             if selection.indices is not None:
                 chosen[segment.stage] = selection.indices
@@ -65,8 +68,12 @@ def assemble_whole(
     return b.build((0, plan.num_layers))
 
 
-def _embedded(b: GraphBuilder, vision: BuiltGraph, spec: ModelSpec, profile: ShapeProfile) -> Stream:
-    """The inputs, and hidden [B,S,C] of prefix, image features and text one after another."""
+def _embedded(
+    b: GraphBuilder, vision: BuiltGraph, spec: ModelSpec, profile: ShapeProfile
+) -> tuple[Stream, ir.Value | None]:
+    """The inputs, hidden [B,S,C] of prefix, image features and text one after another, and the class token's attention
+    [B,V] if the vision graph gives it.
+    """
     batch, width, half = profile.batch, spec.decoder.hidden_size, spec.decoder.head_dim // 2
     pixels = b.input("pixel_values", profile.pixel_input(spec.vision.channels), ir.DataType.FLOAT)
     prefix = [b.input("prefix", (batch, profile.prefix_tokens, width))] if profile.prefix_tokens else []
@@ -74,5 +81,6 @@ def _embedded(b: GraphBuilder, vision: BuiltGraph, spec: ModelSpec, profile: Sha
     cos = b.input("cos", (batch, profile.total_tokens, half))
     sin = b.input("sin", (batch, profile.total_tokens, half))
     last = b.input("last", (batch,), INT32)
-    (features,) = b.splice(vision.model, [pixels], names.VISION)
-    return Stream(b.concat([*prefix, features, text], 1, "embedded"), cos, sin, last)
+    features, *attention = b.splice(vision.model, [pixels], names.VISION)
+    stream = Stream(b.concat([*prefix, features, text], 1, "embedded"), cos, sin, last)
+    return stream, attention[0] if attention else None

@@ -21,6 +21,13 @@ def check_fits(spec: ModelSpec, plan: PruningPlan, profile: ShapeProfile) -> Non
             raise InputError(
                 f"{what}: {got}", wanted=f"{wanted} for {spec.name}", do="make the plan again for this model"
             )
+    if plan.needs_class_attention and not spec.vision.class_token:
+        unknown = spec.vision.class_token is None
+        raise InputError(
+            f"a plan that scores by vision-cls for {spec.name}",
+            wanted="a vision tower with a class token" + (", of a bundle that says so" if unknown else ""),
+            do="export the model again" if unknown else "importance norm, or another plan",
+        )
     if profile.max_positions > spec.decoder.max_positions:
         raise InputError(
             f"the profile needs {profile.max_positions} positions",

@@ -152,6 +152,11 @@ class PruningPlan(Record):
         return self.stages[stage].importance or self.importance
 
     @property
+    def needs_class_attention(self) -> bool:
+        """Whether a stage scores by the vision tower's class token, so that the vision graph must give its attention."""
+        return any(stage.keep > 0 and self.importance_of(n) == "vision-cls" for n, stage in enumerate(self.stages))
+
+    @property
     def average_tokens(self) -> float:
         """Mean over layers of the image tokens each layer sees."""
         return sum(self.tokens_per_layer()) / self.num_layers

@@ -68,6 +68,8 @@ class VisionSpec(Record):
     tile: int | None = Field(default=None, exclude_if=lambda side: side is None)
     # Where pixel_values are flattened patches (Qwen2.5-VL): patches that make one token, numbers in each
     patches: tuple[int, int] | None = Field(default=None, exclude_if=lambda patches: patches is None)
+    # Whether the tower has a class token, whose attention a plan may score by; None: of a bundle that does not say
+    class_token: bool | None = Field(default=None, exclude_if=lambda has: has is None)
     # Least and most pixels that the model's processor scales a picture to
     pixel_range: tuple[int, int] | None = Field(default=None, exclude_if=lambda bounds: bounds is None)
 

@@ -45,9 +45,9 @@ def test_features_stand_in_for_the_vision_graph(bundle: Bundle) -> None:
     chain = Chain(**parts(bundle))
     pixels, *rest = inputs(bundle)
     first = chain.prefill(Batch(pixels, *rest))
-    features = chain.image_features
+    features = chain.vision_outputs
     assert not np.allclose(chain.prefill(Batch(pixels + 1, *rest)).logits, first.logits)
-    again = chain.prefill(Batch(np.zeros_like(pixels), *rest), features=features)
+    again = chain.prefill(Batch(np.zeros_like(pixels), *rest), vision=features)
     np.testing.assert_array_equal(again.logits, first.logits)
     assert "vision" in first.milliseconds and "vision" not in again.milliseconds
 

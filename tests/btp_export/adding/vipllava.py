@@ -61,7 +61,9 @@ class VipLlava(Llava):
             image_token_id=image_token_id(checkpoint.config),
         )
 
-    def vision_module(self, checkpoint: Checkpoint, image_size: tuple[int, int] | None = None) -> "nn.Module":
+    def vision_module(
+        self, checkpoint: Checkpoint, image_size: tuple[int, int] | None = None, *, class_attention: bool = False
+    ) -> "nn.Module":
         import torch
         from torch import nn
         from transformers import VipLlavaConfig, VipLlavaModel

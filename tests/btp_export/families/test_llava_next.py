@@ -226,6 +226,31 @@ def test_vision_module_is_transformers_own(size: tuple[int, int], subject: Subje
     assert inputs["pixel_values"].shape == (2 * layout.pixel_shape[0], *layout.pixel_shape[1:])
 
 
+def test_class_attention_is_in_the_tokens_order(subject: Subject) -> None:
+    """transformers' attention of each square, laid out by hand: base view, tiles without padding, newlines 0."""
+    size = (40, 72)
+    inputs = subject.processor(images=[parity.picture(*size, seed=3)], text=["<image> a"], return_tensors="pt")
+    model = open_model(str(subject.folder))
+    module = model.family.vision_module(model.checkpoint, size, class_attention=True)
+    tower = subject.model.model.vision_tower
+    kind = tower.config._attn_implementation
+    tower.set_attn_implementation("eager")
+    with torch.no_grad():
+        features, got = module(inputs["pixel_values"])
+        weights = tower(inputs["pixel_values"][0], output_attentions=True).attentions
+    tower.set_attn_implementation(kind)
+    squares = weights[subject.model.config.vision_feature_layer].mean(1)[:, 0, 1:]  # [1 + tiles, patches]
+    layout = model.family.layout(model.spec, size)
+    side = layout.blocks[0][0]
+    rows, columns = (edge // model.spec.vision.tile * side for edge in layout.size)
+    tiles = squares[1:].reshape(rows // side, columns // side, side, side).permute(0, 2, 1, 3).reshape(rows, columns)
+    cut = (rows - layout.blocks[1][0]) // 2, (columns + 1 - layout.blocks[1][1]) // 2
+    kept = tiles[cut[0] : rows - cut[0], cut[1] : columns - cut[1]]
+    wanted = torch.cat([squares[0], torch.cat([kept, torch.zeros(len(kept), 1)], dim=1).flatten()])
+    assert got.shape == (1, layout.image_tokens) == features.shape[:2]
+    torch.testing.assert_close(got[0], wanted, atol=1e-6, rtol=0)
+
+
 # Checkpoints as they are published
 
 

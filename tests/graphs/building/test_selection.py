@@ -24,6 +24,8 @@ COVERING = Stage(layer=0, keep=9, importance="norm", diversity="coverage", featu
 LATER = Stage(
     layer=3, keep=5, attention_quota=2, pool=3, boundary=5, diversity_quota=1, diversity="coverage", weights="scores"
 )
+CLASS = Stage(layer=0, keep=8, importance="vision-cls", attention_quota=5, pool=6, boundary=4)
+CLASS_COVERING = Stage(layer=0, keep=9, importance="vision-cls", diversity="coverage", weights="scores")
 PLAIN_COVERAGE = Stage(layer=2, keep=8, importance="random", diversity_quota=3, diversity="coverage")
 
 
@@ -45,7 +47,10 @@ def stage_inputs(sample, plan, number, batch):
     rows = profile.text_tokens if plan.importance_of(number).endswith("-text") else 1
     query = torch.randn(batch, spec.num_heads, rows, spec.head_dim, generator=generator)
     key = torch.randn(batch, spec.num_kv_heads, tokens, spec.head_dim, generator=generator)
-    return {"hidden": hidden, "cos": cos, "sin": sin, "last": last, "query": query, "key": key}
+    inputs = {"hidden": hidden, "cos": cos, "sin": sin, "last": last, "query": query, "key": key}
+    if plan.importance_of(number) == "vision-cls":
+        inputs["class_attention"] = torch.rand(batch, plan.image_tokens, generator=generator)
+    return inputs
 
 
 def reference(plan, number, inputs):
@@ -58,6 +63,7 @@ def reference(plan, number, inputs):
         last=inputs["last"],
         query=inputs["query"],
         key=inputs["key"],
+        vision_cls=inputs.get("class_attention"),
     )
     image = inputs["hidden"][:, PREFIX : PREFIX + count]
     if stage.features == "centred":
@@ -88,6 +94,8 @@ CASES = [
     ("last-token", (ATTENTION,)),
     ("last-token", (COVERING, LATER)),
     ("mean-text", (PLAIN_COVERAGE, LATER)),
+    ("last-token", (CLASS, SECOND)),
+    ("last-token", (CLASS_COVERING, LATER)),
 ]
 
 

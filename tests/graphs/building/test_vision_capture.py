@@ -8,7 +8,7 @@ import torch
 
 from btp_export.families import family_for
 from graphs.building.decoder_graphs import serialize
-from graphs.building.vision_capture import VISION_FILE, capture_vision
+from graphs.building.vision_capture import VISION_FILE, bind_to, capture_vision
 from graphs.files.safetensors_file import write_tensors
 from graphs.records.errors import InputError
 from tests.graphs.models import sample_model
@@ -46,6 +46,58 @@ def test_vision_graph_matches_transformers(opset, batch, sample, module, tmp_pat
     (got,) = session.run(["image_features"], {"pixel_values": pixels.numpy()})
     assert got.shape == (batch, 16, sample.spec.decoder.hidden_size)
     np.testing.assert_allclose(got, transformers_features(sample, pixels), atol=2e-5)
+
+
+def class_attention(sample, pixels):
+    """transformers' own attention weights: the class token's row in the layer whose output is taken, mean of heads."""
+    tower = sample.module.model.vision_tower
+    before = tower.config._attn_implementation
+    tower.set_attn_implementation("eager")
+    with torch.no_grad():
+        weights = tower(pixels, output_attentions=True).attentions
+    tower.set_attn_implementation(before)
+    return weights[sample.module.config.vision_feature_layer].mean(1)[:, 0, 1:].numpy()
+
+
+@pytest.mark.parametrize(("opset", "precision", "near"), [(18, "float32", 1e-6), (23, "float32", 1e-6), (23, "float16", 2e-3)])
+def test_class_attention_is_transformers(opset, precision, near, sample, tmp_path):
+    module = family_for(sample.checkpoint.config).vision_module(sample.checkpoint, class_attention=True)
+    graph, weights = capture_vision(
+        module, batch=2, image_size=(16, 16), opset=opset, precision=precision, class_attention=True
+    )
+    path = on_disk(graph, weights, tmp_path)
+    onnx.checker.check_model(str(path), full_check=True)
+    pixels = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    features, got = onnxruntime.InferenceSession(path).run(
+        ["image_features", "class_attention"], {"pixel_values": pixels.numpy()}
+    )
+    assert (got.shape, got.dtype) == ((2, 16), np.float32)
+    np.testing.assert_allclose(got, class_attention(sample, pixels), atol=near)
+    wanted = transformers_features(sample, pixels)
+    assert np.abs(features - wanted).max() < (0.02 if precision == "float16" else 1e-5) * np.abs(wanted).max()
+
+
+def test_another_capture_reads_the_same_weights(sample, module, tmp_path):
+    """A graph with one output more on the file that the graph without it was captured with."""
+    _, weights = capture_vision(module, batch=1, image_size=(16, 16), opset=23)
+    write_tensors(tmp_path / VISION_FILE, weights)
+    family = family_for(sample.checkpoint.config)
+    more, its_own = capture_vision(
+        family.vision_module(sample.checkpoint, class_attention=True),
+        batch=1, image_size=(16, 16), opset=23, class_attention=True,
+    )  # fmt: skip
+    (tmp_path / "own").mkdir()
+    pixels = np.random.default_rng(0).standard_normal((1, 3, 16, 16), dtype=np.float32)
+    alone = onnxruntime.InferenceSession(on_disk(more, its_own, tmp_path / "own")).run(None, {"pixel_values": pixels})
+    (tmp_path / "bound").mkdir()
+    shared = onnxruntime.InferenceSession(
+        on_disk(bind_to(more, tmp_path / VISION_FILE), weights, tmp_path / "bound")
+    ).run(None, {"pixel_values": pixels})
+    for one, other in zip(alone, shared, strict=True):
+        np.testing.assert_array_equal(one, other)
+    write_tensors(tmp_path / "fewer.safetensors", dict(list(weights.items())[1:]))
+    with pytest.raises(InputError, match="has no tensor"):
+        bind_to(more, tmp_path / "fewer.safetensors")
 
 
 def test_half_precision_is_typed_throughout_and_leaves_the_module_alone(sample, module, tmp_path):
