@@ -202,9 +202,7 @@ class PatchFeatures:
         """Pixels [N,3,h,w] -> [N, patches, width of the layers side by side]."""
         return self._joined(tower(pixel_values, output_hidden_states=True).hidden_states)
 
-    def with_class_attention(
-        self, tower: Any, pixel_values: "torch.Tensor"
-    ) -> tuple["torch.Tensor", "torch.Tensor"]:
+    def with_class_attention(self, tower: Any, pixel_values: "torch.Tensor") -> tuple["torch.Tensor", "torch.Tensor"]:
         """The same, and how much the class token attends to each patch, [N, patches] float32: the mean over the heads.
 
         In the layer that makes the last hidden state of those taken, as VisionZip reads it (arXiv 2412.04467); only the

@@ -144,7 +144,7 @@ class LlavaNext:
         class ImageFeatures(nn.Module):
             """pixel_values [B, 1 + tiles, 3, s, s] -> image features [B,V,C], for pictures of one size.
 
-            With `class_attention` that too, [B,V] float32, each patch's from its own square; newline tokens have none, 0.
+            With `class_attention` that too, [B,V] float32: each patch's from its own square, 0 for newline tokens.
             LlavaNextModel.get_image_features takes the sizes as a tensor and looks into it; here they are a constant.
             """
 

@@ -13,7 +13,6 @@ from btp_export.exporting import vision_with_attention
 from btp_export.model.pictures import fitted
 from btp_export.planning.plan_files import CALIBRATED, plan_for
 from btp_export.results.evaluation import EvaluatedPlan, Evaluation
-from graphs import names
 from graphs.building.derived_bundles import derive, scratch_folder
 from graphs.files.bundle import Bundle
 from graphs.records.errors import InputError

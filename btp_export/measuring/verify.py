@@ -261,9 +261,7 @@ def _prepared(job: _Job) -> tuple[list[Sample], list[Prepared]]:
     scenes = scene_samples(job.samples, seed=job.seed, split="calibration").samples
     samples, _ = fitted_samples(scenes, spec, job.profile)
     attention = bundle.plan_for(job.profile.name).needs_class_attention
-    vision = family_of(spec).vision_module(
-        bundle.checkpoint(), job.profile.image_size, class_attention=attention
-    )
+    vision = family_of(spec).vision_module(bundle.checkpoint(), job.profile.image_size, class_attention=attention)
     return samples, prepare(samples, Prompter(bundle.processor, spec), vision, progress=job.phases.named("pictures"))
 
 

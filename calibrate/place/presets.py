@@ -80,7 +80,8 @@ def preset(
     """The plan of that name for a decoder of L layers and V image tokens on `grid` (or in `blocks`).
 
     Without a budget it has its method's own published setting; `btp-paper` takes it from `released`. Raises InputError
-    for an unknown name, `btp-paper` without settings, `visionzip-select` without a `class_token`, two budgets, and a budget that the method cannot reach.
+    for an unknown name, `btp-paper` without settings, `visionzip-select` without a `class_token`, two budgets, and a
+    budget that the method cannot reach.
     """
     if name not in PRESETS:
         raise InputError(f"no preset is called {name!r}", wanted=", ".join(PRESETS), do="btp-export plan --list")
@@ -269,8 +270,8 @@ def _scope(shape: Shape, budget: int | None, _: ReleasedSettings | None) -> Prun
 
 
 def _visionzip_select(shape: Shape, budget: int | None, _: ReleasedSettings | None) -> PruningPlan:
-    """What VisionZip keeps as it is, before layer 0 (published: 54 dominant tokens by the class token's attention and 10
-    contextual ones of 576). The contextual ones are the most spread-out of the rest here; they are not merged.
+    """What VisionZip keeps as it is, before layer 0: dominant tokens by the class token's attention, then contextual
+    ones (published: 54 and 10 of 576). The contextual ones are the most spread-out of the rest here, and not merged.
     """
     if not shape.class_token:
         raise InputError(
@@ -281,7 +282,12 @@ def _visionzip_select(shape: Shape, budget: int | None, _: ReleasedSettings | No
     keep = _keep_from_start(shape, budget, 1 / 9)
     dominant = max(1, math.floor(keep * 54 / 64 + 0.5))
     stage = Stage(
-        layer=0, keep=keep, importance="vision-cls", attention_quota=dominant, pool=dominant, boundary=shape.image_tokens
+        layer=0,
+        keep=keep,
+        importance="vision-cls",
+        attention_quota=dominant,
+        pool=dominant,
+        boundary=shape.image_tokens,
     )
     return shape.plan([stage])
 

@@ -50,7 +50,8 @@ def apply_stage(
     """Prune `rows` (hidden first, then whatever goes along; each [1, S, ...]) as stage `number` of `plan` says.
 
     `query` [1,H,S,D] and `key` [1,K,S,D] are those of the layer before, after RoPE (None at layer 0); `before` [V_i]
-    are the survivors so far in the picture's numbering; `class_attention` [V] is the vision tower's. Gives the record and the gathered rows, each [1, S-V_i+k, ...].
+    are the survivors so far in the picture's numbering; `class_attention` [V] is the vision tower's. Gives the record
+    and the gathered rows, each [1, S-V_i+k, ...].
     """
     stage, count = plan.stages[number], len(before)
     chosen, scores = _choose(plan, number, rows[0], query, key, last, image_start, class_attention)

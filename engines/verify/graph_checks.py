@@ -270,7 +270,9 @@ class GraphVerifier:
         return values
 
     def _stage_inputs(self, sample: VerifySample, number: int) -> dict[str, Array]:
-        """hidden, cos, sin, last, query and key (before layer 0 the tower's class attention) that stage `number` of the reference saw; real rows only."""
+        """hidden, cos, sin, last, query and key (before layer 0 the tower's class attention) that stage `number` of the
+        reference saw; real rows only.
+        """
         layer = self.plan.stages[number].layer
         if layer == 0:
             whole = sample.embedded

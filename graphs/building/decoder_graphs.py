@@ -102,9 +102,7 @@ def _select_graph(
     return b.build()
 
 
-def _class_attention(
-    b: GraphBuilder, plan: PruningPlan, number: int, profile: ShapeProfile
-) -> ir.Value | None:
+def _class_attention(b: GraphBuilder, plan: PruningPlan, number: int, profile: ShapeProfile) -> ir.Value | None:
     """class_attention [B,V] as an input of stage `number`, if it scores by it."""
     if plan.stages[number].keep == 0 or plan.importance_of(number) != "vision-cls":
         return None

@@ -19,7 +19,6 @@ from graphs.records.match_plan import check_fits, plan_for_profile
 from graphs.records.plan import PruningPlan
 from graphs.records.shapes import ShapeProfile
 
-
 Vision = Callable[[Bundle, ShapeProfile], BuiltGraph]  # the vision graph with class_attention, of the bundle's weights
 
 

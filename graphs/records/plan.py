@@ -153,7 +153,7 @@ class PruningPlan(Record):
 
     @property
     def needs_class_attention(self) -> bool:
-        """Whether a stage scores by the vision tower's class token, so that the vision graph must give its attention."""
+        """Whether a stage scores by the vision tower's class token: the vision graph must give its attention then."""
         return any(stage.keep > 0 and self.importance_of(n) == "vision-cls" for n, stage in enumerate(self.stages))
 
     @property

@@ -67,7 +67,8 @@ def test_each_rule_of_a_mixture_is_turned() -> None:
 @pytest.mark.parametrize("name", PRESETS)
 def test_other_plans_have_those_ablations_that_change_them(name: str) -> None:
     plan = preset(
-        name, model_type="llava", num_layers=32, image_tokens=576, grid=(24, 24), released=FAMILY.released
+        name, model_type="llava", num_layers=32, image_tokens=576, grid=(24, 24), released=FAMILY.released,
+        class_token=True,
     )  # fmt: skip
     found = variants(plan)
     digests = {variant.model_copy(update={"calibration": {}}).digest() for variant in found.values()}

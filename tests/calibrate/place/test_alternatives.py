@@ -1,5 +1,7 @@
 """Plans of other kinds: each within its budget, as near to it as whole counts allow, and what a choice refuses."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -11,10 +13,10 @@ from calibrate.place.alternatives import alternatives, covering
 from calibrate.place.candidates import Budget, Candidate, Evidence, Request, propose
 from calibrate.place.counts import Shape, tokens_within
 from calibrate.place.presets import PRESETS, preset
-from graphs.records.errors import CheckError
+from graphs.records.errors import CheckError, InputError
 from graphs.records.plan import PruningPlan, Stage
 
-SHAPE = Shape("llava", 32, 576, (24, 24))
+SHAPE = Shape("llava", 32, 576, (24, 24), class_token=True)
 EVIDENCE = Evidence(np.linspace(300, 0, 32), np.where(np.arange(32) < 22, 1.0, 0.0))
 
 
@@ -22,7 +24,7 @@ EVIDENCE = Evidence(np.linspace(300, 0, 32), np.where(np.arange(32) < 22, 1.0, 0
 @given(st.floats(0.3, 0.97), st.sampled_from([(12, 576, (24, 24)), (32, 576, (24, 24)), (28, 1036, (28, 37))]))
 def test_every_kind_keeps_within_the_budget(compression: float, size: tuple[int, int, tuple[int, int]]) -> None:
     layers, tokens, grid = size
-    shape = Shape("llava", layers, tokens, grid)
+    shape = Shape("llava", layers, tokens, grid, class_token=True)
     budget = tokens_within(compression, layers, tokens)
     for alternative in alternatives(shape, final=max(2, layers * 2 // 3), released=Llava.released):
         plan = alternative.make(budget)
@@ -38,10 +40,23 @@ def test_every_kind_keeps_within_the_budget(compression: float, size: tuple[int,
 
 def test_all_kinds_are_there() -> None:
     methods = [alternative.method for alternative in alternatives(SHAPE, final=22, released=Llava.released)]
-    assert {"coverage x norm", "coverage", "mixture", "remainder", "btp-paper", "divprune", "vtw"} <= set(methods)
+    assert {
+        "coverage x norm",
+        "coverage x vision-cls",
+        "coverage",
+        "mixture",
+        "remainder",
+        "btp-paper",
+        "divprune",
+        "vtw",
+    } <= set(methods)
     assert set(PRESETS) - {"none"} <= set(methods)
     without = {alternative.method for alternative in alternatives(SHAPE, final=22)}
     assert without == set(methods) - {"btp-paper", "btp-paper-corrected"}
+    blind = replace(SHAPE, class_token=False)
+    made = [(each.method, each.make(5000)) for each in alternatives(blind, final=22, released=Llava.released)]
+    assert {method for method, _ in made} == set(methods) - {"coverage x vision-cls"}
+    assert dict(made)["visionzip-select"] is None, "a tower without a class token cannot do it"
 
 
 def test_a_free_request_tries_them_and_a_chosen_one_does_not() -> None:
@@ -56,6 +71,18 @@ def test_a_free_request_tries_them_and_a_chosen_one_does_not() -> None:
 def test_scope_is_coverage_weighed_by_the_norm() -> None:
     plan = preset("scope", model_type="llava", num_layers=32, image_tokens=576, grid=(24, 24))
     assert plan.stages == (covering(64, "norm"),) and plan.format == "btp-plan/2"
+
+
+def test_visionzip_select_is_the_published_share() -> None:
+    """54 dominant and 10 contextual tokens of 576; without a class token it is refused."""
+    plan = preset(
+        "visionzip-select", model_type="llava", num_layers=32, image_tokens=576, grid=(24, 24), class_token=True
+    )
+    (stage,) = plan.stages
+    assert (stage.layer, stage.keep, stage.attention_quota, stage.pool) == (0, 64, 54, 54)
+    assert plan.needs_class_attention and stage.needs_similarity
+    with pytest.raises(InputError, match="visionzip-select"):
+        preset("visionzip-select", model_type="qwen2_5_vl", num_layers=28, image_tokens=576, grid=(24, 24))
 
 
 def test_the_corrected_paper_keeps_an_eighth_to_the_end() -> None:

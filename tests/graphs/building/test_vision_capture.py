@@ -59,7 +59,9 @@ def class_attention(sample, pixels):
     return weights[sample.module.config.vision_feature_layer].mean(1)[:, 0, 1:].numpy()
 
 
-@pytest.mark.parametrize(("opset", "precision", "near"), [(18, "float32", 1e-6), (23, "float32", 1e-6), (23, "float16", 2e-3)])
+@pytest.mark.parametrize(
+    ("opset", "precision", "near"), [(18, "float32", 1e-6), (23, "float32", 1e-6), (23, "float16", 2e-3)]
+)
 def test_class_attention_is_transformers(opset, precision, near, sample, tmp_path):
     module = family_for(sample.checkpoint.config).vision_module(sample.checkpoint, class_attention=True)
     graph, weights = capture_vision(
