@@ -30,6 +30,7 @@ from engines.runners.onnxruntime import OrtLoader
 from graphs import names
 from graphs.building.rope import token_tables
 from graphs.files.bundle import ROPE_WEIGHTS, Bundle, Check
+from graphs.files.cache_folder import cache_folder
 from graphs.files.checkpoint import open_tensors
 from graphs.files.pictures import open_picture, to_rgb
 from graphs.pruning import kept_tokens
@@ -139,7 +140,9 @@ def open_graphs(
     if engine is None:
         files = {graph.name: bundle.root / graph.file for graph in bundle.graphs(profile)}
         tf32 = allows_tf32(bundle.manifest.build.precision)
-        return OrtLoader(device=device, threads=threads, tf32=tf32, accuracy_level=LEVELS[activations]), files
+        packed = cache_folder("onnxruntime") if bundle.manifest.quantization is not None else None
+        level = LEVELS[activations]
+        return OrtLoader(device=device, threads=threads, tf32=tf32, accuracy_level=level, packed=packed), files
     from engines.targets import find_target
     from engines.tensorrt.records import engines_folder
     from engines.tensorrt.run.runner import open_engines

@@ -7,7 +7,7 @@ Every tensor goes in and out through an IOBinding by pointer and ONNX element ty
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -21,8 +21,12 @@ from engines.native import libraries
 from engines.runners import Array, Bound, Buffer, Dtype, TensorSpec
 from engines.runners.binding import check_arrays, check_names, check_tensor
 from engines.runners.host import HostBuffer
+from engines.runners.packed_files import FOLDER_OPTION, PackedFiles
 from graphs import dtypes, ops
 from graphs.records.errors import BtpError, CheckError, InputError, UnavailableError
+
+if TYPE_CHECKING:
+    import onnx
 
 ORT_ERRORS: tuple[type[Exception], ...] = tuple(
     value for value in vars(ort_errors).values() if isinstance(value, type) and issubclass(value, Exception)
@@ -45,6 +49,8 @@ class OrtLoader:
             slower, but a model larger than memory runs.
         accuracy_level: how ONNX Runtime multiplies with four-bit weights: 1 with x in float32, to verify with; 4 with x
             rounded to int8, several times as fast.
+        packed: folder for what sessions on the CPU share of four-bit weights (engines/runners/packed_files.py); None
+            lets each session pack its own.
         tf32: whether CUDA may compute float32 products in TF32 (graphs/tf32.py says when).
         log_severity: 0 everything, 2 warnings, 3 errors.
 
@@ -60,6 +66,7 @@ class OrtLoader:
         prepack: bool = True,
         accuracy_level: Literal[1, 4] = 1,
         tf32: bool = False,
+        packed: Path | None = None,
         log_severity: int = 3,
     ) -> None:
         self.device = device
@@ -76,6 +83,7 @@ class OrtLoader:
                 _require_code_for_gpu(custom_ops, self._number)
         self.custom_ops = custom_ops
         self.accuracy_level = accuracy_level
+        self._packed = None if packed is None or self._kind != "cpu" else PackedFiles(packed)
         self.tf32 = tf32
         self._settings = (threads or 0, custom_ops, prepack, log_severity)
 
@@ -90,24 +98,23 @@ class OrtLoader:
     def open_model(self, content: bytes, path: Path) -> "OrtRunner":
         """Open a graph from memory; its weights lie where those of the graph at `path` do. Raises as for a file."""
         options = self._options()
-        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
-        return self._open(self._with_own_nodes(content, path), path, options)
-
-    def _with_own_nodes(self, content: bytes, path: Path) -> bytes:
-        """The model with ONNX Runtime's nodes for operators that it has itself; on CUDA our library's come first."""
-        if not ops.wants_onnxruntime_nodes(content) or (self._kind == "cuda" and self.custom_ops is not None):
-            return content
-        import onnx
-        from google.protobuf.message import DecodeError  # type: ignore[import-untyped, unused-ignore]
-
-        try:
-            model = onnx.load_model_from_string(content)
-        except DecodeError as error:
-            do = "export the bundle again"
-            raise InputError(f"{path.name} is no ONNX graph", wanted="the graph as exported", do=do) from error
+        if not self._takes_own_nodes(content):
+            options.add_session_config_entry(FOLDER_OPTION, str(path.parent))
+            return self._open(content, path, options)
+        model = _parsed(content, path)
         ops.for_onnxruntime(model, accuracy_level=self.accuracy_level)
-        prepared: bytes = model.SerializeToString()
-        return prepared
+        kept: list[Any] = []
+        if self._packed is not None:
+            kept = self._packed.share(model, path, options)
+        else:
+            options.add_session_config_entry(FOLDER_OPTION, str(path.parent))
+        runner = self._open(model.SerializeToString(), path, options)
+        runner.weights = kept
+        return runner
+
+    def _takes_own_nodes(self, content: bytes) -> bool:
+        """Whether nodes are put in that ONNX Runtime has itself; on CUDA our library's come first."""
+        return ops.wants_onnxruntime_nodes(content) and (self._kind == "cpu" or self.custom_ops is None)
 
     def _open(self, source: str | bytes, path: Path, options: ort.SessionOptions) -> "OrtRunner":
         try:
@@ -164,6 +171,7 @@ class OrtRunner:
 
     def __init__(self, session: ort.InferenceSession, path: Path, loader: OrtLoader) -> None:
         self.session, self.path, self.loader = session, path, loader
+        self.weights: list[Any] = []  # mapped tensors that the session reads
         self.inputs = {node.name: _spec(node, path) for node in session.get_inputs()}
         self.outputs = {node.name: _spec(node, path) for node in session.get_outputs()}
 
@@ -220,6 +228,18 @@ class _OrtBound:
                 self._binding.synchronize_outputs()
         except RUN_ERRORS as error:
             raise explain(error, self._runner.path, "run") from error
+
+
+def _parsed(content: bytes, path: Path) -> "onnx.ModelProto":
+    """The graph. Raises InputError for a damaged one."""
+    import onnx
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped, unused-ignore]
+
+    try:
+        return onnx.load_model_from_string(content)
+    except DecodeError as error:
+        do = "export the bundle again"
+        raise InputError(f"{path.name} is no ONNX graph", wanted="the graph as exported", do=do) from error
 
 
 def explain(error: Exception, path: Path, doing: str) -> BtpError:

@@ -1,0 +1,185 @@
+"""ONNX Runtime's own layout of four-bit matrices, in files that all sessions map: one copy in memory, however many.
+
+MatMulNBits brings its codes into another order when a session is opened, in memory of that session's own. Prefill,
+decode, and the same model without pruning beside them would each hold all weights again. ONNX Runtime can write packed
+weights into a file, behind the initialiser that they were made of, and maps them from there where the initialiser's
+entry names them. So each matrix is packed once, by a session of one node, into a file of the cache folder, and the
+graphs' entries are pointed there. Results are the same bit for bit; packed weights of another processor or version are
+not taken, those are packed again.
+
+A file holds the codes and the packed ones, so the cache takes twice the disk that the weights take in the bundle.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import tempfile
+import time
+from collections.abc import Mapping
+from math import prod
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+from onnx import NodeProto, TensorProto, helper
+
+from graphs import dtypes
+
+NODE: Final = "MatMulNBits"
+CODES: Final = 1  # which of its inputs is packed
+FOLDER_OPTION: Final = "session.model_external_initializers_file_folder_path"
+MODEL_FILE, DATA_FILE = "packed.onnx", "packed.bin"
+SMALLEST: Final = 2**20  # bytes of codes below which packing again costs less than a file
+UNUSED_DAYS: Final = 30  # after which a matrix is removed
+SPARE: Final = 2 * 2**30  # bytes of the disk that are left free
+
+Stored = Mapping[str, TensorProto]
+
+
+class PackedFiles:
+    """The packed matrices under `folder`, each in a folder of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def share(self, model: onnx.ModelProto, path: Path, options: ort.SessionOptions) -> list[Any]:
+        """Point the model's codes at packed files, making what is missing, as far as the disk has room.
+
+        path: the graph's file, beside which its weights lie. Whatever else is stored outside the model becomes a mapped
+        tensor of `options`. The session needs what is given back for as long as it lives.
+        """
+        stored = {tensor.name: tensor for tensor in model.graph.initializer if tensor.external_data}
+        places: dict[str, Path] = {}
+        for node in model.graph.node:
+            codes = stored.get(node.input[CODES]) if node.op_type == NODE else None
+            if codes is None or _nbytes(codes) < SMALLEST:
+                continue
+            place = self._place(_alone(node, model, stored), path)
+            if place is None:
+                break  # the disk is full
+            places[codes.name] = place
+        if not places:
+            options.add_session_config_entry(FOLDER_OPTION, str(path.parent))
+            return []
+        options.add_session_config_entry(FOLDER_OPTION, str(self._folder))
+        for name, place in places.items():
+            _point(stored[name], place)
+        others = {name: _mapped(tensor, path.parent) for name, tensor in stored.items() if name not in places}
+        options.add_external_initializers(list(others), list(others.values()))
+        return list(others.values())
+
+    def _place(self, small: onnx.ModelProto, path: Path) -> Path | None:
+        """The folder of one packed matrix, made now if it is not there; None where the disk has no room."""
+        place = self._folder / _key(small, path)
+        if not place.is_dir():
+            self._folder.mkdir(parents=True, exist_ok=True)
+            needed = 3 * sum(_nbytes(tensor) for tensor in small.graph.initializer)
+            if shutil.disk_usage(self._folder).free < needed + SPARE:
+                return None
+            self._sweep()
+            _make(small, path, place)
+        os.utime(place)
+        return place
+
+    def _sweep(self) -> None:
+        """Remove what has not been used for long; a session that has it mapped keeps it until it ends."""
+        oldest = time.time() - UNUSED_DAYS * 86400
+        for place in self._folder.iterdir():
+            if place.stat().st_mtime < oldest:
+                shutil.rmtree(place, ignore_errors=True)
+
+
+def _alone(node: NodeProto, model: onnx.ModelProto, stored: Stored) -> onnx.ModelProto:
+    """A model of the node alone, on one row, with its stored inputs and the casts behind them."""
+    casts = {other.output[0]: other for other in model.graph.node if other.op_type == "Cast"}
+    before = [casts[name] for name in node.input[CODES:] if name in casts]
+    names = [cast.input[0] for cast in before] + [name for name in node.input[CODES:] if name in stored]
+    attributes = {attribute.name: attribute.i for attribute in node.attribute}
+    scales = node.input[2]
+    cast_to = next((attribute.i for attribute in casts[scales].attribute), 0) if scales in casts else 0
+    element = cast_to or stored[scales].data_type
+    only = NodeProto()
+    only.CopyFrom(node)
+    only.input[0], only.output[0] = "row", "result"
+    graph = helper.make_graph(
+        [*before, only],
+        "packed",
+        [helper.make_tensor_value_info("row", element, [1, attributes["K"]])],
+        [helper.make_tensor_value_info("result", element, [1, attributes["N"]])],
+        initializer=[stored[name] for name in dict.fromkeys(names)],
+    )
+    return helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version)
+
+
+def _key(small: onnx.ModelProto, path: Path) -> str:
+    """The name of a matrix: where its bytes lie, what is done with them, and by which program on which processor."""
+    files = {_entry(tensor)["location"] for tensor in small.graph.initializer}
+    status = [(path.parent / file).stat() for file in sorted(files)]
+    weights = [(one.st_dev, one.st_ino, one.st_size, one.st_mtime_ns) for one in status]
+    text = json.dumps([weights, ort.__version__, platform.machine(), _processor()])
+    # A derived bundle calls its files differently, but they are the same: names are not part of the key.
+    places = [(t.name, t.data_type, list(t.dims), _entry(t).get("offset")) for t in small.graph.initializer]
+    node = small.graph.node[-1].SerializeToString(deterministic=True)
+    whole = text.encode() + json.dumps(places).encode() + node
+    return hashlib.sha256(whole).hexdigest()[:32]
+
+
+def _processor() -> list[str]:
+    """What tells processors apart that pack differently, as far as the system says."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").splitlines()
+    except OSError:
+        return [platform.processor()]
+    return next((line.split() for line in lines if line.startswith(("flags", "Features"))), [platform.processor()])
+
+
+def _make(small: onnx.ModelProto, path: Path, place: Path) -> None:
+    """Write the packed matrix beside the place and rename it there; whoever else made it first is as good."""
+    folder = Path(tempfile.mkdtemp(prefix=".making-", dir=place.parent))
+    try:
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        options.intra_op_num_threads = 1
+        options.optimized_model_filepath = str(folder / MODEL_FILE)
+        for key, value in (
+            (FOLDER_OPTION, str(path.parent)),
+            ("session.save_external_prepacked_constant_initializers", "1"),
+            ("session.optimized_model_external_initializers_file_name", DATA_FILE),
+            ("session.optimized_model_external_initializers_min_size_in_bytes", "0"),
+        ):
+            options.add_session_config_entry(key, value)
+        ort.InferenceSession(small.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        if not place.is_dir():
+            folder.rename(place)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _point(tensor: TensorProto, place: Path) -> None:
+    """Let the codes of a graph be those in a packed file."""
+    made = onnx.load(str(place / MODEL_FILE), load_external_data=False)
+    (packed,) = (other for other in made.graph.initializer if other.name == tensor.name)
+    del tensor.external_data[:]
+    for entry in packed.external_data:
+        own = f"{place.name}/{DATA_FILE}" if entry.key == "location" else entry.value
+        tensor.external_data.add(key=entry.key, value=own)
+
+
+def _mapped(tensor: TensorProto, folder: Path) -> ort.OrtValue:
+    """A stored tensor over its mapped file."""
+    entry, element = _entry(tensor), dtypes.BY_ONNX[tensor.data_type]
+    kind = np.dtype(np.uint16) if element.numpy == dtypes.BFLOAT16 else element.numpy
+    array = np.memmap(folder / entry["location"], kind, "r", offset=int(entry["offset"]), shape=tuple(tensor.dims))
+    return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array, element.onnx)
+
+
+def _entry(tensor: TensorProto) -> dict[str, str]:
+    return {entry.key: entry.value for entry in tensor.external_data}
+
+
+def _nbytes(tensor: TensorProto) -> int:
+    return int(prod(tensor.dims)) * dtypes.BY_ONNX[tensor.data_type].nbytes
