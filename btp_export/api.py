@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 from graphs.files.bundle import Bundle
 from graphs.records.errors import InputError
 from graphs.records.plan import PruningPlan
+from graphs.records.quantization import Activations
 
 if TYPE_CHECKING:
     from btp_export.results.engines import BuildResult
@@ -62,6 +63,7 @@ def load(
     threads: int | None = None,
     device: str = "cpu",
     target: str | None = None,
+    activations: Activations = "int8",
     engine: str | None = None,
 ) -> BundleModel:
     """Open a bundle for running: `load("b").generate("cat.png", "what is it?")[0].text`.
@@ -73,13 +75,17 @@ def load(
             threads: one call runs at a time, the others wait. Load it twice to run two at once.
         device: where ONNX Runtime computes: "cpu", "cuda" or "cuda:<number>"; engines run on the first GPU.
         target: run the engines built for this device in place of the graphs.
+        activations: what a CPU multiplies four-bit weights with: rows rounded to "int8" (fast), or "float32" rows.
         engine: the former name of `target`.
     """
     from btp_export.running import runtime
 
     if engine is not None:
         warnings.warn("load(engine=...) is called load(target=...) now", DeprecationWarning, stacklevel=2)
-    return runtime.load(_opened(bundle), profile=profile, threads=threads, device=device, engine=target or engine)
+    chosen = target or engine
+    return runtime.load(
+        _opened(bundle), profile=profile, threads=threads, device=device, engine=chosen, activations=activations
+    )
 
 
 def export(

@@ -72,6 +72,13 @@ DeviceOption = Annotated[
         autocompletion=complete.devices,
     ),
 ]
+ActivationsOption = Annotated[
+    Literal["int8", "float32"],
+    typer.Option(
+        "--activations",
+        help="What a CPU multiplies four-bit weights with: rows rounded to int8 (fast), or float32 rows (exact).",
+    ),
+]
 MathsOption = Annotated[
     Float,
     typer.Option("--maths", metavar="TYPE", help="Type transformers computes in: float32, float16 or bfloat16."),

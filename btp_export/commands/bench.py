@@ -23,6 +23,7 @@ def command(
     ] = 10,
     profile: options.ProfileOption = None,
     threads: options.ThreadsOption = None,
+    activations: options.ActivationsOption = "int8",
     device: options.DeviceOption = "cpu",
     target: options.EnginesOption = None,
     as_json: JsonOption = False,
@@ -34,7 +35,14 @@ def command(
     opened = Bundle.open(bundle)
     with progress("measuring") as bar:
         result = measure(
-            opened, profile=profile, threads=threads, device=device, engine=target, rounds=rounds, report=bar
+            opened,
+            profile=profile,
+            threads=threads,
+            device=device,
+            engine=target,
+            activations=activations,
+            rounds=rounds,
+            report=bar,
         )
     emit(result, as_json=as_json, render=show)
 
@@ -58,6 +66,8 @@ def show(result: "Bench") -> Any:
         f"{prefill.share_of_limit:.0%} of that is reached",
         f"medians of {result.rounds} alternating runs, batch {result.batch}, profile {result.profile}",
     ]
+    if result.activations is not None:
+        lines.append(f"four-bit weights, multiplied with {result.activations} rows")
     if result.variation > BUSY:
         lines.append(f"the machine is busy: prefill times vary by {result.variation:.0%}; repeat when it is idle")
     return Group(table(["", "full", "pruned", "ratio"], rows), "\n".join(lines))

@@ -34,6 +34,7 @@ def command(
     seed: options.SeedOption = 0,
     data: options.DataOption = None,
     threads: options.ThreadsOption = None,
+    activations: options.ActivationsOption = "int8",
     as_json: JsonOption = False,
 ) -> None:
     """Measure the accuracy of several plans at equal average tokens."""
@@ -50,6 +51,7 @@ def command(
             seed=seed,
             data=data,
             threads=threads,
+            activations=activations,
             report=bar,
         )
     emit(result, as_json=as_json, render=show)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from btp_export.results.answers import RunResult
     from btp_export.running.runtime import BundleModel, Generation
+    from graphs.records.quantization import Activations
 
 
 def command(
@@ -62,13 +63,14 @@ def command(
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the file of --show.")] = False,
     threads: options.ThreadsOption = None,
+    activations: options.ActivationsOption = "int8",
     device: options.DeviceOption = "cpu",
     target: options.EnginesOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Answer a prompt about a picture; text is printed as it is generated."""
     from btp_export.model.pictures import fitted, profile_for
-    from btp_export.running.runtime import load
+    from btp_export.running.runtime import activations_in, load
     from graphs.files.bundle import Bundle
     from graphs.files.pictures import open_picture
 
@@ -80,7 +82,7 @@ def command(
     profiles = opened.manifest.profiles if profile is None else [opened.profile(profile)]
     chosen = profile_for(pictures, opened.spec, profiles, resize=resize)
     pictures, _ = fitted(pictures, opened.spec, chosen)
-    model = load(opened, profile=chosen.name, threads=threads, device=device, engine=target)
+    model = load(opened, profile=chosen.name, threads=threads, device=device, engine=target, activations=activations)
     live = not as_json and len(pictures) == len(prompt) == 1
     answers = model.generate(
         pictures,
@@ -103,9 +105,12 @@ def command(
         _draw(model, pictures[0], answers[0], show)
     dummy = model.bundle.manifest.model.dummy_weights
     render = None if live else lambda _: "\n".join(answer.text for answer in answers)
-    emit(_document(answers, dummy_weights=dummy), as_json=as_json, render=render)
+    ran = activations_in(opened, activations, target)
+    emit(_document(answers, dummy_weights=dummy, activations=ran), as_json=as_json, render=render)
     if not as_json:
         note(_summary(answers[0]))
+        if ran is not None:
+            note(f"four-bit weights, multiplied with {ran} rows")
         for line in dummy_lines(dummy):
             note(line)
 
@@ -159,7 +164,7 @@ def _draw(model: "BundleModel", picture: Any, answer: "Generation", path: Path) 
     note(f"picture of the kept tokens written to {path}")
 
 
-def _document(answers: "list[Generation]", *, dummy_weights: bool) -> "RunResult":
+def _document(answers: "list[Generation]", *, dummy_weights: bool, activations: "Activations | None") -> "RunResult":
     from btp_export.results.answers import Answer, RunResult
 
     documents = tuple(
@@ -175,7 +180,7 @@ def _document(answers: "list[Generation]", *, dummy_weights: bool) -> "RunResult
         )
         for answer in answers
     )
-    return RunResult(**dict(documents[0]), answers=documents, dummy_weights=dummy_weights)
+    return RunResult(**dict(documents[0]), answers=documents, dummy_weights=dummy_weights, activations=activations)
 
 
 def _summary(answer: "Generation") -> str:

@@ -82,6 +82,7 @@ def show(result: "Verification") -> Any:
         f"generated tokens equal: {'yes' if result.tokens_equal else 'no'} "
         f"({result.samples} samples, {result.tokens} tokens)",
         *(f"near-tie: {text}" for text in result.near_ties),
+        *_rounding(result),
         *(f"failed: {text}" for text in result.failures),
         "verified" if result.passed else "NOT verified",
     ]
@@ -90,3 +91,14 @@ def show(result: "Verification") -> Any:
 
 def _number(value: float | None, form: str) -> str:
     return "not finite" if value is None else format(value, form)
+
+
+def _rounding(result: "Verification") -> list[str]:
+    """What is not part of the check: run, eval and bench round rows to int8 unless told otherwise."""
+    rows = result.int8_rows
+    if rows is None:
+        return []
+    return [
+        f"verified with float32 rows; with int8 rows, as run takes them: cosine of logits {rows.logits_cosine:.5f}, "
+        f"{rows.answers_equal:.0%} of the answers the same"
+    ]

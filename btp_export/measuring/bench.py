@@ -18,12 +18,13 @@ from btp_export.model.prompting import Encoded
 from btp_export.results.timing import Bench, CacheBytes, DecodeTimes, Operations, PrefillTimes
 from btp_export.running.generation import answers_for
 from btp_export.running.memory_fit import check_fits_memory
-from btp_export.running.runtime import BundleModel, load, open_graphs
+from btp_export.running.runtime import BundleModel, activations_in, load, open_graphs
 from graphs.building.derived_bundles import derive, scratch_folder
 from graphs.files.bundle import Bundle
 from graphs.pruning.operations import cost
 from graphs.records.errors import InputError
 from graphs.records.progress import Report
+from graphs.records.quantization import Activations
 
 DECODE_STEPS = 16  # at most, in each round
 
@@ -35,6 +36,7 @@ def measure(
     threads: int | None = None,
     device: str = "cpu",
     engine: str | None = None,
+    activations: Activations = "int8",
     rounds: int = 10,
     warm_up: int = 2,
     report: Report | None = None,
@@ -58,7 +60,9 @@ def measure(
         check_fits_memory(bundle, profile, device, models=2)
     with scratch_folder(bundle) as folder:
         if engine is None:
-            models = _open_graphs(bundle, folder, profile=profile, threads=threads, device=device)
+            models = _open_graphs(
+                bundle, folder, profile=profile, threads=threads, device=device, activations=activations
+            )
         else:
             models = _open_engines(bundle, engine, profile=profile, threads=threads, device=device)
         times = {name: _Times() for name in models}
@@ -72,6 +76,7 @@ def measure(
             if report is not None:
                 report(number + warm_up + 1, rounds + warm_up)
     settings = {"rounds": rounds, "threads": threads, "device": device, "engine": engine}
+    settings["activations"] = activations_in(bundle, activations, engine)
     return _result(bundle, models, times, settings)
 
 

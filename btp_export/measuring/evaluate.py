@@ -19,6 +19,7 @@ from graphs.records.errors import InputError
 from graphs.records.match_plan import plan_for_profile, spec_at
 from graphs.records.plan import PruningPlan
 from graphs.records.progress import Report
+from graphs.records.quantization import Activations
 
 if TYPE_CHECKING:
     from btp_export.model.prompting import Encoded
@@ -60,6 +61,7 @@ def evaluate_bundle(
     seed: int = 0,
     data: Path | None = None,
     threads: int | None = None,
+    activations: Activations = "int8",
     report: Report | None = None,
 ) -> Evaluation:
     """Accuracy: a row for each of `plans` and budgets.
@@ -71,7 +73,9 @@ def evaluate_bundle(
     """
     budgets = [compression] if compression is None or isinstance(compression, float) else list(compression)
     planned = resolve_budgets(bundle, plans, budgets)
-    scored = evaluate_plans(bundle, planned, samples=samples, seed=seed, data=data, threads=threads, report=report)
+    scored = evaluate_plans(
+        bundle, planned, samples=samples, seed=seed, data=data, threads=threads, activations=activations, report=report
+    )
     return scored.evaluation
 
 
@@ -83,10 +87,11 @@ def evaluate_plans(
     seed: int = 0,
     data: Path | None = None,
     threads: int | None = None,
+    activations: Activations = "int8",
     report: Report | None = None,
 ) -> ScoredEvaluation:
     """The same for named plans; plans that give the same graphs are run once."""
-    from btp_export.running.runtime import load
+    from btp_export.running.runtime import activations_in, load
     from calibrate.measure.accuracy import hits
     from graphs.pruning.operations import cost
 
@@ -106,7 +111,7 @@ def evaluate_plans(
             if digest != bundle.plan.digest():
                 derived = derive(bundle, plan, folder / digest, vision=vision_with_attention)
             start = len(answers) * len(chosen.samples)
-            model = load(derived, threads=threads)
+            model = load(derived, threads=threads, activations=activations)
             questions = questions or _ask(model, chosen)
             answers[digest] = _answer(model, questions, _offset(report, start, total, name))
     profile = bundle.profile()
@@ -122,6 +127,7 @@ def evaluate_plans(
         **_resizing(bundle, questions.resized if questions else 0),
         full_accuracy=best.accuracy,
         rows=tuple(rows),
+        activations=activations_in(bundle, activations),
     )
     return ScoredEvaluation(evaluation, [hits(chosen.samples, answers[digest].texts) for digest in digests])
 

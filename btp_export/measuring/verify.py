@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from btp_export.console import Phases
-from btp_export.results.verification import AppliedGates, GateValues, GraphParity, Verification, joined
+from btp_export.results.verification import AppliedGates, GateValues, GraphParity, Int8Rows, Verification, joined
 from graphs import dtypes
 from graphs.dtypes import Precision
 from graphs.files.bundle import Bundle, tool_versions
@@ -95,10 +95,15 @@ def verify_bundle(
     job = _Job(bundle, chosen, samples, room, seed, loader, files, how, place, maths, phases)
     with _work(job, note) as work:
         findings, tokens_equal = _verify(job, work)
-    return _document(job, findings, tokens_equal=tokens_equal, engine=engine)
+    verified = _document(job, findings, tokens_equal=tokens_equal, engine=engine)
+    if verified.activations is None or streamed:
+        return verified
+    return verified.model_copy(update={"int8_rows": _int8_rows(job, threads)})
 
 
 def _document(job: _Job, findings: CheckResults, *, tokens_equal: bool, engine: str | None) -> Verification:
+    from btp_export.running.runtime import activations_in
+
     def gates_of(gates: Gates) -> dict[str, float]:
         return {"cosine": gates.cosine, "norm_ratio_within": gates.norm}
 
@@ -131,6 +136,7 @@ def _document(job: _Job, findings: CheckResults, *, tokens_equal: bool, engine: 
         gates=AppliedGates(**gates_of(findings.gates), kept_agreement=findings.gates.agreement),
         failures=tuple(findings.failures),
         near_ties=tuple(findings.near_ties),
+        activations=activations_in(job.bundle, "float32", engine),
     )
 
 
@@ -277,6 +283,18 @@ def _answers(job: _Job, samples: Sequence[Sample]) -> list[FreeRun]:
     ):
         free.append(FreeRun(answer.token_ids, answer.kept))
     return free
+
+
+def _int8_rows(job: _Job, threads: int | None) -> Int8Rows:
+    """Said beside the verification and not judged: it is ONNX Runtime's choice of speed, not the graphs'."""
+    from btp_export.measuring.rounding import compare_rows
+    from btp_export.model.defaults import fitted_samples
+    from calibrate.data.samples import scene_samples
+
+    scenes = scene_samples(job.samples, seed=job.seed, split="calibration").samples
+    samples, _ = fitted_samples(scenes, job.bundle.spec, job.profile)
+    images, prompts = [sample.image for sample in samples], [sample.prompt for sample in samples]
+    return compare_rows(job.bundle, images, prompts, profile=job.profile.name, tokens=job.tokens, threads=threads)
 
 
 def _streamed_answers(job: _Job, samples: Sequence[Sample], work: Work | None, streaming: Streaming) -> list[FreeRun]:

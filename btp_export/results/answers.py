@@ -3,6 +3,7 @@
 from typing import Literal
 
 from btp_export.results.base import Result
+from graphs.records.quantization import Activations
 from graphs.records.record import Record
 
 
@@ -25,3 +26,4 @@ class RunResult(Answer, Result):
     format: Literal["btp-run/1"] = "btp-run/1"
     answers: tuple[Answer, ...]
     dummy_weights: bool
+    activations: Activations | None = None  # what four-bit weights were multiplied with; null where there are none

@@ -3,6 +3,7 @@
 from typing import Literal
 
 from btp_export.results.base import Result
+from graphs.records.quantization import Activations
 from graphs.records.record import Record
 
 
@@ -38,3 +39,4 @@ class Evaluation(Result):
     confidence: float = 0.95
     full_accuracy: float
     rows: tuple[EvaluatedPlan, ...]
+    activations: Activations | None = None  # what four-bit weights were multiplied with; null where there are none

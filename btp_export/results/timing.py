@@ -4,6 +4,7 @@ from typing import Literal
 
 from btp_export.results.base import Result
 from graphs.dtypes import Precision
+from graphs.records.quantization import Activations
 from graphs.records.record import Record
 
 
@@ -63,3 +64,4 @@ class Bench(Result):
     device: str
     engine: str | None
     dummy_weights: bool
+    activations: Activations | None = None  # what four-bit weights were multiplied with; null where there are none

@@ -5,6 +5,7 @@ from typing import Literal
 
 from btp_export.results.base import Number, Result
 from graphs.dtypes import Precision
+from graphs.records.quantization import Activations
 from graphs.records.record import Record
 
 
@@ -37,6 +38,16 @@ class GraphParity(Record):
     gates: GateValues
 
 
+class Int8Rows(Record):
+    """What `run` does where it rounds rows to int8, beside the exact products that were verified.
+
+    `logits_cosine` is the least of the first tokens' logits, `answers_equal` the share of samples with the same tokens.
+    """
+
+    logits_cosine: float
+    answers_equal: float
+
+
 class Verification(Result):
     """A bundle against transformers' own modelling code.
 
@@ -62,6 +73,8 @@ class Verification(Result):
     gates: AppliedGates
     failures: tuple[str, ...]
     near_ties: tuple[str, ...]
+    activations: Activations | None = None  # what four-bit weights were multiplied with; null where there are none
+    int8_rows: Int8Rows | None = None  # null too where one layer is open at a time
 
 
 def joined(verifications: Mapping[str, Verification]) -> Verification:

@@ -35,6 +35,7 @@ from graphs.files.checkpoint import open_tensors
 from graphs.files.pictures import open_picture, to_rgb
 from graphs.pruning import kept_tokens
 from graphs.records.errors import InputError
+from graphs.records.quantization import Activations
 from graphs.tf32 import allows_tf32
 
 if TYPE_CHECKING:
@@ -46,7 +47,6 @@ Array = np.ndarray[Any, np.dtype[Any]]
 P = ParamSpec("P")
 T = TypeVar("T")
 OnText = Callable[[int, str], None]
-Activations = Literal["int8", "float32"]
 LEVELS: Final[dict[Activations, Literal[1, 4]]] = {"float32": 1, "int8": 4}  # OrtLoader's accuracy_level
 
 
@@ -100,6 +100,7 @@ def load(
     threads: int | None = None,
     device: str = "cpu",
     engine: str | None = None,
+    activations: Activations = "int8",
 ) -> "BundleModel":
     """Open a bundle for running: its graphs in ONNX Runtime, or the engines built from them for a target.
 
@@ -109,13 +110,14 @@ def load(
         threads: threads inside an operator; all cores if left out. Engines have none.
         device: "cpu", "cuda" or "cuda:<number>"; engines run on the first GPU if nothing else is said.
         engine: a target whose engines lie in the bundle, see docs/engines.md.
+        activations: what ONNX Runtime multiplies four-bit weights with: rows rounded to int8, or float32 rows.
 
     Raises InputError for a bundle that is missing, damaged, without that profile or without engines, and
     UnavailableError if its graphs or engines cannot run on this device.
     """
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(Path(bundle))
     chosen = opened.profile(profile).name
-    loader, graphs = open_graphs(opened, chosen, threads=threads, device=device, engine=engine)
+    loader, graphs = open_graphs(opened, chosen, threads=threads, device=device, engine=engine, activations=activations)
     if engine is None:
         check_fits_memory(opened, chosen, device)
     return BundleModel(opened, loader, profile=chosen, graphs=graphs)
@@ -140,7 +142,9 @@ def open_graphs(
     if engine is None:
         files = {graph.name: bundle.root / graph.file for graph in bundle.graphs(profile)}
         tf32 = allows_tf32(bundle.manifest.build.precision)
-        packed = cache_folder("onnxruntime") if bundle.manifest.quantization is not None else None
+        # Sharing costs disk. Float32 rows are for checking, where one part of a graph is open at a time.
+        shared = bundle.manifest.quantization is not None and activations == "int8"
+        packed = cache_folder("onnxruntime") if shared else None
         level = LEVELS[activations]
         return OrtLoader(device=device, threads=threads, tf32=tf32, accuracy_level=level, packed=packed), files
     from engines.targets import find_target
@@ -152,6 +156,11 @@ def open_graphs(
     folder = engines_folder(bundle, find_target(engine).name) / part
     gpu = "cuda" if device in ("cpu", "auto") else device  # engines run on nothing else
     return open_engines(bundle, folder, profile=profile, device=gpu, check=check)
+
+
+def activations_in(bundle: Bundle, activations: Activations, engine: str | None = None) -> Activations | None:
+    """What four-bit weights are multiplied with; None for a bundle without, and for engines, which round nothing."""
+    return activations if bundle.manifest.quantization is not None and engine is None else None
 
 
 def _alone(method: "Callable[Concatenate[BundleModel, P], T]") -> "Callable[Concatenate[BundleModel, P], T]":

@@ -6,6 +6,8 @@ from pydantic import Field
 
 from graphs.records.record import Record
 
+Activations = Literal["int8", "float32"]  # what a CPU multiplies four-bit weights with
+
 
 class Quantization(Record):
     """`quantization_config` of a packed checkpoint (graphs/files/packed_weights.py says how its tensors are stored).

@@ -45,7 +45,7 @@ VALUES = {
     "--images": Given("PICTURES"), "--prompts": Given("PROMPTS", ("--images", "PICTURES")), "--samples": Given("3"),
     "--seed": Given("5"), "--batch": Given("2"), "--text-tokens": Given("40"), "--max-new-tokens": Given("3"),
     "--image-size": Given("24x24"), "--opset": Given("18"), "--dummy-layers": Given("2", ("--dummy-weights",)),
-    "--dummy-seed": Given("2", ("--dummy-weights",)), "--threads": Given("2"), "--device": Given("cuda:1"),
+    "--activations": Given("float32"), "--dummy-seed": Given("2", ("--dummy-weights",)), "--threads": Given("2"), "--device": Given("cuda:1"),
     "--tokens": Given("2"), "--rounds": Given("2"), "--image": Given("PICTURES/red.png"), "--prompt": Given("where ?"),
     "--temperature": Given("0.5"), "--top-p": Given("0.5"), "--show": Given("SHOWN.png"), "--data": Given("DATA"),
     "--plans": Given("none,vtw"), "--tensorrt": Given("10.3.0", ("--dry-run",)),

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from btp_export.exporting import Options, export_bundle
+from btp_export.measuring.bench import measure
 from btp_export.measuring.verify import verify_bundle
 from btp_export.model.open_model import open_model
 from btp_export.running.memory_fit import Streaming
@@ -29,7 +30,16 @@ def test_it_holds_the_gates_of_float32(packed: Bundle, streaming: Streaming | No
     found = verify_bundle(packed, samples=2, tokens=4, threads=1, streaming=streaming)
     assert found.passed, found.failures
     assert found.streamed == (streaming is not None)
+    assert found.activations == "float32"
+    assert (found.int8_rows is None) == found.streamed
+    if found.int8_rows is not None:
+        assert 0.95 < found.int8_rows.logits_cosine < 0.9999999, "near, and not the same"
     assert min(float(graph.cosine or 0) for graph in found.graphs) > 0.99999
+
+
+def test_which_rows_ran_is_said(packed: Bundle) -> None:
+    for rows in ("int8", "float32"):
+        assert measure(packed, threads=1, rounds=1, warm_up=0, activations=rows).activations == rows
 
 
 def test_a_derived_bundle_keeps_its_weights_packed(packed: Bundle, tmp_path: Path) -> None:
