@@ -19,9 +19,10 @@ demo: $(VENV)/.ready
 	@echo
 	@echo "report: $(OUT)/report/index.html"
 
+# A process of tests a core, four at most: each takes 2 GB of memory.
 test: $(VENV)/.ready-dev
 	$(BIN)/python -m engines.native.compile_ort
-	$(BIN)/python -m pytest --durations=25
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --durations=25
 
 # The accuracy tables of docs/results.md, measured again (about ten minutes on two idle cores).
 table: $(VENV)/.ready-dev

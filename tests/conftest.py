@@ -1,5 +1,6 @@
 """Checkpoints and bundles that several test files use, made once a session."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -16,6 +17,41 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 BundleMaker = Callable[..., Any]
+
+# The files that take longest, so that no process of `pytest -n 2` is alone with one of them at the end.
+LONG_FILES = (
+    "tests/test_docs.py",
+    "tests/btp_export/families/test_qwen2_5_vl.py",
+    "tests/btp_export/planning/test_study.py",
+    "tests/btp_export/families/test_llava_next.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of the long files first; within a file their order stays."""
+    order = {name: number for number, name in enumerate(LONG_FILES)}
+    items.sort(key=lambda item: order.get(item.nodeid.partition("::")[0], len(order)))
+
+
+@pytest.fixture(scope="session")
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for what is made once a run: all processes of the run (`pytest -n 2`) have the same."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+def made_once(folder: Path, make: Callable[[Path], Any]) -> Path:
+    """`folder`, made by the first process that asks for it: `make` gets another name, and what it wrote is renamed."""
+    from graphs.files.folders import lock_file
+
+    with lock_file(folder.with_name(f"{folder.name}.lock"), wait=True):
+        if not folder.exists():
+            partial = folder.with_name(f"{folder.name}.{os.getpid()}")
+            make(partial)
+            partial.rename(folder)
+    return folder
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -36,14 +72,14 @@ def demo_checkpoint() -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_checkpoint(demo_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_checkpoint(demo_checkpoint: Path, shared_folder: Path) -> Path:
     """A random LLaVA that runs in milliseconds: 6 layers, 4 query heads on 2 key heads, V = 36 in a 6 x 6 grid.
 
     It has the demo's tokenizer and chat template. Its weights are larger than a fresh model's, so that attention is
     sharp and the tokens it generates differ from prompt to prompt.
     """
-    folder = tmp_path_factory.mktemp("tiny") / "model"
-    return make_tiny(demo_checkpoint, folder)
+    parent = shared_folder / "tiny"
+    return made_once(parent, lambda folder: make_tiny(demo_checkpoint, folder / "model")) / "model"
 
 
 def make_tiny(demo: Path, folder: Path, **text: Any) -> Path:
@@ -77,39 +113,44 @@ def make_tiny(demo: Path, folder: Path, **text: Any) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> BundleMaker:
+def tiny_bundle(tiny_checkpoint: Path, shared_folder: Path) -> BundleMaker:
     """`tiny_bundle(plan=None, **options)`: a bundle of the tiny model, options of btp_export.exporting.Options."""
-    return _bundle_maker(tiny_checkpoint, tmp_path_factory, defaults={"text_tokens": 16, "new_tokens": 12})
+    return _bundle_maker(tiny_checkpoint, shared_folder / "tiny-bundles", {"text_tokens": 16, "new_tokens": 12})
 
 
 @pytest.fixture(scope="session")
-def demo_bundle(demo_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> BundleMaker:
+def demo_bundle(demo_checkpoint: Path, shared_folder: Path) -> BundleMaker:
     """`demo_bundle(plan=None, **options)`: a bundle of the demo model."""
-    return _bundle_maker(demo_checkpoint, tmp_path_factory, defaults={"text_tokens": 32, "new_tokens": 8})
+    return _bundle_maker(demo_checkpoint, shared_folder / "demo-bundles", {"text_tokens": 32, "new_tokens": 8})
 
 
-def _bundle_maker(checkpoint: Path, folders: pytest.TempPathFactory, defaults: dict[str, Any]) -> BundleMaker:
-    made: dict[str, Any] = {}
+def _bundle_maker(checkpoint: Path, folder: Path, defaults: dict[str, Any]) -> BundleMaker:
+    opened: dict[str, Any] = {}
 
     def make(plan: Any = None, **options: Any) -> Any:
         """Export once for each set of options (the vision graph takes seconds), then derive each plan from that."""
+        from graphs.files.bundle import Bundle
+
+        chosen = defaults | options
+        key = repr(sorted(chosen.items())) + (plan.digest() if plan is not None else "")
+        if key not in opened:
+            name = hashlib.sha256(key.encode()).hexdigest()[:12]
+            folder.mkdir(exist_ok=True)
+            root = made_once(folder / name, lambda parent: write(plan, options, chosen, parent / "bundle"))
+            opened[key] = Bundle.open(root / "bundle")
+        return opened[key]
+
+    def write(plan: Any, options: dict[str, Any], chosen: dict[str, Any], out: Path) -> None:
         from btp_export.exporting import Options, export_bundle
         from btp_export.model.open_model import open_model
         from graphs.building.derived_bundles import derive
 
-        chosen = defaults | options
-        base_key = repr(sorted(chosen.items()))
-        key = base_key + (plan.digest() if plan is not None else "")
-        if key in made:
-            return made[key]
-        whole = chosen.get("assemble") == "whole"
-        out = folders.mktemp("bundle") / "bundle"
-        if plan is None or whole:
+        out.parent.mkdir()
+        if plan is None or chosen.get("assemble") == "whole":
             model = open_model(str(checkpoint))
-            made[key] = export_bundle(model, plan or unpruned(model.spec), out, Options(**chosen))
+            export_bundle(model, plan or unpruned(model.spec), out, Options(**chosen))
         else:
-            made[key] = derive(make(None, **options), plan, out)
-        return made[key]
+            derive(make(None, **options), plan, out)
 
     return make
 

@@ -16,7 +16,10 @@ Run = Any
 
 @pytest.fixture()
 def run(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    """`run(*options)` -> exit code, standard output, standard error, on 12 pictures of noise with an empty cache."""
+    """`run(*options)` -> exit code, standard output, standard error, with an empty cache.
+
+    There are 12 pictures of noise, of which 4 are used unless `--samples` says otherwise.
+    """
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     rng = np.random.default_rng(0)
     images = tmp_path / "images"
@@ -27,6 +30,7 @@ def run(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
 
     def call(*options: str, source: str | None = str(images)) -> tuple[int, str, str]:
         chosen = ["--images", source] if source else []
+        chosen += [] if "--samples" in options else ["--samples", "4"]
         code = cli.main(["calibrate", "--model", str(tiny_checkpoint), *chosen, *options])
         captured = capsys.readouterr()
         return code, captured.out, captured.err
@@ -49,7 +53,7 @@ def test_statistics_are_reused_and_it_is_said(run: Run, tmp_path: Path) -> None:
     assert code == 0 and "damaged" in said and (tmp_path / "mended.json").read_bytes() in plans
     assert "reused from the cache" in run()[2], "and the entry was replaced"
     assert "reused" not in run("--tau", "0.5")[2], "other settings are measured"
-    assert "reused" not in run("--samples", "8")[2], "other pictures are measured"
+    assert "reused" not in run("--samples", "5")[2], "other pictures are measured"
 
 
 def test_the_console_shows_layers_and_their_spread(run: Run) -> None:
@@ -99,14 +103,14 @@ def test_a_front_is_a_folder_of_plans(run: Run, tmp_path: Path) -> None:
 
 def test_the_search_is_recorded_and_shown(run: Run, tmp_path: Path) -> None:
     """A bound on dropping all leaves balanced stages alone; a plan of another kind is not searched, and says so."""
-    code, out, _ = run("--tune", "--drop-bound", "0.1", "--out", str(tmp_path / "plan.json"))
+    code, out, _ = run("--samples", "12", "--tune", "--drop-bound", "0.1", "--out", str(tmp_path / "plan.json"))
     assert code == 0 and "searched counts and balance" in out
     record = PruningPlan.load(tmp_path / "plan.json").calibration["tuning"]
     assert (record["samples"], record["held_out"]) == (8, 4) and record["cost"]["tuned"] <= record["cost"]["default"]
     assert ("used: " in out) == record["taken"] and ("the default is kept" in out) == (not record["taken"])
     code, out, err = run("--tune", "--samples", "6")
     assert (code, out) == (2, "") and "--tune with 6 samples" in err
-    code, out, _ = run("--tune", "--json")
+    code, out, _ = run("--samples", "12", "--tune", "--json")
     record = json.loads(out)["plan"]["calibration"]
     searched = record["candidates"][record["chosen"]]["method"] == "stages"
     assert code == 0 and ("searched" in record["tuning"]) == searched
@@ -144,7 +148,7 @@ def test_switches_are_in_the_plan(run: Run) -> None:
         (["--pareto", "--tune"], "--pareto with --tune"),
         (["--pareto", "--budgets", "0.5,0.5"], "different compressions"),
         (["--pareto", "--budgets", "0.95", "--no-spatial"], "leaves less than one of 6 layers"),
-        (["--tune", "--keep", "20,0", "--balance", "1.0"], "--keep and --balance"),
+        (["--tune", "--samples", "12", "--keep", "20,0", "--balance", "1.0"], "--keep and --balance"),
         (["--importance", "random"], "not one of"),
     ],
 )

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from graphs import ops
+from graphs.files.folders import lock_file
 
 ROOT = Path(__file__).parents[3]
 OPS = ROOT / "graphs" / "ops"
@@ -74,11 +75,12 @@ def compiled(name: str, command: Sequence[str | Path], inputs: Sequence[Path]) -
     """Run `command inputs -o <file>` unless it was done before; the file appears whole or not at all."""
     key = hashlib.sha256(sources() + "\0".join(map(str, [*command, *inputs])).encode()).hexdigest()[:16]
     target = KEPT / key / name
-    if not target.is_file():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_suffix(f".{os.getpid()}")
-        run([*command, *inputs, "-o", partial])
-        partial.replace(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with lock_file(target.with_suffix(".lock"), wait=True):  # another process of tests may be at it
+        if not target.is_file():
+            partial = target.with_suffix(f".{os.getpid()}")
+            run([*command, *inputs, "-o", partial])
+            partial.replace(target)
     return target
 
 
