@@ -42,7 +42,7 @@ def command(as_json: JsonOption = False) -> None:
     from engines.tensorrt import installed
     from graphs.files.memory import available_memory
 
-    packages = [_package(need) for need in NEEDS]
+    packages = [find_package(need) for need in NEEDS]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     result = Doctor(
         ok=all(package.version for package in packages),
@@ -59,10 +59,11 @@ def command(as_json: JsonOption = False) -> None:
         free_disk_bytes=_free_disk(),
         demo_model=_demo_model(),
     )
-    emit(result, as_json=as_json, render=_render)
+    emit(result, as_json=as_json, render=show)
 
 
-def _package(need: Need) -> "Package":
+def find_package(need: Need) -> "Package":
+    """Which of the packages is installed, or how to install the first."""
     from btp_export.results.doctor import Package
 
     versions = {name: _version(name) for name in (need.package, *need.alternatives)}
@@ -103,7 +104,8 @@ def _demo_model() -> bool:
     return (checkpoint_path() / "model.safetensors").is_file()
 
 
-def _render(result: "Doctor") -> Any:
+def show(result: "Doctor") -> Any:
+    """The document for the console."""
     from rich.console import Group
 
     from graphs.files.atomic import size_text

@@ -1,35 +1,52 @@
 """How much memory there is, and refusing work that needs more before it starts.
 
-A container's limit counts as well as the machine's memory: what is over it is killed, whatever else is free.
+A container's limit counts as well as the machine's memory: what is over it is killed, whatever else is free. So does
+the environment variable BTP_MEMORY_GIB, by which a user leaves memory to others.
 """
 
+import os
 from pathlib import Path
+from typing import Final
 
 from graphs.files.atomic import size_text
 from graphs.records.errors import InputError
 
-LIBRARIES = 700 * 2**20  # bytes that Python, torch, transformers and ONNX Runtime take by themselves
+VARIABLE: Final = "BTP_MEMORY_GIB"
+LIBRARIES: Final = 700 * 2**20  # bytes that Python, torch, transformers and ONNX Runtime take by themselves
 
 
 def available_memory(root: Path = Path("/")) -> int | None:
     """Bytes this process may still take without swapping, None where the system does not say.
 
-    The least of the machine's MemAvailable and what the control groups of the process (version 1 or 2) have left;
-    file pages that a group could drop count as left. `root` is where proc and sys are.
+    The least of BTP_MEMORY_GIB, the machine's MemAvailable and what the control groups of the process (version 1 or 2)
+    have left; file pages that a group could drop count as left. `root` is where proc and sys are. Raises InputError for
+    a BTP_MEMORY_GIB that is no number above 0.
     """
-    rooms = [left for left in (_machine(root), *_groups(root)) if left is not None]
+    rooms = [left for left in (_wished(), _machine(root), *_groups(root)) if left is not None]
     return max(min(rooms), 0) if rooms else None
 
 
-def check_memory(needed: int, what: str, *, do: str) -> None:
-    """Raise InputError unless `needed` bytes are available."""
-    there = available_memory()
+def check_memory(needed: int, what: str, *, do: str, root: Path = Path("/")) -> None:
+    """Raise InputError unless `needed` bytes are available; `root` as for `available_memory`."""
+    there = available_memory(root)
     if there is not None and needed > there:
         raise InputError(
             f"{what} needs about {size_text(needed)} of memory, {size_text(there)} are available",
             wanted="enough memory for all of it",
             do=do,
         )
+
+
+def _wished() -> int | None:
+    """Bytes by the environment variable, None where it is not set."""
+    text = os.environ.get(VARIABLE, "")
+    try:
+        limit = float(text) if text else None
+    except ValueError:
+        limit = -1.0
+    if limit is not None and not 0 < limit < 2**30:  # false for nan
+        raise InputError(f"{VARIABLE}={text}", wanted="GiB of memory to take at most", do=f"export {VARIABLE}=8")
+    return None if limit is None else int(limit * 2**30)
 
 
 def _machine(root: Path) -> int | None:

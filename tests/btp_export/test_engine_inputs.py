@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from btp_export import engine_inputs
 from btp_export.engine_inputs import record_calibration
 from engines.tensorrt.prepare.prepared_graphs import Choices, prepare
 from graphs.files.bundle import Bundle
@@ -45,11 +44,11 @@ def test_prompts_are_shortened_to_the_bucket(tiny_bundle: Any, tmp_path: Path) -
 def test_what_this_machine_cannot_run(tiny_bundle: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bundle = tiny_bundle()
     files = files_of(bundle)
-    monkeypatch.setattr(engine_inputs, "available_memory", lambda: 1000)
+    monkeypatch.setenv("BTP_MEMORY_GIB", "0.000001")
     with pytest.raises(UnavailableError, match=r"the largest graph needs about .* in ONNX Runtime"):
         record_calibration(bundle, bundle.profile().name, files, tmp_path / "inputs")
     assert not (tmp_path / "inputs").exists()
-    monkeypatch.setattr(engine_inputs, "available_memory", lambda: None)
+    monkeypatch.delenv("BTP_MEMORY_GIB")
     build = bundle.manifest.build.model_copy(update={"precision": "bfloat16"})
     narrow = Bundle(bundle.root, bundle.manifest.model_copy(update={"build": build}), bundle.plan)
     with pytest.raises(UnavailableError, match="no bfloat16 kernels"):

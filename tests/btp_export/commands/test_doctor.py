@@ -5,15 +5,26 @@ import json
 import pytest
 
 from btp_export import cli
+from btp_export.commands.doctor import Need, find_package, show
+from btp_export.console import emit
+from btp_export.results.doctor import Doctor
 
 
-@pytest.mark.parametrize("there", [3 * 2**30, None])
 def test_memory_is_what_the_other_commands_go_by(
-    there: int | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A container's limit counts: tests/graphs/files/test_memory.py holds how it is read."""
-    monkeypatch.setattr("graphs.files.memory.available_memory", lambda: there)
+    """A limit counts, the user's or a container's: tests/graphs/files/test_memory.py holds how they are read."""
+    monkeypatch.setenv("BTP_MEMORY_GIB", "0.25")
     assert cli.main(["doctor", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["memory_bytes"] == there
+    document = capsys.readouterr().out
+    assert json.loads(document)["memory_bytes"] == 2**28
     assert cli.main(["doctor"]) == 0
-    assert ("unknown" if there is None else "3.0 GiB") + " memory available" in capsys.readouterr().out
+    assert "256.0 MiB memory available" in capsys.readouterr().out
+    emit(Doctor.model_validate_json(document).model_copy(update={"memory_bytes": None}), as_json=False, render=show)
+    assert "unknown memory available" in capsys.readouterr().out
+
+
+def test_a_missing_package_is_named_with_how_to_install_it() -> None:
+    package = find_package(Need("no-such-package", "a test", alternatives=("no-such-other",)))
+    assert (package.version, package.install) == (None, "pip install no-such-package")
+    assert find_package(Need("no-such-package", "a test", alternatives=("numpy",))).package == "numpy"

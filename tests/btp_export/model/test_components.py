@@ -190,7 +190,7 @@ def test_weights_that_are_not_numbers_are_named(tiny_checkpoint: Path, tmp_path:
 def test_too_little_memory_is_said_before_a_calibration_starts(
     tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("graphs.files.memory.available_memory", lambda: 100 * 2**20)
+    monkeypatch.setenv("BTP_MEMORY_GIB", str(100 / 1024))
     assert cli.main(["calibrate", "--model", str(tiny_checkpoint), "--no-cache"]) == 2
     error = capsys.readouterr().err
     assert "calibrating model on 64 samples needs about" in error and "100.0 MiB are available" in error
@@ -209,7 +209,7 @@ def test_too_little_memory_is_said_before_a_bundle_is_opened_as_a_whole(
     )
     matrix.dims[0] = 2**24
     onnx.save(head, root / "graphs" / "head.onnx")
-    monkeypatch.setattr("btp_export.running.memory_fit.available_memory", lambda: 100 * 2**20)
+    monkeypatch.setenv("BTP_MEMORY_GIB", str(100 / 1024))
     large = Bundle(root, bundle.manifest, bundle.plan)
     for use in (measure, btp_export.load):
         with pytest.raises(InputError, match=r"needs about .* 100\.0 MiB are available") as error:

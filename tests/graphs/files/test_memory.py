@@ -57,13 +57,23 @@ def test_a_group_of_version_1_in_a_container(tmp_path: Path) -> None:
     assert available_memory(tmp_path) == 4 * MIB
 
 
-def test_too_little_is_refused_with_the_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("graphs.files.memory.available_memory", lambda: 3 * 2**30)
-    check_memory(3 * 2**30, "calibrating", do="less")
+def test_too_little_is_refused_with_the_numbers(tmp_path: Path) -> None:
+    tree(tmp_path, proc__meminfo=f"MemAvailable: {3 * 2**20} kB\n")
+    check_memory(3 * 2**30, "calibrating", do="less", root=tmp_path)
     with pytest.raises(InputError, match=r"calibrating needs about 4\.5 GiB of memory, 3\.0 GiB are available"):
-        check_memory(9 * 2**29, "calibrating", do="less")
-    monkeypatch.setattr("graphs.files.memory.available_memory", lambda: None)
-    check_memory(2**50, "calibrating", do="less")
+        check_memory(9 * 2**29, "calibrating", do="less", root=tmp_path)
+    check_memory(2**50, "calibrating", do="less", root=tmp_path / "a system that says nothing")
+
+
+def test_the_user_s_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tree(tmp_path, proc__meminfo=MEMINFO)
+    for limit, memory in (("0.0078125", 8 * MIB), ("1", 8 * MIB), ("0.00390625", 4 * MIB), ("", 8 * MIB)):
+        monkeypatch.setenv("BTP_MEMORY_GIB", limit)
+        assert available_memory(tmp_path) == memory
+    for limit in ("much", "0", "-1", "nan", "inf"):
+        monkeypatch.setenv("BTP_MEMORY_GIB", limit)
+        with pytest.raises(InputError, match=f"BTP_MEMORY_GIB={limit}"):
+            available_memory(tmp_path)
 
 
 def test_this_machine_has_some() -> None:
