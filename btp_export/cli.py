@@ -21,7 +21,7 @@ from types import FrameType
 import typer
 
 from btp_export import commands, console
-from btp_export.commands._groups import as_command
+from btp_export.commands._groups import GroupedCommand, GroupedCommands, as_command
 from graphs.records.errors import BtpError, shortened
 
 ORDER = ("calibrate", "export", "verify", "run", "eval", "bench", "build", "profile", "plan", "report", "doctor")
@@ -40,6 +40,7 @@ def make_app() -> typer.Typer:
     """The typer application: one command for each module in btp_export/commands, `main` for no command."""
     app = typer.Typer(
         name="btp-export",
+        cls=GroupedCommands,
         pretty_exceptions_enable=False,
         rich_markup_mode=None,
         context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
@@ -47,7 +48,7 @@ def make_app() -> typer.Typer:
     for name in command_names():
         module = importlib.import_module(f"{commands.__name__}.{name}")
         command = as_command(module.command, console.stdout_for_results)
-        app.command(name, short_help=_first_sentence(command.__doc__))(command)
+        app.command(name, cls=GroupedCommand, short_help=_first_sentence(command.__doc__))(command)
     main_module = importlib.import_module(f"{commands.__name__}.main")
     app.callback(invoke_without_command=True)(as_command(main_module.command, console.stdout_for_results))
     return app

@@ -2,20 +2,24 @@
 
 Typer reads options from a function's signature. `as_command` gives it a function whose signature has, in place of
 every parameter that is a dataclass, that dataclass's fields; called, it puts the dataclasses together and calls the
-command with them. What an annotation says beside typer's own words is followed too:
+command with them. A dataclass's `heading` stands above its options in `--help`. What an annotation says beside typer's
+own words is followed too:
 
     Annotated[int, typer.Option("--samples"), Between(1, 4096, example=64)]    numbers have bounds
     Annotated[str, typer.Option("--target"), Formerly("--engine")]             the former name works, and says so
 """
 
+import copy
 import dataclasses
 import inspect
+import operator
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, get_args, get_type_hints
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
 from btp_export.console import note
 from graphs.files.paths import expanded
@@ -75,17 +79,57 @@ def as_command(
     return run
 
 
+class GroupedCommand(TyperCommand):
+    """A command whose help has a heading above each group of options."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        _write_options(self, ctx, formatter)
+
+
+class GroupedCommands(TyperGroup):
+    """The same for the program, whose help lists the commands too."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        _write_options(self, ctx, formatter)
+        self.format_commands(ctx, formatter)
+
+
+def _write_options(command: TyperCommand | TyperGroup, ctx: Any, formatter: Any) -> None:
+    """Arguments, the command's own options, then each group under its heading; hidden options have no record."""
+    sections: dict[str, list[tuple[str, str]]] = {"Arguments": [], "Options": []}
+    for parameter in command.get_params(ctx):
+        record = parameter.get_help_record(ctx)
+        if record is not None:
+            own = "Arguments" if parameter.param_type_name == "argument" else "Options"
+            sections.setdefault(getattr(parameter, "rich_help_panel", None) or own, []).append(record)
+    for heading, records in sections.items():
+        if records:
+            with formatter.section(heading):
+                formatter.write_dl(records)
+
+
 def _fields(group: Any) -> list[inspect.Parameter]:
     """The parameters that a dataclass stands for."""
     hints = get_type_hints(group, include_extras=True)
     return [
         _parameter(
             field.name,
-            hints[field.name],
+            _under(group.heading, hints[field.name]),
             inspect.Parameter.empty if field.default is dataclasses.MISSING else field.default,
         )
         for field in dataclasses.fields(group)
     ]
+
+
+def _under(heading: str, annotation: Any) -> Any:
+    """The annotation with its option under a heading. The option is copied: commands without the group may have it."""
+    entries = [
+        copy.copy(entry) if isinstance(entry, typer.models.OptionInfo) else entry for entry in get_args(annotation)
+    ]
+    for entry in entries:
+        if isinstance(entry, typer.models.OptionInfo):
+            entry.rich_help_panel = heading
+    return operator.getitem(Annotated, tuple(entries))  # Annotated[*entries], which Python 3.10 cannot write
 
 
 def _parameter(name: str, annotation: Any, default: Any) -> inspect.Parameter:

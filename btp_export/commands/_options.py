@@ -6,7 +6,7 @@ A group is a dataclass whose fields are options, with a method that makes of the
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import typer
 
@@ -127,6 +127,7 @@ SizeOption = Annotated[
 class PlanOptions:
     """Which plan, and how it is calibrated."""
 
+    heading: ClassVar[str] = "Plan and calibration"
     plan: Annotated[
         str,
         typer.Option(
@@ -165,6 +166,7 @@ class PlanOptions:
 class ExportOptions:
     """The static shapes, and the form of the graphs."""
 
+    heading: ClassVar[str] = "Shapes and graphs"
     batch: Annotated[int, typer.Option("--batch", metavar="B", help="Samples at a time."), Between(1, 1024, 1)] = 1
     text_tokens: Annotated[
         int | None,
@@ -232,6 +234,7 @@ class ExportOptions:
 class DummyOptions:
     """Random weights in place of a model's own."""
 
+    heading: ClassVar[str] = "Random weights"
     dummy_weights: Annotated[
         bool, typer.Option("--dummy-weights", help="Random weights of the model's shapes: for times and sizes only.")
     ] = False

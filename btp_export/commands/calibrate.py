@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import typer
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 class BudgetOptions:
     """How much is pruned: one of compression, counts and latency share, or several compressions at once."""
 
+    heading: ClassVar[str] = "Budget"
     compression: options.CompressionOption = None
     keep: options.KeepOption = None
     latency_share: Annotated[
@@ -70,6 +71,7 @@ class BudgetOptions:
 class MethodOptions:
     """The switches of the method."""
 
+    heading: ClassVar[str] = "Method"
     importance: Annotated[
         options.Importance, typer.Option("--importance", help="The query whose attention ranks the tokens.")
     ] = "last-token"

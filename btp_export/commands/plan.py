@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 class SwitchOptions:
     """One rule of the method changed, everything else of the plan kept."""
 
+    heading: ClassVar[str] = "Changes to a plan"
     importance: Annotated[
         options.Importance | None, typer.Option("--importance", help="Rank tokens by another rule.")
     ] = None

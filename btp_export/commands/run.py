@@ -2,8 +2,9 @@
 
 import io
 import os
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
 
@@ -20,28 +21,48 @@ if TYPE_CHECKING:
     from graphs.records.quantization import Activations
 
 
-def command(
-    bundle: options.BundleArgument,
-    image: Annotated[list[Path], typer.Option("--image", metavar="FILE", help="A picture; repeat for several.")],
-    prompt: Annotated[list[str], typer.Option("--prompt", metavar="TEXT", help="A question; repeat for several.")],
+@dataclass(frozen=True)
+class AnswerOptions:
+    """How tokens are chosen, and how many."""
+
+    heading: ClassVar[str] = "Answers"
     max_new_tokens: Annotated[
         int | None,
         typer.Option("--max-new-tokens", metavar="N", help="Most tokens to generate.  [default: the profile's]"),
         Between(1, options.MOST_TOKENS, 8),
-    ] = None,
+    ] = None
     temperature: Annotated[
         float,
         typer.Option("--temperature", metavar="X", help="Above 0: sample; 0: take the most probable token."),
         Between(0, 100, 0.7),
-    ] = 0.0,
+    ] = 0.0
     top_p: Annotated[
         float,
         typer.Option("--top-p", metavar="X", help="Sample from the likeliest tokens that make up this probability."),
         Between(0, 1, 0.9),
-    ] = 1.0,
+    ] = 1.0
     seed: Annotated[
         int, typer.Option("--seed", metavar="N", help="Seed of the sampling."), Between(0, options.MOST_SEEDS, 0)
-    ] = 0,
+    ] = 0
+
+
+@dataclass(frozen=True)
+class DrawingOptions:
+    """A picture of the tokens that are kept."""
+
+    heading: ClassVar[str] = "Kept tokens"
+    show: Annotated[
+        Path | None, typer.Option("--show", metavar="PNG", help="Draw the image tokens that each stage keeps.")
+    ] = None
+    force: Annotated[bool, typer.Option("--force", help="Replace the file of --show.")] = False
+
+
+def command(
+    bundle: options.BundleArgument,
+    image: Annotated[list[Path], typer.Option("--image", metavar="FILE", help="A picture; repeat for several.")],
+    prompt: Annotated[list[str], typer.Option("--prompt", metavar="TEXT", help="A question; repeat for several.")],
+    sampling: AnswerOptions,
+    drawing: DrawingOptions,
     profile: Annotated[
         str | None,
         typer.Option(
@@ -58,10 +79,6 @@ def command(
     resize: Annotated[
         bool, typer.Option("--resize", help="Scale pictures that do not fit the profile's size.")
     ] = False,
-    show: Annotated[
-        Path | None, typer.Option("--show", metavar="PNG", help="Draw the image tokens that each stage keeps.")
-    ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace the file of --show.")] = False,
     threads: options.ThreadsOption = None,
     activations: options.ActivationsOption = "int8",
     device: options.DeviceOption = "cpu",
@@ -75,8 +92,8 @@ def command(
     from graphs.files.pictures import open_picture
 
     pictures = [open_picture(path) for path in image]
-    if show is not None:
-        _check_show(show, max(len(pictures), len(prompt)), force=force)
+    if drawing.show is not None:
+        _check_show(drawing.show, max(len(pictures), len(prompt)), force=drawing.force)
     opened = Bundle.open(bundle)
     # Before anything is loaded: what no graph takes is refused, and the rest is what the model sees.
     profiles = opened.manifest.profiles if profile is None else [opened.profile(profile)]
@@ -87,31 +104,39 @@ def command(
     answers = model.generate(
         pictures,
         prompt,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        seed=seed,
+        max_new_tokens=sampling.max_new_tokens,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        seed=sampling.seed,
         raw_prompt=raw_prompt,
         system=system,
         on_text=(lambda sample, piece: stream(piece)) if live else None,
     )
     if live:
         stream("\n")
+    _note_unknown_words(prompt, answers)
+    if drawing.show is not None:
+        _draw(model, pictures[0], answers[0], drawing.show)
+    dummy, ran = model.bundle.manifest.model.dummy_weights, activations_in(opened, activations, target)
+    _print(_document(answers, dummy_weights=dummy, activations=ran), answers, live=live, as_json=as_json)
+
+
+def _note_unknown_words(prompt: list[str], answers: "list[Generation]") -> None:
     questions = prompt if len(prompt) == len(answers) else prompt * len(answers)
     for question, answer in zip(questions, answers, strict=True):
         if answer.unknown_tokens:
             note(f"note: {answer.unknown_tokens} words of {question!r} are not in the model's vocabulary")
-    if show is not None:
-        _draw(model, pictures[0], answers[0], show)
-    dummy = model.bundle.manifest.model.dummy_weights
+
+
+def _print(document: "RunResult", answers: "list[Generation]", *, live: bool, as_json: bool) -> None:
+    """The document or the texts, unless they are there already (`live`); then times and kept tokens."""
     render = None if live else lambda _: "\n".join(answer.text for answer in answers)
-    ran = activations_in(opened, activations, target)
-    emit(_document(answers, dummy_weights=dummy, activations=ran), as_json=as_json, render=render)
+    emit(document, as_json=as_json, render=render)
     if not as_json:
         note(_summary(answers[0]))
-        if ran is not None:
-            note(f"four-bit weights, multiplied with {ran} rows")
-        for line in dummy_lines(dummy):
+        if document.activations is not None:
+            note(f"four-bit weights, multiplied with {document.activations} rows")
+        for line in dummy_lines(document.dummy_weights):
             note(line)
 
 
