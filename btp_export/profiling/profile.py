@@ -6,7 +6,7 @@ machine, or earlier elsewhere, with its results in a folder. Beside each part st
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -40,11 +40,13 @@ def profile_engines(
     results: Path | None = None,
     profile: str | None = None,
     report: Report | None = None,
+    places: Sequence[Path] = trtexec.PLACES,
 ) -> Profile:
     """Measure the engines of a target, or read into one document (docs/engines.md) what `results` holds from elsewhere.
 
-    `profile` is a shape profile, the first if left out. The document is also written to the engines' folder, as
-    profile.<baked|shared>.json (with the shape profile's name in it where there are several). Raises InputError for
+    `profile` is a shape profile, the first if left out; in `places` trtexec is looked for behind PATH. The document is
+    also written to the engines' folder, as profile.<baked|shared>.json (with the shape profile's name in it where there
+    are several). Raises InputError for
     engines, results or an earlier document that are missing, damaged or of another bundle, UnavailableError without
     trtexec, TrtexecError if it fails.
     """
@@ -55,7 +57,7 @@ def profile_engines(
     several = len(bundle.manifest.profiles) > 1
     earlier = _read_document(folder / _file("shared" if weights == "baked" else "baked", chosen, several=several))
     if results is None:
-        measure(sources, device, chosen, report)
+        measure(sources, device, chosen, report, places)
     document = _document(sources, device, chosen, earlier)
     path = folder / _file(weights, chosen, several=several)
     write_text(path, document.to_json())

@@ -1,7 +1,7 @@
 """Engines that are profiled and where their measurements lie; and measuring them, by the kit's own profile.sh."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -85,8 +85,17 @@ def read_system(path: Path) -> dict[str, str]:
 # -- measuring -------------------------------------------------------------------------------------------------------
 
 
-def measure(sources: Mapping[str, Source], target: Target, profile: ShapeProfile, report: Report | None) -> None:
-    """Run profile.sh, graph by graph. Raises InputError for a script that is not as `build` writes it."""
+def measure(
+    sources: Mapping[str, Source],
+    target: Target,
+    profile: ShapeProfile,
+    report: Report | None,
+    places: Sequence[Path] = trtexec.PLACES,
+) -> None:
+    """Run profile.sh, graph by graph, with the trtexec on PATH or in one of the folders `places`.
+
+    Raises InputError for a script that is not as `build` writes it.
+    """
     for part, source in sources.items():
         _require_own_scripts(source, target, part, inner=UNPRUNED in sources and not part)
     graphs = [(source, graph) for source in sources.values() for graph in graphs_of(source, profile)]
@@ -98,7 +107,7 @@ def measure(sources: Mapping[str, Source], target: Target, profile: ShapeProfile
                 do=f"btp-export build BUNDLE --target {target.name}, or build.sh in that folder",
             )
     tool = traits(target.flavour, sources[""].record.tensorrt).tool
-    environment = {**os.environ, tool.upper(): str(trtexec.find(tool).absolute())}
+    environment = {**os.environ, tool.upper(): str(trtexec.find(tool, places).absolute())}
     for number, (source, graph) in enumerate(graphs):
         if report is not None:
             report(number, len(graphs), stem(graph))

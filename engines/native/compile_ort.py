@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
@@ -28,23 +29,23 @@ def sources() -> list[Path]:
     return [*(path for path in found if path.is_file()), NATIVE / "ort_library.cc"]
 
 
-def digest() -> str:
-    """sha256 of everything that is compiled, headers included."""
+def digest(flags: Sequence[str] = FLAGS) -> str:
+    """sha256 of everything that is compiled, headers included, and of the compiler's flags."""
     folders = [NATIVE, Path(ops.__file__).parent / "common", *ops.folders()]
     files = sorted(path for folder in folders for path in folder.glob("*") if path.suffix in (".cc", ".h"))
-    state = hashlib.sha256(" ".join(FLAGS).encode())
+    state = hashlib.sha256(" ".join(flags).encode())
     for path in files:
         state.update(path.name.encode() + path.read_bytes())
     return state.hexdigest()
 
 
-def compile_ort(folder: Path = NATIVE / "build") -> Path | None:
+def compile_ort(folder: Path = NATIVE / "build", *, flags: Sequence[str] = FLAGS) -> Path | None:
     """libbtp_ort.so in `folder`; None where the one there is current, or has CUDA kernels.
 
     Raises UnavailableError where there is no C++ compiler, CheckError where it refuses the sources.
     """
     library, note = folder / "libbtp_ort.so", folder / "libbtp_ort.sources"
-    wanted = digest()
+    wanted = digest(flags)
     if library.is_file():
         ours = note.is_file() and note.read_text(encoding="utf-8").split()
         if not ours or ours[1:] != [sha256(library)] or ours[0] == wanted:
@@ -59,7 +60,7 @@ def compile_ort(folder: Path = NATIVE / "build") -> Path | None:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         made = Path(scratch) / library.name
-        command = [compiler, *FLAGS, *map(str, sources()), "-o", str(made)]
+        command = [compiler, *flags, *map(str, sources()), "-o", str(made)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode != 0:
             reason = (done.stderr.strip().splitlines() or ["no reason given"])[0]
@@ -69,10 +70,10 @@ def compile_ort(folder: Path = NATIVE / "build") -> Path | None:
     return library
 
 
-def main() -> int:
+def main(folder: Path = NATIVE / "build") -> int:
     """Compile where it is needed, and say so; a machine without a compiler goes on with the portable bodies."""
     try:
-        made = compile_ort()
+        made = compile_ort(folder)
         if made is not None:
             inspect("btp_ort", made)
             print(f"compiled {made.name}: selections run natively on this CPU", file=sys.stderr)

@@ -13,7 +13,6 @@ import pytest
 from btp_export.cli import main
 from btp_export.profiling.profile import profile_engines, saved_profiles
 from engines.targets import find_target
-from engines.tensorrt import trtexec
 from engines.tensorrt.prepare.build_plan import Wishes, plan_build
 from graphs.files.bundle import Bundle
 from graphs.pruning.operations import cost
@@ -250,9 +249,8 @@ def test_what_is_missing(bundle: Bundle, tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(InputError, match=r"vision\.times\.json: No such file"):
         profile_engines(bundle, TARGET, results=tmp_path)
     monkeypatch.setenv("PATH", "/nowhere")
-    monkeypatch.setattr(trtexec, "PLACES", (tmp_path / "nowhere",))
     with pytest.raises(UnavailableError, match="trtexec was found neither"):
-        profile_engines(bundle, TARGET)
+        profile_engines(bundle, TARGET, places=[tmp_path / "nowhere"])
     (root / "head.engine").unlink()
     with pytest.raises(InputError, match="no engine of head"):
         profile_engines(bundle, TARGET)

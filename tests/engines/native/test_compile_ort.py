@@ -5,24 +5,23 @@ from pathlib import Path
 
 import pytest
 
-from engines.native import compile_ort as module
-from engines.native.compile_ort import compile_ort
+from engines.native.compile_ort import FLAGS, compile_ort, main
 from engines.native.libraries import inspect
 from graphs.records.errors import UnavailableError
 from tests.engines.native import builds
 
 
-def test_it_is_compiled_once_and_again_when_sources_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_is_compiled_once_and_again_when_sources_change(tmp_path: Path) -> None:
     builds.compiler()
-    monkeypatch.setattr(module, "FLAGS", tuple(flag if flag != "-O3" else "-O0" for flag in module.FLAGS))
-    library = compile_ort(tmp_path)
+    flags = tuple(flag if flag != "-O3" else "-O0" for flag in FLAGS)
+    library = compile_ort(tmp_path, flags=flags)
     assert library == tmp_path / "libbtp_ort.so"
     assert inspect("btp_ort", library).architectures == () and hasattr(ctypes.CDLL(str(library)), "RegisterCustomOps")
-    assert compile_ort(tmp_path) is None, "it is current"
+    assert compile_ort(tmp_path, flags=flags) is None, "it is current"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["libbtp_ort.so", "libbtp_ort.sources"]
     note = tmp_path / "libbtp_ort.sources"
     note.write_text("0" * 64 + " " + note.read_text().split()[1])
-    assert compile_ort(tmp_path) == library, "other sources"
+    assert compile_ort(tmp_path, flags=flags) == library, "other sources"
 
 
 @pytest.mark.parametrize("note", [None, "0" * 64 + " " + "1" * 64, "not a note"])
@@ -41,5 +40,4 @@ def test_without_a_compiler_it_says_what_to_install(
     with pytest.raises(UnavailableError, match="no C\\+\\+ compiler") as error:
         compile_ort(tmp_path / "new")
     assert error.value.do == "apt-get install g++" and not (tmp_path / "new").exists()
-    monkeypatch.setattr(module, "compile_ort", lambda: compile_ort(tmp_path / "new"))
-    assert module.main() == 0 and "portable bodies run" in capsys.readouterr().err
+    assert main(tmp_path / "new") == 0 and "portable bodies run" in capsys.readouterr().err

@@ -21,7 +21,6 @@ import pytest
 from btp_export.cli import main
 from engines.native import libraries
 from engines.targets import find_target
-from engines.tensorrt.build import build as building_module
 from engines.tensorrt import installed
 from engines.tensorrt.build.build import Result, build
 from engines.tensorrt.installed import Library
@@ -29,6 +28,7 @@ from engines.tensorrt.build.machine import machine_for, choose_plugins
 from engines.tensorrt.prepare.build_plan import BuildPlan, Wishes, plan_build
 from engines.tensorrt.prepare.prepared_graphs import Choices, prepare
 from engines.tensorrt.records import EnginesRecord
+from graphs.files.atomic import RESERVE
 from graphs.files.bundle import Bundle
 from graphs.records.errors import CheckError, InputError, UnavailableError
 from graphs.records.plan import Stage
@@ -207,7 +207,7 @@ def test_a_folder_of_the_user_is_not_touched(bundle: Bundle) -> None:
 
 
 def test_too_little_memory_is_said_with_what_would_fit(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(building_module, "available_memory", lambda: 2**20)
+    monkeypatch.setenv("BTP_MEMORY_GIB", str(2**20 / 2**30))
     with pytest.raises(InputError, match="building the largest engine needs about") as caught:
         run(bundle, Wishes(engine_weights="baked"))
     assert "1.0 MiB" in caught.value.wanted and not (bundle.root / "engines").exists()
@@ -215,8 +215,7 @@ def test_too_little_memory_is_said_with_what_would_fit(bundle: Bundle, monkeypat
 
 def test_too_little_disk_is_said(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(bundle.root)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=70 * 2**20))
-    monkeypatch.setattr("graphs.files.atomic.RESERVE", 70 * 2**20)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=RESERVE))
     with pytest.raises(InputError, match="the folder rtx-ada needs"):
         run(bundle)
     assert not (bundle.root / "engines").exists()
