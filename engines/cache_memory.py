@@ -7,7 +7,7 @@ the new rows of all its layers: on a GPU every copy is a launch of its own, howe
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from engines.runners import Buffer, Loader, TensorSpec
+from engines.runners.interface import Buffer, Loader, TensorSpec
 from graphs import names
 from graphs.records.plan import Segment
 

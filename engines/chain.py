@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from engines.cache_memory import ALIGNMENT, allocate_layers
-from engines.runners import Array, Bound, Buffer, Dtype, Loader, Runner, TensorSpec
+from engines.runners.interface import Array, Bound, Buffer, Dtype, Loader, Runner, TensorSpec
 from graphs import names
 from graphs.records.errors import CheckError, InputError
 from graphs.records.plan import PruningPlan, Segment

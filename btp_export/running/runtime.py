@@ -25,7 +25,7 @@ from btp_export.running.generation import Answer, answers_for, generate
 from btp_export.running.memory_fit import check_fits_memory
 from btp_export.running.sampling import Sampling
 from engines.chain import Chain
-from engines.runners import Loader
+from engines.runners.interface import Loader
 from engines.runners.onnxruntime import OrtLoader
 from graphs import names
 from graphs.building.rope import token_tables

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from engines.runners import Array, Dtype, TensorSpec
+from engines.runners.interface import Array, Dtype, TensorSpec
 from graphs.records.errors import InputError
 
 

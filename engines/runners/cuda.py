@@ -19,8 +19,8 @@ from typing import Any, Final, Protocol
 
 import numpy as np
 
-from engines.runners import Array, Buffer, Dtype
 from engines.runners.host import check_rows
+from engines.runners.interface import Array, Buffer, Dtype
 from graphs.records.errors import CheckError, UnavailableError
 
 LIBRARIES: Final = ("libcudart.so.13", "libcudart.so.12", "libcudart.so.11.0", "cudart64_13.dll", "cudart64_12.dll")

@@ -5,7 +5,7 @@ from math import prod
 
 import numpy as np
 
-from engines.runners import Array, Buffer, Dtype
+from engines.runners.interface import Array, Buffer, Dtype
 
 ALIGNMENT = 64  # bytes: a cache line, and the widest vector load
 

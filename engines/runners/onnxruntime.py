@@ -18,9 +18,9 @@ import onnxruntime as ort
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
 from engines.native import libraries
-from engines.runners import Array, Bound, Buffer, Dtype, TensorSpec
 from engines.runners.binding import check_arrays, check_names, check_tensor
 from engines.runners.host import HostBuffer
+from engines.runners.interface import Array, Bound, Buffer, Dtype, TensorSpec
 from engines.runners.packed_files import FOLDER_OPTION, PackedFiles
 from graphs import dtypes, ops
 from graphs.records.errors import BtpError, CheckError, InputError, UnavailableError

@@ -8,7 +8,7 @@ from functools import partial
 
 import numpy as np
 
-from engines.runners import Runner
+from engines.runners.interface import Runner
 from engines.verify.gates import CheckResults, GraphCheck, agreement
 from engines.verify.protocol import Array, SegmentRun, StageRun, VerifySample
 from engines.verify.streamed_graphs import run_each

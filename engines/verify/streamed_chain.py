@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from engines.chain import Batch
-from engines.runners import Runner, TensorSpec
+from engines.runners.interface import Runner, TensorSpec
 from engines.verify.protocol import Array
 from engines.verify.streamed_graphs import Shares, run_each
 from graphs import names

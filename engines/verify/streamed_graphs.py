@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import onnx
 
-from engines.runners import Runner, TensorSpec
+from engines.runners.interface import Runner, TensorSpec
 from engines.verify.protocol import Array
 from graphs import dtypes
 from graphs.building.graph_parts import Part, has_bfloat16, read_graph, split, wide_weights, widen

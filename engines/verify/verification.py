@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from engines.runners import Runner
+from engines.runners.interface import Runner
 from engines.verify.gates import GATES, CheckResults, Gates, agreement
 from engines.verify.graph_checks import GraphVerifier
 from engines.verify.protocol import Array, ReferenceRun, VerifySample

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from engines.runners import Array, Bound, Buffer, Dtype, Loader, TensorSpec
+from engines.runners.interface import Array, Bound, Buffer, Dtype, Loader, TensorSpec
 from graphs import dtypes
 from graphs.building.graph_builder import dims, dtype_of
 

@@ -17,8 +17,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
-from engines.runners import Array, Buffer, Dtype, TensorSpec, cuda
+from engines.runners import cuda
 from engines.runners.binding import check_arrays, check_names, check_tensor
+from engines.runners.interface import Array, Buffer, Dtype, TensorSpec
 from engines.tensorrt.records import BuiltEngine, EngineGraph, EnginesRecord, bundle_digest
 from engines.tensorrt.run import session
 from engines.tensorrt.run.session import build_again, explain

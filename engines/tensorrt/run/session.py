@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from engines.native import libraries, plugins
-from engines.runners import Buffer, Dtype, cuda
+from engines.runners import cuda
+from engines.runners.interface import Buffer, Dtype
 from engines.tensorrt import installed
 from engines.tensorrt.messages import Messages
 from engines.tensorrt.records import BuiltEngine, EngineGraph, EnginesRecord, Flavour, PluginForm

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from engines.runners import Array, Buffer, Dtype
+from engines.runners.interface import Array, Buffer, Dtype
 from engines.tensorrt.records import EngineGraph, WeightInput, WeightSource
 from graphs import dtypes
 from graphs.records.errors import InputError

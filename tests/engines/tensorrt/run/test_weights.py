@@ -11,8 +11,8 @@ import pytest
 from safetensors.numpy import save_file
 from safetensors.torch import load_file
 
-from engines.runners import Buffer, Dtype
 from engines.runners.host import HostBuffer
+from engines.runners.interface import Buffer, Dtype
 from engines.tensorrt.prepare.prepared_graphs import Choices, PreparedGraph, prepare
 from engines.tensorrt.records import WeightInput, WeightSource
 from engines.tensorrt.run.weights import SharedWeights, packed

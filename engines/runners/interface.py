@@ -1,0 +1,89 @@
+"""What every backend offers: loaders open graphs and give runners; buffers are memory on the device of a loader."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+Dtype = np.dtype[Any]
+Array = np.ndarray[Any, Dtype]
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One input or output of a graph. bfloat16 is ml_dtypes' dtype."""
+
+    name: str
+    dtype: Dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor."""
+        return prod(self.shape) * self.dtype.itemsize
+
+
+class Buffer(Protocol):
+    """A tensor at an address that never changes, on the device of the loader that made it."""
+
+    @property
+    def dtype(self) -> Dtype: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def pointer(self) -> int:
+        """The address of the first byte, in the device's address space."""
+
+    def write(self, values: Array) -> None:
+        """Replace the whole tensor; `values` has the buffer's shape and is converted to its dtype."""
+
+    def read(self) -> Array:
+        """A copy in host memory."""
+
+    def view(self, shape: Sequence[int], *, offset: int = 0) -> "Buffer":
+        """A part of the same memory as a tensor of another shape, from element `offset` on."""
+
+    def write_rows(self, rows: "Array | Buffer", starts: Sequence[int]) -> None:
+        """Replace rows of the second last axis.
+
+        With the buffer [B, ..., N, W] and rows [B, ..., n, W], sample b's rows starts[b] .. starts[b]+n-1 are
+        replaced. `rows` is a host array or a buffer of the same device.
+        """
+
+
+class Bound(Protocol):
+    """A graph tied to buffers."""
+
+    def __call__(self) -> None:
+        """Read the input buffers, compute, write the output buffers; returns when the results are there."""
+
+
+class Runner(Protocol):
+    """One loaded graph."""
+
+    @property
+    def inputs(self) -> Mapping[str, TensorSpec]: ...
+    @property
+    def outputs(self) -> Mapping[str, TensorSpec]: ...
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Compute all outputs from host arrays of exactly the declared names, dtypes and shapes."""
+
+    def bind(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> Bound:
+        """Tie every input and output to a buffer of this runner's loader."""
+
+
+class Loader(Protocol):
+    """How graphs are opened: backend, device and settings."""
+
+    @property
+    def device(self) -> str: ...
+
+    def __call__(self, path: Path) -> Runner:
+        """Open one graph. Raises InputError if it is missing or damaged, UnavailableError if it cannot run here."""
+
+    def allocate(self, dtype: Dtype, shape: Sequence[int]) -> Buffer:
+        """Memory for one tensor, zeroed, aligned to 64 bytes."""
