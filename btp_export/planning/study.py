@@ -6,6 +6,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,12 +29,10 @@ if TYPE_CHECKING:
     from btp_export.model.prompting import Prompter
     from calibrate.calibrate import Study
     from calibrate.data.samples import Sample, SampleSet
-    from calibrate.measure.statistics import Statistics
     from calibrate.place.candidates import Request
     from calibrate.place.cost import PrefillCost
     from calibrate.place.counts import Shape
     from calibrate.reference.records import ReferenceInput
-    from calibrate.reference.streamed_model import StreamedReference
 
 MOST_SAMPLES = 4096
 DEFAULT_SAMPLES = 64
@@ -164,8 +163,8 @@ def open_study(
     from btp_export.model.prompting import Prompter
     from btp_export.planning.latency import prefill_cost
     from calibrate import calibrate as calibration
+    from calibrate.measure.statistics_cache import StatisticsCache
     from calibrate.place.counts import Shape
-    from calibrate.place.search import check_tuning
     from calibrate.reference.streamed_model import StreamedReference, torch_device
 
     spec = model.spec
@@ -184,17 +183,19 @@ def open_study(
     (check or type(request).check)(request, shape, cost)
     prompter = Prompter(model.source.folder, spec)
     chosen = calibration_samples(settings, prompter, note, profile.image_size)
-    _check_memory(model, profile, len(chosen.samples), settings.maths)
-    if settings.tune:
-        check_tuning(len(chosen.samples), counts=settings.keep is None, shares=settings.balance is None)
+    _check_samples(model, profile, len(chosen.samples), settings)
     samples, resized = fitted_samples(chosen.samples, spec, profile)
     inputs = _inputs(model, prompter, profile, samples, report)
     reference = StreamedReference(
         model.checkpoint, dtype=dtypes.BY_NAME[settings.maths].torch, device=device, work=work
     )
     taus = calibration.taus_for(settings.tau, spec.change_threshold)
-    key = _cache_key(model, profile, chosen.digest(), taus, settings, device)
-    statistics = _statistics(reference, inputs, shape, key, model, settings, report, note)
+    measure = partial(calibration.measure_statistics, reference, inputs, shape, answer_tokens=settings.answer_tokens)
+    cache = StatisticsCache(cache_folder("statistics") if settings.cache else None, note)
+    statistics = cache.get_or_measure(
+        _cache_key(model, profile, chosen.digest(), taus, settings, device),
+        lambda: measure(tau=settings.tau, model_tau=spec.change_threshold, ends=spec.eos_token_ids, progress=report),
+    )
     study = calibration.Study(
         reference=reference,
         inputs=statistics.answered(inputs),
@@ -210,43 +211,17 @@ def open_study(
     return study, request
 
 
-def _statistics(
-    reference: StreamedReference,
-    inputs: Sequence[ReferenceInput],
-    shape: Shape,
-    key: str,
-    model: Model,
-    settings: CalibrationSettings,
-    report: Report | None,
-    note: Note | None,
-) -> Statistics:
-    """The measurements of that key: from the cache, or made now and kept there."""
-    from calibrate.calibrate import measure_statistics
-    from calibrate.measure.statistics_cache import StatisticsCache
+def _check_samples(model: Model, profile: ShapeProfile, samples: int, settings: CalibrationSettings) -> None:
+    """Raise InputError for more samples than memory holds, or fewer than a search takes."""
+    from calibrate.place.search import check_tuning
 
-    cache = StatisticsCache(cache_folder("statistics") if settings.cache else None, note)
-    statistics = cache.get(key)
-    if statistics is None:
-        statistics = measure_statistics(
-            reference,
-            inputs,
-            shape,
-            tau=settings.tau,
-            model_tau=model.spec.change_threshold,
-            answer_tokens=settings.answer_tokens,
-            ends=model.spec.eos_token_ids,
-            progress=report,
-        )
-        cache.put(key, statistics)
-    return statistics
-
-
-def _check_memory(model: Model, profile: ShapeProfile, samples: int, maths: Precision) -> None:
     check_memory(
-        needed_bytes(model, profile, samples, maths),
+        needed_bytes(model, profile, samples, settings.maths),
         f"calibrating {model.spec.name} on {samples} samples",
-        do=f"fewer --samples (a layer at a time needs {size_text(needed_bytes(model, profile, 1, maths))})",
+        do=f"fewer --samples (a layer at a time needs {size_text(needed_bytes(model, profile, 1, settings.maths))})",
     )
+    if settings.tune:
+        check_tuning(samples, counts=settings.keep is None, shares=settings.balance is None)
 
 
 def needed_bytes(model: Model, profile: ShapeProfile, samples: int, maths: Precision) -> int:

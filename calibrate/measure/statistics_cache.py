@@ -12,7 +12,7 @@ import json
 import struct
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Final
@@ -61,6 +61,14 @@ class StatisticsCache:
             self._tell(f"cached statistics {path.name} are damaged ({reason}): measured again")
             return None
         self._tell(f"statistics of {statistics.samples} samples reused from the cache (--no-cache measures again)")
+        return statistics
+
+    def get_or_measure(self, key: str, measure: Callable[[], Statistics]) -> Statistics:
+        """The statistics of that key; where there are none they are measured now, and kept."""
+        statistics = self.get(key)
+        if statistics is None:
+            statistics = measure()
+            self.put(key, statistics)
         return statistics
 
     def put(self, key: str, statistics: Statistics) -> None:

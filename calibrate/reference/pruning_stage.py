@@ -99,13 +99,7 @@ def _choose(
         scores,
         torch_scores.stage_similarity(stage, image) if stage.needs_similarity else None,
         None if seeds is None else torch.from_numpy(seeds),
-        keep=stage.keep,
-        attention_quota=stage.attention_quota,
-        diversity_quota=stage.diversity_quota,
-        pool=stage.pool,
-        boundary=stage.boundary,
-        diversity_rule=stage.diversity,
-        weighted=int(stage.weights == "scores"),
+        **stage.attributes,
     )
     return indices[0], scores[0]
 

@@ -80,13 +80,9 @@ def _select(b: GraphBuilder, plan: PruningPlan, number: int, image: ir.Value, sc
     seeds = stage_seeds(plan, number)
     if seeds is not None:
         inputs.append(b.constant(b.full_name("seeds"), seeds))
-    # Left out where they are the defaults: a plan of format 1 gives the graphs it always gave, byte for byte.
-    coverage = {"diversity_rule": "coverage", "weighted": int(stage.weights == "scores")}
-    rule: dict[str, Any] = coverage if stage.diversity == "coverage" else {}
     return b.op(
         "BtpSelectTokens", inputs, "indices", shape=(dims(scores)[0], stage.keep), dtype=INT32, domain=BTP_DOMAIN,
-        keep=stage.keep, attention_quota=stage.attention_quota, diversity_quota=stage.diversity_quota,
-        pool=stage.pool, boundary=stage.boundary, **rule, **PLUGIN,
+        **stage.attributes, **PLUGIN,
     )  # fmt: skip
 
 

@@ -78,6 +78,18 @@ class Stage(Record):
         return handler({name: part for name, part in schema.items() if name != "serialization"})
 
     @property
+    def attributes(self) -> dict[str, Any]:
+        """BtpSelectTokens' attributes. Those of format 2 are left out where they have their defaults.
+
+        So a plan of format 1 gives the graphs that it always gave, byte for byte.
+        """
+        counts = ("keep", "attention_quota", "diversity_quota", "pool", "boundary")
+        attributes: dict[str, Any] = {name: getattr(self, name) for name in counts}
+        if self.diversity == "coverage":
+            attributes |= {"diversity_rule": "coverage", "weighted": int(self.weights == "scores")}
+        return attributes
+
+    @property
     def needs_similarity(self) -> bool:
         """Whether the selection reads the token similarity: diversity picks, seeds, or a fill beyond the quota."""
         return self.keep > 0 and (self.diversity_quota > 0 or self.seeds > 0 or self.attention_quota < self.keep)
