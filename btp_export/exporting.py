@@ -88,8 +88,8 @@ def export_bundle(
         note_links(model, out, options, note)
     with staged(out, force=force) as root:
         export_into(model, plans, profiles, root, options, report=report)
-        made = Bundle.open(root)  # what is damaged is never put in place
-    return replace(made, root=out)
+        bundle = Bundle.open(root)  # what is damaged is never put in place
+    return replace(bundle, root=out)
 
 
 def make_profiles(model: Model, options: Options) -> list[ShapeProfile]:
@@ -158,12 +158,12 @@ def check_plan(
     Only models that take any image size have plans rescaled. Raises InputError unless it fits the model at all of them.
     """
     plans = [plan_for_profile(plan, profile) if model.spec.vision.dynamic else plan for profile in profiles]
-    for made, profile in zip(plans, profiles, strict=True):
-        check_fits(model.spec, made, profile)
-        if made != plan and note is not None:
+    for matched, profile in zip(plans, profiles, strict=True):
+        check_fits(model.spec, matched, profile)
+        if matched != plan and note is not None:
             note(
                 f"profile {profile.name}: the plan for {plan.image_tokens} image tokens was rescaled to "
-                f"{made.image_tokens}"
+                f"{matched.image_tokens}"
             )
     return plans
 
@@ -241,12 +241,12 @@ def export_into(
 
 def _weight_records(root: Path, placed: Mapping[str, str | None], hashes: Mapping[Path, str]) -> list[FileRecord]:
     """The checkpoint's files and our two; `hashes` has those that were not known when the files were placed."""
-    made = [record(root, f"graphs/weights/{name}") for name in (VISION_WEIGHTS, ROPE_WEIGHTS)]
+    records = [record(root, f"graphs/weights/{name}") for name in (VISION_WEIGHTS, ROPE_WEIGHTS)]
     own = [
         FileRecord(file=file, size=(root / file).stat().st_size, sha256=known or hashes[root / file])
         for file, known in placed.items()
     ]
-    return [*own, *made]
+    return [*own, *records]
 
 
 def default_precision(model: Model) -> Precision:

@@ -197,7 +197,7 @@ def choose(
     if len(candidates) > 1 and not np.ptp([candidate.mean for candidate in candidates]) > 1e-6:
         return 0, ["no candidate changes the model's answers: the cheapest placement by the counts was taken"]
     most = max(len(candidate.divergence) for candidate in candidates)
-    finalists = [number for number, one in enumerate(candidates) if len(one.divergence) == most]
+    finalists = [number for number, candidate in enumerate(candidates) if len(candidate.divergence) == most]
     held = [number for number in finalists if not _lost(candidates[number], kinds, kind_bound)]
     notes = [
         f"{candidates[number].method} was refused: {_lost(candidates[number], kinds, kind_bound)}"
@@ -294,9 +294,12 @@ def _beaten(candidates: Sequence[Candidate], best: int) -> list[dict[str, Any]]:
     for method in dict.fromkeys(candidate.method for candidate in candidates):
         if method == chosen.method:
             continue
-        mine = [candidate for candidate in candidates if candidate.method == method]
-        most = max(len(candidate.divergence) for candidate in mine)
-        other = min((one for one in mine if len(one.divergence) == most), key=lambda one: one.mean)
+        ranked = [candidate for candidate in candidates if candidate.method == method]
+        most = max(len(candidate.divergence) for candidate in ranked)
+        other = min(
+            (candidate for candidate in ranked if len(candidate.divergence) == most),
+            key=lambda candidate: candidate.mean,
+        )
         further = other.mean - float(chosen.divergence[:most].mean())
         rows.append({"method": method, "samples": most, "further": round(further, 6)})
     return sorted(rows, key=lambda row: row["further"])

@@ -60,14 +60,14 @@ def front(
     if study.cost is None:
         raise InputError("a front without a cost", wanted="the cost of the model's layers")
     asked = requests(request, study.shape, study.cost, budgets)
-    proposed = [propose(study.evidence, study.shape, one, study.cost) for one in asked]
+    proposed = [propose(study.evidence, study.shape, budgeted, study.cost) for budgeted in asked]
     report = labelled(progress, "trying placements")
     groups = judge(study.reference, study.inputs, proposed, study.statistics.logits_of(), progress=report)
     points = []
-    for one, group in zip(asked, groups, strict=True):
-        plan, best = planned(study, one, group)
+    for budgeted, group in zip(asked, groups, strict=True):
+        plan, best = planned(study, budgeted, group)
         chosen, share = group[best], study.cost.share(plan)
-        points.append(Point(one.budget.requested, plan, chosen.mean, float(chosen.agreement.mean()), share))
+        points.append(Point(budgeted.budget.requested, plan, chosen.mean, float(chosen.agreement.mean()), share))
     return [replace(point, dominated=is_dominated(point, points)) for point in points]
 
 
@@ -87,8 +87,8 @@ def requests(
             do="--budgets 0.6,0.78,0.9",
         )
     asked = [replace(request, budget=Budget(compression=budget)) for budget in sorted(budgets)]
-    for one in asked:
-        one.check(shape, cost)
+    for budgeted in asked:
+        budgeted.check(shape, cost)
     return asked
 
 

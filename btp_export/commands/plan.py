@@ -147,8 +147,8 @@ def _presets() -> "Presets":
     from calibrate.place.presets import PRESETS
 
     released = {name: family_for({"model_type": name}).released for name in known_families()}
-    settings = {name: found for name, found in released.items() if found is not None}
-    cautions = [f"; {name}: {found.caution}" for name, found in settings.items() if found.caution]
+    settings = {name: setting for name, setting in released.items() if setting is not None}
+    cautions = [f"; {name}: {setting.caution}" for name, setting in settings.items() if setting.caution]
 
     def summary(entry: "NamedPlan") -> str:
         families = f" ({', '.join(settings)})" if entry.uses_released else ""

@@ -234,12 +234,12 @@ def tensor_bits(name: str, shape: tuple[int, ...], kind: str, seed: int) -> Iter
     mask, shift, bias = LAYOUT[kind]
     if name.endswith(f".{SCALES}"):
         mask &= 0x7FFF  # no signs
-    one = np.uint16(bias << shift)
+    unit = np.uint16(bias << shift)
     exponent = np.uint16((bias + _exponent(name, shape)) << shift)
     for first in range(0, count, PIECE):
         size = min(PIECE, count - first)
         if ONES.search(name) or ZEROS.search(name):
-            yield np.full(size, one if ONES.search(name) else 0, np.uint16)
+            yield np.full(size, unit if ONES.search(name) else 0, np.uint16)
             continue
         bits = random.random_raw(-(-size // 4)).astype("<u8", copy=False).view("<u2")[:size]
         bits &= np.uint16(mask)

@@ -216,9 +216,9 @@ def _shapes(spec: DecoderSpec) -> dict[str, tuple[int, ...]]:
 
 def split_layer(name: str) -> tuple[int | None, str]:
     """Layer number, if it has one, and the rest of a canonical decoder tensor name."""
-    found = re.fullmatch(r"language_model\.(?:layers\.(\d+)\.)?(.+)", name)
-    assert found is not None
-    return (int(found[1]) if found[1] else None), found[2]
+    match = re.fullmatch(r"language_model\.(?:layers\.(\d+)\.)?(.+)", name)
+    assert match is not None
+    return (int(match[1]) if match[1] else None), match[2]
 
 
 def _refuse(got: str, wanted: str) -> NoReturn:

@@ -42,7 +42,11 @@ def refuse_unknown_keys(checkpoint: Checkpoint, unused: frozenset[str] = frozens
     for part, fields, config in _parts(checkpoint.config):
         known = KNOWN | unused | _settings_of(config)
         for key, value in fields.items():
-            if key not in known and not key.startswith("_") and not any(value is one or value == one for one in EMPTY):
+            if (
+                key not in known
+                and not key.startswith("_")
+                and not any(value is empty or value == empty for empty in EMPTY)
+            ):
                 raise InputError(
                     f"{part} sets {key} to {str(value)[:60]}, which transformers' {type(config).__name__} lacks",
                     wanted="settings that are known, as an unknown one could change the numbers",

@@ -86,7 +86,7 @@ class LlavaNext:
         config = checkpoint.config
         side, patches = grid_of_patches(config)
         pinpoints = _pinpoints(config, side)
-        size = max(pinpoints, key=lambda one: one[0] * one[1])
+        size = max(pinpoints, key=lambda size: size[0] * size[1])
         layout = _layout(size, pinpoints, side, patches)
         vision = VisionSpec(
             image_size=size,
@@ -139,7 +139,7 @@ class LlavaNext:
         side, _ = grid_of_patches(checkpoint.config)
         pinpoints = _pinpoints(checkpoint.config, side)
         config.image_grid_pinpoints = [list(size) for size in pinpoints]
-        size = image_size or max(pinpoints, key=lambda one: one[0] * one[1])
+        size = image_size or max(pinpoints, key=lambda pinpoint: pinpoint[0] * pinpoint[1])
 
         class ImageFeatures(nn.Module):
             """pixel_values [B, 1 + tiles, 3, s, s] -> image features [B,V,C], for pictures of one size.

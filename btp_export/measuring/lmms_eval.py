@@ -97,7 +97,7 @@ class BtpExport(lmms):  # type: ignore[misc]
             settings = requests[places[0]].args[1]
             temperature, top_p = _sampling(settings)
             asked = [_question(request, self.task_dict) for request in (requests[place] for place in places)]
-            made = self.model.generate(
+            generations = self.model.generate(
                 [picture for picture, _ in asked],
                 [prompt for _, prompt in asked],
                 max_new_tokens=self._room(settings.get("max_new_tokens")),
@@ -105,7 +105,7 @@ class BtpExport(lmms):  # type: ignore[misc]
                 top_p=top_p,
                 resize=True,
             )
-            for place, answer in zip(places, made, strict=True):
+            for place, answer in zip(places, generations, strict=True):
                 answers[place] = _until(answer.text, settings.get("until"))
                 self.cache_hook.add_partial("generate_until", requests[place].args[:2], answers[place])
         return answers
@@ -192,7 +192,7 @@ def _question(request: Instance, tasks: Any) -> tuple[Image.Image, str]:
     """The picture and the text of a request; a picture placeholder in the text is the chat template's business."""
     context, _, pictures_of, document, task, split = request.args
     pictures = pictures_of(_document(tasks, document, task, split)) or []
-    films = any(isinstance(one, str) for one in pictures)
+    films = any(isinstance(picture, str) for picture in pictures)
     if len(pictures) != 1 or films:
         raise InputError(
             f"task {task}, document {document}: {'a video' if films else f'{len(pictures)} pictures'}",

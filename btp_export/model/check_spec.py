@@ -12,9 +12,9 @@ def check_spec(bundle: Bundle) -> None:
 
     What the user chose (name, system message) and what earlier versions did not record is not compared.
     """
-    made = family_of(bundle.spec).spec(bundle.checkpoint(), bundle.spec.name)
+    expected = family_of(bundle.spec).spec(bundle.checkpoint(), bundle.spec.name)
     for name in COMPARED:
-        got, wanted = getattr(bundle.spec, name), getattr(made, name)
+        got, wanted = getattr(bundle.spec, name), getattr(expected, name)
         if name == "vision" and got.class_token is None:
             wanted = wanted.model_copy(update={"class_token": None})
         if got == wanted:

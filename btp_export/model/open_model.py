@@ -239,11 +239,11 @@ def _some(names: list[str]) -> str:
 
 def _unknown(name: str) -> InputError:
     if "://" in name:
-        found = HUB_ADDRESS.match(name)
+        match = HUB_ADDRESS.match(name)
         return InputError(
             f"{name} is an address",
             wanted="the name of a model, a checkpoint folder, or a hub id (owner/name)",
-            do=f"--model {found[1]}" if found else "download it and give --model FOLDER",
+            do=f"--model {match[1]}" if match else "download it and give --model FOLDER",
         )
     known = [DEMO, *known_models()]
     close = difflib.get_close_matches(name.lower(), known, n=2, cutoff=0.5)

@@ -28,7 +28,7 @@ def picture_files(folder: Path, note: Note | None = None) -> list[Path]:
                 continue
             seen.add(identity)
             with os.scandir(place) as entries:
-                for entry in sorted(entries, key=lambda one: one.name):
+                for entry in sorted(entries, key=lambda path: path.name):
                     path = place / entry.name
                     if entry.is_dir():
                         (links if entry.is_symlink() else own).append(path)

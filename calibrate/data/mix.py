@@ -69,19 +69,22 @@ def mixed_samples(
                 do="leave that kind out, or a larger --image-size",
             )
     order = _interleaved(count, chosen)
-    scene = iter(scenes.samples(order.count(SCENES), seed=seed, split="calibration"))
+    drawn_scenes = iter(scenes.samples(order.count(SCENES), seed=seed, split="calibration"))
     if set(chosen) == {SCENES}:
-        samples = [Sample(one.image, one.question, f"scene {one.scene_seed}", one.answer, one.kind) for one in scene]
+        samples = [
+            Sample(scene.image, scene.question, f"scene {scene.scene_seed}", scene.answer, scene.kind)
+            for scene in drawn_scenes
+        ]
         return SampleSet(tuple(samples), f"generated scenes, split calibration, seed {seed}")
     samples = []
     for number, name in enumerate(order):
         if name == SCENES:
-            one = next(scene)
-            picture = one.image.resize((size[1], size[0]), Image.Resampling.BICUBIC)
-            samples.append(Sample(picture, one.question, f"scene {one.scene_seed}", one.answer, SCENES))
+            scene = next(drawn_scenes)
+            picture = scene.image.resize((size[1], size[0]), Image.Resampling.BICUBIC)
+            samples.append(Sample(picture, scene.question, f"scene {scene.scene_seed}", scene.answer, SCENES))
         else:
-            made = drawn.draw(name, seed, number, size)
-            samples.append(Sample(made.image, made.prompt, f"{name} {number}", None, name))
+            sample = drawn.draw(name, seed, number, size)
+            samples.append(Sample(sample.image, sample.prompt, f"{name} {number}", None, name))
     shown = ", ".join(f"{name} {share:.3g}" for name, share in chosen.items())
     return SampleSet(tuple(samples), f"drawn pictures ({shown}), seed {seed}")
 

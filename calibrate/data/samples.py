@@ -196,7 +196,7 @@ def _check_prompt(prompt: str | None, where: str, checks: Checks) -> None:
 
 
 def take(
-    found: Iterable[Found],
+    pictures: Iterable[Found],
     prompts: Sequence[str],
     *,
     count: int,
@@ -211,7 +211,7 @@ def take(
     """
     samples: list[Sample] = []
     skipped: list[str] = []
-    for picture in found:
+    for picture in pictures:
         if len(samples) == count:
             break
         try:

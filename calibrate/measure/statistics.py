@@ -104,7 +104,9 @@ def measure(
         divergence=drop.divergence.astype(np.float64),
         agreement=drop.agreement.astype(bool),
         logits=np.concatenate([run.logits for run in runs]).astype(np.float32),
-        answers=np.concatenate([[*one.new_tokens, run.next_tokens[-1]] for one, run in zip(inputs, runs, strict=True)]),
+        answers=np.concatenate(
+            [[*sample.new_tokens, run.next_tokens[-1]] for sample, run in zip(inputs, runs, strict=True)]
+        ),
         lengths=np.array([len(run.logits) for run in runs]),
     )
 

@@ -109,9 +109,9 @@ def checkpoint_identity(checkpoint: Checkpoint, *, small: int = SMALL_FILE) -> d
 def _sampled_hash(checkpoint: Checkpoint, path: Path) -> str:
     stat = path.stat()
     state = hashlib.sha256(f"{stat.st_size} {stat.st_mtime_ns}".encode())
-    mine = sorted((ref for ref in checkpoint.tensors.values() if ref.file == path), key=lambda ref: ref.offset)
+    refs = sorted((ref for ref in checkpoint.tensors.values() if ref.file == path), key=lambda ref: ref.offset)
     with path.open("rb") as stream:
-        for ref in mine:
+        for ref in refs:
             state.update(f"{ref.stored_name} {ref.dtype} {ref.shape} {ref.offset}".encode())
             stream.seek(ref.offset)
             state.update(stream.read(min(_SAMPLED, ref.nbytes)))

@@ -111,10 +111,10 @@ def only_before_the_decoder(plan: PruningPlan) -> PruningPlan | None:
 
 def best_stages(plan: PruningPlan) -> PruningPlan | None:
     """The paper's balanced stages that came nearest when the plan was calibrated, as its record has them."""
-    tried = [one for one in plan.calibration.get("candidates", ()) if one.get("method") == "stages"]
+    tried = [candidate for candidate in plan.calibration.get("candidates", ()) if candidate.get("method") == "stages"]
     if not tried:
         return None
-    best = min(tried, key=lambda one: (-one["samples"], one["divergence"]))
+    best = min(tried, key=lambda candidate: (-candidate["samples"], candidate["divergence"]))
     return Recipe().plan(Shape.of(plan), best["layers"], best["keep"])
 
 
@@ -171,7 +171,7 @@ def with_equal_stages(plan: PruningPlan) -> PruningPlan | None:
         if variant is not None:
             gap = sum(abs(stage.keep - keep) for stage, keep in zip(variant.stages, wanted, strict=True))
             variants.append((gap, step, variant))
-    return min(variants, key=lambda one: one[:2])[2] if variants else None
+    return min(variants, key=lambda variant: variant[:2])[2] if variants else None
 
 
 def switched(

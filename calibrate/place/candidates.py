@@ -163,8 +163,8 @@ class Candidate:
 
     def by_kind(self, kinds: Sequence[str]) -> dict[str, float]:
         """Mean divergence for each kind of picture; `kinds` name those of the samples, in their order."""
-        mine = np.array(kinds[: len(self.divergence)])
-        return {kind: float(self.divergence[mine == kind].mean()) for kind in sorted(set(mine.tolist()))}
+        judged = np.array(kinds[: len(self.divergence)])
+        return {kind: float(self.divergence[judged == kind].mean()) for kind in sorted(set(judged.tolist()))}
 
     def summary(self) -> dict[str, Any]:
         """As the plan's record holds it."""
@@ -210,7 +210,10 @@ def propose(
             do=f"--latency-share {least + 0.01:.2f}",
         )
     if isinstance(cost, DeviceCost):
-        return [replace(one, plan=spend_what_is_free(one.plan, cost.free_tokens)) for one in candidates.values()]
+        return [
+            replace(candidate, plan=spend_what_is_free(candidate.plan, cost.free_tokens))
+            for candidate in candidates.values()
+        ]
     return list(candidates.values())
 
 

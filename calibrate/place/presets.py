@@ -170,11 +170,11 @@ def _btp_paper_corrected(shape: Shape, budget: int | None, released: ReleasedSet
     if budget is not None:
         exponents = [-math.log2(stage.keep) for stage in settings]
         layers, keeps = _fit(layers, exponents, shape, budget, drops=False, name="btp-paper-corrected")
-    made, tokens = [], shape.image_tokens
+    pruned, tokens = [], shape.image_tokens
     for n, (layer, keep, stage) in enumerate(zip(layers, keeps, settings, strict=True)):
-        made.append(_released_stage(layer, keep, stage, tokens, shape, first=n == 0))
+        pruned.append(_released_stage(layer, keep, stage, tokens, shape, first=n == 0))
         tokens = keep
-    return shape.plan(made)
+    return shape.plan(pruned)
 
 
 def _released_stage(layer: int, keep: int, settings: ReleasedStage, tokens: int, shape: Shape, *, first: bool) -> Stage:

@@ -44,8 +44,8 @@ def judge(
     begin = 0
     for number, end in enumerate(ends):
         part = [[judged[group][place] for place in places] for group, places in enumerate(running)]
-        told = part_of(progress, number, len(ends))
-        seen = _run(reference, inputs[begin:end], part, logits[begin:end], told)
+        report = part_of(progress, number, len(ends))
+        seen = _run(reference, inputs[begin:end], part, logits[begin:end], report)
         for group, places in enumerate(running):
             for place, more in zip(places, seen[group], strict=True):
                 judged[group][place] = _joined(judged[group][place], more)
@@ -85,9 +85,9 @@ def _judged(candidate: Candidate, runs: Sequence[RunRecord], logits: Sequence[np
     changes = [change(full, run.logits) for full, run in zip(logits, runs, strict=True)]
     return replace(
         candidate,
-        divergence=np.array([found.divergence for found in changes]),
-        agreement=np.array([found.agreement for found in changes]),
-        exact=np.array([float(found.exact) for found in changes]),
+        divergence=np.array([change.divergence for change in changes]),
+        agreement=np.array([change.agreement for change in changes]),
+        exact=np.array([float(change.exact) for change in changes]),
     )
 
 
@@ -96,7 +96,7 @@ def passes(plans: Sequence[PruningPlan], inputs: Sequence[ReferenceInput]) -> li
     if not inputs or not plans:
         return [plans]
     hidden = inputs[0].image_features.shape[1]
-    text = max(len(one.input_ids) + len(one.new_tokens) for one in inputs) - plans[0].image_tokens
+    text = max(len(sample.input_ids) + len(sample.new_tokens) for sample in inputs) - plans[0].image_tokens
     kept = max((plan.stages[0].keep for plan in plans if plan.stages), default=0)
     each = len(inputs) * (text + kept) * hidden * 4 * _ROWS_A_TOKEN
     room = max(1, PASS_BYTES // max(1, each))

@@ -147,13 +147,13 @@ def measure_plans(
     parts, measured = passes(plans, inputs), []
     for number, part in enumerate(parts):
         probe = ErrorProbe(frozenset(segment.stop - 1 for plan in part for segment in plan.segments()))
-        told = part_of(progress, number, len(parts))
-        runs = reference.run(inputs, [unpruned, *part], probes=(probe,), progress=told)
+        report = part_of(progress, number, len(parts))
+        runs = reference.run(inputs, [unpruned, *part], probes=(probe,), progress=report)
         full = [run.logits for run in runs[: len(inputs)]]
         for n, plan in enumerate(part, 1):
-            mine = [run.logits for run in runs[n * len(inputs) : (n + 1) * len(inputs)]]
+            logits = [run.logits for run in runs[n * len(inputs) : (n + 1) * len(inputs)]]
             error = np.array([probe.total(plan, sample) for sample in range(len(inputs))])
-            measured.append(Measurement(error, np.array(list(map(divergence, full, mine)))))
+            measured.append(Measurement(error, np.array(list(map(divergence, full, logits)))))
     return measured
 
 
@@ -222,19 +222,19 @@ class Search:
         rng, step = np.random.default_rng(self.seed), 1.0
         at, best = self.space.start, default
         (base,) = self._measure([default])
-        found = base
+        reached = base
         while self.passes < PASSES and step >= _SMALLEST:
             polled = self._score(self.space.polls(at, step, rng), base)
-            better = [one for one in polled if one[0] < self._of(found, base)]
+            better = [row for row in polled if row[0] < self._of(reached, base)]
             if not better:
                 step /= 2
                 continue
             if len(better) > 1 and self.passes < PASSES:
                 most = min(len(better), _TOGETHER)
-                together = [combined(at, [one[1] for one in better[:count]]) for count in range(2, most + 1)]
+                together = [combined(at, [row[1] for row in better[:count]]) for count in range(2, most + 1)]
                 better += self._score(together, base)
-            _, at, best, found = min(better, key=lambda one: one[0])
-        return best, found, base
+            _, at, best, reached = min(better, key=lambda row: row[0])
+        return best, reached, base
 
     def _score(
         self, settings: Sequence[Setting], base: Measurement
@@ -249,24 +249,24 @@ class Search:
             return []
         measured = self._measure([plan for _, plan in plans.values()])
         scored = [
-            (self._of(one, base), setting, plan, one)
-            for (setting, plan), one in zip(plans.values(), measured, strict=True)
+            (self._of(measurement, base), setting, plan, measurement)
+            for (setting, plan), measurement in zip(plans.values(), measured, strict=True)
         ]
-        return sorted(scored, key=lambda one: one[0])
+        return sorted(scored, key=lambda row: row[0])
 
     def _measure(self, plans: Sequence[PruningPlan]) -> list[Measurement]:
         self.tried, self.passes = self.tried + len(plans), self.passes + 1
         return self.measure(plans)
 
     @staticmethod
-    def _of(one: Measurement, base: Measurement) -> float:
-        return float(one.scores(base).mean())
+    def _of(measurement: Measurement, base: Measurement) -> float:
+        return float(measurement.scores(base).mean())
 
 
 def combined(at: Setting, settings: Sequence[Setting]) -> Setting:
     """All the changes from `at` to each of the settings, made together; counts fall at least by one each."""
-    factors = np.prod([np.divide(one.keeps, at.keeps) for one in settings], axis=0)
-    shares = np.sum([np.subtract(one.shares, at.shares) for one in settings], axis=0) + at.shares
+    factors = np.prod([np.divide(setting.keeps, at.keeps) for setting in settings], axis=0)
+    shares = np.sum([np.subtract(setting.shares, at.shares) for setting in settings], axis=0) + at.shares
     keeps: list[int] = []
     for number, keep in enumerate(at.keeps):
         wanted = max(round(keep * float(factors[number])), len(at.keeps) - number)
@@ -304,7 +304,7 @@ def tune(
             progress(round(_STEPS * (search.passes - 1 + done / total)), _STEPS * (PASSES + 1))
 
     search.measure = lambda plans: measure(reference, seen, plans, progress=step)
-    best, found, base = search.run(default)
+    best, measured, base = search.run(default)
     record: dict[str, Any] = {
         "searched": [name for name, wanted in (("counts", counts), ("balance", shares)) if wanted],
         "plans": search.tried,
@@ -313,7 +313,7 @@ def tune(
         "held_out": len(unseen),
         "cost": {"unit": cost.unit, "default": cost.of(default), "tuned": cost.of(best)},
         "default": {"searched_on": base.summary(base)},
-        "tuned": {"searched_on": found.summary(base), **_setting(best)},
+        "tuned": {"searched_on": measured.summary(base), **_setting(best)},
     }
     if best.stages == default.stages:
         return default, record | {"taken": False, "reason": "no plan was better on the samples searched on"}

@@ -97,14 +97,14 @@ def placements(
         return [_late(budget, shape)]
     least = len(exponents) if exactly else 1
     for stages in range(min(len(exponents), final - 1), least - 1, -1):
-        found: list[Placement] = []
+        placements: list[Placement] = []
         for ratio in _RATIOS:
-            room = min(-(-limit // _RATIOS_TRIED), limit - len(found))
-            found += _cheapest(counts, final, shape, budget, exponents[:stages], ratio, room, found)
-            if len(found) >= limit:
+            room = min(-(-limit // _RATIOS_TRIED), limit - len(placements))
+            placements += _cheapest(counts, final, shape, budget, exponents[:stages], ratio, room, placements)
+            if len(placements) >= limit:
                 break
-        if found:
-            return found
+        if placements:
+            return placements
     return [Placement((1,), (0,), float("inf"))]
 
 

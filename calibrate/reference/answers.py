@@ -68,7 +68,7 @@ def greedy_answers(
 
 def _bytes(reference: StreamedReference, inputs: Sequence[ReferenceInput]) -> int:
     """Of all keys and values in float32."""
-    return 4 * reference.key_value_width * reference.num_layers * sum(len(one.input_ids) for one in inputs)
+    return 4 * reference.key_value_width * reference.num_layers * sum(len(sample.input_ids) for sample in inputs)
 
 
 @dataclass
@@ -136,7 +136,7 @@ class _Decoder:
         self._new: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}  # by sample and layer: [1,K,n,D] each
         self._tables = [reference.rotary_after(prompt, grid, tokens) for prompt in inputs]  # cos and sin [1, tokens, D]
 
-    def step(self, last: Mapping[int, int], number: int, told: Callable[[int], None]) -> dict[int, torch.Tensor]:
+    def step(self, last: Mapping[int, int], number: int, report: Callable[[int], None]) -> dict[int, torch.Tensor]:
         """Logits [vocabulary] after token number `number` of each sample; `last` maps samples to those tokens."""
         reference = self._reference
         rows = reference.embed(torch.tensor(list(last.values()), dtype=torch.int64))
@@ -145,7 +145,7 @@ class _Decoder:
             with reference.loaded(layer) as module:
                 for batch in self._batches(last):
                     self._layer(module, layer, batch, hidden, number)
-            told(layer + 1)
+            report(layer + 1)
         logits = reference.head(torch.cat([hidden[sample][0] for sample in last])).float().cpu()
         return dict(zip(last, logits, strict=True))
 
@@ -161,7 +161,7 @@ class _Decoder:
     ) -> None:
         """One layer on one row of each sample of the batch, which then have a key and a value more."""
         past = [self._past(sample, layer) for sample in batch]
-        key, value = (torch.cat([one[part] for one in past]) for part in range(2))
+        key, value = (torch.cat([cached[part] for cached in past]) for part in range(2))
         cos, sin = (
             torch.cat([self._tables[sample][part][:, number : number + 1] for sample in batch]) for part in range(2)
         )
@@ -169,11 +169,9 @@ class _Decoder:
         out, new_key, new_value = self._reference.decode(module, rows, cos, sin, key, value)
         for place, sample in enumerate(batch):
             hidden[sample] = out[place : place + 1]
-            mine = (new_key[place : place + 1], new_value[place : place + 1])
+            row = (new_key[place : place + 1], new_value[place : place + 1])
             before = self._new.get((sample, layer))
-            joined = (
-                mine if before is None else tuple(torch.cat(pair, dim=2) for pair in zip(before, mine, strict=True))
-            )
+            joined = row if before is None else tuple(torch.cat(pair, dim=2) for pair in zip(before, row, strict=True))
             self._new[sample, layer] = (joined[0], joined[1])
 
     def _past(self, sample: int, layer: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -25,8 +25,8 @@ FLAGS: Final = ("-std=c++17", "-fPIC", "-O3", "-shared", "-fvisibility=hidden", 
 
 def sources() -> list[Path]:
     """The CPU kernels and ONNX Runtime forms of all operators, and the library's entry point."""
-    found = [folder / name for folder in ops.folders() for name in ("cpu.cc", "ort_op.cc")]
-    return [*(path for path in found if path.is_file()), NATIVE / "ort_library.cc"]
+    files = [folder / name for folder in ops.folders() for name in ("cpu.cc", "ort_op.cc")]
+    return [*(path for path in files if path.is_file()), NATIVE / "ort_library.cc"]
 
 
 def digest(flags: Sequence[str] = FLAGS) -> str:
@@ -59,13 +59,13 @@ def compile_ort(folder: Path = NATIVE / "build", *, flags: Sequence[str] = FLAGS
         )
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        made = Path(scratch) / library.name
-        command = [compiler, *flags, *map(str, sources()), "-o", str(made)]
+        built = Path(scratch) / library.name
+        command = [compiler, *flags, *map(str, sources()), "-o", str(built)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode != 0:
             reason = (done.stderr.strip().splitlines() or ["no reason given"])[0]
             raise CheckError(f"{Path(compiler).name} does not compile btp_ort: {reason}", do="a compiler with C++17")
-        write_bytes(library, made.read_bytes())
+        write_bytes(library, built.read_bytes())
     write_text(note, f"{wanted} {sha256(library)}\n")
     return library
 
@@ -73,10 +73,10 @@ def compile_ort(folder: Path = NATIVE / "build", *, flags: Sequence[str] = FLAGS
 def main(folder: Path = NATIVE / "build") -> int:
     """Compile where it is needed, and say so; a machine without a compiler goes on with the portable bodies."""
     try:
-        made = compile_ort(folder)
-        if made is not None:
-            inspect("btp_ort", made)
-            print(f"compiled {made.name}: selections run natively on this CPU", file=sys.stderr)
+        library = compile_ort(folder)
+        if library is not None:
+            inspect("btp_ort", library)
+            print(f"compiled {library.name}: selections run natively on this CPU", file=sys.stderr)
     except BtpError as error:
         print(f"note: {error}", file=sys.stderr)
     return 0

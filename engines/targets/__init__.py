@@ -59,7 +59,7 @@ class Target:
             )
         if not all(part.isdigit() for part in asked.split(".")) or not rest:
             raise InputError(f"TensorRT version {asked!r}", wanted=wanted, do=f"--tensorrt {self.tensorrt_versions[0]}")
-        known = any(asked == one or asked.startswith(f"{one}.") for one in self.tensorrt_versions)
+        known = any(asked == version or asked.startswith(f"{version}.") for version in self.tensorrt_versions)
         if not known and f"{major}.x" not in self.tensorrt_versions:
             raise InputError(
                 f"TensorRT {asked} does not come with {self.title}",

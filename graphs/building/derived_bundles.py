@@ -35,8 +35,8 @@ def derive(
     """
     with staged(out, force=force) as root:
         derive_into(bundle, plan, root, vision=vision)
-        made = Bundle.open(root)
-    return replace(made, root=out)
+        derived = Bundle.open(root)
+    return replace(derived, root=out)
 
 
 def derive_into(bundle: Bundle, plan: PruningPlan, root: Path, *, vision: Vision | None = None) -> None:

@@ -156,10 +156,10 @@ class Bundle:
 def _identity(root: Path) -> tuple[int, int] | None:
     """Which folder it is, by whatever name; None if there is none."""
     try:
-        found = root.stat()
+        stat = root.stat()
     except OSError:
         return None
-    return found.st_dev, found.st_ino
+    return stat.st_dev, stat.st_ino
 
 
 def _read_manifest(root: Path) -> Manifest:

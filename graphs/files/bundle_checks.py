@@ -38,8 +38,8 @@ def listed_files(manifest: Manifest) -> Iterator[FileRecord]:
 
 def digest_of(text: bytes) -> str:
     """The digest of a manifest that ends with one, whatever it is now."""
-    found = _DIGEST.search(text)
-    start = found.start(1) if found else len(text)
+    match = _DIGEST.search(text)
+    start = match.start(1) if match else len(text)
     return hashlib.sha256(text[:start] + NO_DIGEST.encode() + text[start + 64 :]).hexdigest()
 
 
@@ -129,10 +129,10 @@ def _check_values(path: Path, recorded: Sequence[TensorRecord], values: "Sequenc
     got = [_described(value) for value in values]
     wanted = [(tensor.name, tensor.dtype, tensor.shape) for tensor in recorded]
     if got != wanted:
-        one, other = next(
+        first, other = next(
             (pair for pair in zip(got, wanted, strict=False) if pair[0] != pair[1]), (f"{len(got)}", f"{len(wanted)}")
         )
-        raise InputError(f"{path} has {one}", wanted=f"{other} as in manifest.json", do=REMEDY)
+        raise InputError(f"{path} has {first}", wanted=f"{other} as in manifest.json", do=REMEDY)
 
 
 def _described(value: "onnx.ValueInfoProto") -> tuple[str, str, tuple[int, ...]]:

@@ -48,8 +48,8 @@ def _temporary() -> Path:
     """A folder of this user's own; others may write beside it, so it is only taken if nobody else can write in it."""
     folder = Path(tempfile.gettempdir()) / f"btp-export-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
-    found = folder.lstat()
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
+    status = folder.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o022:
         raise InputError(
             f"there is no home folder to keep results in, and {folder} is not this user's alone",
             wanted="a folder that nobody else can write in",

@@ -146,10 +146,10 @@ def _left_over(parent: Path, prefix: str, suffix: str = "") -> list[Path]:
     """Folders of ours in `parent` that no process works in, newest first. Links are never followed."""
     name = re.compile(f"{prefix}[0-9a-z_]{{8}}{suffix}")
     try:
-        found = [Path(entry) for entry in os.scandir(parent) if name.fullmatch(entry.name)]
+        entries = [Path(entry) for entry in os.scandir(parent) if name.fullmatch(entry.name)]
     except OSError:
         return []
-    return sorted(filter(_is_free, found), key=lambda path: path.lstat().st_mtime, reverse=True)
+    return sorted(filter(_is_free, entries), key=lambda path: path.lstat().st_mtime, reverse=True)
 
 
 def _is_free(folder: Path) -> bool:

@@ -42,8 +42,8 @@ __all__ = [
 
 def folders() -> list[Path]:
     """The operators' folders by name: everything on this package's search path that holds a schema.py."""
-    found = {schema.parent.name: schema.parent for root in __path__ for schema in Path(root).glob("*/schema.py")}
-    return [found[name] for name in sorted(found)]
+    schemas = {schema.parent.name: schema.parent for root in __path__ for schema in Path(root).glob("*/schema.py")}
+    return [schemas[name] for name in sorted(schemas)]
 
 
 def names() -> list[str]:

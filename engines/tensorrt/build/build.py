@@ -123,7 +123,7 @@ def _require_means(plan: BuildPlan, parts: Sequence[Part], *, build: bool) -> No
     remedy = "free some space" + ", or --engine-weights shared" * (plan.choices.weights == "baked")
     check_space(folder, kit + engines, what=f"the folder {folder.name}", do=remedy)
     free = available_memory()
-    if build and free is not None and max((one.build_peak_bytes for one in estimates), default=0) > free:
+    if build and free is not None and max((estimate.build_peak_bytes for estimate in estimates), default=0) > free:
         require_build_memory(plan, free)
 
 

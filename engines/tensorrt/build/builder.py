@@ -218,8 +218,8 @@ def _check_network(trt: Any, network: Any, job: Job) -> None:
     require_tensors(f"{job.graph}: outputs of the network", job.outputs, [_tensor(value) for value in outputs])
     if job.plugins != "none":
         layers = [network.get_layer(number) for number in range(network.num_layers)]
-        found = [layer.name for layer in layers if layer.type == trt.LayerType.PLUGIN_V3]
-        matched = [custom_layer(name, job.custom_nodes) for name in found]
+        layer_names = [layer.name for layer in layers if layer.type == trt.LayerType.PLUGIN_V3]
+        matched = [custom_layer(name, job.custom_nodes) for name in layer_names]
         require_plugins(job.graph, [operator for operator in matched if operator], job.custom_nodes)
 
 

@@ -89,9 +89,9 @@ def _died(job: Job, code: int, log: Path) -> BtpError:
         return out_of_memory(job.graph)
     lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-    said = f": {' '.join(lines[-LOG_LINES:])[:300]}" if lines else ""
+    last_lines = f": {' '.join(lines[-LOG_LINES:])[:300]}" if lines else ""
     return CheckError(
-        f"{job.graph}: the process that builds it ended with {how}{said}",
+        f"{job.graph}: the process that builds it ended with {how}{last_lines}",
         "an engine",
         f"see {log}; --engine-weights shared and --assemble segments make smaller builds",
     )

@@ -248,8 +248,8 @@ def _plugin_node(context: _Context, node: NodeProto, has_body: bool) -> Iterator
     """A node that a plugin must take: TensorRT finds it by name, plugin_version and plugin_namespace."""
     given = {attribute.name: attribute for attribute in node.attribute}
     for name, (default, _) in ops.PLUGIN.items():
-        found = given.get(name)
-        if found is None or found.type != AttributeProto.STRING or found.s.decode() != default:
+        value = given.get(name)
+        if value is None or value.type != AttributeProto.STRING or value.s.decode() != default:
             yield context.finding(
                 _name(node),
                 f"{node.op_type} without {name} = {default!r}",

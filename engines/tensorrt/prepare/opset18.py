@@ -44,8 +44,8 @@ def _expand(graph: ir.Graph, node: ir.Node, build: Callable[[GraphBuilder, ir.No
     inner = iter([b.input(f"input_{n}", dims(value), dtype_of(value)) for n, value in enumerate(outer)])
     b.output(build(b, node, [value if value is None else next(inner) for value in node.inputs]), "result")
     part = b.build().model.graph
-    for mine, given in zip(part.inputs, outer, strict=True):
-        mine.replace_all_uses_with(given)
+    for entry, given in zip(part.inputs, outer, strict=True):
+        entry.replace_all_uses_with(given)
     (result,) = part.outputs
     nodes, constants = list(part), list(part.initializers.values())
     part.outputs.clear()

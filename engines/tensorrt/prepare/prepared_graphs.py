@@ -184,15 +184,15 @@ def exact_bodies(model: ir.Model, opset: int) -> None:
     operator is therefore named after its inputs and its rule too.
     """
     model.functions.clear()
-    made: dict[str, list[tuple[ir.Node, str, FunctionProto]]] = defaultdict(list)
+    replacements: dict[str, list[tuple[ir.Node, str, FunctionProto]]] = defaultdict(list)
     for node in custom_nodes(model):
         operator = ops.of_node(node.op_type)
         if operator is not None:
             suffix, body = ops.exact_body(operator, opset, *given_to(node))
             for index in leave_out_missing(node):
                 del body.input[index]
-            made[operator.NAME].append((node, suffix, body))
-    for bodies in made.values():
+            replacements[operator.NAME].append((node, suffix, body))
+    for bodies in replacements.values():
         several = len({suffix for _, suffix, _ in bodies}) > 1
         for node, suffix, body in bodies:
             if several:
