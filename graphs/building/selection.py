@@ -1,7 +1,6 @@
 """Selection stages: scores -> BtpSelectTokens -> BtpGatherTokens, standing alone as `select_<j>`."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
