@@ -84,7 +84,7 @@ def load(
         warnings.warn("load(engine=...) is called load(target=...) now", DeprecationWarning, stacklevel=2)
     chosen = target or engine
     return runtime.load(
-        _opened(bundle), profile=profile, threads=threads, device=device, engine=chosen, activations=activations
+        _opened(bundle), profile=profile, threads=threads, device=device, target=chosen, activations=activations
     )
 
 
@@ -246,7 +246,7 @@ def verify(
         seed=seed,
         profile=profile,
         threads=threads,
-        engine=target,
+        target=target,
         device=device,
         maths=maths,
         report=report,
@@ -309,7 +309,7 @@ def bench(
     from btp_export.measuring.bench import measure
 
     return measure(
-        _opened(bundle), profile=profile, threads=threads, device=device, engine=target, rounds=rounds, report=report
+        _opened(bundle), profile=profile, threads=threads, device=device, target=target, rounds=rounds, report=report
     )
 
 

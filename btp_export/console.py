@@ -2,7 +2,7 @@
 
 A command ends with one `emit(...)`. Before that it may call `note(...)` and open `progress(...)`; both write to
 standard error only. While a command runs, what libraries print goes there too, so that `--json` leaves exactly one JSON
-document on standard output. All text passes btp_export/printable.py on its way.
+document on standard output. All text passes graphs/records/printable.py on its way.
 """
 
 import ctypes
@@ -15,8 +15,8 @@ from typing import Annotated, Any, Protocol, TextIO, TypeVar
 
 import typer
 
-from btp_export.printable import json_safe, one_line, printable
 from graphs.records.errors import InputError
+from graphs.records.printable import json_safe, one_line, printable
 from graphs.records.progress import Report
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")]

@@ -39,7 +39,7 @@ def command(
             profile=profile,
             threads=threads,
             device=device,
-            engine=target,
+            target=target,
             activations=activations,
             rounds=rounds,
             report=bar,

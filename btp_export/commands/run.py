@@ -99,7 +99,7 @@ def command(
     profiles = opened.manifest.profiles if profile is None else [opened.profile(profile)]
     chosen = profile_for(pictures, opened.spec, profiles, resize=resize)
     pictures, _ = fitted(pictures, opened.spec, chosen)
-    model = load(opened, profile=chosen.name, threads=threads, device=device, engine=target, activations=activations)
+    model = load(opened, profile=chosen.name, threads=threads, device=device, target=target, activations=activations)
     live = not as_json and len(pictures) == len(prompt) == 1
     answers = model.generate(
         pictures,

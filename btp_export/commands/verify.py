@@ -51,7 +51,7 @@ def command(
             threads=threads,
             device=device,
             maths=maths,
-            engine=target,
+            target=target,
             report=bar,
             note=note,
         )

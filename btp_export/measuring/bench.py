@@ -35,7 +35,7 @@ def measure(
     profile: str | None = None,
     threads: int | None = None,
     device: str = "cpu",
-    engine: str | None = None,
+    target: str | None = None,
     activations: Activations = "int8",
     rounds: int = 10,
     warm_up: int = 2,
@@ -50,21 +50,21 @@ def measure(
     machine it is large, and the other numbers mean little.
 
     A bundle of one whole prefill graph is measured as segments, so that vision and selection can be told apart. With
-    `engine`, the engines of that target are measured, beside the unpruned ones that `build --unpruned` made.
+    `target`, the engines of that device are measured, beside the unpruned ones that `build --unpruned` made.
 
     Raises InputError for rounds below 1 or engines that are not there, CheckError if pruning did not happen.
     """
     if rounds < 1 or warm_up < 0:
         raise InputError(f"{rounds} rounds after {warm_up}", wanted="at least 1 round", do="--rounds 10")
-    if engine is None:
+    if target is None:
         check_fits_memory(bundle, profile, device, models=2)
     with scratch_folder(bundle) as folder:
-        if engine is None:
+        if target is None:
             models = _open_graphs(
                 bundle, folder, profile=profile, threads=threads, device=device, activations=activations
             )
         else:
-            models = _open_engines(bundle, engine, profile=profile, threads=threads, device=device)
+            models = _open_engines(bundle, target, profile=profile, threads=threads, device=device)
         times = {name: _Times() for name in models}
         encoded = random_samples(models["full"])
         for number in range(-warm_up, rounds):
@@ -75,8 +75,8 @@ def measure(
                     times[name].add(run)
             if report is not None:
                 report(number + warm_up + 1, rounds + warm_up)
-    settings = {"rounds": rounds, "threads": threads, "device": device, "engine": engine}
-    settings["activations"] = activations_in(bundle, activations, engine)
+    settings = {"rounds": rounds, "threads": threads, "device": device, "engine": target}
+    settings["activations"] = activations_in(bundle, activations, target)
     return _result(bundle, models, times, settings)
 
 
@@ -96,7 +96,7 @@ def _open_engines(
     from engines.tensorrt.records import UNPRUNED
 
     chosen = bundle.profile(profile)
-    model = load(bundle, profile=chosen.name, threads=threads, device=device, engine=target)
+    model = load(bundle, profile=chosen.name, threads=threads, device=device, target=target)
     if model.chain.is_whole:
         raise InputError(
             f"the engines for {target} hold the prefill as a whole",
@@ -104,7 +104,7 @@ def _open_engines(
             do=f"btp-export build BUNDLE --target {target} --assemble segments --unpruned",
         )
     without = without_pruning(bundle)
-    loader, graphs = open_graphs(without, chosen.name, device=device, engine=target, part=UNPRUNED)
+    loader, graphs = open_graphs(without, chosen.name, device=device, target=target, part=UNPRUNED)
     return {"full": BundleModel(without, loader, profile=chosen.name, graphs=graphs), "pruned": model}
 
 

@@ -47,14 +47,14 @@ def verify_bundle(
     threads: int | None = None,
     device: str = "cpu",
     maths: Precision = "float32",
-    engine: str | None = None,
+    target: str | None = None,
     streaming: Streaming | None = None,
     report: Report | None = None,
     note: Note = lambda text: None,
 ) -> Verification:
     """Check a bundle's graphs, its kept tokens and its text at one shape profile, the first if none is named.
 
-    With `engine`, the engines of that target are checked in place of the bundle's graphs. Samples are generated scenes,
+    With `target`, the engines of that device are checked in place of the bundle's graphs. Samples are generated scenes,
     of which `tokens` generated tokens are compared (None: 8, or 3 where the graphs are streamed). `device` is cpu, cuda
     or auto: a GPU if there is one. `maths` is the reference's. Everything the reference needs lies in the bundle.
 
@@ -75,17 +75,17 @@ def verify_bundle(
     chosen = bundle.profile(profile)
     check_spec(bundle)
     place = torch_device(device)
-    graph_device = "cpu" if engine else onnxruntime_device(device)
+    graph_device = "cpu" if target else onnxruntime_device(device)
     loader, files = open_graphs(
         bundle,
         chosen.name,
         threads=threads,
         device=graph_device,
-        engine=engine,
+        target=target,
         activations="float32",  # exact: what rows in int8 change is not the graphs' fault
         check="full",
     )
-    streamed = engine is None and must_stream(files, graph_device, above=streaming.above)
+    streamed = target is None and must_stream(files, graph_device, above=streaming.above)
     if streamed:
         needed = streaming_bytes(bundle, chosen.name, samples)
         check_memory(needed, f"verifying {bundle.spec.name} layer by layer", do="close other programs, or --samples 1")
@@ -95,13 +95,13 @@ def verify_bundle(
     job = _Job(bundle, chosen, samples, room, seed, loader, files, how, place, maths, phases)
     with _work(job, note) as work:
         findings, tokens_equal = _verify(job, work)
-    verified = _document(job, findings, tokens_equal=tokens_equal, engine=engine)
+    verified = _document(job, findings, tokens_equal=tokens_equal, target=target)
     if verified.activations is None or streamed:
         return verified
     return verified.model_copy(update={"int8_rows": _int8_rows(job, threads)})
 
 
-def _document(job: _Job, findings: CheckResults, *, tokens_equal: bool, engine: str | None) -> Verification:
+def _document(job: _Job, findings: CheckResults, *, tokens_equal: bool, target: str | None) -> Verification:
     from btp_export.running.runtime import activations_in
 
     def gates_of(gates: Gates) -> dict[str, float]:
@@ -127,7 +127,7 @@ def _document(job: _Job, findings: CheckResults, *, tokens_equal: bool, engine: 
         tokens=job.tokens,
         profile=job.profile.name,
         profiles=(job.profile.name,),
-        engine=engine,
+        engine=target,
         streamed=job.streamed,
         maths=job.maths,
         precision=job.bundle.manifest.build.precision,
@@ -136,7 +136,7 @@ def _document(job: _Job, findings: CheckResults, *, tokens_equal: bool, engine: 
         gates=AppliedGates(**gates_of(findings.gates), kept_agreement=findings.gates.agreement),
         failures=tuple(findings.failures),
         near_ties=tuple(findings.near_ties),
-        activations=activations_in(job.bundle, "float32", engine),
+        activations=activations_in(job.bundle, "float32", target),
     )
 
 

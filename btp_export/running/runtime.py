@@ -99,7 +99,7 @@ def load(
     profile: str | None = None,
     threads: int | None = None,
     device: str = "cpu",
-    engine: str | None = None,
+    target: str | None = None,
     activations: Activations = "int8",
 ) -> "BundleModel":
     """Open a bundle for running: its graphs in ONNX Runtime, or the engines built from them for a target.
@@ -109,7 +109,7 @@ def load(
         profile: name of a shape profile; the first if left out.
         threads: threads inside an operator; all cores if left out. Engines have none.
         device: "cpu", "cuda" or "cuda:<number>"; engines run on the first GPU if nothing else is said.
-        engine: a target whose engines lie in the bundle, see docs/engines.md.
+        target: run the engines built for this device, which lie in the bundle, see docs/engines.md.
         activations: what ONNX Runtime multiplies four-bit weights with: rows rounded to int8, or float32 rows.
 
     Raises InputError for a bundle that is missing, damaged, without that profile or without engines, and
@@ -117,8 +117,8 @@ def load(
     """
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(Path(bundle))
     chosen = opened.profile(profile).name
-    loader, graphs = open_graphs(opened, chosen, threads=threads, device=device, engine=engine, activations=activations)
-    if engine is None:
+    loader, graphs = open_graphs(opened, chosen, threads=threads, device=device, target=target, activations=activations)
+    if target is None:
         check_fits_memory(opened, chosen, device)
     return BundleModel(opened, loader, profile=chosen, graphs=graphs)
 
@@ -129,7 +129,7 @@ def open_graphs(
     *,
     threads: int | None = None,
     device: str = "cpu",
-    engine: str | None = None,
+    target: str | None = None,
     activations: Activations = "int8",
     part: str = "",
     check: Check = "quick",
@@ -139,7 +139,7 @@ def open_graphs(
     `activations`: what ONNX Runtime multiplies four-bit weights with. `part` is the folder of other engines inside the
     target's, such as the unpruned ones.
     """
-    if engine is None:
+    if target is None:
         files = {graph.name: bundle.root / graph.file for graph in bundle.graphs(profile)}
         tf32 = allows_tf32(bundle.manifest.build.precision)
         # Sharing costs disk. Float32 rows are for checking, where one part of a graph is open at a time.
@@ -153,14 +153,14 @@ def open_graphs(
 
     if threads is not None:
         raise InputError(f"--threads {threads} with --target", wanted="one or the other", do="leave --threads out")
-    folder = engines_folder(bundle, find_target(engine).name) / part
+    folder = engines_folder(bundle, find_target(target).name) / part
     gpu = "cuda" if device in ("cpu", "auto") else device  # engines run on nothing else
     return open_engines(bundle, folder, profile=profile, device=gpu, check=check)
 
 
-def activations_in(bundle: Bundle, activations: Activations, engine: str | None = None) -> Activations | None:
+def activations_in(bundle: Bundle, activations: Activations, target: str | None = None) -> Activations | None:
     """What four-bit weights are multiplied with; None for a bundle without, and for engines, which round nothing."""
-    return activations if bundle.manifest.quantization is not None and engine is None else None
+    return activations if bundle.manifest.quantization is not None and target is None else None
 
 
 def _alone(method: "Callable[Concatenate[BundleModel, P], T]") -> "Callable[Concatenate[BundleModel, P], T]":

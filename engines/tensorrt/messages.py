@@ -3,10 +3,13 @@
 import sys
 from typing import Any
 
+from graphs.records.printable import printable
+
 
 class Messages:
     """TensorRT's messages. `errors` are those since the last `clear`; `layers` is the list of an engine's layers that a
-    build logs. With `echo` errors and warnings are printed too, which a build's log is made of.
+    build logs. With `echo` errors and warnings are printed too, which a build's log is made of,
+    without characters that a terminal would obey: names in them come from files.
 
     `logger` is what TensorRT is given; it must live as long as TensorRT uses it.
     """
@@ -27,7 +30,7 @@ class Messages:
                 elif message.startswith("Layers:"):
                     owner.layers = message
                 if echo and (severity in failures or severity == severities.WARNING):
-                    sys.stderr.write(f"{severity.name}: {message}\n")
+                    sys.stderr.write(f"{severity.name}: {printable(message)}\n")
 
         self.logger = Logger()
 

@@ -10,10 +10,10 @@ from typing import Literal
 import pytest
 
 from btp_export import cli, console
-from btp_export.printable import one_line, printable
 from btp_export.results.base import Result
 from btp_export.results.doctor import Version
 from graphs.records.errors import LONGEST
+from graphs.records.printable import one_line, printable
 
 ROOT = Path(__file__).parents[2]
 COMMAND = f"{sys.executable} -m btp_export"

@@ -65,7 +65,7 @@ def test_run_says_the_same(
 
 
 def test_load(bundle: Bundle, pictures: list[Image.Image], machine: HostCuda) -> None:
-    model = load(bundle, engine=TARGET)
+    model = load(bundle, target=TARGET)
     answers = model.generate(pictures[:2], ["what color is it ?", "how many ?"])
     plain = load(bundle, threads=1).generate(pictures[:2], ["what color is it ?", "how many ?"])
     assert [one.token_ids for one in answers] == [one.token_ids for one in plain]

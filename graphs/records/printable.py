@@ -1,4 +1,4 @@
-r"""What may reach a terminal: text of file names, options, models and devices, without its control characters.
+r"""What may reach a terminal or a log: text of file names, options, models and devices without control characters.
 
 A file called "\x1b]0;..." would otherwise move the cursor, rename the window or hide a line of ours.
 """
