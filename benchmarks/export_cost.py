@@ -234,10 +234,10 @@ def decoder_alone(folder: Path, model: str, layers: int, *, weights: bool) -> No
     if not weights:
         return
     with torch.device("meta"):
-        made = AutoModelForCausalLM.from_config(CONFIG_MAPPING[text["model_type"]].from_dict(document))
+        shell = AutoModelForCausalLM.from_config(CONFIG_MAPPING[text["model_type"]].from_dict(document))
     arrays = {
         name: np.broadcast_to(np.zeros((), np.float16), tuple(tensor.shape))
-        for name, tensor in made.state_dict().items()
+        for name, tensor in shell.state_dict().items()
     }
     header = header_bytes(arrays)
     with (folder / "model.safetensors").open("wb") as stream:
@@ -289,9 +289,9 @@ def run_genai(python: str, checkpoint: Path, out: Path, scratch: Path) -> dict[s
     return result
 
 
-def line_through(found: Mapping[int, Mapping[str, Any]], layers: int) -> dict[str, float]:
+def line_through(measured: Mapping[int, Mapping[str, Any]], layers: int) -> dict[str, float]:
     """What two depths say about all layers."""
-    (low, first), (high, second) = sorted(found.items())
+    (low, first), (high, second) = sorted(measured.items())
     if second["seconds"] <= first["seconds"]:
         raise SystemExit(
             f"{high} layers took less time than {low}: the machine is too busy, repeat this when it is idle"
@@ -313,12 +313,12 @@ def measure(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         checkpoint = scratch / "checkpoint"
         checkpoint.mkdir()
         sparse_checkpoint(checkpoint, options.model, options.layers)
-    found: dict[str, Any] = {"model": options.model, "layers": layers, "sparse": options.checkpoint is None}
-    found["weights"] = sum(path.stat().st_size for path in checkpoint.glob("*.safetensors"))
+    measured: dict[str, Any] = {"model": options.model, "layers": layers, "sparse": options.checkpoint is None}
+    measured["weights"] = sum(path.stat().st_size for path in checkpoint.glob("*.safetensors"))
     (scratch / "graphs").mkdir()
-    found["graphs"] = run_child("graphs", str(checkpoint), scratch / "graphs", scratch)
-    found["hashing"] = run_child("hashing", str(checkpoint), scratch, scratch)
-    found["export"] = run_child("export", str(checkpoint), scratch / "bundle", scratch)
+    measured["graphs"] = run_child("graphs", str(checkpoint), scratch / "graphs", scratch)
+    measured["hashing"] = run_child("hashing", str(checkpoint), scratch, scratch)
+    measured["export"] = run_child("export", str(checkpoint), scratch / "bundle", scratch)
     shutil.rmtree(scratch / "bundle")
     for kind in ("torch", "genai"):
         if kind == "genai" and options.genai is None:
@@ -334,13 +334,13 @@ def measure(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
                 depths[depth] = run_child("torch", str(source), out, scratch)
             shutil.rmtree(source)
             shutil.rmtree(out)
-        found[kind] = {"depths": depths, "all": line_through(depths, layers)}
-    return found
+        measured[kind] = {"depths": depths, "all": line_through(depths, layers)}
+    return measured
 
 
-def table(found: Mapping[str, Any]) -> str:
+def table(measured: Mapping[str, Any]) -> str:
     """The findings as Markdown."""
-    ours, export = found["graphs"], found["export"]
+    ours, export = measured["graphs"], measured["export"]
     parts = export["parts"]
     rows = [
         ("decoder and selection graphs", ours["seconds"], ours["memory"], ours["bytes"], "1"),
@@ -350,14 +350,14 @@ def table(found: Mapping[str, Any]) -> str:
         ("torch", "torch.onnx.export, decoder alone"),
         ("genai", "onnxruntime-genai builder, decoder alone"),
     ):
-        if kind in found:
-            every = found[kind]["all"]
+        if kind in measured:
+            every = measured[kind]["all"]
             slower, larger = every["seconds"] / ours["seconds"], every["memory"] / max(ours["memory"], MIB)
             ratio = f"{slower:.0f} x time, {larger:.0f} x memory"
             rows.append((f"{title} (extrapolated)", every["seconds"], every["memory"], every["bytes"], ratio))
     lines = [
-        f"## {found['model']}, {found['layers']} decoder layers, {found['weights'] / 1e9:.1f} GB of weights"
-        + (" (sparse file)" if found["sparse"] else ""),
+        f"## {measured['model']}, {measured['layers']} decoder layers, {measured['weights'] / 1e9:.1f} GB of weights"
+        + (" (sparse file)" if measured["sparse"] else ""),
         "",
         "| | time | memory beyond imports | written | against the first row |",
         "|---|---|---|---|---|",
@@ -365,13 +365,13 @@ def table(found: Mapping[str, Any]) -> str:
           for name, seconds, memory, size, ratio in rows),
         "",
         f"Written by export: {', '.join(f'{kind} {size / MIB:.2f} MiB' for kind, size in parts.items())}.",
-        f"Hashing the weights alone, two threads: {found['hashing']['seconds']:.1f} s.",
+        f"Hashing the weights alone, two threads: {measured['hashing']['seconds']:.1f} s.",
     ]  # fmt: skip
     for kind in ("torch", "genai"):
-        if kind in found:
+        if kind in measured:
             seen = "; ".join(
-                f"{depth} deep {one['seconds']:.1f} s, {one['memory'] / MIB:.0f} MiB, {one['bytes'] / MIB:.0f} written"
-                for depth, one in found[kind]["depths"].items()
+                f"{depth} deep {row['seconds']:.1f} s, {row['memory'] / MIB:.0f} MiB, {row['bytes'] / MIB:.0f} written"
+                for depth, row in measured[kind]["depths"].items()
             )
             lines.append(f"Seen of {kind}: {seen}; the row for all layers is the straight line through these.")
     return "\n".join(lines) + "\n"

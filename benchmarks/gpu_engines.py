@@ -55,12 +55,12 @@ def measure(bundle: Path, target: str, weights: str, profile: bool) -> dict[str,
     """Documents of the commands by name; nothing is timed that does not verify."""
     place = str(bundle)
     build = ("build", place, "--target", target, "--engine-weights", weights, "--assemble", "segments", "--unpruned")
-    found = {"build": command(*build)}
-    found["verify"] = command("verify", place, "--target", target)
-    found["bench"] = command("bench", place, "--target", target, "--rounds", "30")
+    steps = {"build": command(*build)}
+    steps["verify"] = command("verify", place, "--target", target)
+    steps["bench"] = command("bench", place, "--target", target, "--rounds", "30")
     if profile:
-        found["profile"] = command("profile", place, "--target", target)
-    return found
+        steps["profile"] = command("profile", place, "--target", target)
+    return steps
 
 
 def command(*arguments: str) -> dict[str, Any]:

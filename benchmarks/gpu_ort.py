@@ -85,8 +85,8 @@ class CustomOps:
         if output.element_type() == onnx.TensorProto.BFLOAT16:  # numpy() knows no bfloat16: read the two bytes
             count = int(np.prod(output.shape()))
             raw = ctypes.string_at(output.data_ptr(), 2 * count)
-            made: Array = np.frombuffer(raw, dtype).reshape(output.shape())
-            return made
+            halves: Array = np.frombuffer(raw, dtype).reshape(output.shape())
+            return halves
         return np.asarray(output.numpy())
 
 

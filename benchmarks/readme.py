@@ -53,7 +53,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         shutil.copytree(ROOT / IMAGES, folder / IMAGES)
-        text = BLOCK.sub(lambda found: f"```console\n{with_outputs(found[1], folder)}```", README.read_text("utf-8"))
+        text = BLOCK.sub(lambda match: f"```console\n{with_outputs(match[1], folder)}```", README.read_text("utf-8"))
         README.write_text(text, encoding="utf-8")
         shutil.copyfile(folder / KEPT, ROOT / KEPT)
 

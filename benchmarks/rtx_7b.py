@@ -76,18 +76,18 @@ def build_all(bundle: Bundle, target: str, weights: EngineWeights, memory: int) 
         raise SystemExit(builder.reason)
     plan = plan_build(bundle, chosen, builder.wishes)
     skipped = {
-        graph.name: f"its build is estimated at {_gib(one.build_peak_bytes)}, more than {_gib(memory)}"
-        for graph, one in zip(plan.graphs, plan.estimates, strict=True)
-        if one.build_peak_bytes > memory
+        graph.name: f"its build is estimated at {_gib(estimate.build_peak_bytes)}, more than {_gib(memory)}"
+        for graph, estimate in zip(plan.graphs, plan.estimates, strict=True)
+        if estimate.build_peak_bytes > memory
     }
     with console.progress(f"engines, {weights}") as bar:
         result = build(plan, builder.library, force=True, skip=skipped, report=bar)
     return Built(weights, plan, result.summary(), skipped)
 
 
-def render(layers: int, found: Sequence[Built]) -> str:
+def render(layers: int, builds: Sequence[Built]) -> str:
     """The page of results, Markdown."""
-    first = found[0]
+    first = builds[0]
     version = next(engine.tensorrt_version for engine in first.summary.engines if engine.file)
     plan, memory = first.plan, available_memory()
     parts = [
@@ -99,7 +99,7 @@ def render(layers: int, found: Sequence[Built]) -> str:
         f"{len(os.sched_getaffinity(0))} cores, {_gib(memory or 0)} of memory available. *Memory* is the peak of the "
         "process that builds the engine; mapped weight files are part of it.",
     ]
-    for built in found:
+    for built in builds:
         parts += [f"## Weights {built.weights}", _table(built), *_totals(built)]
     return "\n\n".join(parts) + "\n"
 
@@ -162,8 +162,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix=".rtx-7b-", dir=place) as folder:
         bundle = make_bundle(given.layers, Path(folder))
         kinds: tuple[EngineWeights, ...] = ("shared", "baked")
-        found = [build_all(bundle, given.target, kind, memory) for kind in kinds]
-        given.out.write_text(render(given.layers, found), encoding="utf-8")
+        builds = [build_all(bundle, given.target, kind, memory) for kind in kinds]
+        given.out.write_text(render(given.layers, builds), encoding="utf-8")
     print(given.out.read_text(encoding="utf-8"))
 
 

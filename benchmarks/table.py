@@ -40,7 +40,7 @@ def measure(samples: int, seed: int, threads: int | None) -> dict[str, Any]:
     plan = own[BUDGETS[0]]
     groups = [("plans", budget, _plans(model.spec, own[budget])) for budget in BUDGETS]
     variants = ablations(plan)[1:]  # the first is the plan itself
-    groups.append(("ablations", BUDGETS[0], [(OWN, plan), *((one.name, one.plan) for one in variants)]))
+    groups.append(("ablations", BUDGETS[0], [(OWN, plan), *((variant.name, variant.plan) for variant in variants)]))
     named = [entry for _, _, entries in groups for entry in entries]
     with tempfile.TemporaryDirectory() as folder, console.progress("table") as report:
         bundle = export_bundle(model, plan, Path(folder) / "bundle", Options())
@@ -54,7 +54,7 @@ def measure(samples: int, seed: int, threads: int | None) -> dict[str, Any]:
         "seed": seed,
         "source": scored.evaluation.source,
         "calibration": plan.calibration.get("sha256") or plan.calibration.get("source"),
-        "changes": {one.name: one.summary for one in variants},
+        "changes": {variant.name: variant.summary for variant in variants},
         "tables": tables,
     }
 

@@ -37,16 +37,16 @@ def _arguments() -> argparse.Namespace:
     out = Path(os.environ.get("OUT") or prepare.FOLDER / "results")
     parser.set_defaults(architecture=None, before=None, folder=prepare.FOLDER, out=out)
     parts = parser.add_subparsers(dest="what")
-    one = parts.add_parser("prepare", help="compile, and work out what is expected")
-    one.add_argument("--architecture", help="such as 90; this machine's GPU, or 90, if left out")
-    one.add_argument("--before", help="git revision whose kernels are timed beside these; none for no such")
-    one = parts.add_parser("run", help="run a call")
-    one.add_argument("call", choices=sorted(steps.calls(prepare.FOLDER)))
-    one.add_argument(
+    command = parts.add_parser("prepare", help="compile, and work out what is expected")
+    command.add_argument("--architecture", help="such as 90; this machine's GPU, or 90, if left out")
+    command.add_argument("--before", help="git revision whose kernels are timed beside these; none for no such")
+    command = parts.add_parser("run", help="run a call")
+    command.add_argument("call", choices=sorted(steps.calls(prepare.FOLDER)))
+    command.add_argument(
         "--out", type=Path, default=out, help="folder of the results; $OUT, or a folder of what was prepared"
     )
-    one = parts.add_parser("record", help="make a result file of what came back")
-    one.add_argument("results", type=Path, nargs="+")
+    command = parts.add_parser("record", help="make a result file of what came back")
+    command.add_argument("results", type=Path, nargs="+")
     for name, part in parts.choices.items():
         if name != "record":
             part.add_argument("--folder", type=Path, default=prepare.FOLDER, help="what was prepared")

@@ -54,10 +54,10 @@ class Gram:
     def array(self) -> Array:
         """The matrix [B,V,V]."""
         wide = self.features.astype(np.float32)  # sums of integers below 2^24: exact in any order
-        made: Array = (wide @ wide.transpose(0, 2, 1) / np.float32(2**self.shift)).astype(self.dtype)
+        matrix: Array = (wide @ wide.transpose(0, 2, 1) / np.float32(2**self.shift)).astype(self.dtype)
         if self.places is not None and self.values is not None:
-            made.reshape(-1)[self.places] = self.values.astype(self.dtype)
-        return made
+            matrix.reshape(-1)[self.places] = self.values.astype(self.dtype)
+        return matrix
 
 
 @dataclass(frozen=True)
@@ -72,18 +72,18 @@ class Given:
 
     def arrays(self) -> dict[str, Array]:
         """All inputs as arrays."""
-        return {name: one.array() if isinstance(one, Gram) else one for name, one in self.inputs.items()}
+        return {name: tensor.array() if isinstance(tensor, Gram) else tensor for name, tensor in self.inputs.items()}
 
 
 def all_cases() -> list[Given]:
     """The cases in the own list of every operator that has a kernel, tagged by their size."""
-    found = []
+    cases = []
     for operator in (folder.name for folder in ops.folders() if (folder / "kernel_python.py").is_file()):
         for case in ops.operator(operator).cases():
             size = sum(array.nbytes for array in case.inputs.values())
             tags = ["case", *["small"] * (size <= SMALL_BYTES), *["timed"] * (size >= TIMED_BYTES)]
-            found.append(Given(operator, case.name, case.inputs, case.attributes, tuple(tags)))
-    return found
+            cases.append(Given(operator, case.name, case.inputs, case.attributes, tuple(tags)))
+    return cases
 
 
 def expected(given: Given) -> Array:
@@ -92,8 +92,8 @@ def expected(given: Given) -> Array:
 
     module = ops.operator(given.operator)
     tensors = {name: to_torch(array) for name, array in given.arrays().items()}
-    made: torch.Tensor = module.reference(**tensors, **given.attributes)
-    return from_torch(made.contiguous())
+    result: torch.Tensor = module.reference(**tensors, **given.attributes)
+    return from_torch(result.contiguous())
 
 
 def to_torch(array: Array) -> Any:
@@ -153,18 +153,18 @@ class CaseWriter:
     def add(self, given: Given, wanted: Array) -> None:
         """One case with its output."""
         module = ops.operator(given.operator)
-        inputs = [self._input(one) for one in given.inputs.values()]
+        inputs = [self._input(tensor) for tensor in given.inputs.values()]
         wanted_at = self._put(wanted.tobytes())
-        made = c_call(given, [(tuple(i["shape"]), i["dtype"]) for i in inputs])
+        native = c_call(given, [(tuple(i["shape"]), i["dtype"]) for i in inputs])
         self._lines += [
-            f"call {given.operator}/{given.name} {made.function} {','.join(given.tags) or 'none'}",
-            f"struct {self._put(made.parameters)} {len(made.parameters)}",
+            f"call {given.operator}/{given.name} {native.function} {','.join(given.tags) or 'none'}",
+            f"struct {self._put(native.parameters)} {len(native.parameters)}",
             f"expected {wanted_at} {wanted.nbytes}",
         ]
         tolerance = getattr(module, "TOLERANCE", {}).get(wanted.dtype.name)  # by type, of a row's norm; or equal bits
         if tolerance is not None:
             self._lines.append(f"close {wanted.dtype.name} {wanted.shape[-1]} {tolerance!r}")
-        for word in made.arguments:
+        for word in native.arguments:
             self._lines.append(f"in {inputs[int(word[3:])]['id']}" if word.startswith("in ") else word)
         self._records.append(
             {
@@ -173,9 +173,9 @@ class CaseWriter:
                 "attributes": given.attributes,
                 "tags": list(given.tags),
                 "inputs": dict(zip(given.inputs, inputs, strict=True)),
-                "function": made.function,
-                "parameters": made.parameters.hex(),
-                "arguments": made.arguments,
+                "function": native.function,
+                "parameters": native.parameters.hex(),
+                "arguments": native.arguments,
                 "tolerance": tolerance,
                 "output": {"shape": list(wanted.shape), "dtype": wanted.dtype.name, "offset": wanted_at},
             }
@@ -200,26 +200,26 @@ class CaseWriter:
             self._bytes += content
         return self._places[content]
 
-    def _input(self, one: Array | Gram) -> dict[str, Any]:
-        if isinstance(one, Gram):
-            return self._gram(one)
-        dense = np.ascontiguousarray(one)
+    def _input(self, tensor: Array | Gram) -> dict[str, Any]:
+        if isinstance(tensor, Gram):
+            return self._gram(tensor)
+        dense = np.ascontiguousarray(tensor)
         offset = self._put(dense.tobytes())
         line = f"{offset} {dense.nbytes}"
         number = self._number(("raw", line))
-        return {"id": number, "shape": list(one.shape), "dtype": dense.dtype.name, "offset": offset}
+        return {"id": number, "shape": list(tensor.shape), "dtype": dense.dtype.name, "offset": offset}
 
-    def _gram(self, one: Gram) -> dict[str, Any]:
-        features = np.ascontiguousarray(one.features, np.int8)
-        places = np.zeros(0, np.int32) if one.places is None else one.places.astype(np.int32)
-        values = np.zeros(0, np.float32) if one.values is None else one.values.astype(np.float32)
+    def _gram(self, gram: Gram) -> dict[str, Any]:
+        features = np.ascontiguousarray(gram.features, np.int8)
+        places = np.zeros(0, np.int32) if gram.places is None else gram.places.astype(np.int32)
+        values = np.zeros(0, np.float32) if gram.values is None else gram.values.astype(np.float32)
         batch, tokens, channels = features.shape
-        dtype, offset, patch = np.dtype(one.dtype), self._put(features.tobytes()), 0
+        dtype, offset, patch = np.dtype(gram.dtype), self._put(features.tobytes()), 0
         patch = self._put(places.tobytes() + values.tobytes())
-        line = f"{offset} {batch} {tokens} {channels} {one.shift} {dtype.itemsize} {patch} {len(places)}"
-        made = {"shape": [batch, tokens, tokens], "dtype": dtype.name, "features": offset, "channels": channels}
-        made |= {"shift": one.shift, "patch": patch, "patches": len(places)}
-        return {"id": self._number(("gram", line)), **made}
+        line = f"{offset} {batch} {tokens} {channels} {gram.shift} {dtype.itemsize} {patch} {len(places)}"
+        description = {"shape": [batch, tokens, tokens], "dtype": dtype.name, "features": offset, "channels": channels}
+        description |= {"shift": gram.shift, "patch": patch, "patches": len(places)}
+        return {"id": self._number(("gram", line)), **description}
 
     def _number(self, key: tuple[str, str]) -> int:
         if key not in self._inputs:
@@ -260,13 +260,13 @@ def read_calls(folder: Path, tag: str | None = None) -> Iterable[Call]:
     """The calls of a folder that bear the tag, one after another, because the large ones are large."""
     described = json.loads((folder / "calls.json").read_text(encoding="utf-8"))
     content = memoryview((folder / "cases.bin").read_bytes())[described["index"] :]
-    for one in described["calls"]:
-        if tag is None or tag in one["tags"]:
+    for entry in described["calls"]:
+        if tag is None or tag in entry["tags"]:
             yield Call(
-                one["name"], one["op"], tuple(one["tags"]), one["attributes"],
-                {name: _read_input(content, record) for name, record in one["inputs"].items()},
-                _read(content, one["output"]["offset"], one["output"]["shape"], one["output"]["dtype"]),
-                CCall(one["function"], bytes.fromhex(one["parameters"]), one["arguments"]), one["tolerance"],
+                entry["name"], entry["op"], tuple(entry["tags"]), entry["attributes"],
+                {name: _read_input(content, record) for name, record in entry["inputs"].items()},
+                _read(content, entry["output"]["offset"], entry["output"]["shape"], entry["output"]["dtype"]),
+                CCall(entry["function"], bytes.fromhex(entry["parameters"]), entry["arguments"]), entry["tolerance"],
             )  # fmt: skip
 
 
@@ -288,7 +288,7 @@ def _read_input(content: memoryview, record: dict[str, Any]) -> Array:
 
 def launch(library: ctypes.CDLL, call: Call) -> tuple[int, Array]:
     """Make the C call with the arrays' own addresses, for kernels that run on the CPU: status and output."""
-    made = np.full(call.wanted.nbytes, 0xA5, np.uint8)
+    output = np.full(call.wanted.nbytes, 0xA5, np.uint8)
     parameters = ctypes.create_string_buffer(call.c.parameters, len(call.c.parameters))
     size = getattr(library, f"{call.c.function}_workspace", None)
     bytes_ = 0
@@ -297,10 +297,10 @@ def launch(library: ctypes.CDLL, call: Call) -> tuple[int, Array]:
         bytes_ = int(size(parameters))
     workspace = np.full(bytes_ + 16, 0xFF, np.uint8)
     inputs = [np.array(array, order="C") for array in call.inputs.values()]
-    fixed = {"parameters": ctypes.addressof(parameters), "out": made.ctypes.data, "workspace": workspace.ctypes.data}
+    fixed = {"parameters": ctypes.addressof(parameters), "out": output.ctypes.data, "workspace": workspace.ctypes.data}
     fixed |= {"size": bytes_, "stream": 0, "null": 0}
     values = [
         fixed[word] if word in fixed else inputs[int(word.removeprefix("in "))].ctypes.data for word in call.c.arguments
     ]
     status = getattr(library, call.c.function)(*map(ctypes.c_size_t, values))
-    return int(status), made.view(call.wanted.dtype).reshape(call.wanted.shape)
+    return int(status), output.view(call.wanted.dtype).reshape(call.wanted.shape)

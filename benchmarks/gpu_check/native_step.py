@@ -40,12 +40,12 @@ def main() -> int:
 
 def machine() -> dict[str, Any]:
     """What nvidia-smi says of the GPU, and the processor and the system beside it."""
-    found: dict[str, Any] = {"system": platform.platform(), "processors": os.cpu_count()}
+    record: dict[str, Any] = {"system": platform.platform(), "processors": os.cpu_count()}
     if (tool := shutil.which("nvidia-smi")) is not None:
         command = [tool, f"--query-gpu={','.join(QUERY)}", "--format=csv,noheader", "--id=0"]
-        said = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-        found |= dict(zip(QUERY, said.split(", "), strict=False))
-    return found
+        answer = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+        record |= dict(zip(QUERY, answer.split(", "), strict=False))
+    return record
 
 
 def unusable(folder: Path) -> str:

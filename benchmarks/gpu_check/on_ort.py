@@ -187,8 +187,8 @@ def command(native: str, *arguments: str) -> dict[str, Any]:
     done = subprocess.run(words, capture_output=True, text=True, env=environment, check=False)
     sys.stderr.write(done.stderr)
     if done.returncode:
-        said = " ".join((done.stderr.strip() or done.stdout.strip()).splitlines()[-3:])
-        problem = f"btp-export {arguments[0]} ended with {done.returncode}: {said[:600]}"
+        last_lines = " ".join((done.stderr.strip() or done.stdout.strip()).splitlines()[-3:])
+        problem = f"btp-export {arguments[0]} ended with {done.returncode}: {last_lines[:600]}"
         raise Failed(problem, missing=done.returncode == 3)
     document: dict[str, Any] = json.loads(done.stdout)
     return document
@@ -213,8 +213,8 @@ class Memory:
     def _watch(self) -> None:
         query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", "--id=0"]
         while not self._stop.wait(0.5):
-            said = subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip()
-            self.most = max(self.most, int(said) if said.isdigit() else 0)
+            answer = subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip()
+            self.most = max(self.most, int(answer) if answer.isdigit() else 0)
 
 
 if __name__ == "__main__":

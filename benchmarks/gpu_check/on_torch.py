@@ -32,8 +32,8 @@ def main(what: str, cases: str, native: str) -> int:
     kernels = Kernels(Path(native) / "libbtp_kernels.so")
     described = json.loads((Path(cases) / "prepared.json").read_text(encoding="utf-8"))["model"]
     if not torch.cuda.is_available():
-        found = gpu_problems() or ["a torch built with CUDA"]
-        print(json.dumps({"missing": f"{found[0]}; torch {torch.__version__} can use none"}))
+        problems = gpu_problems() or ["a torch built with CUDA"]
+        print(json.dumps({"missing": f"{problems[0]}; torch {torch.__version__} can use none"}))
         return MISSING
     torch.manual_seed(0)
     with torch.inference_mode():
@@ -262,7 +262,7 @@ def layers(kernels: Kernels, sizes: dict[str, Any]) -> dict[str, Any]:
     times["full"].append(graph_ms(full))
     full_ms, pruned_ms = (statistics.median(times[name]) for name in ("full", "pruned"))
     pruned()  # outside a graph, so that what the stages chose from lies in memory of its own
-    stages = [graph_ms(partial(select, kernels, *one), 5) for one in pruned.chosen_from]
+    stages = [graph_ms(partial(select, kernels, *inputs), 5) for inputs in pruned.chosen_from]
     limit = sizes["flops_limit"]
     return {
         "full_ms": full_ms,

@@ -107,11 +107,11 @@ def _contents(sources: Sequence[Path]) -> bytes:
 
 def checked_out(revision: str, folder: Path) -> Path:
     """The operators' sources of a git revision."""
-    made = subprocess.run(["git", "archive", revision, "graphs/ops"], cwd=ROOT, capture_output=True, check=False)
-    if made.returncode != 0:
-        got = f"git has no {revision}: {made.stderr.decode().strip()}"
+    archive = subprocess.run(["git", "archive", revision, "graphs/ops"], cwd=ROOT, capture_output=True, check=False)
+    if archive.returncode != 0:
+        got = f"git has no {revision}: {archive.stderr.decode().strip()}"
         raise InputError(got, "a revision with graphs/ops", "--before none")
-    subprocess.run(["tar", "-x", "-C", str(folder)], input=made.stdout, check=True)
+    subprocess.run(["tar", "-x", "-C", str(folder)], input=archive.stdout, check=True)
     return folder
 
 
@@ -203,7 +203,7 @@ def model_7b() -> dict[str, Any]:
         new_tokens=64,
     )  # fmt: skip
     plan = plans["btp-paper"]
-    operations = {name: cost(decoder, one, profile, "float16").decoder for name, one in plans.items()}
+    operations = {name: cost(decoder, plan, profile, "float16").decoder for name, plan in plans.items()}
     stages = []
     for number, stage in enumerate(plan.stages):
         seeds = stage_seeds(plan, number) if stage.keep else None

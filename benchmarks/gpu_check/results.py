@@ -54,13 +54,13 @@ def read(folders: Sequence[Path]) -> tuple[dict[str, Any], Records, str]:
     for path in files:
         for line in path.read_text(encoding="utf-8").splitlines():
             try:
-                one = json.loads(line)
+                record = json.loads(line)
             except ValueError:
                 continue
-            if one["step"] == "prepared":
-                prepared |= {**one["result"], "date": one["date"]}
-            elif one["step"] not in steps or one["status"] == "done":
-                steps[one["step"]] = one
+            if record["step"] == "prepared":
+                prepared |= {**record["result"], "date": record["date"]}
+            elif record["step"] not in steps or record["status"] == "done":
+                steps[record["step"]] = record
     logs = "".join(path.with_suffix(".log").read_text() for path in files if path.with_suffix(".log").is_file())
     return prepared, steps, logs
 
@@ -80,7 +80,7 @@ def summary(prepared: Mapping[str, Any], steps: Records, logs: str) -> dict[str,
         "facts": result("facts"),
         "machine": (result("native") or {}).get("machine"),
         "prepared": {name: prepared.get(name) for name in about},
-        "steps": {name: _state(one) for name, one in steps.items()},
+        "steps": {name: _state(record) for name, record in steps.items()},
         "verified": result("verify"),
         "limits": limits,
         "rows": _rows(steps.get("time", {}).get("result", {}).get("rows", []), prepared.get("shapes", {}), limits),
@@ -99,9 +99,9 @@ def summary(prepared: Mapping[str, Any], steps: Records, logs: str) -> dict[str,
     }  # fmt: skip
 
 
-def _state(one: Mapping[str, Any]) -> dict[str, Any]:
-    state = {"status": one["status"], "seconds": one["seconds"]}
-    why = what_is_missing(one)
+def _state(record: Mapping[str, Any]) -> dict[str, Any]:
+    state = {"status": record["status"], "seconds": record["seconds"]}
+    why = what_is_missing(record)
     return state | ({"why": why} if why else {})
 
 
@@ -112,11 +112,12 @@ def _rows(timed: Iterable[Mapping[str, Any]], shapes: Mapping[str, Any], limits:
     similarity / bandwidth where rule 2 starts from nothing.
     """
     rows = []
-    for one in timed:
-        row: dict[str, Any] = {"name": one["name"], "us": statistics.median(one["us"]), "problem": one["problem"]}
-        if one["before_us"]:
-            row["before_us"] = statistics.median(one["before_us"])
-        shape = shapes.get(one["name"])
+    for record in timed:
+        microseconds = statistics.median(record["us"])
+        row: dict[str, Any] = {"name": record["name"], "us": microseconds, "problem": record["problem"]}
+        if record["before_us"]:
+            row["before_us"] = statistics.median(record["before_us"])
+        shape = shapes.get(record["name"])
         if shape is not None and limits is not None:
             step = (limits["l2_read_ns"] + limits[_reduction(shape["tokens"], limits)]) / 1e3
             moved = shape["bytes"] / limits["copy_gb_per_s"] / 1e3
@@ -127,15 +128,15 @@ def _rows(timed: Iterable[Mapping[str, Any]], shapes: Mapping[str, Any], limits:
 
 def _reduction(tokens: int, limits: Mapping[str, float]) -> str:
     """The measured reduction with the fewest threads that hold V tokens, four a thread."""
-    sizes = sorted(int(found[1]) for found in map(REDUCTION.fullmatch, limits) if found is not None)
+    sizes = sorted(int(match[1]) for match in map(REDUCTION.fullmatch, limits) if match is not None)
     fitting = [threads for threads in sizes if 4 * threads >= tokens]
     return f"reduce_{fitting[0] if fitting else sizes[-1]}_ns"
 
 
-def _sanitized(one: Mapping[str, Any]) -> str:
+def _sanitized(record: Mapping[str, Any]) -> str:
     """The tool's own summary, or why there is none."""
-    found = SUMMARY.findall(str(one.get("tail", "")))
-    return found[-1].strip() if found else what_is_missing(one) or "no summary"
+    summaries = SUMMARY.findall(str(record.get("tail", "")))
+    return summaries[-1].strip() if summaries else what_is_missing(record) or "no summary"
 
 
 def _profiled(logs: str, step: str) -> Iterable[dict[str, Any]]:
@@ -171,8 +172,8 @@ def table(document: Mapping[str, Any]) -> str:
         *_model(document["layers"], document["products"]),
         *_runtime(document["onnxruntime"]),
     ]
-    undone = {name: one for name, one in document["steps"].items() if one["status"] != "done"}
-    failed = [f"- {name}: {one['status']}. {one.get('why', '')}" for name, one in undone.items()]
+    undone = {name: record for name, record in document["steps"].items() if record["status"] != "done"}
+    failed = [f"- {name}: {record['status']}. {record.get('why', '')}" for name, record in undone.items()]
     return "\n".join([*lines, *(["", "Not done:", "", *failed] if failed else []), ""])
 
 
@@ -187,7 +188,7 @@ def _checked(document: Mapping[str, Any]) -> list[str]:
     if green := document["green"]:
         rows = ", ".join(f"{row['name']} {row['us']:.1f} us" for row in green["rows"])
         lines.append(f"- on {green['multiprocessors_used']} multiprocessors: {rows}")
-    return [*lines, *(f"- compute-sanitizer {tool}: {said}" for tool, said in document["sanitizers"].items())]
+    return [*lines, *(f"- compute-sanitizer {tool}: {summary}" for tool, summary in document["sanitizers"].items())]
 
 
 def _timed(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -221,17 +222,17 @@ def _model(layers: Any, products: Any) -> list[str]:
 
 def _runtime(given: Mapping[str, Any]) -> list[str]:
     lines = []
-    if found := given.get("ort-cases"):
-        where = ", ".join(f"{count} {what}" for what, count in sorted(found["placement"].items()))
-        lines.append(f"- {found['cases']} cases equal the reference; {where}")
-    if found := given.get("ort-threads"):
-        lines.append(f"- two threads in one session: {found['runs'][0]} and {found['runs'][1]} runs, none differs")
+    if step := given.get("ort-cases"):
+        where = ", ".join(f"{count} {what}" for what, count in sorted(step["placement"].items()))
+        lines.append(f"- {step['cases']} cases equal the reference; {where}")
+    if step := given.get("ort-threads"):
+        lines.append(f"- two threads in one session: {step['runs'][0]} and {step['runs'][1]} runs, none differs")
     for name in ("demo-float32", "demo-float16", "7b-bench"):
-        if not (found := given.get(name)):
+        if not (step := given.get(name)):
             continue
-        prefill, decode = found["bench"]["prefill"], found["bench"]["decode"]
-        passed = "" if "verify" not in found else "verified, " if found["verify"]["passed"] else "NOT verified, "
-        memory = f", {found['most_memory_mib']} MiB at most" if "most_memory_mib" in found else ""
+        prefill, decode = step["bench"]["prefill"], step["bench"]["decode"]
+        passed = "" if "verify" not in step else "verified, " if step["verify"]["passed"] else "NOT verified, "
+        memory = f", {step['most_memory_mib']} MiB at most" if "most_memory_mib" in step else ""
         lines.append(
             f"- {name}: {passed}prefill {prefill['full_ms']:.2f} ms, pruned {prefill['pruned_ms']:.2f} ms "
             f"({prefill['share_of_limit']:.0%} of the limit), decode {decode['ms_per_token']:.2f} ms a token{memory}"

@@ -186,8 +186,8 @@ def last_json(text: str) -> dict[str, Any]:
     for line in reversed(text.splitlines()):
         if line.startswith("{"):
             with contextlib.suppress(ValueError):
-                found: dict[str, Any] = json.loads(line)
-                return found
+                result: dict[str, Any] = json.loads(line)
+                return result
     return {}
 
 
@@ -196,9 +196,9 @@ def what_is_missing(record: Mapping[str, Any]) -> str:
     if record["status"] == "done":
         return ""
     result = record["result"]
-    said = result.get("missing") or result.get("error") or next(iter(result.get("failed") or []), "")
+    reason = result.get("missing") or result.get("error") or next(iter(result.get("failed") or []), "")
     last = record["tail"].strip().splitlines()[-1:] if record.get("tail") else []
-    return " ".join(str(said or (last[0] if last else "")).split())[:300]
+    return " ".join(str(reason or (last[0] if last else "")).split())[:300]
 
 
 # -- the machine -------------------------------------------------------------------------------------------------------
@@ -225,5 +225,5 @@ def gpu_architecture() -> str | None:
     if gpu_problems() or (tool := shutil.which("nvidia-smi")) is None:
         return None
     command = [tool, "--query-gpu=compute_cap", "--format=csv,noheader", "--id=0"]
-    said = subprocess.run(command, capture_output=True, text=True, check=False).stdout
-    return "".join(re.findall(r"\d", said)) or None
+    answer = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    return "".join(re.findall(r"\d", answer)) or None

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from btp_export import cli
+
 ROOT = Path(__file__).parents[3]
 HEAVY = ("torch", "transformers", "onnxruntime", "onnx", "onnx_ir", "huggingface_hub", "PIL")
 
@@ -60,10 +62,20 @@ def test_bash(shell: dict[str, str]) -> None:
 
 
 @pytest.mark.parametrize(("line", "expected"), [LINES[0], LINES[2], LINES[7]])
-def test_zsh_protocol(shell: dict[str, str], line: str, expected: list[str]) -> None:
+def test_zsh_protocol(
+    shell: dict[str, str],
+    line: str,
+    expected: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     """What zsh evaluates; descriptions come with the values and take one line each."""
-    variables = {"_BTP_EXPORT_COMPLETE": "complete_zsh", "_TYPER_COMPLETE_ARGS": line}
-    answer = run(["btp-export"], shell | variables)
+    monkeypatch.chdir(shell["HOME"])
+    variables = {"_BTP_EXPORT_COMPLETE": "complete_zsh", "_TYPER_COMPLETE_ARGS": line, "COLUMNS": "80"}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert cli.main([]) == 0
+    answer = capsys.readouterr().out
     assert answer.startswith("_arguments '*: :((") and len(answer.splitlines()) == len(expected)
     assert all(f'"{word}"' in answer for word in expected) and "$(" not in answer
 
@@ -90,11 +102,19 @@ def test_installation(shell: dict[str, str]) -> None:
     assert ".bash_completions/btp-export.sh" in (home / ".bashrc").read_text()
 
 
-@pytest.mark.parametrize("words", ["export --model ", "build B --target ", "export --plan ", "run B --profile "])
-def test_completion_is_light(shell: dict[str, str], words: str) -> None:
-    script = (
-        "import sys; from btp_export.cli import main; code = main([]);"
-        f"print([m for m in {HEAVY!r} if m in sys.modules]); sys.exit(code)"
-    )
-    variables = {"_BTP_EXPORT_COMPLETE": "complete_zsh", "_TYPER_COMPLETE_ARGS": f"btp-export {words}"}
-    assert run([sys.executable, "-c", script], shell | variables).endswith("[]\n")
+LIGHT = """
+import os, sys
+from btp_export.cli import main
+for words in ("export --model ", "build B --target ", "export --plan ", "run B --profile "):
+    os.environ["_TYPER_COMPLETE_ARGS"] = f"btp-export {words}"
+    assert main([]) == 0
+    print("loaded for", words, [name for name in HEAVY if name in sys.modules])
+"""
+
+
+def test_completion_is_light(shell: dict[str, str]) -> None:
+    """In one fresh interpreter: this one has the libraries loaded."""
+    answer = run([sys.executable, "-c", f"HEAVY = {HEAVY!r}{LIGHT}"], shell | {"_BTP_EXPORT_COMPLETE": "complete_zsh"})
+    loaded = [line for line in answer.splitlines() if line.startswith("loaded for")]
+    assert len(loaded) == 4 and all(line.endswith(" []") for line in loaded)
+    assert answer.count("_arguments") == 4
