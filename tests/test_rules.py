@@ -52,7 +52,6 @@ ROOMS = {
     "btp_export": [
         ["__init__"],  # the version, and names that are loaded when they are asked for: ON_REQUEST
         ["results"],
-        ["printable"],
         ["console"],
         ["drawing", "families"],
         ["demo"],
