@@ -28,6 +28,7 @@ import onnxruntime as ort
 from onnx import NodeProto, TensorProto, helper
 
 from graphs import dtypes
+from graphs.files.atomic import move
 
 NODE: Final = "MatMulNBits"
 CODES: Final = 1  # which of its inputs is packed
@@ -154,7 +155,7 @@ def _make(small: onnx.ModelProto, path: Path, place: Path) -> None:
             options.add_session_config_entry(key, value)
         ort.InferenceSession(small.SerializeToString(), options, providers=["CPUExecutionProvider"])
         if not place.is_dir():
-            folder.rename(place)
+            move(folder, place)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
