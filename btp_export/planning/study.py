@@ -215,18 +215,28 @@ def _check_samples(model: Model, profile: ShapeProfile, samples: int, settings: 
     """Raise InputError for more samples than memory holds, or fewer than a search takes."""
     from calibrate.place.search import check_tuning
 
+    def needed(samples: int) -> int:
+        return needed_bytes(model, profile, samples, settings.maths, settings.answer_tokens)
+
     check_memory(
-        needed_bytes(model, profile, samples, settings.maths),
+        needed(samples),
         f"calibrating {model.spec.name} on {samples} samples",
-        do=f"fewer --samples (a layer at a time needs {size_text(needed_bytes(model, profile, 1, settings.maths))})",
+        do=f"fewer --samples (a layer at a time needs {size_text(needed(1))})",
     )
     if settings.tune:
         check_tuning(samples, counts=settings.keep is None, shares=settings.balance is None)
 
 
-def needed_bytes(model: Model, profile: ShapeProfile, samples: int, maths: Precision) -> int:
-    """About how much memory a calibration takes at its highest: the vision tower, or a layer and all samples' rows."""
+def needed_bytes(
+    model: Model, profile: ShapeProfile, samples: int, maths: Precision, answer_tokens: int = ANSWER_TOKENS
+) -> int:
+    """About how much memory a calibration takes at its highest.
+
+    The vision tower, or a layer with all samples' rows and the logits of their whole answers, beside which are the rows
+    of dropped runs while plans are placed, and one pass of candidates while they are judged.
+    """
     from calibrate.calibrate import DROPPED_SAMPLES
+    from calibrate.place.rank_by_divergence import PASS_BYTES
 
     decoder, size = model.spec.decoder, dtypes.BY_NAME[maths].nbytes
     own = ("language_model.", "lm_head.")
@@ -236,7 +246,8 @@ def needed_bytes(model: Model, profile: ShapeProfile, samples: int, maths: Preci
     rows = size * decoder.hidden_size * samples * tokens
     text = profile.prefix_tokens + TYPICAL_TEXT
     branches = size * decoder.hidden_size * min(samples, DROPPED_SAMPLES) * text * decoder.num_layers
-    return LIBRARIES + max(8 * vision, layer + layer // 3 + rows + branches)
+    logits = 4 * samples * answer_tokens * decoder.vocab_size
+    return LIBRARIES + max(8 * vision, layer + layer // 3 + rows + logits + max(branches, PASS_BYTES))
 
 
 def request_of(settings: CalibrationSettings) -> Request:

@@ -21,7 +21,7 @@ from graphs.records.progress import Report, part_of
 # (samples, candidates of a group that go on to more of them): sample sets interleave their kinds, so that the first few
 # hold each kind.
 ROUNDS = ((12, 12), (32, 4))
-PASS_BYTES = 3 * 2**29  # of hidden states, queries and keys that one streamed pass may hold
+PASS_BYTES = 3 * 2**29  # of hidden states, queries, keys and logits that one streamed pass may hold
 _ROWS_A_TOKEN = 3  # hidden state, query and key
 
 
@@ -73,12 +73,15 @@ def _run(
     progress: Report | None,
 ) -> list[list[Candidate]]:
     """Every candidate on every input, in as few streamed passes as memory allows."""
-    parts = passes([candidate.plan for group in groups for candidate in group], inputs)
-    runs: list[RunRecord] = []
+    waiting = iter([candidate for group in groups for candidate in group])
+    parts = passes([candidate.plan for group in groups for candidate in group], inputs, reference.vocab_size)
+    judged: list[Candidate] = []
     for number, plans in enumerate(parts):
-        runs += reference.run(inputs, plans, progress=part_of(progress, number, len(parts)))
-    each = iter([runs[first : first + len(inputs)] for first in range(0, len(runs), len(inputs))])
-    return [[_judged(candidate, next(each), logits) for candidate in group] for group in groups]
+        runs = reference.run(inputs, plans, progress=part_of(progress, number, len(parts)))
+        for first in range(0, len(runs), len(inputs)):  # now: the logits of one pass are what memory has room for
+            judged.append(_judged(next(waiting), runs[first : first + len(inputs)], logits))
+    each = iter(judged)
+    return [[next(each) for _ in group] for group in groups]
 
 
 def _judged(candidate: Candidate, runs: Sequence[RunRecord], logits: Sequence[np.ndarray]) -> Candidate:
@@ -91,13 +94,16 @@ def _judged(candidate: Candidate, runs: Sequence[RunRecord], logits: Sequence[np
     )
 
 
-def passes(plans: Sequence[PruningPlan], inputs: Sequence[ReferenceInput]) -> list[Sequence[PruningPlan]]:
+def passes(
+    plans: Sequence[PruningPlan], inputs: Sequence[ReferenceInput], vocab_size: int
+) -> list[Sequence[PruningPlan]]:
     """The plans in groups whose runs fit into PASS_BYTES each, as far as one plan's do."""
     if not inputs or not plans:
         return [plans]
     hidden = inputs[0].image_features.shape[1]
     text = max(len(sample.input_ids) + len(sample.new_tokens) for sample in inputs) - plans[0].image_tokens
     kept = max((plan.stages[0].keep for plan in plans if plan.stages), default=0)
-    each = len(inputs) * (text + kept) * hidden * 4 * _ROWS_A_TOKEN
+    answer = 1 + max(len(one.new_tokens) for one in inputs)
+    each = 4 * len(inputs) * ((text + kept) * hidden * _ROWS_A_TOKEN + answer * vocab_size)
     room = max(1, PASS_BYTES // max(1, each))
     return [plans[first : first + room] for first in range(0, len(plans), room)]

@@ -144,7 +144,7 @@ def measure_plans(
 ) -> list[Measurement]:
     """Both parts of the objective of every plan on every input, in one streamed pass where memory allows it."""
     unpruned = plans[0].without_stages()
-    parts, measured = passes(plans, inputs), []
+    parts, measured = passes(plans, inputs, reference.vocab_size), []
     for number, part in enumerate(parts):
         probe = ErrorProbe(frozenset(segment.stop - 1 for plan in part for segment in plan.segments()))
         report = part_of(progress, number, len(parts))

@@ -35,7 +35,7 @@ from calibrate.reference.pruning_stage import StageRecord, apply_stage
 from calibrate.reference.recording import SPILL_BYTES, KeptSegment, OpenSegment, Recorder
 from calibrate.reference.records import EmbeddedRecord, ReferenceInput, RunRecord, SegmentRecord
 from graphs import dtypes
-from graphs.files.checkpoint import Checkpoint
+from graphs.files.checkpoint import Checkpoint, TensorRef
 from graphs.files.packed_weights import read_tensor
 from graphs.files.resume import Work, digest
 from graphs.records.errors import InputError, UnavailableError
@@ -245,6 +245,16 @@ class StreamedReference:
         return cos, sin
 
     @property
+    def vocab_size(self) -> int:
+        """Logits of one row."""
+        return self._output_matrix.shape[0]
+
+    @property
+    def _output_matrix(self) -> TensorRef:
+        tied = "lm_head.weight" not in self._checkpoint.tensors
+        return self._checkpoint["language_model.embed_tokens.weight" if tied else "lm_head.weight"]
+
+    @property
     def key_value_width(self) -> int:
         """Values that one token's key and value have in a layer, 2 K D."""
         config = self._model.config
@@ -418,13 +428,10 @@ class StreamedReference:
         """Logits [..., vocabulary] of hidden [..., C]: final norm and output matrix, a block of rows at a time."""
         norm = self._model.norm
         self._materialise(norm, "language_model.norm.")
-        tensors = self._checkpoint.tensors
-        tied = "lm_head.weight" not in tensors
-        matrix = self._checkpoint["language_model.embed_tokens.weight" if tied else "lm_head.weight"]
-        weights, normed = matrix.read(), norm(hidden)
+        weights, normed = self._output_matrix.read(), norm(hidden)
         blocks = [
             normed @ dtypes.torch_of_numpy(weights[row : row + _VOCABULARY_ROWS]).to(self._device, self._dtype).T
-            for row in range(0, matrix.shape[0], _VOCABULARY_ROWS)
+            for row in range(0, self.vocab_size, _VOCABULARY_ROWS)
         ]
         norm.to("meta")
         return torch.cat(blocks, dim=-1)

@@ -24,8 +24,8 @@ def test_plan_list_names_all_presets(capsys: pytest.CaptureFixture[str]) -> None
     names = [entry["name"] for entry in json.loads(out)["presets"]]
     assert code == 0
     assert names == [
-        "none", "btp-paper", "btp-paper-corrected", "fastv", "pyramiddrop", "divprune", "scope", "vtw", "random",
-        "dart", "btp",
+        "none", "btp-paper", "btp-paper-corrected", "fastv", "pyramiddrop", "divprune", "scope",
+        "visionzip-select", "vtw", "random", "dart", "btp",
     ]  # fmt: skip
 
 
