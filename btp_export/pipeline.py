@@ -83,7 +83,7 @@ def run_job(job: Job) -> JobResult:
     with staged(job.out, force=job.force) as root:
         with clock.phase("export") as report:
             export_into(model, plans, profiles, root, job.export, report=report)
-        measured = collect(Bundle.open(root), Settings(), clock.phase, check=_require_passed)
+        measured = collect(Bundle.open(root), Settings(smaller=False), clock.phase, check=_require_passed)
         with clock.phase("report"):
             write_report(root / "report", measured)
     built = None

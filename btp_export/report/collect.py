@@ -23,12 +23,16 @@ Phase = Callable[[str], AbstractContextManager[Report]]
 
 @dataclass(frozen=True)
 class Settings:
-    """How much to measure. `questions` is a JSONL of image, prompt, answer instead of generated scenes."""
+    """How much to measure. `questions` is a JSONL of image, prompt, answer instead of generated scenes.
+
+    `smaller` evaluates every plan at half the bundle's tokens too, for the plot of accuracy against tokens.
+    """
 
     samples: int = EVAL_SAMPLES
     seed: int = 0
     questions: Path | None = None
     threads: int | None = None
+    smaller: bool = True
 
 
 def collect(
@@ -59,7 +63,7 @@ def collect(
         with phase("eval") as report:
             evaluation = evaluate_bundle(
                 bundle,
-                compression=budgets(bundle),
+                compression=budgets(bundle) if settings.smaller else None,
                 samples=settings.samples,
                 seed=settings.seed,
                 data=settings.questions,
