@@ -13,7 +13,6 @@ from pathlib import Path
 from btp_export.families import Family, family_for, known_models
 from btp_export.families._checkpoint import count_prefix_tokens
 from btp_export.quantised.formats import OTHERS, find_format
-from btp_export.quantised.reading import open_foreign, read_packed
 from graphs.files.checkpoint import Checkpoint, missing_shards, open_checkpoint, read_config
 from graphs.files.paths import expanded, require_utf8
 from graphs.records.errors import InputError, UnavailableError
@@ -111,10 +110,12 @@ def open_model(
     config = read_config(source.folder)
     family = family_for(config)
     _check_parts(source)
-    found = find_format(source.folder, config)
+    quantised = find_format(source.folder, config)
     checkpoint = open_checkpoint(source.folder, family.renames)
-    if found is not None:
-        foreign = open_foreign(checkpoint, *found)
+    if quantised is not None:
+        from btp_export.quantised.reading import open_foreign, read_packed  # loads torch: most names need none of it
+
+        foreign = open_foreign(checkpoint, *quantised)
         planned = _spec(family, foreign.planned(), source.name)  # all that can be wrong, before anything is written
         folder = read_packed(foreign, source.name, planned.decoder.head_dim, report)
         source, checkpoint = replace(source, folder=folder), open_checkpoint(folder, family.renames)
