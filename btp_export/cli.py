@@ -17,6 +17,7 @@ import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from types import FrameType
+from typing import Any
 
 import typer
 
@@ -69,13 +70,27 @@ def command_names() -> list[str]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    debug = "--debug" in words  # every command takes it; it is needed before the command line is understood
+    debug = _wants_debug(words)
     _occupy_standard_descriptors()
     if "_BTP_EXPORT_COMPLETE" in os.environ:
         os.environ["COLUMNS"] = "1000"  # typer wraps the descriptions that it gives to zsh
     _set_up_libraries(debug)
     with _signals_interrupt():
         return _run(words, debug)
+
+
+def _wants_debug(words: Sequence[str]) -> bool:
+    """Whether `--debug` stands there by itself, and not as the value of an option such as --prompt.
+
+    Every command takes it; it is needed before the command line is understood.
+    """
+    places = [at for at, word in enumerate(words) if word == "--debug"]
+    if not places:
+        return False
+    main_command: Any = typer.main.get_command(make_app())
+    parameters = [*main_command.params, *(one for command in main_command.commands.values() for one in command.params)]
+    takes = {name for one in parameters if not getattr(one, "is_flag", False) for name in one.opts}
+    return any(at == 0 or words[at - 1] not in takes for at in places)
 
 
 def _run(arguments: list[str], debug: bool) -> int:
@@ -110,7 +125,7 @@ def describe(error: BaseException) -> tuple[list[str], int]:
     if isinstance(error, typer.TyperException):
         context = getattr(error, "ctx", None)
         path = context.command_path if context else "btp-export"
-        return [_usage(error.format_message()), f"do this: {path} --help"], 2
+        return [shortened(_usage(error.format_message())), f"do this: {path} --help"], 2
     if isinstance(error, ModuleNotFoundError) and (error.name or "").split(".")[0] not in OURS:
         return [f"{error.name} is not installed", "do this: btp-export doctor"], 3
     surroundings = _describe_surroundings(error)

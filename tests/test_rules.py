@@ -325,6 +325,76 @@ def test_files_are_put_in_their_place_by_two_modules() -> None:
     assert all(len(list(renames_and_links(home))) >= 3 for home in homes), "the rule finds nothing where it is done"
 
 
+# Files that the project or the system has written itself: logs, notes beside what was compiled, /proc, our own page.
+OWN_FILES = {
+    "btp_export/api_reference.py",
+    "btp_export/report/machine.py",
+    "engines/native/compile_ort.py",
+    "engines/native/libraries.py",
+    "engines/runners/packed_files.py",
+    "engines/tensorrt/build/builder.py",
+    "engines/tensorrt/build/worker.py",
+    "engines/tensorrt/trtexec.py",
+    "graphs/files/memory.py",
+}
+VALIDATES = {"graphs/records/record.py", "engines/tensorrt/build/worker.py"}  # the second: what its own parent says
+
+
+def readings(path: Path) -> Iterator[str]:
+    """Where a file's contents, or JSON, is read without the limits of graphs/records/reading.py."""
+    name = path.relative_to(ROOT).as_posix()
+    for node in nodes(path):
+        match node:
+            case ast.Attribute(ast.Name("json"), "load" | "loads" | "JSONDecoder"):
+                yield f"{node.lineno}: json.{node.attr}"
+            case ast.ImportFrom(module="json"):
+                yield f"{node.lineno}: from json"
+            case ast.Attribute(attr="model_validate_json") if name not in VALIDATES:
+                yield f"{node.lineno}: {node.attr}"
+            case ast.Attribute(attr="read_text" | "read_bytes") if name not in OWN_FILES:
+                yield f"{node.lineno}: {node.attr}"
+
+
+def test_what_others_wrote_is_read_in_one_place() -> None:
+    home = ROOT / "graphs" / "records" / "reading.py"
+    wrong = [
+        f"{path.relative_to(ROOT)}:{said}"
+        for folder in MAY_IMPORT
+        for path in python_files(folder)
+        if path != home
+        for said in readings(path)
+    ]
+    assert not wrong
+    assert list(readings(home)), "the rule finds nothing where it is done"
+    assert all((ROOT / name).is_file() for name in OWN_FILES | VALIDATES)
+
+
+def graph_openings(path: Path) -> Iterator[str]:
+    """Where an ONNX file is parsed: what it raises then has some ten types."""
+    for node in nodes(path):
+        match node:
+            case ast.Attribute(ast.Name("onnx" | "ir"), "load" | "load_model" | "load_model_from_string"):
+                yield f"{node.lineno}: {node.attr}"
+            case ast.Attribute(attr="ParseFromString" | "FromString" | "InferenceSession"):
+                yield f"{node.lineno}: {node.attr}"
+            case ast.ImportFrom(module="onnx" | "onnx_ir") if any(name.name.startswith("load") for name in node.names):
+                yield f"{node.lineno}: from {node.module}"
+
+
+def test_graphs_are_opened_in_one_place() -> None:
+    homes = [ROOT / "graphs" / "files" / "onnx_file.py", ROOT / "engines" / "runners" / "onnxruntime.py"]
+    packing = ROOT / "engines" / "runners" / "packed_files.py"  # runs a model that it has made itself
+    wrong = [
+        f"{path.relative_to(ROOT)}:{said}"
+        for folder in MAY_IMPORT
+        for path in python_files(folder)
+        if path not in (*homes, packing)
+        for said in graph_openings(path)
+    ]
+    assert not wrong
+    assert all(list(graph_openings(home)) for home in homes), "the rule finds nothing where it is done"
+
+
 def modules() -> dict[str, Path]:
     found = {}
     for package in MAY_IMPORT:

@@ -1,10 +1,12 @@
 """What the shell offers for an option's value. Read without any heavy library: a shell waits for it at every Tab."""
 
-import json
 import re
 from pathlib import Path
 
 import typer
+
+from graphs.records.errors import InputError
+from graphs.records.reading import read_object
 
 # Names from a bundle become words of the user's shell: only these, so that none is a command in it.
 SAFE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -50,11 +52,9 @@ def profiles(context: typer.Context, incomplete: str) -> list[str]:
         return []
     manifest = Path(words[0]).expanduser() / "manifest.json"
     try:
-        if not manifest.is_file() or manifest.stat().st_size > MOST_BYTES:
-            return []
-        entries = json.loads(manifest.read_bytes())["profiles"]
+        entries = read_object(manifest, most=MOST_BYTES)["profiles"]
         names = [str(entry["name"]) for entry in entries]
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+    except (InputError, TypeError, KeyError):
         return []  # the command itself says what is wrong with the bundle
     return _beginning([name for name in names if SAFE.fullmatch(name)], incomplete)
 

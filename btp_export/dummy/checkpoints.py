@@ -36,7 +36,7 @@ from graphs.files.safetensors_file import header_bytes, tensor_order
 from graphs.records.errors import InputError
 from graphs.records.manifest import DUMMY_WEIGHTS
 from graphs.records.progress import Report
-from graphs.records.record import Record, parse_record
+from graphs.records.record import Record, read_record
 
 MARKER = "btp-dummy.json"  # in the checkpoint's folder: these weights are made up
 SHARD_BYTES = 5 * 10**9  # as the hub's shards
@@ -76,7 +76,7 @@ def read_marker(folder: Path) -> DummyRecord | None:
     path = folder / MARKER
     if not path.is_file():
         return None
-    return parse_record(DummyRecord, path.read_bytes(), source=path, noun="dummy checkpoint record")
+    return read_record(DummyRecord, path, noun="dummy checkpoint record")
 
 
 def dummy_checkpoint(

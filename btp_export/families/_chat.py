@@ -6,7 +6,9 @@ from typing import Any
 
 from graphs.files.paths import require_text
 from graphs.records.errors import InputError
+from graphs.records.refusing import at_most, refusing
 
+MOST_SECONDS = 10.0  # of a template, which takes milliseconds
 PLACEHOLDERS = {"image_token": "a picture", "video_token": "a video", "audio_token": "a sound"}
 
 
@@ -22,13 +24,11 @@ def conversation_text(
     """
     if system is not None:
         _check_system(processor, system)
-    from jinja2 import TemplateError  # syntax errors, unknown names, and what a template's raise_exception raises
-
-    refused: Exception | None = None
+    refused: InputError | None = None
     for text_only in (False, True):
         try:
             text = _rendered(processor, _conversation(processor, (prompt, *later), system, text_only=text_only), folder)
-        except (TypeError, ValueError, KeyError, AttributeError, TemplateError) as error:
+        except InputError as error:
             refused = refused or error
             continue
         if processor.image_token in text:
@@ -40,11 +40,7 @@ def conversation_text(
                 )
             return text
     if refused is not None:
-        raise InputError(
-            f"the chat template of {folder} cannot be used: {_reason(refused)}",
-            wanted="a chat template that takes a picture and a text",
-            do=f"mend it, or give the whole text with {processor.image_token} in it and --raw-prompt",
-        ) from refused
+        raise refused
     raise InputError(
         f"the chat template of {folder} writes no {processor.image_token}",
         wanted="a chat template that takes a picture and a text",
@@ -106,12 +102,13 @@ def _rendered(processor: Any, conversation: list[dict[str, Any]], folder: Path) 
             wanted="chat_template.jinja, or a template in tokenizer_config.json",
             do=f"add it, or give the whole text with {processor.image_token} in it and --raw-prompt",
         )
-    return str(
-        processor.apply_chat_template(conversation, chat_template=template, add_generation_prompt=True, tokenize=False)
-    )
-
-
-def _reason(error: Exception) -> str:
-    line = getattr(error, "lineno", None)
-    text = str(error).strip().splitlines()
-    return (text[0] if text else type(error).__name__) + (f" (line {line})" if line else "")
+    with (
+        refusing(
+            f"the chat template of {folder} cannot be used",
+            wanted="a chat template that takes a picture and a text",
+            do=f"mend it, or give the whole text with {processor.image_token} in it and --raw-prompt",
+        ),
+        at_most(MOST_SECONDS),
+    ):
+        options: dict[str, Any] = {"add_generation_prompt": True, "tokenize": False}
+        return str(processor.apply_chat_template(conversation, chat_template=template, **options))

@@ -9,12 +9,12 @@ from btp_export.families._chat import conversation_text, writes_begin_token
 from btp_export.families._decoder import decoder_spec
 from btp_export.families._generation import end_tokens, generation_settings, read_generation_file
 from btp_export.families._keys import refuse_unknown_keys
-from btp_export.families._processor import load_processor
+from btp_export.families._processor import load_processor, refusing_tokens
 from graphs import dtypes
 from graphs.files.checkpoint import Checkpoint
 from graphs.files.packed_weights import packed_linear
 from graphs.records.errors import InputError
-from graphs.records.record import Record, parse_record
+from graphs.records.record import Record, read_record
 from graphs.records.spec import ModelSpec, VisionSpec
 
 SETTINGS_FILE = "btp.json"
@@ -73,7 +73,8 @@ def count_prefix_tokens(folder: Path, image_token_id: int, *, system: str | None
     """
     processor = load_processor(folder)
     text = conversation_text(processor, "?", system=system, folder=folder)
-    ids = processor.tokenizer(text, add_special_tokens=not writes_begin_token(processor, text))["input_ids"]
+    with refusing_tokens(folder):
+        ids = processor.tokenizer(text, add_special_tokens=not writes_begin_token(processor, text))["input_ids"]
     if image_token_id not in ids:
         raise InputError(
             f"the chat template of {folder} puts no image token {image_token_id} in a prompt with a picture",
@@ -95,4 +96,4 @@ def _settings(folder: Path) -> Settings:
     path = folder / SETTINGS_FILE
     if not path.is_file():
         return Settings()
-    return parse_record(Settings, path.read_bytes(), source=path, noun="settings file")
+    return read_record(Settings, path, noun="settings file")

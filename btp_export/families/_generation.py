@@ -9,6 +9,7 @@ from pydantic import ValidationError
 from graphs.files.checkpoint import Checkpoint
 from graphs.records.errors import InputError
 from graphs.records.generation import GenerationSettings
+from graphs.records.reading import read_object
 
 GENERATION_FILE = "generation_config.json"
 FOLLOWED = tuple(name for name in GenerationSettings.model_fields if name != "not_followed")
@@ -74,13 +75,7 @@ def read_generation_file(checkpoint: Checkpoint) -> dict[str, Any] | None:
     path = checkpoint.folder / GENERATION_FILE
     if not path.is_file():
         return None
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path} is not JSON: {error}", wanted="the model's own file", do="restore it") from error
-    if not isinstance(document, dict):
-        raise InputError(f"{path} is no JSON object", wanted="the model's own file", do="restore it")
-    return document
+    return read_object(path, noun="model's own file", do="restore it")
 
 
 def _document(checkpoint: Checkpoint) -> Mapping[str, Any]:

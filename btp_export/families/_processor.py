@@ -10,10 +10,22 @@ from typing import Any
 
 from graphs.files.checkpoint import read_config
 from graphs.records.errors import InputError, UnavailableError
+from graphs.records.reading import read_json, require_file
+from graphs.records.refusing import refusing
 
 # Names in published files that transformers no longer has, and those it has for the same class.
 RENAMED = {"Qwen2_5_VLImageProcessor": "Qwen2VLImageProcessor"}
 RENAMED_SIZES = {"min_pixels": "shortest_edge", "max_pixels": "longest_edge"}
+SETTINGS = {
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    "processor_config.json",
+    "tokenizer_config.json",
+    "chat_template.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+}
+MOST_BYTES = 512 * 2**20  # of a tokenizer
 READERS = {"sentencepiece": "sentencepiece", "google.protobuf": "protobuf"}  # of tokenizer.model: module -> package
 
 
@@ -26,24 +38,44 @@ def load_processor(folder: Path) -> Any:
     tokenizer is tokenizer.model and what reads it is not installed.
     """
     _check_tokenizer(folder)
-    try:
-        with readable_folder(folder) as readable:
-            processor = _loaded(readable)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
-        reason = str(error).strip().splitlines()
-        raise InputError(
-            f"{folder} holds no usable processor: {reason[0] if reason else type(error).__name__}",
+    check_files(folder)
+    with (
+        readable_folder(folder) as readable,
+        refusing(
+            f"{folder} holds no usable processor",
             wanted="the model's tokenizer, processor and chat template files",
             do='restore them; a folder without any says where the image stands in btp.json: {"prefix_tokens": N}',
-        ) from error
-    for part in ("tokenizer", "image_processor", "image_token"):
-        if not hasattr(processor, part):
+        ),
+    ):
+        processor = _loaded(readable)
+    for part, kind in {"tokenizer": object, "image_processor": object, "image_token": str}.items():
+        if not isinstance(getattr(processor, part, None), kind) or getattr(processor, part, None) is None:
             raise InputError(
                 f"{folder} holds a {type(processor).__name__} without {part}",
                 wanted="the processor of a vision-language model",
                 do="add processor_config.json or preprocessor_config.json of the model",
             )
     return processor
+
+
+def check_files(folder: Path) -> None:
+    """Raise InputError for a file that transformers would read, unless it is a file of a bounded size.
+
+    Those of a few settings must be JSON too, within our limits; tokenizers, which can be large, are left to what parses
+    them.
+    """
+    for path in sorted(folder.iterdir()):
+        if path.name in SETTINGS:
+            read_json(path, noun="model's own file")
+        elif path.suffix in (".json", ".jinja", ".txt", ".model"):
+            require_file(path, noun="model's own file", most=MOST_BYTES)
+
+
+def refusing_tokens(folder: Path) -> contextlib.AbstractContextManager[None]:
+    """For calls of tokenizer and processor: what they raise over our texts and pictures comes from their files."""
+    return refusing(
+        f"the processor of {folder} fails", wanted="the model's own tokenizer and processor files", do="restore them"
+    )
 
 
 @contextlib.contextmanager
@@ -54,8 +86,8 @@ def readable_folder(folder: Path) -> Iterator[Path]:
     """
     path = folder / "preprocessor_config.json"
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        document = read_json(path)
+    except InputError:
         document = None  # not there, or damaged: transformers says so
     changed = _in_todays_form(document) if isinstance(document, dict) else document
     if changed == document:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from btp_export.families._checkpoint import model_spec
 from btp_export.families._known import DummyProcessor, KnownModel
-from btp_export.families._processor import readable_folder
+from btp_export.families._processor import check_files, readable_folder
 from btp_export.families._vision import (
     Layout,
     load_vision,
@@ -27,7 +27,10 @@ from btp_export.families._vision import (
 )
 from calibrate.place.presets import ReleasedSettings, ReleasedStage
 from graphs.files.checkpoint import Checkpoint
+from graphs.files.configuration import refusing_config
 from graphs.records.errors import InputError
+from graphs.records.reading import read_object
+from graphs.records.refusing import refusing
 from graphs.records.shapes import ShapeProfile
 from graphs.records.spec import ModelSpec, VisionSpec
 
@@ -117,7 +120,7 @@ def save_processor(
         size={"shortest_edge": 3136, "longest_edge": 12845056},  # pixels, as published
     )
     images.save_pretrained(folder)
-    document = json.loads((folder / "preprocessor_config.json").read_text(encoding="utf-8"))
+    document = read_object(folder / "preprocessor_config.json")
     document |= {"image_processor_type": "Qwen2VLImageProcessor", "processor_class": "Qwen2_5_VLProcessor"}
     (folder / "preprocessor_config.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     tokenizer.save_pretrained(folder)
@@ -245,14 +248,10 @@ def _vision_spec(checkpoint: Checkpoint) -> VisionSpec:
 
 def _vision_config(checkpoint: Checkpoint) -> Any:
     """transformers' own configuration object of the tower. Raises InputError for settings that it refuses."""
-    from huggingface_hub.errors import StrictDataclassError
     from transformers import Qwen2_5_VLConfig
 
-    try:
+    with refusing_config("config.json", "qwen2_5_vl"):
         return Qwen2_5_VLConfig.from_dict(copy.deepcopy(checkpoint.config)).vision_config
-    except (TypeError, ValueError, StrictDataclassError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"config.json: {reason}", wanted="a qwen2_5_vl configuration", do="restore it") from error
 
 
 def _pixel_range(folder: Path, sizes: tuple[int, int, int]) -> tuple[int, int]:
@@ -261,15 +260,16 @@ def _pixel_range(folder: Path, sizes: tuple[int, int, int]) -> tuple[int, int]:
 
     if not any((folder / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")):
         return PIXEL_RANGE  # the prefix then comes from btp.json, or its absence is said
-    with readable_folder(folder) as readable:
-        try:
-            processor = AutoImageProcessor.from_pretrained(readable, local_files_only=True, trust_remote_code=False)
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            raise InputError(
-                f"{folder} holds no usable image processor: {str(error).strip().splitlines()[0]}",
-                wanted="the model's own preprocessor_config.json",
-                do="restore it",
-            ) from error
+    check_files(folder)
+    with (
+        readable_folder(folder) as readable,
+        refusing(
+            f"{folder} holds no usable image processor",
+            wanted="the model's own preprocessor_config.json",
+            do="restore it",
+        ),
+    ):
+        processor = AutoImageProcessor.from_pretrained(readable, local_files_only=True, trust_remote_code=False)
     own = (processor.patch_size, processor.merge_size, processor.temporal_patch_size)
     if own != sizes:
         raise InputError(

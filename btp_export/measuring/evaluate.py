@@ -205,10 +205,7 @@ class _Questions:
 
 def _ask(model: BundleModel, chosen: SampleSet) -> _Questions:
     encoded, resized = _encode(model, chosen)
-    tokenizer = model.prompter.tokenizer
-    longest = max(
-        len(tokenizer(sample.answer or "", add_special_tokens=False)["input_ids"]) for sample in chosen.samples
-    )
+    longest = max(len(model.prompter.token_ids(sample.answer or "")) for sample in chosen.samples)
     return _Questions(encoded, min(model.profile.new_tokens, longest + 2), {}, resized)
 
 
@@ -249,7 +246,7 @@ def _answer(model: BundleModel, questions: _Questions, report: Report | None) ->
         for stage, shares in _attention_kept(model, prefill).items():
             kept.setdefault(stage, []).extend(shares)
         for answer in model.greedy(prefill, part, questions.room):
-            texts.append(model.prompter.tokenizer.decode(answer.without_end(), skip_special_tokens=True))
+            texts.append(model.prompter.decode(answer.without_end()))
         if report is not None:
             report(len(texts), total)
     return Answers(model.plan, texts, kept)

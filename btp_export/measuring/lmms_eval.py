@@ -141,7 +141,7 @@ class BtpExport(lmms):  # type: ignore[misc]
         picture, prompt = _question(request, self.task_dict)
         _, target, _, *where = request.args
         continuation = target if isinstance(target, str) else target(_document(self.task_dict, *where))
-        ids = self.model.prompter.tokenizer(continuation, add_special_tokens=False)["input_ids"]
+        ids = self.model.prompter.token_ids(continuation)
         room = self.model.profile.new_tokens
         if not 1 <= len(ids) <= room:
             raise InputError(

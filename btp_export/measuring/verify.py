@@ -20,6 +20,7 @@ from graphs.files.resume import Work, digest, work_folder
 from graphs.pruning import kept_tokens
 from graphs.records.errors import InputError
 from graphs.records.progress import Note, Report
+from graphs.records.reading import read_file
 from graphs.records.shapes import ShapeProfile
 
 if TYPE_CHECKING:
@@ -200,7 +201,7 @@ def _work(job: _Job, note: Note) -> Iterator[Work | None]:
     if job.streaming is None:
         yield None
         return
-    manifest = (job.bundle.root / "manifest.json").read_bytes()
+    manifest = read_file(job.bundle.root / "manifest.json")
     settings = [job.samples, job.tokens, job.seed, job.profile.name, job.device, job.maths, job.loader.device]
     key = digest(manifest, settings, tool_versions())
     with work_folder(cache_folder("work"), key, note, interval=job.streaming.interval) as work:

@@ -5,7 +5,6 @@ template, and every shard with a header that fits its length.
 """
 
 import difflib
-import json
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +16,8 @@ from graphs.files.checkpoint import Checkpoint, missing_shards, open_checkpoint,
 from graphs.files.paths import expanded, require_utf8
 from graphs.records.errors import InputError, UnavailableError
 from graphs.records.progress import Report
+from graphs.records.reading import read_object, read_text
+from graphs.records.refusing import refusing
 from graphs.records.spec import ModelSpec
 
 DEMO = "demo"
@@ -107,6 +108,18 @@ def open_model(
     """
     source = find_model(name) if dummy is None else _dummy_source(name, dummy, report)
     _refuse_adapter(source.folder, source.name)
+    # A family walks over nested settings that anybody may have written, and hands them to transformers' classes.
+    with refusing(
+        f"the files of {source.folder} describe no usable model", wanted="the model's own files", do="restore them"
+    ):
+        model = _opened(source, report)
+    if system is None:
+        return model
+    prefix = count_prefix_tokens(model.source.folder, model.spec.image_token_id, system=system)
+    return replace(model, spec=model.spec.model_copy(update={"system": system, "prefix_tokens": prefix}))
+
+
+def _opened(source: Source, report: Report | None) -> Model:
     config = read_config(source.folder)
     family = family_for(config)
     _check_parts(source)
@@ -120,9 +133,6 @@ def open_model(
         folder = read_packed(foreign, source.name, planned.decoder.head_dim, report)
         source, checkpoint = replace(source, folder=folder), open_checkpoint(folder, family.renames)
     spec = _spec(family, checkpoint, source.name)
-    if system is not None:
-        prefix = count_prefix_tokens(source.folder, spec.image_token_id, system=system)
-        spec = spec.model_copy(update={"system": system, "prefix_tokens": prefix})
     return Model(source, family, checkpoint, spec)
 
 
@@ -190,8 +200,8 @@ def _refuse_adapter(folder: Path, name: str) -> None:
     if not path.is_file():
         return
     try:
-        base = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    except (OSError, ValueError, AttributeError):
+        base = read_object(path).get("base_model_name_or_path")
+    except InputError:
         base = None
     raise InputError(
         f"{name} is an adapter" + (f" of {base}" if base else "") + ", not a whole model",
@@ -214,10 +224,10 @@ def missing_parts(folder: Path) -> list[str]:
 def _template_inside(folder: Path) -> bool:
     for name in TEMPLATE_HOLDERS:
         try:
-            document = json.loads((folder / name).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            document = read_object(folder / name)
+        except InputError:
             continue
-        if isinstance(document, dict) and document.get("chat_template"):
+        if document.get("chat_template"):
             return True
     return False
 
@@ -300,8 +310,8 @@ def _cached_snapshot(cache: Path, repository: str) -> Path | None:
     """The folder of the revision `main` in the hub's cache, whole or not; None if nothing of it is there."""
     root = cache / f"models--{repository.replace('/', '--')}"
     try:
-        commit = (root / "refs" / "main").read_text(encoding="ascii").strip()
-    except (OSError, UnicodeDecodeError):
+        commit = read_text(root / "refs" / "main").strip()
+    except InputError:
         return None
     folder = root / "snapshots" / commit
     return folder if COMMIT.fullmatch(commit) and folder.is_dir() else None

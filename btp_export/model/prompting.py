@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from btp_export.families._chat import conversation_text, refuse_placeholders, writes_begin_token
-from btp_export.families._processor import load_processor
+from btp_export.families._processor import load_processor, refusing_tokens
 from graphs.files.paths import require_text
 from graphs.records.errors import InputError
 from graphs.records.shapes import ShapeProfile
@@ -198,19 +198,30 @@ class Prompter:
         refuse_placeholders(self.processor, prompt.replace(self.image_token, ""))
         return prompt
 
+    def token_ids(self, text: str) -> list[int]:
+        """The tokens of a text by itself, without begin or end."""
+        with refusing_tokens(self.folder):
+            return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids, without special ones."""
+        with refusing_tokens(self.folder):
+            return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+
     def ids(self, image: Image.Image, prompt: str) -> np.ndarray[Any, np.dtype[np.int64]]:
         """Token ids of one sample (the picture in RGB), [P + V + t], not checked."""
         return self._sample(image, self.text(prompt))[0]
 
     def _sample(self, image: Image.Image, text: str) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-        model_inputs = self.processor(
-            images=[image],
-            text=[text],
-            add_special_tokens=not writes_begin_token(self.processor, text),
-            input_data_format="channels_last",
-            return_tensors="np",
-        )
-        return model_inputs["input_ids"][0].astype(np.int64), model_inputs["pixel_values"]
+        with refusing_tokens(self.folder):
+            model_inputs = self.processor(
+                images=[image],
+                text=[text],
+                add_special_tokens=not writes_begin_token(self.processor, text),
+                input_data_format="channels_last",
+                return_tensors="np",
+            )
+            return model_inputs["input_ids"][0].astype(np.int64), np.asarray(model_inputs["pixel_values"])
 
     def _span(self, ids: Sequence[np.ndarray[Any, Any]], system: str | None) -> int:
         """Image tokens V, after checking that they stand together, right after the prefix, with text behind them."""

@@ -6,6 +6,7 @@ from btp_export import console
 from btp_export.model.open_model import Model
 from btp_export.planning.plan_files import CALIBRATED, plan_for
 from btp_export.planning.study import CalibrationSettings, calibrate_model, check_settings
+from calibrate.data.samples import pictures_named
 from calibrate.place.presets import PRESETS
 from graphs.files.paths import expanded
 from graphs.records.errors import InputError
@@ -45,11 +46,12 @@ def choose_plan(
 
 
 def files_read(choice: str, settings: CalibrationSettings) -> list[Path]:
-    """The files and folders of the user's that choosing a plan reads."""
+    """The files and folders of the user's that choosing a plan reads, pictures that a JSONL file names among them."""
     named: list[str | Path | None] = [choice if choice != CALIBRATED and choice not in PRESETS else None]
     named += [settings.images, settings.prompts, settings.latency_from]
     paths = [expanded(name) for name in named if name is not None]
-    return [path for path in paths if path.exists()]
+    pictures = [] if settings.images is None else pictures_named(expanded(settings.images))
+    return [path for path in (*paths, *pictures) if path.exists()]
 
 
 def plan_name(choice: str) -> str:

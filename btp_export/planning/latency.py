@@ -1,6 +1,5 @@
 """What a plan's prefill costs: operations, times read back (`--latency-from`), or a device's limits (`--target`)."""
 
-import json
 import math
 from pathlib import Path
 
@@ -11,7 +10,8 @@ from calibrate.place.cost import MeasuredParts, MeasuredPrefills, MeasuredSegmen
 from calibrate.place.device_cost import Device, device_cost
 from engines.targets import find_target
 from graphs.records.errors import InputError
-from graphs.records.record import parse_record
+from graphs.records.reading import read_object
+from graphs.records.record import read_record
 from graphs.records.shapes import ShapeProfile
 from graphs.records.spec import ModelSpec
 
@@ -37,21 +37,13 @@ def read_latency(path: Path) -> MeasuredPrefills | MeasuredParts:
 
     Raises InputError for a file that is not there, that is another document, or that is not whole.
     """
-    try:
-        content = path.read_bytes()
-        document = json.loads(content)
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(
-            f"cannot read {path}: {error}", wanted="the JSON document of a bench or profile", do="--latency-from FILE"
-        ) from error
-    if not isinstance(document, dict):
-        raise InputError(f"{path} holds a {type(document).__name__}", wanted="a JSON object", do="--latency-from FILE")
+    document = read_object(path, noun="JSON document of a bench or profile", do="--latency-from FILE")
     kind = document.get("format")
     if kind == _format(Profile):
-        return _of_profile(parse_record(Profile, content, source=path, noun="profile"))
+        return _of_profile(read_record(Profile, path, noun="profile"))
     if kind == _format(Bench):
-        return _of_bench(parse_record(Bench, content, source=path, noun="bench"))
-    bench = parse_record(JobResult, content, source=path, noun="result").bench if kind == _format(JobResult) else None
+        return _of_bench(read_record(Bench, path, noun="bench"))
+    bench = read_record(JobResult, path, noun="result").bench if kind == _format(JobResult) else None
     if bench is None:
         raise InputError(
             f"{path} holds no prefill times with their operations",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Final
 from btp_export.results.plans import Front, FrontRow
 from graphs.files.atomic import write_texts
 from graphs.records.errors import InputError
+from graphs.records.reading import read_object
 
 if TYPE_CHECKING:
     from calibrate.pareto import Point
@@ -64,14 +64,14 @@ def write_front(points: Sequence[Point], out: Path, *, force: bool = False) -> N
 
 def _is_front(folder: Path) -> bool:
     try:
-        document = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        document = read_object(folder / INDEX)
+    except InputError:
         return False
-    return isinstance(document, dict) and str(document.get("format", "")).startswith("btp-front/")
+    return str(document.get("format", "")).startswith("btp-front/")
 
 
 def _files_of(folder: Path) -> list[str]:
     """The plan files that an earlier front names, and that lie in its folder."""
-    rows = json.loads((folder / INDEX).read_text(encoding="utf-8")).get("rows", [])
-    names = [str(row.get("file", "")) for row in rows if isinstance(row, dict)]
+    rows = read_object(folder / INDEX).get("rows", [])
+    names = [str(row.get("file", "")) for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
     return [name for name in names if name and Path(name).name == name and name.startswith("btp-")]

@@ -5,7 +5,7 @@ machine, or earlier elsewhere, with its results in a folder. Beside each part st
 (btp_export/profiling/roofline.py); beside the whole the engines without pruning, if `build --unpruned` made them.
 """
 
-import json
+import contextlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
@@ -24,6 +24,7 @@ from graphs.files.bundle import Bundle
 from graphs.records.errors import InputError
 from graphs.records.plan import PruningPlan
 from graphs.records.progress import Report
+from graphs.records.reading import parse_json, read_file
 from graphs.records.record import parse_record
 from graphs.records.shapes import ShapeProfile
 
@@ -147,6 +148,13 @@ def _part(source: Source, graph: EngineGraph, profile: ShapeProfile, target: Tar
 def _tokens(name: str, plan: PruningPlan, profile: ShapeProfile) -> int:
     """Tokens of one sample that go into a part: image tokens for vision and selection, the sequence for a prefill."""
     graph = names.parse_graph(name)
+    most = {"prefill": len(plan.segments()), "select": len(plan.stages)}.get(graph.kind)
+    if most is not None and graph.at >= most:
+        raise InputError(
+            f"engines.json has a graph {name}, the plan {len(plan.stages)} stages",
+            wanted="engines of this bundle",
+            do="btp-export build BUNDLE --target TARGET --force",
+        )
     if graph.kind == "prefill":
         return profile.tokens_with(plan.segments()[graph.at].image_tokens)
     if graph.kind == "select":
@@ -194,11 +202,9 @@ def _read_document(path: Path) -> Profile | None:
     """An earlier document; None if there is none, or one of another version. Raises InputError for a damaged one."""
     if not path.is_file():
         return None
-    content = path.read_bytes()
-    try:
-        document = json.loads(content)
-    except (ValueError, RecursionError):
-        document = {"format": FORMAT}  # parse_record says what is wrong with it
-    if isinstance(document, dict) and document.get("format") != FORMAT:
-        return None
+    content = read_file(path, noun="profile")
+    with contextlib.suppress(ValueError):  # parse_record says what is wrong with it
+        document = parse_json(content)
+        if isinstance(document, dict) and document.get("format") != FORMAT:
+            return None
     return parse_record(Profile, content, source=path, noun="profile")

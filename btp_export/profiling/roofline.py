@@ -17,6 +17,8 @@ from typing import Literal
 
 import onnx_ir as ir
 
+from graphs.files.onnx_file import read_model, refusing_graph
+
 Shape = tuple[int, ...]
 
 
@@ -38,7 +40,9 @@ class Roofline:
 
 def product_flops(path: Path) -> int:
     """Operations in matrix products of one run of an ONNX graph of static shapes. No weight is read."""
-    return sum(_COUNTS[node.op_type](node) for node in ir.load(path).graph if node.op_type in _COUNTS)
+    graph = read_model(path).graph
+    with refusing_graph(path):
+        return sum(_COUNTS[node.op_type](node) for node in graph if node.op_type in _COUNTS)
 
 
 def _matmul(node: ir.Node) -> int:

@@ -16,6 +16,7 @@ from graphs.files.bundle import Bundle
 from graphs.records.errors import InputError, UnavailableError
 from graphs.records.plan import PruningPlan
 from graphs.records.progress import Report
+from graphs.records.reading import UnreadableError, read_file
 from graphs.records.shapes import ShapeProfile
 
 RESULTS: Final = "profile"  # folder that profile.sh writes into
@@ -75,8 +76,8 @@ def _results(folder: Path, given: Path | None, part: str) -> Path:
 def read_system(path: Path) -> dict[str, str]:
     """profile.sh's record of power mode, clocks, driver and versions, without what is empty; {} if there is none."""
     try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
+        lines = read_file(path).decode(errors="replace").splitlines()
+    except UnreadableError:
         return {}
     pairs = (line.partition(":") for line in lines)
     return {name.strip(): " ".join(value.split()) for name, colon, value in pairs if colon and value.strip()}
@@ -134,7 +135,7 @@ def _require_own_scripts(source: Source, target: Target, part: str, *, inner: bo
         texts["weights.sh"] = weights_script(record, inside)
     for name, text in texts.items():
         path = source.folder / name
-        if not path.is_file() or path.read_bytes() != text.encode():
+        if not path.is_file() or read_file(path) != text.encode():
             raise InputError(
                 f"{path} is not the script that belongs to engines.json",
                 wanted="the script as this version of btp-export writes it, which it then runs",

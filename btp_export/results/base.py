@@ -4,7 +4,7 @@ import json
 import math
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, Field
 
 from graphs.records.record import Record
 
@@ -15,6 +15,11 @@ def _finite(value: Any) -> Any:
 
 # A measured number that may come out as infinite or not a number, which JSON cannot say: it is null then.
 Number = Annotated[float | None, BeforeValidator(_finite)]
+
+
+# What is measured and counted, so that a document from somebody else can be reckoned with: sums and ratios stay finite.
+Milliseconds = Annotated[float, Field(ge=0, le=1e12, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=0, le=2**62)]
 
 
 class Result(Record):

@@ -3,15 +3,16 @@
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from btp_export.results.base import Result
+from btp_export.results.base import Count, Milliseconds, Result
 from engines.tensorrt.records import Assemble, EngineWeights
 from graphs.dtypes import Precision
 from graphs.names import GraphKind
 from graphs.records.record import Record
 
 Kind = GraphKind
+MOST_LAYERS = 10_000
 Bound = Literal["compute", "memory"]
 
 
@@ -19,7 +20,7 @@ class LayerMs(Record):
     """One layer of an engine."""
 
     name: str
-    ms: float
+    ms: Milliseconds
 
 
 class ProfiledPart(Record):
@@ -28,30 +29,36 @@ class ProfiledPart(Record):
     name: str
     kind: Kind
     layers: tuple[int, int] | None  # decoder layers [start, stop)
-    tokens: int  # of one sample that go in
-    flops: int
-    bytes: int
-    ms: float
-    min_ms: float
-    p99_ms: float
-    runs: int
+    tokens: Count  # of one sample that go in
+    flops: Count
+    bytes: Count
+    ms: Milliseconds
+    min_ms: Milliseconds
+    p99_ms: Milliseconds
+    runs: Count
     variation: float
-    floor_ms: float
+    floor_ms: Milliseconds
     bound: Bound
     share_of_roofline: float | None
     slowest_layers: tuple[LayerMs, ...]
+
+    @model_validator(mode="after")
+    def _check(self) -> "ProfiledPart":
+        if self.layers is not None and not 0 <= self.layers[0] < self.layers[1] <= MOST_LAYERS:
+            raise ValueError(f"layers {self.layers[0]} to {self.layers[1]} of {self.name}")
+        return self
 
 
 class Totals(Record):
     """Milliseconds by kind; null where a whole engine does not tell. `first_token_ms` is all but decoding."""
 
-    vision_ms: float | None
-    prefill_ms: float | None
-    select_ms: float | None
-    head_ms: float | None
+    vision_ms: Milliseconds | None
+    prefill_ms: Milliseconds | None
+    select_ms: Milliseconds | None
+    head_ms: Milliseconds | None
     select_share: float | None
-    first_token_ms: float
-    decode_ms: float
+    first_token_ms: Milliseconds
+    decode_ms: Milliseconds
 
 
 class UnprunedProfile(Record):
@@ -84,7 +91,7 @@ class BreakEven(Record):
     image_tokens: int | None = None
     pays_here: bool | None = None
     saved_ms: float | None = None
-    select_ms: float
+    select_ms: Milliseconds
     ms_per_token_and_layer: float | None = None
     fit_error: float | None = None
     extrapolated: bool | None = None
@@ -96,15 +103,15 @@ class WeightsMs(Record):
     """One part with both kinds of weights."""
 
     name: str
-    baked_ms: float
-    shared_ms: float
+    baked_ms: Milliseconds
+    shared_ms: Milliseconds
 
 
 class ByWeights(Record):
     """A time of either kind of weights."""
 
-    baked: float
-    shared: float
+    baked: Milliseconds
+    shared: Milliseconds
 
 
 class Faster(Record):
@@ -137,7 +144,7 @@ class Profile(Result):
     precision: Precision
     profile: str
     batch: int = Field(ge=1)
-    image_tokens: int
+    image_tokens: Count
     roofline: DeviceLimits
     system: dict[str, str]
     parts: tuple[ProfiledPart, ...]

@@ -2,7 +2,9 @@
 
 from typing import Literal
 
-from btp_export.results.base import Result
+from pydantic import Field
+
+from btp_export.results.base import Count, Milliseconds, Result
 from graphs.dtypes import Precision
 from graphs.records.quantization import Activations
 from graphs.records.record import Record
@@ -11,8 +13,8 @@ from graphs.records.record import Record
 class PrefillTimes(Record):
     """The decoder chain with selection and head. `flops_limit` is the speed-up that saved operations allow."""
 
-    full_ms: float
-    pruned_ms: float
+    full_ms: Milliseconds
+    pruned_ms: Milliseconds
     speedup: float
     flops_limit: float
     share_of_limit: float
@@ -21,24 +23,24 @@ class PrefillTimes(Record):
 class DecodeTimes(Record):
     """One token more."""
 
-    ms_per_token: float
-    full_ms_per_token: float
+    ms_per_token: Milliseconds
+    full_ms_per_token: Milliseconds
     speedup: float
 
 
 class CacheBytes(Record):
     """Key and value caches."""
 
-    full: int
-    pruned: int
+    full: Count
+    pruned: Count
 
 
 class Operations(Record):
     """Operations in matrix products of one prefill."""
 
-    full: int
-    pruned: int
-    selection: int
+    full: Count
+    pruned: Count
+    selection: Count
 
 
 class Bench(Result):
@@ -50,14 +52,14 @@ class Bench(Result):
 
     format: Literal["btp-bench/1"] = "btp-bench/1"
     prefill: PrefillTimes
-    select_ms: tuple[float, ...]  # by stage
+    select_ms: tuple[Milliseconds, ...]  # by stage
     decode: DecodeTimes
     cache_bytes: CacheBytes
     variation: float
-    vision_ms: float
+    vision_ms: Milliseconds
     flops: Operations
     profile: str
-    batch: int
+    batch: int = Field(ge=1)
     precision: Precision
     rounds: int
     threads: int | None

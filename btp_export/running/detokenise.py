@@ -3,6 +3,8 @@
 import re
 from typing import Any
 
+from graphs.records.refusing import refusing
+
 REPLACEMENT = "\ufffd"
 BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 # transformers' clean_up_tokenization takes spaces away by ten replacements one after another (" ." -> ".", " n't" ->
@@ -48,7 +50,10 @@ class Detokeniser:
         return self._given
 
     def _decode(self, ids: list[int]) -> str:
-        return str(self._tokenizer.decode(ids, skip_special_tokens=True))
+        with refusing(
+            "the tokenizer cannot write the answer", wanted="the model's own tokenizer", do="restore its files"
+        ):
+            return str(self._tokenizer.decode(ids, skip_special_tokens=True))
 
     def _give(self, text: str) -> str:
         if not text.startswith(self._given):  # a text that was cut shorter than before: its rest comes later

@@ -6,10 +6,11 @@ from pathlib import Path
 
 from engines.verify.streamed_graphs import PART_BYTES
 from graphs import names
-from graphs.building.graph_parts import has_bfloat16, read_graph, wide_weights
+from graphs.building.graph_parts import has_bfloat16, wide_weights
 from graphs.files.atomic import size_text
 from graphs.files.bundle import Bundle
 from graphs.files.memory import LIBRARIES, available_memory
+from graphs.files.onnx_file import read_graph
 from graphs.files.resume import INTERVAL
 from graphs.records.errors import InputError
 

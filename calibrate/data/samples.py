@@ -186,6 +186,13 @@ def jsonl_pictures(
     )
 
 
+def pictures_named(path: Path) -> list[Path]:
+    """The pictures that a JSONL file names, there or not; none for a folder. Raises InputError as above."""
+    if not path.is_file():
+        return []
+    return [path.parent / json_record(line, ("image",))["image"] for line in read_lines(path, "a JSONL file")]
+
+
 def _check_prompt(prompt: str | None, where: str, checks: Checks) -> None:
     if prompt is None:
         return

@@ -13,6 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from graphs.records.errors import InputError
+from graphs.records.reading import parse_json, read_file
+
+MOST_BYTES = 2**30  # of a file of prompts or samples
 
 
 @dataclass(frozen=True)
@@ -25,11 +28,9 @@ class Line:
 
 def read_lines(path: Path, what: str) -> list[Line]:
     """The lines of a UTF-8 file. Raises InputError if it cannot be read, or holds none; `what` it should be."""
+    content = read_file(path, noun=what, do="check the path", most=MOST_BYTES)
     try:
-        content = path.read_bytes()
         text = content.decode("utf-8-sig")
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}", wanted=what, do="check the path") from error
     except UnicodeDecodeError as error:
         number = content.count(b"\n", 0, error.start) + 1
         raise InputError(
@@ -46,10 +47,11 @@ def json_record(line: Line, keys: Sequence[str]) -> dict[str, str]:
     """The values of `keys`, and of `kind` where it is given. Raises InputError naming the line unless all are text."""
     example = {"image": "cat.png", "prompt": "What is it?", "answer": "a cat"}
     try:
-        record = json.loads(line.text)
+        record = parse_json(line.text)
         fields = {key: record[key] for key in keys} | ({"kind": record["kind"]} if "kind" in record else {})
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         reason = f"no key {error}" if isinstance(error, KeyError) else "not a JSON object"
+        reason += f": {error}" if isinstance(error, ValueError) else ""
         raise InputError(
             f"{line.where}: {reason}", wanted=json.dumps({key: example[key] for key in keys}), do="mend the line"
         ) from error

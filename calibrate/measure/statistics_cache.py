@@ -24,6 +24,7 @@ from graphs.files.atomic import SMALL_FILE, hub_sha256, replacing, sha256
 from graphs.files.checkpoint import Checkpoint
 from graphs.files.resume import digest
 from graphs.records.progress import Note
+from graphs.records.reading import parse_json
 
 FORMAT = "btp-statistics/3"  # raise it when what is measured, or how, changes
 _SAMPLED = 4096  # bytes at the start of each tensor of a big file
@@ -132,7 +133,7 @@ def _write(stream: Any, key: str, statistics: Statistics) -> None:
 
 def _read(path: Path, key: str) -> Statistics:
     with path.open("rb") as stream, np.load(stream, allow_pickle=False) as stored:
-        head = json.loads(stored["head"].tobytes())
+        head = parse_json(stored["head"].tobytes())
         if head["format"] != FORMAT or head["key"] != key:
             raise ValueError("it is another entry")
         arrays = {field.name: stored[field.name] for field in fields(Statistics) if field.name != "taus"}

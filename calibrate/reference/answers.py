@@ -99,20 +99,19 @@ class KeysAndValues:
             if isinstance(array, np.ndarray):
                 tensors[f"{run}.{layer}.{kind}"] = torch.from_numpy(array)
             else:
-                kept.append([run, layer, kind])
+                kept.append([run, layer, kind, array.reference])
         return tensors, kept
 
     def restore(self, tensors: Mapping[str, torch.Tensor], rest: Any) -> None:
-        """Take up such a state. Raises ValueError if a file of it is gone."""
+        """Take up such a state. Raises ValueError if a file of it is gone or was changed."""
         arrays: dict[tuple[int, int, str], np.ndarray | KeptArray] = {}
         for name, tensor in tensors.items():
             run, layer, kind = name.split(".")
             arrays[int(run), int(layer), kind] = tensor.numpy()
-        for run, layer, kind in rest:
-            kept = self.work.kept(f"answer-{run}-{layer}-{kind}") if self.work is not None else None
-            if kept is None:
+        for run, layer, kind, reference in rest:
+            if self.work is None:
                 raise ValueError(f"the {kind} of run {run}, layer {layer} is gone")
-            arrays[run, layer, kind] = kept
+            arrays[run, layer, kind] = self.work.kept(reference)
         self.arrays = arrays
 
     def read(self, run: int, layer: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -7,7 +7,6 @@ reads, bit for bit.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -17,7 +16,6 @@ from calibrate.reference.pruning_stage import StageRecord
 from calibrate.reference.recording import Kept, OpenSegment, make_segment, segment_arrays
 from calibrate.reference.records import EmbeddedRecord
 from graphs import dtypes
-from graphs.files.atomic import sha256
 from graphs.files.resume import KeptArray, Work
 from graphs.files.resume import Sequence as Steps
 
@@ -49,7 +47,7 @@ class PassCheckpoints:
         latest = self._steps.latest() if self._resumable else None
         if latest is None:
             return 0
-        pool = _Loaded(latest.tensors, self._device, self._work.folder)
+        pool = _Loaded(latest.tensors, self._device, self._work)
         try:
             states = [_run_fields(pool, part) for part in latest.meta["runs"]]
             for observer, part in zip(self._observers, latest.meta["observers"], strict=True):
@@ -88,7 +86,7 @@ class _Pool:
 
     def add(self, value: torch.Tensor | Kept) -> Any:
         if isinstance(value, KeptArray):
-            return {"file": value.path.name, "sha256": sha256(value.path)}
+            return value.reference
         if id(value) not in self._names:
             name = f"t{len(self._names)}"
             self._names[id(value)] = name
@@ -100,8 +98,8 @@ class _Pool:
 class _Loaded:
     """The other way."""
 
-    def __init__(self, arrays: Mapping[str, np.ndarray], device: torch.device, folder: Path) -> None:
-        self._arrays, self._device, self._folder = arrays, device, folder
+    def __init__(self, arrays: Mapping[str, np.ndarray], device: torch.device, work: Work) -> None:
+        self._arrays, self._device, self._work = arrays, device, work
         self._tensors: dict[str, torch.Tensor] = {}
         self._copies: dict[str, np.ndarray] = {}
 
@@ -118,10 +116,7 @@ class _Loaded:
     def kept(self, ref: Any) -> Kept:
         if isinstance(ref, str):
             return self.array(ref)
-        path = self._folder / Path(ref["file"]).name
-        if sha256(path) != ref["sha256"]:
-            raise ValueError(f"{path.name} was changed")
-        return KeptArray(path)
+        return self._work.kept(ref)
 
 
 def _run_state(pool: _Pool, run: Any) -> dict[str, Any]:

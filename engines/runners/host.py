@@ -6,6 +6,9 @@ from math import prod
 import numpy as np
 
 from engines.runners.interface import Array, Buffer, Dtype
+from graphs.files.atomic import size_text
+from graphs.files.memory import total_memory
+from graphs.records.errors import InputError
 
 ALIGNMENT = 64  # bytes: a cache line, and the widest vector load
 
@@ -18,8 +21,14 @@ class HostBuffer:
 
     @staticmethod
     def allocate(dtype: Dtype, shape: Sequence[int]) -> "HostBuffer":
-        """Zeroed memory for one tensor."""
+        """Zeroed memory for one tensor. Raises InputError for more than the whole machine has, or less than none."""
         size = prod(shape) * dtype.itemsize
+        if not 0 <= size <= total_memory():
+            raise InputError(
+                f"a tensor {list(shape)} of {size_text(size)}",
+                wanted="a graph as exported",
+                do="export the bundle again",
+            )
         raw = np.zeros(size + ALIGNMENT, np.uint8)
         skip = -raw.ctypes.data % ALIGNMENT
         return HostBuffer(raw[skip : skip + size].view(dtype).reshape(shape))

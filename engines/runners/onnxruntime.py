@@ -5,9 +5,10 @@ Every tensor goes in and out through an IOBinding by pointer and ONNX element ty
 """
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -23,10 +24,9 @@ from engines.runners.host import HostBuffer
 from engines.runners.interface import Array, Bound, Buffer, Dtype, TensorSpec
 from engines.runners.packed_files import FOLDER_OPTION, PackedFiles
 from graphs import dtypes, ops
+from graphs.files.memory import total_memory
+from graphs.files.onnx_file import graph_bytes, parse_graph, refusing_graph
 from graphs.records.errors import BtpError, CheckError, InputError, UnavailableError
-
-if TYPE_CHECKING:
-    import onnx
 
 ORT_ERRORS: tuple[type[Exception], ...] = tuple(
     value for value in vars(ort_errors).values() if isinstance(value, type) and issubclass(value, Exception)
@@ -35,6 +35,10 @@ RUN_ERRORS: tuple[type[Exception], ...] = (
     *ORT_ERRORS,
     RuntimeError,
 )  # with a binding, a failing kernel is reported as a plain RuntimeError
+# ONNX Runtime gives names on to Python as they are, UTF-8 or not, and its own errors not always types of their own.
+OPEN_ERRORS: tuple[type[Exception], ...] = (*RUN_ERRORS, ValueError, TypeError, OverflowError)
+
+ASKED = re.compile(r"allocate memory for requested buffer of size (\d+)")
 
 
 class OrtLoader:
@@ -52,7 +56,8 @@ class OrtLoader:
         packed: folder for what sessions on the CPU share of four-bit weights (engines/runners/packed_files.py); None
             lets each session pack its own.
         tf32: whether CUDA may compute float32 products in TF32 (graphs/tf32.py says when).
-        log_severity: 0 everything, 2 warnings, 3 errors.
+        log_severity: what ONNX Runtime itself writes on standard error: 0 everything, 2 warnings, 3 errors, 4 nothing
+            that it does not also raise.
 
     Raises InputError for an unknown device or a missing library, UnavailableError if the device cannot be used.
     """
@@ -67,7 +72,7 @@ class OrtLoader:
         accuracy_level: Literal[1, 4] = 1,
         tf32: bool = False,
         packed: Path | None = None,
-        log_severity: int = 3,
+        log_severity: int = 4,
     ) -> None:
         self.device = device
         self._kind, self._number = _parse_device(device)
@@ -90,7 +95,7 @@ class OrtLoader:
     def __call__(self, path: Path) -> "OrtRunner":
         if not path.is_file():
             raise InputError(f"no graph {path}", wanted="a complete bundle", do="export it again")
-        content = path.read_bytes()
+        content = graph_bytes(path)
         if ops.wants_onnxruntime_nodes(content):
             return self.open_model(content, path)
         return self._open(str(path), path, self._options())
@@ -101,8 +106,9 @@ class OrtLoader:
         if not self._takes_own_nodes(content):
             options.add_session_config_entry(FOLDER_OPTION, str(path.parent))
             return self._open(content, path, options)
-        model = _parsed(content, path)
-        ops.for_onnxruntime(model, accuracy_level=self.accuracy_level)
+        model = parse_graph(content, path)
+        with refusing_graph(path):
+            ops.for_onnxruntime(model, accuracy_level=self.accuracy_level)
         kept: list[Any] = []
         if self._packed is not None:
             kept = self._packed.share(model, path, options)
@@ -118,8 +124,10 @@ class OrtLoader:
 
     def _open(self, source: str | bytes, path: Path, options: ort.SessionOptions) -> "OrtRunner":
         try:
-            session = ort.InferenceSession(source, options, providers=self._providers())
-        except ORT_ERRORS as error:
+            # Its fallback prints what went wrong and tries the CPU, which is said here.
+            session = ort.InferenceSession(source, options, providers=self._providers(), enable_fallback=0)
+            runner = OrtRunner(session, path, self)
+        except OPEN_ERRORS as error:
             raise explain(error, path, "open") from error
         if self._kind == "cuda" and session.get_providers()[0] != "CUDAExecutionProvider":
             raise UnavailableError(
@@ -127,7 +135,7 @@ class OrtLoader:
                 wanted="CUDA and cuDNN libraries of the versions this onnxruntime-gpu was built for",
                 do='pip install "onnxruntime-gpu[cuda,cudnn]", or --device cpu',
             )
-        return OrtRunner(session, path, self)
+        return runner
 
     def allocate(self, dtype: Dtype, shape: Sequence[int]) -> Buffer:
         if self._kind == "cpu":
@@ -230,23 +238,13 @@ class _OrtBound:
             raise explain(error, self._runner.path, "run") from error
 
 
-def _parsed(content: bytes, path: Path) -> "onnx.ModelProto":
-    """The graph. Raises InputError for a damaged one."""
-    import onnx
-    from google.protobuf.message import DecodeError  # type: ignore[import-untyped, unused-ignore]
-
-    try:
-        return onnx.load_model_from_string(content)
-    except DecodeError as error:
-        do = "export the bundle again"
-        raise InputError(f"{path.name} is no ONNX graph", wanted="the graph as exported", do=do) from error
-
-
 def explain(error: Exception, path: Path, doing: str) -> BtpError:
     """What an ONNX Runtime error means for the user."""
     text = " ".join(str(error).split())
     short = text if len(text) < 300 else text[:300] + " ..."
     got = f"ONNX Runtime {ort.__version__} cannot {doing} {path.name}: {short}"
+    if any(int(size) > total_memory() for size in ASKED.findall(text)):  # nobody has exported a graph like this
+        return InputError(got, wanted="a graph as exported", do="export the bundle again")
     if "allocate" in text or "bad_alloc" in text or "out of memory" in text.lower():
         return UnavailableError(got, wanted="more free memory", do="close other programs, or take a smaller profile")
     if isinstance(error, (ort_errors.NotImplemented, ort_errors.EPFail)):
@@ -256,9 +254,7 @@ def explain(error: Exception, path: Path, doing: str) -> BtpError:
             do="--device cuda, or export with --precision float32",
         )
     if doing == "open":
-        damaged = (ort_errors.InvalidProtobuf, ort_errors.NoSuchFile, ort_errors.InvalidGraph, ort_errors.NotFound)
-        if isinstance(error, damaged) or "xternal" in text:
-            return InputError(got, wanted="the graph and the weight files as exported", do="export the bundle again")
+        return InputError(got, wanted="the graph and the weight files as exported", do="export the bundle again")
     return CheckError(got, wanted="a graph that runs", do="btp-export verify shows which part is wrong")
 
 

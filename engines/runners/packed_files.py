@@ -29,6 +29,7 @@ from onnx import NodeProto, TensorProto, helper
 
 from graphs import dtypes
 from graphs.files.atomic import move
+from graphs.files.onnx_file import read_graph
 
 NODE: Final = "MatMulNBits"
 CODES: Final = 1  # which of its inputs is packed
@@ -162,7 +163,7 @@ def _make(small: onnx.ModelProto, path: Path, place: Path) -> None:
 
 def _point(tensor: TensorProto, place: Path) -> None:
     """Let the codes of a graph be those in a packed file."""
-    made = onnx.load(str(place / MODEL_FILE), load_external_data=False)
+    made = read_graph(place / MODEL_FILE)
     (packed,) = (other for other in made.graph.initializer if other.name == tensor.name)
     del tensor.external_data[:]
     for entry in packed.external_data:

@@ -14,7 +14,6 @@ import ctypes
 import functools
 import importlib
 import importlib.util
-import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -25,6 +24,7 @@ from types import ModuleType
 from typing import Any, Final
 
 from engines.tensorrt.records import Flavour
+from graphs.files.folders import scratch
 from graphs.records.errors import UnavailableError
 
 TITLES: Final[dict[Flavour, str]] = {"tensorrt": "TensorRT", "rtx": "TensorRT for RTX"}
@@ -144,8 +144,9 @@ def _load_rtx() -> ModuleType:
     if _has(MODULES["rtx"]):
         return _import("rtx")  # NVIDIA's own package, which finds its libraries itself
     files = _rtx_files()
-    folder = Path(tempfile.mkdtemp(prefix="btp-rtx-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    until_exit = contextlib.ExitStack()
+    atexit.register(until_exit.close)
+    folder = until_exit.enter_context(scratch(Path(tempfile.gettempdir()), "btp-rtx-"))
     for name, file in files.items():
         (folder / name).symlink_to(file)
     name = MODULES["rtx"]

@@ -8,15 +8,17 @@ Paths are relative to that folder. Everything but the engines is there before Te
 
 import json
 from pathlib import Path
-from typing import Final, Literal
+from typing import Annotated, Final, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from graphs.dtypes import Precision
 from graphs.files.atomic import sha256, write_text
 from graphs.files.bundle import Bundle
+from graphs.names import parse_graph
 from graphs.records.errors import InputError
 from graphs.records.manifest import FileRecord, RelativePath, Sha256, TensorRecord
+from graphs.records.reading import UnreadableError, read_file
 from graphs.records.record import Name, Record, parse_record
 
 FORMAT: Final = "btp-engines/1"
@@ -56,14 +58,22 @@ class WeightInput(TensorRecord):
         return self
 
 
+Bytes = Annotated[int, Field(ge=0, le=2**62)]
+
+
+def _graph_name(name: str) -> str:
+    parse_graph(name)
+    return name
+
+
 class Estimate(Record):
     """Bytes expected before the build; how they are counted is in engines/tensorrt/prepare/estimate.py."""
 
-    weight_bytes: int  # matrices and constants that the graph reads, wherever they lie
-    engine_bytes: int  # the engine file
-    activation_bytes: int  # scratch memory of one run
-    io_bytes: int  # inputs and outputs without weights
-    build_peak_bytes: int  # memory of the building process
+    weight_bytes: Bytes  # matrices and constants that the graph reads, wherever they lie
+    engine_bytes: Bytes  # the engine file
+    activation_bytes: Bytes  # scratch memory of one run
+    io_bytes: Bytes  # inputs and outputs without weights
+    build_peak_bytes: Bytes  # memory of the building process
 
 
 class EngineLayer(Record):
@@ -89,7 +99,7 @@ class BuiltEngine(FileRecord):
 class EngineGraph(Record):
     """One prepared graph; `engine` is None until it is built."""
 
-    name: Name
+    name: Annotated[Name, AfterValidator(_graph_name)]
     profile: Name
     onnx: FileRecord
     inputs: tuple[TensorRecord, ...]  # without the weights
@@ -150,10 +160,10 @@ class EnginesRecord(Record):
         """Read engines.json. Raises InputError if it is missing or not valid."""
         path = folder / FILE
         try:
-            text = path.read_bytes()
-        except OSError as error:
+            text = read_file(path, noun="engine record")
+        except UnreadableError as error:
             raise InputError(
-                f"no engines at {folder}: {FILE}: {error.strerror}",
+                f"no engines at {folder}: {FILE}: {error.reason}",
                 wanted="engines/<target> of a bundle, as `btp-export build` writes it",
                 do=f"btp-export build BUNDLE --target {folder.name}",
             ) from error

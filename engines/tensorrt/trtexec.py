@@ -6,8 +6,6 @@ layers. --exportProfile does not escape layer names and prints a
 share of no time as "nan", so its file may be no JSON; it is read by its lines.
 """
 
-import json
-import math
 import re
 import shutil
 import subprocess
@@ -20,12 +18,14 @@ import numpy as np
 
 from graphs.files.atomic import fresh
 from graphs.records.errors import BtpError, CheckError, InputError, UnavailableError
+from graphs.records.reading import parse_json, read_text
 
 PLACES: Final = (Path("/usr/src/tensorrt/bin"), Path("/usr/local/tensorrt/bin"), Path("/opt/tensorrt/bin"))
 TAIL: Final = 12  # last lines of a failed run that are kept
 TIMES, LAYER_TIMES = ".times.json", ".profile.json"  # behind an engine's name
 
-_NUMBER: Final = r"([-+]?(?:\d[\d.eE+-]*|nan|inf))"
+_NUMBER: Final = r"([-+]?(?:\d+(?:\.\d*)?(?:[eE][-+]?\d+)?|nan|inf))"
+MOST_MS: Final = 1e12  # of a run: sums of them stay finite
 _LAYER: Final = re.compile(
     r'^\s*,?\s*\{\s*"name" : "(.*)", "timeMs" : %s, "averageMs" : %s, "medianMs" : %s, "percentage" : %s \}\s*$'
     % ((_NUMBER,) * 4)
@@ -178,25 +178,18 @@ def _layer(path: Path, name: str, mean: Any, median: Any) -> LayerTime:
 
 def _is_time(value: Any) -> bool:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return number and math.isfinite(value) and value >= 0
+    return number and 0 <= value <= MOST_MS
 
 
 def _json(path: Path, option: str) -> Any:
     try:
-        return json.loads(_text(path, option))
-    except (ValueError, RecursionError) as error:
+        return parse_json(_text(path, option))
+    except ValueError as error:
         raise _damaged(path, str(error), option) from error
 
 
 def _text(path: Path, option: str) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise InputError(
-            f"{path}: {error.strerror}", wanted=f"what trtexec {option} writes", do="run profile.sh on the device again"
-        ) from error
-    except UnicodeDecodeError as error:
-        raise _damaged(path, "it is no text", option) from error
+    return read_text(path, noun=f"whole file of trtexec {option}", do="run profile.sh on the device again")
 
 
 def _damaged(path: Path, reason: str, option: str) -> BtpError:

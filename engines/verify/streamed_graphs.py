@@ -15,7 +15,8 @@ import onnx
 from engines.runners.interface import Runner, TensorSpec
 from engines.verify.protocol import Array
 from graphs import dtypes
-from graphs.building.graph_parts import Part, has_bfloat16, read_graph, split, wide_weights, widen
+from graphs.building.graph_parts import Part, has_bfloat16, split, wide_weights, widen
+from graphs.files.onnx_file import read_graph, refusing_graph
 from graphs.records.errors import InputError
 from graphs.records.progress import Report
 
@@ -68,11 +69,12 @@ class StreamedRunner:
         if not path.is_file():
             raise InputError(f"no graph {path}", wanted="a complete bundle", do="export it again")
         model = read_graph(path)
-        if has_bfloat16(model):
-            model = widen(model)
-        self.inputs = {value.name: _spec(value, path) for value in model.graph.input}
-        self.outputs = {value.name: _spec(value, path) for value in model.graph.output}
-        self._parts: list[Part] = split(model, most)
+        with refusing_graph(path):
+            if has_bfloat16(model):
+                model = widen(model)
+            self.inputs = {value.name: _spec(value, path) for value in model.graph.input}
+            self.outputs = {value.name: _spec(value, path) for value in model.graph.output}
+            self._parts: list[Part] = split(model, most)
         self._path, self._loader, self._progress = path, loader, progress
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:

@@ -11,7 +11,6 @@ everything computed is float32. That is more exact than bfloat16 and shows the s
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
-from pathlib import Path
 
 import numpy as np
 import onnx
@@ -30,11 +29,6 @@ class Part:
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     weights: int
-
-
-def read_graph(path: Path) -> onnx.ModelProto:
-    """The graph without its external data."""
-    return onnx.load(str(path), load_external_data=False)
 
 
 def wide_weights(model: onnx.ModelProto) -> int:

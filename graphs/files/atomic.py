@@ -16,7 +16,6 @@ import hashlib
 import json
 import os
 import re
-import secrets
 import shutil
 import signal
 import threading
@@ -24,9 +23,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
-from graphs.files.folders import PARTIAL, locked_folder, put_in_place, recover, sync_folder
+from graphs.files.folders import PARTIAL, locked_folder, new_file, put_in_place, recover, sweep_files, sync_folder
 from graphs.files.paths import require_utf8
 from graphs.records.errors import InputError
+from graphs.records.reading import read_object
 
 if TYPE_CHECKING:
     from graphs.records.manifest import FileRecord
@@ -127,13 +127,13 @@ def check_outside(destination: Path, reads: Sequence[Path]) -> None:
 def is_bundle(folder: Path) -> bool:
     """Whether the folder has a manifest of ours, of whatever version."""
     try:
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        manifest = read_object(folder / "manifest.json")
+    except InputError:
         return False
     from graphs.records.manifest import FORMAT
 
     family = FORMAT.split("/")[0] + "/"
-    return isinstance(manifest, dict) and str(manifest.get("format", "")).startswith(family)
+    return str(manifest.get("format", "")).startswith(family)
 
 
 # -- single files ----------------------------------------------------------------------------------------------------
@@ -145,9 +145,12 @@ def replacing(path: Path, *, sync: bool = True) -> Iterator[BinaryIO]:
 
     The file has a name of its own, so that two writers do not meet, and is made anew: a link that somebody has put
     there is never written through. Its permissions are those of any new file. `sync` waits until the contents are on
-    the disk; leave it out only for what can be made again. Raises OSError where nothing can be written.
+    the disk; leave it out only for what can be made again. Files that killed runs were writing for `path` are removed.
+    Raises OSError where nothing can be written.
     """
-    handle, partial = _open_partial(path)
+    if sync:  # what can be made again lies in folders of ours, which go as a whole
+        sweep_files(path)
+    handle, partial = new_file(path)
     try:
         with os.fdopen(handle, "wb") as stream:
             yield stream
@@ -201,14 +204,6 @@ def write_texts(folder: Path, texts: Mapping[str, str]) -> None:
 def move(source: Path, target: Path) -> None:
     """Give a complete file or folder of the same file system its place, in one step; a file there is replaced."""
     os.replace(source, target)
-
-
-def _open_partial(path: Path) -> tuple[int, Path]:
-    """A new file beside `path`, open for writing; O_EXCL never opens an existing file or link."""
-    while True:
-        partial = path.with_name(f".{path.name[:200]}.{secrets.token_hex(6)}{PARTIAL}")
-        with contextlib.suppress(FileExistsError):
-            return os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666), partial
 
 
 # -- links and copies ------------------------------------------------------------------------------------------------

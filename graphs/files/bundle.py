@@ -38,6 +38,7 @@ from graphs.records.manifest import (
 )
 from graphs.records.plan import PruningPlan
 from graphs.records.quantization import Quantization
+from graphs.records.reading import UnreadableError, read_file
 from graphs.records.record import parse_record
 from graphs.records.shapes import ShapeProfile
 from graphs.records.spec import ModelSpec
@@ -165,12 +166,12 @@ def _identity(root: Path) -> tuple[int, int] | None:
 def _read_manifest(root: Path) -> Manifest:
     path = root / "manifest.json"
     try:
-        text = path.read_bytes()
-    except OSError as error:
+        text = read_file(path, noun="bundle manifest")
+    except UnreadableError as error:
         do = f"btp-export --model demo --out {root}" if not root.exists() else "give the bundle's folder"
         aside = None if root.exists() else set_aside(root)
         raise InputError(
-            f"no bundle at {root}: manifest.json: {error.strerror}",
+            f"no bundle at {root}: manifest.json: {error.reason}",
             wanted="a folder written by btp-export",
             do=do if aside is None else f"mv {aside} {root}, which an interrupted --force set aside",
         ) from error

@@ -15,13 +15,13 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Final
 
 from graphs import dtypes
+from graphs.files.onnx_file import REMEDY, read_graph
 from graphs.records.errors import InputError
 from graphs.records.manifest import FileRecord, GraphRecord, Manifest, TensorRecord
 
 if TYPE_CHECKING:
     import onnx
 
-REMEDY: Final = "export it again, or restore the file"
 CLOSED: Final = ("graphs", "processor")  # folders in which nothing but listed files may lie
 _DIGEST: Final = re.compile(rb'"manifest_sha256": "([0-9a-f]{64})"\n}\n\Z')
 NO_DIGEST: Final = "0" * 64
@@ -107,22 +107,6 @@ def check_graphs(root: Path, graphs: Sequence[GraphRecord], weights: Sequence[Fi
                     wanted="weights that manifest.json lists",
                     do=REMEDY,
                 )
-
-
-def read_graph(path: Path) -> "onnx.ModelProto":
-    """An ONNX file without its external data. Raises InputError if it is damaged."""
-    import onnx
-    from google.protobuf.message import DecodeError  # type: ignore[import-untyped, unused-ignore]
-
-    try:
-        return onnx.load_model_from_string(path.read_bytes())
-    except (DecodeError, ValueError) as error:
-        raise damaged_graph(path, str(error)) from error
-
-
-def damaged_graph(path: Path, reason: str) -> InputError:
-    """The error for a graph that cannot be read."""
-    return InputError(f"{path} is no readable ONNX graph: {reason}", wanted="the graph as exported", do=REMEDY)
 
 
 def _check_values(path: Path, recorded: Sequence[TensorRecord], values: "Sequence[onnx.ValueInfoProto]") -> None:

@@ -7,7 +7,6 @@ tensor needs too. Layout of a safetensors file: 8 bytes little-endian header len
 
 import json
 import math
-import operator
 import struct
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,12 +18,14 @@ import numpy as np
 from graphs import dtypes
 from graphs.records.errors import InputError
 from graphs.records.quantization import Quantization
+from graphs.records.reading import UnreadableError, parse_json, read_object
 from graphs.records.record import parse_record, require_name
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 INDEX_ENDING = ".safetensors.index.json"
 PACKED = "btp"  # quant_method of what this project packs
 HEADER_BYTES = 100_000_000  # the format's own limit
+MOST_SIZE = 2**63  # of offsets and numbers of elements
 
 
 @dataclass(frozen=True)
@@ -86,18 +87,13 @@ def read_config(folder: Path) -> dict[str, Any]:
     """config.json of a checkpoint folder. Raises InputError if it is missing or not JSON."""
     path = folder / "config.json"
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
+        return read_object(path, noun="config.json of a model")
+    except UnreadableError as error:
         raise InputError(
-            f"cannot read {path}: {error.strerror}",
+            f"cannot read {path}: {error.reason}",
             wanted="a checkpoint folder with config.json, *.safetensors and the processor files",
             do="give the folder that holds config.json",
         ) from error
-    except ValueError as error:
-        raise InputError(f"{path} is not JSON: {error}", wanted="the model's config.json", do="restore it") from error
-    if not isinstance(config, dict):
-        raise InputError(f"{path} holds a {type(config).__name__}", wanted="a JSON object", do="restore it")
-    return config
 
 
 def open_checkpoint(
@@ -225,8 +221,8 @@ def _files_of(entry: Path) -> list[str]:
 
 def _indexed_files(index: Path) -> list[str]:
     try:
-        names = sorted({str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        names = sorted({str(name) for name in read_object(index, noun="index of shards")["weight_map"].values()})
+    except (KeyError, TypeError, AttributeError) as error:
         raise _damaged(index, "it has no readable weight_map") from error
     outside = [name for name in names if Path(name).name != name]
     if outside:
@@ -245,12 +241,15 @@ def _read_header(path: Path, renames: Sequence[tuple[str, str]]) -> list[TensorR
         if length > HEADER_BYTES:
             raise _damaged(file, f"a header of {length} bytes")
         try:
-            header = json.loads(stream.read(length))
-        except (ValueError, RecursionError) as error:
-            raise _damaged(file, "the header is not JSON") from error
+            header = parse_json(stream.read(length))
+        except ValueError as error:
+            raise _damaged(file, f"the header is not JSON: {error}") from error
     if not isinstance(header, dict):
         raise _damaged(file, "the header is not a JSON object")
+    metadata = {} if header.get("__metadata__") is None else header["__metadata__"]
     header.pop("__metadata__", None)
+    if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
+        raise _damaged(file, "its __metadata__ is more than texts by name")  # so the format's own library says
     refs = [_tensor_ref(file, size, 8 + length, name, entry, renames) for name, entry in header.items()]
     _check_covered(file, 8 + length, size, refs)
     return [replace(ref, shard=path.name) for ref in refs]
@@ -271,13 +270,14 @@ def _tensor_ref(
     file: Path, size: int, data_start: int, name: str, entry: dict[str, Any], renames: Sequence[tuple[str, str]]
 ) -> TensorRef:
     try:
-        begin, end = (operator.index(offset) for offset in entry["data_offsets"])
-        shape = tuple(operator.index(size) for size in entry["shape"])
-        dtype = str(entry["dtype"])
+        begin, end = entry["data_offsets"]
+        shape, dtype = tuple(entry["shape"]), entry["dtype"]
     except (KeyError, TypeError, ValueError) as error:
         raise _damaged(file, f"the entry of {name} is not valid") from error
-    if begin < 0 or min(shape, default=0) < 0:
-        raise _damaged(file, f"the entry of {name} has a negative size")
+    if not isinstance(dtype, str) or not all(type(size) is int for size in (begin, end, *shape)):
+        raise _damaged(file, f"the entry of {name} is not valid")
+    if min(begin, end, *shape) < 0 or max(begin, end, math.prod(size for size in shape if size)) > MOST_SIZE:
+        raise _damaged(file, f"the entry of {name} has a negative size, or one that is too large")
     if dtype not in dtypes.BY_SAFETENSORS:
         raise InputError(
             f"{file.name}: {name} has dtype {dtype}", wanted=", ".join(dtypes.BY_SAFETENSORS), do="convert it"

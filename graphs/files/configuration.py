@@ -2,10 +2,10 @@
 
 import contextlib
 import copy
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from graphs.records.errors import InputError
+from graphs.records.refusing import refusing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -24,7 +24,7 @@ def text_config(document: dict[str, Any]) -> "PreTrainedConfig":
         return text
     fields = copy.deepcopy(document.get("text_config") or {})  # transformers writes into the nested dictionaries
     model_type = fields.pop("model_type", None) or _own_decoder(document)
-    with _refusing("text_config", model_type):
+    with refusing_config("text_config", model_type):
         return AutoConfig.for_model(model_type, **fields)
 
 
@@ -45,7 +45,7 @@ def whole_config(document: dict[str, Any]) -> "PreTrainedConfig":
         raise InputError(
             f"config.json has model_type {model_type!r}", wanted="a model type of transformers", do="check config.json"
         )
-    with _refusing("config.json", str(model_type)):
+    with refusing_config("config.json", str(model_type)):
         config: PreTrainedConfig = CONFIG_MAPPING[model_type].from_dict(copy.deepcopy(document))
         return config
 
@@ -56,13 +56,6 @@ def _is_known(document: dict[str, Any]) -> bool:
     return document.get("model_type") in CONFIG_MAPPING
 
 
-@contextlib.contextmanager
-def _refusing(holder: str, model_type: str) -> Iterator[None]:
-    """What transformers' configuration classes raise for a value that cannot be, as InputError."""
-    from huggingface_hub.errors import StrictDataclassError
-
-    try:
-        yield
-    except (TypeError, ValueError, KeyError, AttributeError, ZeroDivisionError, StrictDataclassError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"{holder}: {reason}", wanted=f"a {model_type} configuration", do="restore it") from error
+def refusing_config(holder: str, model_type: str) -> contextlib.AbstractContextManager[None]:
+    """For calls of transformers' configuration classes, which check some values and stumble over others."""
+    return refusing(holder, wanted=f"a {model_type} configuration", do="restore it")

@@ -1,6 +1,7 @@
 """Whole folders in their place: exchanged in one step where the system can, and what killed runs left behind.
 
     .NAME.????????.partial   a folder being written for NAME, or, after an exchange, the old one on its way out
+    .NAME.????????????.partial   a file being written for NAME
     .NAME.????????.old       the old NAME where folders cannot be exchanged: it steps aside before the new one comes
     .btp-????????            bundles made for a measurement
 
@@ -86,11 +87,11 @@ def locked_folder(parent: Path, prefix: str, suffix: str = "", mode: int = 0o777
 
 
 @contextlib.contextmanager
-def scratch(parent: Path) -> Iterator[Path]:
+def scratch(parent: Path, prefix: str = SCRATCH) -> Iterator[Path]:
     """A folder in `parent` that is removed at the end; those of killed runs are removed at the beginning."""
-    for left in _left_over(parent, re.escape(SCRATCH)):
+    for left in _left_over(parent, re.escape(prefix)):
         shutil.rmtree(left, ignore_errors=True)
-    with locked_folder(parent, SCRATCH, mode=0o700) as folder:
+    with locked_folder(parent, prefix, mode=0o700) as folder:
         try:
             yield folder
         finally:
@@ -133,6 +134,29 @@ def set_aside(destination: Path) -> Path | None:
     return next(iter(_left_over(destination.parent, re.escape(f".{destination.name}."), re.escape(OLD))), None)
 
 
+def new_file(path: Path) -> tuple[int, Path]:
+    """A new file of a name of its own beside `path`, open for writing and locked until it is closed.
+
+    O_EXCL never opens an existing file or link.
+    """
+    while True:
+        partial = path.with_name(f".{path.name[:200]}.{secrets.token_hex(6)}{PARTIAL}")
+        with contextlib.suppress(FileExistsError):
+            handle = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+            with contextlib.suppress(OSError):
+                fcntl.flock(handle, fcntl.LOCK_EX)
+            if partial.is_file():  # else somebody has swept it before it was locked
+                return handle, partial
+            os.close(handle)
+
+
+def sweep_files(path: Path) -> None:
+    """Remove the files that killed runs were writing for `path`."""
+    for left in _left_over(path.parent, re.escape(f".{path.name[:200]}."), re.escape(PARTIAL), digits=12, flags=0):
+        with contextlib.suppress(OSError):
+            left.unlink()
+
+
 def sync_folder(folder: Path) -> None:
     """Wait until the names in a folder are on the disk."""
     handle = os.open(folder, os.O_RDONLY)
@@ -142,20 +166,26 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def _left_over(parent: Path, prefix: str, suffix: str = "") -> list[Path]:
-    """Folders of ours in `parent` that no process works in, newest first. Links are never followed."""
-    name = re.compile(f"{prefix}[0-9a-z_]{{8}}{suffix}")
+def _left_over(
+    parent: Path, prefix: str, suffix: str = "", *, digits: int = 8, flags: int = os.O_DIRECTORY
+) -> list[Path]:
+    """Folders of ours (with other `flags`: files) in `parent` that no process works in, newest first.
+
+    Links are never followed.
+    """
+    name = re.compile(f"{prefix}[0-9a-z_]{{{digits}}}{suffix}")
     try:
         entries = [Path(entry) for entry in os.scandir(parent) if name.fullmatch(entry.name)]
     except OSError:
         return []
-    return sorted(filter(_is_free, entries), key=lambda path: path.lstat().st_mtime, reverse=True)
+    free = [path for path in entries if _is_free(path, flags)]
+    return sorted(free, key=lambda path: path.lstat().st_mtime, reverse=True)
 
 
-def _is_free(folder: Path) -> bool:
-    """Whether it is a real folder, of this user, whose lock can be had."""
+def _is_free(path: Path, flags: int) -> bool:
+    """Whether it is a real folder or file, of this user, whose lock can be had."""
     try:
-        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | flags)
     except OSError:
         return False
     try:

@@ -26,6 +26,11 @@ def available_memory(root: Path = Path("/")) -> int | None:
     return max(min(rooms), 0) if rooms else None
 
 
+def total_memory() -> int:
+    """Bytes of the machine's memory, whatever is free of it."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 def check_memory(needed: int, what: str, *, do: str, root: Path = Path("/")) -> None:
     """Raise InputError unless `needed` bytes are available; `root` as for `available_memory`."""
     there = available_memory(root)

@@ -10,8 +10,13 @@ picture everywhere and the same limits hold. What a file holds, in the order in 
 - More than SCALE_ABOVE pixels (or `scale_above`): scaled down by a whole factor while the file is read.
 """
 
+import contextlib
+import ctypes
+import functools
 import io
+import logging
 import math
+import os
 import re
 import struct
 import warnings
@@ -21,6 +26,7 @@ from typing import Any, BinaryIO, Final
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from graphs.records.errors import InputError
+from graphs.records.reading import read_text
 
 # No more: others start programs (EPS: Ghostscript), lie about their name, or are read by code that few look at.
 FORMATS: Final = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
@@ -28,6 +34,8 @@ MAX_PIXELS: Final = 178_000_000  # Pillow's own limit for what it takes for an a
 SCALE_ABOVE: Final = 50_000_000  # no processor keeps as many: Qwen2.5-VL's takes 13 million
 MAX_ASPECT: Final = 200  # longer side / shorter side; processors scale the shorter side up
 ADDRESS: Final = re.compile(r"(^|/)(https?|ftp|s3|gs|file):/")  # a Path has one slash where an address has two
+# Pillow logs what is wrong with a file and raises it; without a handler Python prints the first on standard error.
+logging.getLogger("PIL").addHandler(logging.NullHandler())
 _STRIP: Final = 256  # rows of the scaled picture that are made at a time
 
 # What Pillow raises for damaged files, depending on the format and on where the damage is.
@@ -43,6 +51,7 @@ def open_picture(
     FORMATS, is damaged, or is too large to be meant: more than `most_pixels`, of which MAX_PIXELS is the most.
     """
     name = name or ("the picture" if isinstance(source, bytes) else str(source))
+    _silence_libtiff()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of large pictures, for which MAX_PIXELS is the limit, and of odd metadata
@@ -68,6 +77,18 @@ def open_picture(
             wanted=f"a whole picture file: {', '.join(FORMATS)}",
             do="check the file",
         ) from error
+
+
+@functools.cache
+def _silence_libtiff() -> None:
+    """libtiff writes on standard error what it finds in a file, odd tags and damage; Pillow raises what counts."""
+    with contextlib.suppress(InputError, OSError, AttributeError):  # another system, or a Pillow without it
+        loaded = {line.split(maxsplit=5)[-1] for line in read_text(Path("/proc/self/maps")).splitlines()}
+        for path in (path for path in loaded if "/libtiff" in path):
+            library = ctypes.CDLL(path, mode=os.RTLD_NOLOAD | os.RTLD_NOW)
+            for setter in (library.TIFFSetErrorHandler, library.TIFFSetWarningHandler):
+                setter.argtypes, setter.restype = [ctypes.c_void_p], ctypes.c_void_p
+                setter(None)
 
 
 def _opened(source: Path | bytes) -> BinaryIO:

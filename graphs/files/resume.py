@@ -28,6 +28,7 @@ from graphs.files.folders import lock_file
 from graphs.files.safetensors_file import write_stream
 from graphs.records.errors import InputError
 from graphs.records.progress import Note
+from graphs.records.reading import parse_json, read_object
 
 INTERVAL = 30.0  # seconds of work that an interruption may cost
 
@@ -70,12 +71,14 @@ class Work:
         path = self.folder / f"{name}.npy"
         with replacing(path, sync=False) as stream:
             np.save(stream, array, allow_pickle=False)
-        return KeptArray(path)
+        return KeptArray(path, sha256(path))
 
-    def kept(self, name: str) -> "KeptArray | None":
-        """An array that `keep` wrote, None if it is not there."""
-        path = self.folder / f"{name}.npy"
-        return KeptArray(path) if path.is_file() else None
+    def kept(self, reference: Any) -> "KeptArray":
+        """The array of a `KeptArray.reference` from a checkpoint. Raises ValueError if it is gone or was changed."""
+        path = self.folder / Path(str(reference["file"])).name
+        if not path.is_file() or sha256(path) != reference["sha256"]:
+            raise ValueError(f"{path.name} {'was changed' if path.is_file() else 'is gone'}")
+        return KeptArray(path, str(reference["sha256"]))
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,12 @@ class KeptArray:
     """An array on disk."""
 
     path: Path
+    sha256: str
+
+    @property
+    def reference(self) -> dict[str, str]:
+        """What a checkpoint says of it, as JSON types."""
+        return {"file": self.path.name, "sha256": self.sha256}
 
     def read(self) -> np.ndarray:
         """The array, memory-mapped anew each time: what was read leaves memory when the caller lets go of it."""
@@ -127,7 +136,7 @@ class Sequence:
             data = self._folder / f"{name}.safetensors"
             with replacing(data, sync=False) as stream:
                 write_stream(stream, tensors)
-            record = {"sha256": _sealed(data, json.loads(json.dumps(meta))), "meta": meta}
+            record = {"sha256": _sealed(data, parse_json(json.dumps(meta), finite=False)), "meta": meta}
             write_text(self._folder / f"{name}.json", json.dumps(record), sync=False)
         except OSError as error:
             self._note(f"no checkpoint is written: {error.strerror or error}")
@@ -139,7 +148,7 @@ class Sequence:
 
 
 def _read(path: Path) -> Step:
-    record = json.loads(path.read_text(encoding="utf-8"))
+    record = read_object(path, finite=False)  # margins may be infinite
     data = path.with_suffix(".safetensors")
     if not data.is_file():
         raise ValueError("its tensors are missing")

@@ -25,6 +25,7 @@ from pydantic import (
 from pydantic_core import CoreSchema
 
 from graphs.records.errors import InputError
+from graphs.records.reading import read_file
 from graphs.records.record import FROM_FILE, Record, parse_record
 from graphs.records.token_layout import Blocks, Grid, blocks_field, check_blocks
 
@@ -225,14 +226,8 @@ class PruningPlan(Record):
     @staticmethod
     def load(path: Path | str) -> "PruningPlan":
         """Read plan.json. Raises InputError if it cannot be read or is not valid."""
-        try:
-            text = Path(path).read_bytes()
-        except OSError as error:
-            raise InputError(
-                f"cannot read the plan {path}: {error.strerror}",
-                wanted="a plan.json or the name of a preset",
-                do="btp-export plan --list",
-            ) from error
+        noun = "plan.json or the name of a preset"
+        text = read_file(Path(path), noun=noun, do="btp-export plan --list")
         return PruningPlan.from_json(text, source=path)
 
 

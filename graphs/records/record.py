@@ -7,6 +7,7 @@ from typing import Annotated, Any, Final, TypeVar
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from graphs.records.errors import InputError
+from graphs.records.reading import parse_json, read_file
 
 FROM_FILE: Final = {"from_file": True}  # the validation context of what is read from a file
 NAME_RULE: Final = "letters, digits, '.', '_' and '-', the first a letter or digit, at most 200"
@@ -45,17 +46,24 @@ Parsed = TypeVar("Parsed", bound=Record)
 
 
 def parse_record(kind: type[Parsed], text: str | bytes, *, source: Path | str, noun: str) -> Parsed:
-    """Parse JSON into `kind`.
+    """Parse JSON into `kind`, within the limits of graphs/records/reading.py.
 
     Raises InputError that names the file, the key and what was wrong with it.
     """
     try:
+        parse_json(text)
         record = kind.model_validate_json(text, context=FROM_FILE)
     except ValidationError as error:
         first: Any = error.errors(include_url=False)[0]
         where = ".".join(str(part) for part in first["loc"]) or "the document"
         raise InputError(
             f"{source} is not a valid {noun}: {where}: {first['msg']}",
+            wanted=f"a {noun} as written by btp-export",
+            do="restore the file or make it again",
+        ) from error
+    except ValueError as error:  # not JSON; a ValidationError is one too
+        raise InputError(
+            f"{source} is not a valid {noun}: the document: Invalid JSON: {error}",
             wanted=f"a {noun} as written by btp-export",
             do="restore the file or make it again",
         ) from error
@@ -66,3 +74,8 @@ def parse_record(kind: type[Parsed], text: str | bytes, *, source: Path | str, n
             do="restore the file or make it again",
         )
     return record
+
+
+def read_record(kind: type[Parsed], path: Path, *, noun: str) -> Parsed:
+    """The record in a file. Raises InputError as read_file and parse_record."""
+    return parse_record(kind, read_file(path, noun=noun), source=path, noun=noun)

@@ -133,6 +133,27 @@ def test_ctrl_c_inside_executed_text_still_exits_with_130(tmp_path: Path) -> Non
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
 
 
+@pytest.mark.parametrize(
+    ("words", "wanted"),
+    [
+        ("run b --image i --prompt --debug", False),
+        ("run b --image i --prompt --debug --debug", True),
+        ("run b --image i --debug --prompt x", True),
+        ("--debug run b", True),
+        ("run b --json --debug", True),
+        ("run b --prompt=--debug", False),
+    ],
+)
+def test_debug_as_the_value_of_another_option_is_no_option(words: str, wanted: bool) -> None:
+    assert cli._wants_debug(words.split()) is wanted
+
+
+def test_a_usage_error_is_short() -> None:
+    error = typer.BadParameter("9" * 5000)
+    lines, code = cli.describe(error)
+    assert code == 2 and all(len(line) < 600 for line in lines)
+
+
 def test_debug_shows_where(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     fail_with(monkeypatch, InputError("got"))
     assert cli.main(["doctor", "--debug"]) == 2

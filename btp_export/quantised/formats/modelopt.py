@@ -6,7 +6,6 @@ pre_quant_scale     [K]        multiplies the input; absent where it was folded 
 weight = q * s
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,8 @@ from btp_export.quantised.formats._codes import spread, stored_group
 from graphs.files.checkpoint import TensorRef
 from graphs.files.packed_weights import PackedMatrix
 from graphs.packing import check_scales
+from graphs.records.errors import InputError
+from graphs.records.reading import read_object
 
 FILE = "hf_quant_config.json"
 FORM = "ModelOpt"
@@ -76,8 +77,8 @@ class ModelOpt:
 
 def _read(path: Path) -> Mapping[str, Any]:
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))["quantization"]
-    except (OSError, ValueError, LookupError, TypeError) as error:
+        fields = read_object(path)["quantization"]
+    except (InputError, KeyError) as error:
         refuse(f"{path} has no readable quantization", "ModelOpt's settings", f"restore it ({type(error).__name__})")
     if not isinstance(fields, Mapping):
         refuse(f"{path}: quantization is a {type(fields).__name__}", "ModelOpt's settings", READ)

@@ -3,7 +3,6 @@
 worker.py runs this in a process of its own, because TensorRT may abort, and because its memory is measured.
 """
 
-import json
 import os
 import re
 import sys
@@ -21,6 +20,7 @@ from graphs.records.errors import BtpError, CheckError, InputError, UnavailableE
 from graphs.records.manifest import TensorRecord
 from graphs.records.record import Record
 from graphs.records.errors import BtpError, CheckError, InputError, UnavailableError
+from graphs.records.reading import parse_json
 from graphs.records.manifest import TensorRecord
 from graphs.dtypes import Precision
 from graphs.records.record import Record
@@ -348,7 +348,7 @@ def _deserialized(trt: Any, engine: Any, log: Messages, job: Job) -> list[tuple[
 
 def described_layers(text: str) -> list[tuple[str, str]]:
     """(name, type) of the layers in the JSON of TensorRT's engine inspector; a layer may be its name alone."""
-    entries: Sequence[Any] = json.loads(text)["Layers"]
+    entries: Sequence[Any] = parse_json(text)["Layers"]
     return [
         (entry, "unknown") if isinstance(entry, str) else (entry["Name"], entry.get("LayerType", "unknown"))
         for entry in entries

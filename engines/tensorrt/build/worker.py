@@ -22,6 +22,7 @@ import graphs
 from engines.tensorrt.build.builder import Built, Job, Report, build_engine, out_of_memory
 from graphs.files.atomic import fresh
 from graphs.records.errors import BtpError, CheckError, InputError, UnavailableError
+from graphs.records.reading import parse_json
 
 ERRORS: Final = {kind.__name__: kind for kind in (CheckError, InputError, UnavailableError)}
 NO_SPACE: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -70,7 +71,7 @@ def _listen(process: "subprocess.Popen[bytes]", report: Report) -> dict[str, Any
     assert process.stdout is not None
     for line in process.stdout:
         try:
-            message = json.loads(line)
+            message = parse_json(line)
         except ValueError:
             return None  # cut off: it died while writing
         if "progress" not in message:

@@ -34,9 +34,10 @@ from engines.tensorrt.records import (
 from engines.tensorrt.run.weights import packed
 from graphs.files.atomic import link_or_copy, move, record
 from graphs.files.bundle import Bundle
-from graphs.records.errors import UnavailableError
+from graphs.records.errors import InputError, UnavailableError
 from graphs.records.manifest import FileRecord
 from graphs.records.progress import Note
+from graphs.records.reading import read_text
 
 ROOT = Path(__file__).parents[3]
 NOUN = "folder of engines"
@@ -50,8 +51,8 @@ Recorder = Callable[[Bundle, str, Mapping[str, Path], Path], None]
 def is_engines(folder: Path) -> bool:
     """Whether the folder has an engines.json of ours, of whatever version."""
     try:
-        return '"btp-engines/' in (folder / FILE).read_text(encoding="utf-8")[:200]
-    except (OSError, UnicodeDecodeError):
+        return '"btp-engines/' in read_text(folder / FILE)[:200]
+    except InputError:
         return False
 
 

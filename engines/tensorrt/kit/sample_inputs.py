@@ -13,6 +13,7 @@ import onnx_ir as ir
 from engines.runners.interface import Array, Bound, Buffer, Dtype, Loader, TensorSpec
 from graphs import dtypes
 from graphs.building.graph_builder import dims, dtype_of
+from graphs.files.onnx_file import read_model, refusing_graph
 
 
 class RecordingLoader:
@@ -40,10 +41,11 @@ class _RecordingRunner:
     """One graph, not open yet: its tensors are read from the file's head."""
 
     def __init__(self, loader: RecordingLoader, path: Path) -> None:
-        graph = ir.load(path).graph
+        graph = read_model(path).graph
         self.loader, self.path = loader, path
-        self.inputs = {str(value.name): _spec(value) for value in graph.inputs}
-        self.outputs = {str(value.name): _spec(value) for value in graph.outputs}
+        with refusing_graph(path):
+            self.inputs = {str(value.name): _spec(value) for value in graph.inputs}
+            self.outputs = {str(value.name): _spec(value) for value in graph.outputs}
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         _write(self.loader.folder / self.path.stem, inputs)
@@ -68,9 +70,8 @@ class _RecordingBound:
 
 def constant_bytes(path: Path) -> int:
     """Bytes of a graph's constants, read from the file's head."""
-    return sum(
-        value.const_value.nbytes for value in ir.load(path).graph.initializers.values() if value.const_value is not None
-    )
+    initializers = read_model(path).graph.initializers.values()
+    return sum(value.const_value.nbytes for value in initializers if value.const_value is not None)
 
 
 def _spec(value: ir.Value) -> TensorSpec:

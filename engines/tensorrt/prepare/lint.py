@@ -28,6 +28,7 @@ from engines.tensorrt.summaries import Finding
 from engines.tensorrt.versions import TOPK_LIMIT, Traits
 from graphs import dtypes, ops
 from graphs.building.graph_builder import BTP_DOMAIN
+from graphs.files.onnx_file import refusing_graph
 from graphs.records.errors import CheckError
 
 DEFECT = "report it as a defect"
@@ -53,14 +54,14 @@ def lint(graphs: Sequence[PreparedGraph], traits: Traits, *, folder: Path, plugi
     """Everything in the graphs that does not suit the version; an empty list if all does.
 
     `folder` is where the .onnx files will lie, with `weights/` beside them. `plugins`: the custom operators come from a
-    plugin library.
+    plugin library. Raises InputError for a damaged graph.
     """
     findings: list[Finding] = []
     for graph in graphs:
         label = f"{graph.name} ({graph.profile})" if len({other.profile for other in graphs}) > 1 else graph.name
-        findings += lint_model(
-            ir.serde.serialize_model(graph.model), traits, name=label, folder=folder, plugins=plugins
-        )
+        with refusing_graph(f"the graph {label}"):
+            model = ir.serde.serialize_model(graph.model)
+            findings += lint_model(model, traits, name=label, folder=folder, plugins=plugins)
         findings += _weight_inputs(graph, label, folder)
     return findings
 

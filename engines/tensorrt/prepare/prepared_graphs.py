@@ -35,6 +35,7 @@ from graphs.building.graph_builder import BTP_DOMAIN, PORTABLE_OPSET, WEIGHTS_FO
 from graphs.building.portable_bodies import given_to
 from graphs.building.whole_graph import assemble_whole
 from graphs.files.bundle import Bundle
+from graphs.files.onnx_file import read_model, refusing_graph
 from graphs.records.manifest import TensorRecord
 from graphs.records.plan import PruningPlan
 from graphs.records.record import require_name
@@ -105,10 +106,14 @@ def suited_opset(bundle: Bundle, traits: Traits, *, assemble: Assemble, plugins:
 def prepare(bundle: Bundle, choices: Choices, *, profiles: Sequence[str] | None = None) -> list[PreparedGraph]:
     """The graphs of every profile (or those named), in the order in which they run. No weight is read or copied.
 
-    Raises InputError if a vision graph cannot be brought to the operator set.
+    Raises InputError if a vision graph, which alone is read and not built anew, is damaged or cannot be brought to the
+    operator set.
     """
-    names = [profile.name for profile in bundle.manifest.profiles] if profiles is None else profiles
-    return [graph for name in names for graph in _prepare_profile(bundle, bundle.profile(name), choices)]
+    prepared: list[PreparedGraph] = []
+    for name in [profile.name for profile in bundle.manifest.profiles] if profiles is None else profiles:
+        with refusing_graph(bundle.graph_path(names.VISION, name)):
+            prepared += _prepare_profile(bundle, bundle.profile(name), choices)
+    return prepared
 
 
 def without_pruning(bundle: Bundle) -> Bundle:
@@ -148,7 +153,7 @@ def _build(bundle: Bundle, profile: ShapeProfile, plan: PruningPlan, choices: Ch
 
 def _captured(path: Path) -> ir.Model:
     """The vision graph, whose names become files and inputs. Raises InputError for one that cannot."""
-    model = ir.load(path)
+    model = read_model(path)
     for value in (*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()):
         require_name(str(value.name), "a tensor", path)
     return model

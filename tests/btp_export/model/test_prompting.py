@@ -126,7 +126,7 @@ def test_folder_without_processor(tmp_path: Path, demo_checkpoint: Path) -> None
         Prompter(tmp_path, spec)
     shutil.copyfile(demo_checkpoint / "config.json", tmp_path / "config.json")
     (tmp_path / "processor_config.json").write_text("{")
-    with pytest.raises(InputError, match="holds no usable processor"):
+    with pytest.raises(InputError, match=r"processor_config\.json is not JSON"):
         Prompter(tmp_path, spec)
 
 

@@ -87,9 +87,15 @@ def test_a_profile_is_read_back(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ("nothing", "cannot read"),
-        ("[" * 100_000, "cannot read"),
+        ("nothing", "is not JSON"),
+        ("[" * 100_000, "is not JSON"),
         ("[1]", "holds a list"),
+        (
+            json.dumps(profile_document() | {"parts": [part("prefill_0", "prefill", [2, 2], 1, 1, 1.0)]}),
+            "layers 2 to",
+        ),
+        (json.dumps(profile_document() | {"parts": [part("prefill_0", "prefill", [0, 2], 1, 1, -1.0)]}), "parts.0.ms"),
+        (json.dumps(profile_document() | {"image_tokens": -36}), "image_tokens"),
         ('{"samples": 3}', "no prefill times"),
         (verification().to_json(), "no prefill times"),
         ('{"format": "btp-bench/1"}', "not a valid bench: prefill: Field required"),

@@ -65,6 +65,17 @@ def test_layers_written_anew_by_another_program(tmp_path: Path) -> None:
     assert trtexec.read_layers(path) == before
 
 
+@pytest.mark.parametrize("number", ["1.5.2", "1..2", "1e", "--1", "1-1", "inf", "nan", "1e999", "-1", "9" * 400])
+def test_a_time_that_is_no_number_is_named(number: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(files.layers([("a", [7.25])]).replace('"medianMs" : 7.25', f'"medianMs" : {number}'))
+    with pytest.raises(InputError, match=r"a\.json"):
+        trtexec.read_layers(path)
+    path.write_text(f'[{{"computeMs" : {number}}}]')
+    with pytest.raises(InputError, match=r"a\.json"):
+        trtexec.read_times(path)
+
+
 @given(st.data())
 @settings(max_examples=120, deadline=None)
 def test_damaged_files_are_named(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:

@@ -21,8 +21,9 @@ from btp_export.running.memory_fit import Streaming
 from engines.runners.onnxruntime import OrtLoader
 from engines.verify.gates import GATES
 from engines.verify.streamed_graphs import StreamedRunner
-from graphs.building.graph_parts import has_bfloat16, read_graph, split, wide_weights, widen
+from graphs.building.graph_parts import has_bfloat16, split, wide_weights, widen
 from graphs.files.bundle import Bundle
+from graphs.files.onnx_file import read_graph
 from tests.engines.verify.test_verification import EARLY, PLAN, TEXT
 
 STREAMED = Streaming(above=0, part_bytes=0)  # every bundle, one layer at a time

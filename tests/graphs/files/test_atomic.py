@@ -224,7 +224,7 @@ def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path: Path, error: ty
 def test_a_link_at_the_temporary_name_is_never_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever can write in the folder could guess a name and lay a link there: another name is taken."""
     guesses = iter(["guessed", "another"])
-    monkeypatch.setattr(atomic.secrets, "token_hex", lambda count: next(guesses))
+    monkeypatch.setattr(folders.secrets, "token_hex", lambda count: next(guesses))
     victim, trap = tmp_path / "victim", tmp_path / ".a.txt.guessed.partial"
     victim.write_text("theirs")
     trap.symlink_to(victim)

@@ -86,6 +86,14 @@ def test_truncated_files(folder: Path, cut: int) -> None:
         (b"[]", "truncated or damaged"),
         (b'{"a": {"dtype": "F32"}}', "truncated or damaged"),
         (b'{"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, -4]}}', "truncated or damaged"),
+        # what the format's own library refuses too
+        (b'{"__metadata__": 5, "a": {"dtype": "U8", "shape": [8], "data_offsets": [0, 8]}}', "__metadata__"),
+        (b'{"__metadata__": {"a": 1}, "a": {"dtype": "U8", "shape": [8], "data_offsets": [0, 8]}}', "__metadata__"),
+        (b'{"a": {"dtype": "U8", "shape": [8.0], "data_offsets": [0, 8]}}', "entry of a is not valid"),
+        (b'{"a": {"dtype": "U8", "shape": [true, 8], "data_offsets": [0, 8]}}', "entry of a is not valid"),
+        (b'{"a": {"dtype": 7, "shape": [8], "data_offsets": [0, 8]}}', "entry of a is not valid"),
+        (b'{"a": {"dtype": "U8", "shape": [8], "data_offsets": [0, 8, 8]}}', "entry of a is not valid"),
+        (b'{"a": {"dtype": "U8", "shape": [1099511627776, 0, 1099511627776], "data_offsets": [0, 0]}}', "too large"),
     ],
 )
 def test_damaged_headers(folder: Path, header: bytes, complaint: str) -> None:

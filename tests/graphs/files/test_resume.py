@@ -167,3 +167,17 @@ def test_a_changed_number_in_a_checkpoint_is_noticed(tmp_path: Path, notes: list
         notes.clear()
         assert work.sequence("pass").latest() is None
         assert len(notes) == 1 and "is damaged" in notes[0]
+
+
+def test_a_kept_array_is_told_by_its_hash(tmp_path: Path, notes: list[str]) -> None:
+    work = Work(tmp_path / "w", notes.append)
+    kept = work.keep("x", np.arange(4.0))
+    assert work.kept(kept.reference) == kept
+    content = bytearray(kept.path.read_bytes())
+    content[-1] ^= 1
+    kept.path.write_bytes(bytes(content))
+    with pytest.raises(ValueError, match=r"x\.npy was changed"):
+        work.kept(kept.reference)
+    kept.path.unlink()
+    with pytest.raises(ValueError, match=r"x\.npy is gone"):
+        work.kept(kept.reference)

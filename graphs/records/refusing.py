@@ -1,0 +1,72 @@
+"""One boundary around libraries that parse what others wrote.
+
+Tokenizers, transformers, Jinja and ONNX raise some fifty types of errors over a damaged or hostile file, down to
+AttributeError and, of code in Rust, exceptions that are no Exception. Inside `refusing` all of them say one thing: this
+file is no good. So only calls of libraries stand inside it, none of ours that could have defects of their own.
+"""
+
+import contextlib
+import errno
+import sys
+import time
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any, Final
+
+from graphs.records.errors import BtpError, InputError
+
+# What says nothing about the file: no space, no memory, too many open files.
+SURROUNDINGS: Final = {
+    errno.EMFILE, errno.ENFILE, errno.ENOSPC, errno.EDQUOT, errno.ENOMEM, errno.EIO
+}  # fmt: skip
+
+
+@contextlib.contextmanager
+def refusing(got: str, *, wanted: str, do: str) -> Iterator[None]:
+    """What a library raises over a file, as InputError with `got` and the reason.
+
+    Errors of ours, interruptions, and what the machine refuses pass as they are; but running out of memory is the
+    file's doing here: what is parsed is small.
+    """
+    try:
+        yield
+    except (BtpError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:  # PanicException of Rust's libraries is no Exception
+        if isinstance(error, OSError) and error.errno in SURROUNDINGS:
+            raise
+        raise InputError(f"{got}: {reason(error)}", wanted=wanted, do=do) from error
+
+
+@contextlib.contextmanager
+def at_most(seconds: float) -> Iterator[None]:
+    """Raise TimeoutError out of Python code of this thread that runs for longer.
+
+    For programs of strangers that are interpreted here, such as templates. A single operation of C is not interrupted.
+    """
+    end, before = time.monotonic() + seconds, sys.gettrace()
+
+    def trace(frame: FrameType, event: str, argument: object) -> Any:
+        if time.monotonic() > end:
+            raise TimeoutError(f"it takes more than {seconds:.0f} seconds")
+        return trace
+
+    sys.settrace(trace)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
+
+
+def reason(error: BaseException) -> str:
+    """What an error says, on one line; its type where it says nothing, or where its text is a key alone."""
+    if isinstance(error, MemoryError):
+        return "it wants more memory than there is"
+    if isinstance(error, RecursionError):
+        return "too many levels inside each other"
+    text, line = " ".join(str(error).split()), getattr(error, "lineno", None)
+    if not text:
+        return type(error).__name__
+    if isinstance(line, int) and "line" not in text:  # of a chat template
+        return f"{text} (line {line})"
+    return f"{type(error).__name__} {text}" if isinstance(error, LookupError) else text
