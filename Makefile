@@ -11,7 +11,7 @@ OUT ?= demo-bundle
 
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test table readme schemas lint format native gpu-check clean
+.PHONY: demo test fuzz table readme schemas lint format native gpu-check clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python -m engines.native.compile_ort
@@ -23,6 +23,10 @@ demo: $(VENV)/.ready
 test: $(VENV)/.ready-dev
 	$(BIN)/python -m engines.native.compile_ort
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --durations=25
+
+# Damaged and hostile files and options, new ones each time, for about an hour; `make test` tries the same few.
+fuzz: $(VENV)/.ready-dev
+	BTP_FUZZ=hour $(BIN)/python -m pytest tests/fuzz --timeout=0
 
 # The accuracy tables of docs/results.md, measured again (about ten minutes on two idle cores).
 table: $(VENV)/.ready-dev
