@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from graphs.files.atomic import Link
     from graphs.records.plan import Importance, SpatialMetric
     from graphs.records.progress import Note, Report
+    from graphs.records.quantization import Weights
 
 PathLike = Path | str
 Item = TypeVar("Item")
@@ -99,6 +100,7 @@ def export(
     precision: Precision | None = None,
     assemble: Literal["segments", "whole"] = "segments",
     link: Link = "auto",
+    weights: Weights = "model",
     system: str | None = None,
     force: bool = False,
     report: Report | None = None,
@@ -116,27 +118,34 @@ def export(
         precision: the model's own if left out; float32 for the demo.
         assemble: the prefill as segments, or as one whole graph.
         link: weights as hard links, copies, or links for the big ones ("auto").
+        weights: "int4" puts the decoder's matrices into four bits in groups of 128, "int4-g32" and "int4-g64" in
+            smaller ones, with scales searched on the calibration's pictures.
         system: a message that every prompt begins with; what the chat template writes by itself without.
         force: replace a bundle at `out`.
     """
-    from btp_export.exporting import Options, check_target, export_bundle
+    from btp_export.exporting import Options, check_plan, check_target, export_bundle
     from btp_export.model.open_model import open_model
     from btp_export.planning.choose_plan import choose_plan, files_read
     from btp_export.planning.study import CalibrationSettings
+    from btp_export.quantising import check_weights, quantise_model
 
     options = Options(
         profiles=tuple(str(shape) for shape in shapes), opset=opset, precision=precision, assemble=assemble, link=link
     )
     opened, folder = open_model(model, system=system, report=report), Path(out)
+    check_weights(opened, weights)
+    settings = CalibrationSettings(compression=compression)
+    reads = [] if isinstance(plan, PruningPlan) else files_read(str(plan), settings)
+    profiles = check_target(opened, folder, options, force=force, reads=reads)
     if isinstance(plan, PruningPlan):
         if compression is not None:
             raise InputError("compression with a Plan", wanted="one of them", do="leave compression out")
-        chosen, profiles = plan, None
+        chosen = plan
     else:
-        settings = CalibrationSettings(compression=compression)
-        reads = files_read(str(plan), settings)
-        profiles = check_target(opened, folder, options, force=force, reads=reads)
         chosen = choose_plan(opened, str(plan), settings, profile=profiles[0], report=report, note=note)
+    if weights != "model":
+        first = check_plan(opened, chosen, profiles)[0]
+        opened = quantise_model(opened, first, settings, weights, profile=profiles[0], report=report, note=note)
     return export_bundle(opened, chosen, folder, options, force=force, profiles=profiles, report=report, note=note)
 
 
@@ -262,6 +271,7 @@ def evaluate(
     samples: int = 200,
     seed: int = 0,
     data: PathLike | None = None,
+    full_weights: Bundle | PathLike | None = None,
     threads: int | None = None,
     report: Report | None = None,
 ) -> Evaluation:
@@ -273,6 +283,7 @@ def evaluate(
         compression: a budget for all plans, or several; the bundle's own without.
         samples: how many held-out questions.
         data: JSONL of image, prompt, answer; drawn scenes without.
+        full_weights: of a four-bit bundle, the same export without `weights`: tells what four bits cost.
     """
     from btp_export.measuring.evaluate import DEFAULT_PLANS, evaluate_bundle
 
@@ -283,6 +294,7 @@ def evaluate(
         samples=samples,
         seed=seed,
         data=_path(data),
+        full_weights=None if full_weights is None else _opened(full_weights),
         threads=threads,
         report=report,
     )

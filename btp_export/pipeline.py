@@ -1,4 +1,4 @@
-"""The whole road: calibrate, export, verify, measure, report. The bundle appears when all of it went well.
+"""The whole road: calibrate, quantise if asked, export, verify, measure, report. The bundle appears when all went well.
 
 Engines for a target come after that, in the bundle's place: what they need is checked first, and a bundle that is
 verified stays if they fail.
@@ -6,15 +6,16 @@ verified stays if they fail.
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from btp_export import console
 from btp_export.exporting import Options, check_plan, check_target, export_into, note_generation, note_links
-from btp_export.model.open_model import DummyWeights, open_model
+from btp_export.model.open_model import DummyWeights, Model, open_model
 from btp_export.planning.choose_plan import choose_plan, files_read
 from btp_export.planning.study import CalibrationSettings
+from btp_export.quantising import check_weights, quantise_model
 from btp_export.report.collect import Settings, collect
 from btp_export.report.write import write_report
 from btp_export.results.engines import BuildResult
@@ -25,8 +26,12 @@ from engines.tensorrt.build.machine import BuildMachine, machine_for
 from engines.tensorrt.prepare.build_plan import Wishes, plan_build
 from graphs.files.atomic import staged
 from graphs.files.bundle import Bundle
+from graphs.files.folders import scratch
 from graphs.records.errors import BtpError, CheckError
+from graphs.records.plan import PruningPlan
 from graphs.records.progress import Report
+from graphs.records.quantization import Weights
+from graphs.records.shapes import ShapeProfile
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,7 @@ class Job:
     target: str | None = None  # the device for which engines are built
     dummy: DummyWeights | None = None
     system: str | None = None  # message that every prompt begins with
+    weights: Weights = "model"
 
 
 class Clock:
@@ -73,17 +79,31 @@ def run_job(job: Job) -> JobResult:
         model = open_model(job.model, job.dummy, system=job.system, report=report)
         reads = files_read(job.plan, job.calibration)
         profiles = check_target(model, job.out, job.export, force=job.force, reads=reads)
+        check_weights(model, job.weights)
     for line in console.dummy_lines(model.source.is_dummy):
         console.note(line)
     with clock.phase("calibrate") as report:
         plan = choose_plan(model, job.plan, job.calibration, profile=profiles[0], report=report)
         plans = check_plan(model, plan, profiles, note=console.note)
+    full = model
+    if job.weights != "model":
+        with clock.phase("quantise") as report:
+            model = quantise_model(
+                model, plans[0], job.calibration, job.weights, profile=profiles[0], report=report, note=console.note
+            )
     note_generation(model, console.note)
     note_links(model, job.out, job.export, console.note)
     with staged(job.out, force=job.force) as root:
         with clock.phase("export") as report:
             export_into(model, plans, profiles, root, job.export, report=report)
-        measured = collect(Bundle.open(root), Settings(smaller=False), clock.phase, check=_require_passed)
+        with _full_weights(full, plans, profiles, root, job) as unquantised:
+            measured = collect(
+                Bundle.open(root),
+                    Settings(smaller=False),
+                    clock.phase,
+                    check=_require_passed,
+                    full_weights=unquantised,
+            )
         with clock.phase("report"):
             write_report(root / "report", measured)
     built = None
@@ -104,6 +124,19 @@ def run_job(job: Job) -> JobResult:
         dummy_weights=model.source.is_dummy,
         seconds=clock.seconds,
     )
+
+
+@contextlib.contextmanager
+def _full_weights(
+    model: Model, plans: Sequence[PruningPlan], profiles: Sequence[ShapeProfile], root: Path, job: Job
+) -> Iterator[Bundle | None]:
+    """The demo exported with its own weights too, as long as its accuracy is measured; other models' is not, here."""
+    if job.weights == "model" or not model.source.is_demo:
+        yield None
+        return
+    with scratch(root.parent) as folder:
+        export_into(model, plans, profiles, folder, job.export)
+        yield Bundle.open(folder)
 
 
 @dataclass(frozen=True)

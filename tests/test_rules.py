@@ -43,7 +43,7 @@ ROOMS = {
     ],
     "calibrate": [
         ["__init__", "reference"],
-        ["data"],
+        ["data", "quantise"],
         ["measure"],
         ["place"],
         ["calibrate"],
@@ -58,7 +58,7 @@ ROOMS = {
         ["dummy", "quantised"],
         ["model"],
         ["planning", "running", "exporting"],
-        ["measuring", "profiling", "engine_inputs"],
+        ["measuring", "profiling", "engine_inputs", "quantising"],
         ["report"],
         ["pipeline", "api"],  # what users import, by way of __init__
         ["commands", "api_reference"],

@@ -14,6 +14,7 @@ from btp_export.commands import _complete as complete
 from btp_export.commands._groups import Between, Formerly
 from btp_export.families import known_models
 from graphs.files.paths import expanded
+from graphs.records.quantization import Weights
 
 if TYPE_CHECKING:
     from btp_export.exporting import Options
@@ -116,6 +117,14 @@ DataOption = Annotated[
 SystemOption = Annotated[
     str | None,
     typer.Option("--system", metavar="TEXT", help="System message that prompts begin with.  [default: the template's]"),
+]
+WeightsOption = Annotated[
+    Weights,
+    typer.Option(
+        "--weights",
+        help="The decoder's matrices: as they are, or in four bits in groups of 128 (int4), 32 or 64, "
+        "with scales searched on the calibration pictures.",
+    ),
 ]
 SizeOption = Annotated[
     str | None,

@@ -1,5 +1,6 @@
 """`btp-export eval`: accuracy of plans through the exported graphs."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -33,6 +34,14 @@ def command(
     ] = 200,
     seed: options.SeedOption = 0,
     data: options.DataOption = None,
+    full_weights: Annotated[
+        Path | None,
+        typer.Option(
+            "--full-weights",
+            metavar="BUNDLE",
+            help="Of a four-bit bundle: the same export without --weights, to tell what four bits cost.",
+        ),
+    ] = None,
     threads: options.ThreadsOption = None,
     activations: options.ActivationsOption = "int8",
     as_json: JsonOption = False,
@@ -50,6 +59,7 @@ def command(
             samples=samples,
             seed=seed,
             data=data,
+            full_weights=None if full_weights is None else Bundle.open(full_weights),
             threads=threads,
             activations=activations,
             report=bar,
@@ -59,6 +69,8 @@ def command(
 
 def show(result: "Evaluation") -> Any:
     """The document of `eval` for the console."""
+    from rich.console import Group
+
     from btp_export.console import table
 
     rows = [
@@ -74,4 +86,13 @@ def show(result: "Evaluation") -> Any:
         for row in result.rows
     ]
     title = f"{result.samples} samples, {result.source}"
-    return table(["plan", "tokens", "saved", "accuracy", "95 % interval", "kept", "FLOPs"], rows, title=title)
+    shown = table(["plan", "tokens", "saved", "accuracy", "95 % interval", "kept", "FLOPs"], rows, title=title)
+    cost = result.weights_cost
+    if cost is None:
+        return shown
+    costs = [
+        ["the model's own", f"{cost.full:.3f}", f"{cost.pruned:.3f}"],
+        [f"four bits ({cost.weights})", f"{cost.four_bits:.3f}", f"{cost.both:.3f}"],
+    ]
+    title = "what pruning costs, what four bits cost"
+    return Group(shown, table(["weights", "not pruned", "the bundle's plan"], costs, title=title))

@@ -14,14 +14,16 @@ def command(
     out: options.OutOption = None,
     plan: options.PlanOptions = options.PlanOptions(),
     shapes: options.ExportOptions = options.ExportOptions(),
+    weights: options.WeightsOption = "model",
     system: options.SystemOption = None,
     force: options.ForceOption = False,
     dummy: options.DummyOptions = options.DummyOptions(),
     as_json: JsonOption = False,
 ) -> None:
     """Export a model with a pruning plan: the bundle of ONNX graphs, without verification and report."""
-    from btp_export.exporting import check_target, export_bundle
+    from btp_export.exporting import check_plan, check_target, export_bundle
     from btp_export.planning.choose_plan import choose_plan, files_read
+    from btp_export.quantising import check_weights, quantise_model
     from btp_export.results.plans import ExportResult
 
     chosen, settings = shapes.options(), plan.settings()
@@ -29,8 +31,13 @@ def command(
     opened = options.open_chosen(model, dummy.chosen(), system)
     reads = files_read(plan.plan, settings)
     profiles = check_target(opened, target, chosen, force=force, reads=reads)
+    check_weights(opened, weights)
     with progress("planning") as bar:
         pruning = choose_plan(opened, plan.plan, settings, profile=profiles[0], report=bar)
+    if weights != "model":
+        with progress("quantising") as bar:
+            first = check_plan(opened, pruning, profiles)[0]
+            opened = quantise_model(opened, first, settings, weights, profile=profiles[0], report=bar, note=note)
     with progress("exporting") as bar:
         bundle = export_bundle(opened, pruning, target, chosen, force=force, profiles=profiles, report=bar, note=note)
     result = ExportResult(

@@ -28,6 +28,7 @@ def command(
     out: options.OutOption = None,
     plan: options.PlanOptions = options.PlanOptions(),
     shapes: options.ExportOptions = options.ExportOptions(),
+    weights: options.WeightsOption = "model",
     target: TargetOption = None,
     system: options.SystemOption = None,
     force: options.ForceOption = False,
@@ -50,10 +51,12 @@ def command(
         return
     if model is None:
         raise typer.BadParameter("a model or a command is needed", param_hint="--model")
-    chosen, settings, weights = shapes.options(), plan.settings(), dummy.chosen()
+    chosen, settings, made_up = shapes.options(), plan.settings(), dummy.chosen()
     from btp_export.pipeline import Job, run_job
 
-    job = Job(model, out or options.default_out(model), plan.plan, settings, chosen, force, target, weights, system)
+    job = Job(
+        model, out or options.default_out(model), plan.plan, settings, chosen, force, target, made_up, system, weights
+    )
     result = run_job(job)
     total = round(time.perf_counter() - start, 3)  # with the imports
     result = result.model_copy(update={"seconds": {**result.seconds, "total": total}})

@@ -12,7 +12,7 @@ import numpy as np
 from btp_export.exporting import vision_with_attention
 from btp_export.model.pictures import fitted
 from btp_export.planning.plan_files import CALIBRATED, plan_for
-from btp_export.results.evaluation import EvaluatedPlan, Evaluation
+from btp_export.results.evaluation import EvaluatedPlan, Evaluation, WeightsCost
 from graphs.building.derived_bundles import derive, scratch_folder
 from graphs.files.bundle import Bundle
 from graphs.records.errors import InputError
@@ -60,6 +60,7 @@ def evaluate_bundle(
     samples: int = DEFAULT_SAMPLES,
     seed: int = 0,
     data: Path | None = None,
+    full_weights: Bundle | None = None,
     threads: int | None = None,
     activations: Activations = "int8",
     report: Report | None = None,
@@ -68,15 +69,58 @@ def evaluate_bundle(
 
     `btp` is the bundle's own plan, `none` the unpruned model, which is always run because accuracy is held against
     it; the other presets get `compression` (several budgets: a row for each), or the same average tokens as the
-    bundle's own plan. Questions are held-out scenes, or the lines of the JSONL file `data`. Raises InputError for
-    unknown plans or unusable data before any long work.
+    bundle's own plan. Questions are held-out scenes, or the lines of the JSONL file `data`; `full_weights`, a bundle of
+    the same model before its weights became four bits, is asked them too. Raises InputError for unknown plans, unusable
+    data or a bundle of something else before any long work.
     """
     budgets = [compression] if compression is None or isinstance(compression, float) else list(compression)
     planned = resolve_budgets(bundle, plans, budgets)
-    scored = evaluate_plans(
-        bundle, planned, samples=samples, seed=seed, data=data, threads=threads, activations=activations, report=report
-    )
-    return scored.evaluation
+    if full_weights is not None:
+        check_full_weights(bundle, full_weights)
+    own = [(FULL, bundle.plan.without_stages()), (CALIBRATED, bundle.plan)]
+
+    def evaluated(asked: Bundle, chosen: Sequence[tuple[str, PruningPlan]]) -> ScoredEvaluation:
+        return evaluate_plans(
+            asked,
+            chosen,
+            samples=samples,
+            seed=seed,
+            data=data,
+            threads=threads,
+            activations=activations,
+            report=report,
+        )
+
+    if full_weights is None:
+        return evaluated(bundle, planned).evaluation
+    evaluation = evaluated(bundle, [*planned, *own]).evaluation
+    four_bits, both = (row.accuracy for row in evaluation.rows[-2:])
+    full, pruned = (row.accuracy for row in evaluated(full_weights, own).evaluation.rows)
+    cost = WeightsCost(weights=_weights_text(bundle), full=full, pruned=pruned, four_bits=four_bits, both=both)
+    return evaluation.model_copy(update={"rows": evaluation.rows[:-2], "weights_cost": cost})
+
+
+def check_full_weights(bundle: Bundle, full_weights: Bundle) -> None:
+    """Raise InputError unless the second is the first one's model and shape with its own weights."""
+    if bundle.manifest.quantization is None:
+        raise InputError(
+            f"{bundle.root} has the model's own weights", wanted="a bundle in four bits", do="leave it out"
+        )
+    profiles = [each.profile() for each in (bundle, full_weights)]
+    shapes = [profile.model_copy(update={"name": ""}) for profile in profiles]
+    sizes = [each.spec.decoder for each in (bundle, full_weights)]
+    if full_weights.manifest.quantization is not None or sizes[0] != sizes[1] or shapes[0] != shapes[1]:
+        raise InputError(
+            f"{full_weights.root} is not {bundle.spec.name} with its own weights in the shape {profiles[0].name}",
+            wanted="the same model, exported without --weights",
+            do="btp-export export --model NAME with the same options but --weights",
+        )
+
+
+def _weights_text(bundle: Bundle) -> str:
+    made = bundle.manifest.quantization
+    assert made is not None, "check_full_weights"
+    return f"{made.source if made.method == 'read' else made.method}, groups of {made.group_text}"
 
 
 def evaluate_plans(

@@ -185,7 +185,7 @@ def open_study(
     chosen = calibration_samples(settings, prompter, note, profile.image_size)
     _check_samples(model, profile, len(chosen.samples), settings)
     samples, resized = fitted_samples(chosen.samples, spec, profile)
-    inputs = _inputs(model, prompter, profile, samples, report)
+    inputs = model_inputs(model, prompter, profile, samples, report)
     reference = StreamedReference(
         model.checkpoint, dtype=dtypes.BY_NAME[settings.maths].torch, device=device, work=work
     )
@@ -269,7 +269,7 @@ def request_of(settings: CalibrationSettings) -> Request:
     )
 
 
-def _inputs(
+def model_inputs(
     model: Model, prompter: Prompter, profile: ShapeProfile, samples: Sequence[Sample], report: Report | None
 ) -> list[ReferenceInput]:
     """What the reference takes of each sample."""

@@ -36,11 +36,17 @@ class Settings:
 
 
 def collect(
-    bundle: Bundle, settings: Settings, phase: Phase, *, check: Callable[[Verification], None] | None = None
+    bundle: Bundle,
+    settings: Settings,
+    phase: Phase,
+    *,
+    check: Callable[[Verification], None] | None = None,
+    full_weights: Bundle | None = None,
 ) -> ReportData:
     """Verify, evaluate, time and draw. `phase(name)` is opened around each part and gives its progress.
 
-    `check` sees the verification before anything else is measured and may raise.
+    `check` sees the verification before anything else is measured and may raise. `full_weights` is the bundle of the
+    same model before its weights became four bits, whose accuracy is told too.
     Accuracy on generated scenes says something about the demo model only; another model is evaluated if `questions`
     are given. The page says so where they are not.
     Raises InputError for settings that cannot be used and for a saved profile that is damaged, before anything is
@@ -67,6 +73,7 @@ def collect(
                 samples=settings.samples,
                 seed=settings.seed,
                 data=settings.questions,
+                full_weights=full_weights,
                 threads=settings.threads,
                 report=report,
             )

@@ -2,6 +2,8 @@
 
 from typing import Literal
 
+from pydantic import Field
+
 from btp_export.results.base import Result
 from graphs.records.quantization import Activations
 from graphs.records.record import Record
@@ -25,10 +27,23 @@ class EvaluatedPlan(Record):
     kinds: dict[str, float]
 
 
+class WeightsCost(Record):
+    """What pruning costs and what four bits cost: accuracy with the model's own weights and with those in four bits,
+    without pruning and with the bundle's own plan.
+    """
+
+    weights: str  # the four-bit ones, such as "awq, groups of 32"
+    full: float
+    pruned: float
+    four_bits: float
+    both: float
+
+
 class Evaluation(Result):
     """Accuracy of plans through the exported graphs, the same questions for all.
 
-    `image_size` and `resized` (how many pictures were scaled to it) are there for models that take any size.
+    `image_size` and `resized` (how many pictures were scaled to it) are there for models that take any size,
+    `weights_cost` where the same questions were asked of the model with its own weights.
     """
 
     format: Literal["btp-eval/1"] = "btp-eval/1"
@@ -40,3 +55,4 @@ class Evaluation(Result):
     full_accuracy: float
     rows: tuple[EvaluatedPlan, ...]
     activations: Activations | None = None  # what four-bit weights were multiplied with; null where there are none
+    weights_cost: WeightsCost | None = Field(default=None, exclude_if=lambda cost: cost is None)

@@ -83,6 +83,19 @@ class Observer(Protocol):
         """All layers are done; `head` maps hidden [..., C] to logits [..., vocabulary]."""
 
 
+Rows = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # hidden [1,S,C], cos and sin [1,S,D]
+
+
+class LayerEdit(Protocol):
+    """Changes the weights of every layer before the runs go through it: what later layers see is what it made."""
+
+    key: str
+    """A hash of all that decides the changes."""
+
+    def __call__(self, layer: int, module: nn.Module, rows: Sequence[Rows]) -> None:
+        """The layer is loaded; `rows` are what each run brings to it, pruned already."""
+
+
 @dataclass
 class _Run:
     """A prompt on its way through the layers; `kept` are the surviving image tokens in the unpruned numbering."""
@@ -159,14 +172,16 @@ class StreamedReference:
         record_segments: bool = False,
         observers: Sequence[Observer] = (),
         probes: Sequence[Observer] = (),
+        edit: LayerEdit | None = None,
         progress: Report | None = None,
     ) -> list[RunRecord]:
         """Every prompt under every plan, in one pass over the weights; plan by plan, then prompt by prompt.
 
         `forced_kept[run][stage]` replaces the selection (indices among the tokens the stage chooses from): teacher
         forcing. `observers` see every run; `probes` see runs that were pruned alike so far only once, as the first of
-        them. `progress(done, all)` is called after each run of each layer. Raises InputError if a plan does not fit the
-        model, a prompt does not hold exactly V image tokens in one run, or a layer gives numbers that are not finite.
+        them. `edit` may change a layer before the runs go through it. `progress(done, all)` is called after each run of
+        each layer. Raises InputError if a plan does not fit the model, a prompt does not hold exactly V image tokens in
+        one run, or a layer gives numbers that are not finite.
         """
         plans = [plans] if isinstance(plans, PruningPlan) else list(plans)
         with torch.inference_mode(), torch_without_tf32():
@@ -176,13 +191,17 @@ class StreamedReference:
             for number, run in enumerate(runs):
                 run.forced = forced_kept[number] if forced_kept is not None else None
                 run.embedded = recorder.embedded(run.hidden, run.cos, run.sin, run.last) if recorder else None
-            checkpoints = self._checkpoints(inputs, plans, forced_kept, record_segments, seen)
+            checkpoints = self._checkpoints(inputs, plans, forced_kept, record_segments, seen, edit)
             begin = checkpoints.restore(runs) if checkpoints else 0
             for layer in range(begin, self.num_layers):
                 asked = any(stage.layer == layer + 1 and stage.keep for plan in plans for stage in plan.stages)
                 # Plans that have pruned alike so far have the same rows: those are computed once.
                 leaders: dict[Any, _Run] = {}
                 with self.loaded(layer) as module:
+                    if edit is not None:
+                        for number, run in enumerate(runs):
+                            self._enter(number, run, layer, recorder)
+                        edit(layer, module, [(run.hidden, run.cos, run.sin) for run in runs])
                     for number, run in enumerate(runs):
                         past = number if recorder or observers else _past(run, layer)
                         if past in leaders:
@@ -217,11 +236,13 @@ class StreamedReference:
         forced: Sequence[Sequence[Sequence[int]]] | None,
         record: bool,
         observers: Sequence[Observer],
+        edit: LayerEdit | None,
     ) -> PassCheckpoints | None:
         """Where this pass leaves checkpoints, by what decides its numbers (the model decides the work folder)."""
         if self.work is None:
             return None
-        settings = [str(self._dtype), self._device.type, record, [type(observer).__name__ for observer in observers]]
+        settings: list[Any] = [str(self._dtype), self._device.type, record]
+        settings += [[type(observer).__name__ for observer in observers], None if edit is None else edit.key]
         kept = None if forced is None else [[[int(token) for token in stage] for stage in run] for run in forced]
         arrays = [
             array
@@ -332,11 +353,7 @@ class StreamedReference:
         observers: Sequence[Observer],
         recorder: Recorder | None,
     ) -> None:
-        stage = next((n for n, stage in enumerate(run.plan.stages) if stage.layer == layer), None)
-        if stage is not None:
-            if recorder is not None and layer > 0:
-                _close_segment(run, number, recorder)
-            self._prune(run, stage)
+        self._enter(number, run, layer, recorder)
         before = run.hidden
         run.hidden, query, key, value = _forward(module, before, run.cos, run.sin)
         if not bool(torch.isfinite(run.hidden).all()):
@@ -354,6 +371,15 @@ class StreamedReference:
                     run.image_start, len(run.kept), run.sample, run.plan, run.kept,
                 )
             )  # fmt: skip
+
+    def _enter(self, number: int, run: _Run, layer: int, recorder: Recorder | None) -> None:
+        """Prune a run that has come to a stage, unless that was done."""
+        stage = next((n for n, stage in enumerate(run.plan.stages) if stage.layer == layer), None)
+        if stage is None or stage < len(run.stages):
+            return
+        if recorder is not None and layer > 0:
+            _close_segment(run, number, recorder)
+        self._prune(run, stage)
 
     def _prune(self, run: _Run, stage: int) -> None:
         forced = run.forced[stage] if run.forced is not None else None

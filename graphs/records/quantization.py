@@ -7,6 +7,8 @@ from pydantic import Field
 from graphs.records.record import Record
 
 Activations = Literal["int8", "float32"]  # what a CPU multiplies four-bit weights with
+# What the decoder's matrices are stored in: as the model has them, or four bits in groups of 128, 32 or 64.
+Weights = Literal["model", "int4", "int4-g32", "int4-g64"]
 
 
 class Quantization(Record):

@@ -1,0 +1,254 @@
+"""A model with full weights becomes one with four-bit weights: a packed folder in the cache, a decoder layer at a time.
+
+The plan comes first, from the full weights; then scales are searched on the calibration's pictures with that plan in
+force, because kept tokens are what the weights will see. Dummy weights are rounded alone: there is nothing to search.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import numpy as np
+
+from btp_export.model.open_model import Model
+from btp_export.planning.study import CalibrationSettings, calibration_samples, model_inputs
+from btp_export.quantised.packed_folder import (
+    DECODER,
+    PackedWriter,
+    is_whole,
+    layer_tensors,
+    packed_place,
+    writing,
+)
+from graphs import dtypes
+from graphs.files.bundle import tool_versions
+from graphs.files.checkpoint import open_checkpoint
+from graphs.files.memory import LIBRARIES, check_memory
+from graphs.files.packed_weights import read_tensor
+from graphs.files.resume import Work, digest
+from graphs.packing import check_group
+from graphs.records.errors import InputError
+from graphs.records.plan import PruningPlan
+from graphs.records.progress import Note, Report
+from graphs.records.quantization import Weights
+from graphs.records.shapes import ShapeProfile
+from graphs.records.spec import ModelSpec
+
+if TYPE_CHECKING:
+    import torch
+
+    from calibrate.quantise.search import Found
+
+Method = Literal["awq", "rtn"]
+GROUP_OF: dict[str, int] = {"int4": 128, "int4-g32": 32, "int4-g64": 64}
+VERSION = 1  # of what is made; raise it when the same model gives other bytes
+MOST_SAMPLES = 32  # of the calibration's, which it interleaves by kind: the search needs magnitudes, not a ranking
+BYTES_A_WEIGHT = 0.6  # of four bits with their scales and zeros, at most (groups of 32)
+
+
+def check_weights(model: Model, weights: Weights) -> None:
+    """Raise InputError unless the model's decoder can be quantised so; nothing has been done by then."""
+    if weights not in get_args(Weights):
+        raise InputError(f"--weights {weights}", wanted=", ".join(get_args(Weights)), do="--weights int4")
+    if weights == "model":
+        return
+    made = model.checkpoint.quantization
+    if made is not None:
+        raise InputError(
+            f"--weights {weights}, but {model.spec.name} has four-bit weights already ({made.method}, {made.source})",
+            wanted="a model in 16 or 32 bits",
+            do="leave --weights out, or take the model that it was made of",
+        )
+    sizes = _inner_sizes(model.spec)
+    for k in sizes:
+        try:
+            check_group(k, GROUP_OF[weights])
+        except InputError as error:
+            fitting = [name for name, group in GROUP_OF.items() if all(size % group == 0 for size in sizes)]
+            raise InputError(
+                f"--weights {weights}: {error.got}",
+                wanted="a group that divides every matrix's rows",
+                do=f"--weights {fitting[0]}" if fitting else "leave --weights out",
+            ) from error
+
+
+def _inner_sizes(spec: ModelSpec) -> tuple[int, ...]:
+    """K of all matrices of a layer."""
+    decoder = spec.decoder
+    return decoder.hidden_size, decoder.num_heads * decoder.head_dim, decoder.intermediate_size
+
+
+def quantise_model(
+    model: Model,
+    plan: PruningPlan,
+    settings: CalibrationSettings,
+    weights: Weights,
+    *,
+    profile: ShapeProfile,
+    method: Method | None = None,
+    report: Report | None = None,
+    note: Note | None = None,
+) -> Model:
+    """The model with its decoder's matrices in four bits; the same model for `weights` "model".
+
+    Searched with `plan` in force on the pictures that `settings` name; method None is "awq", for dummy weights "rtn".
+    The packed checkpoint is made now if it is not in the cache. Raises InputError as `check_weights`, and for pictures
+    that cannot be used.
+    """
+    check_weights(model, weights)
+    if weights == "model":
+        return model
+    chosen: Method = method or ("rtn" if model.source.is_dummy else "awq")
+    job = _Job(model, plan, settings, GROUP_OF[weights], chosen, profile, note or (lambda text: None))
+    place = packed_place(model.source.name, job.key())
+    if not is_whole(place):
+        elements = model.spec.decoder.num_layers * model.spec.decoder.layer_elements
+        rest = sum(ref.nbytes for name, ref in model.checkpoint.tensors.items() if not name.startswith(DECODER))
+        with writing(place, model.checkpoint, needed=int(BYTES_A_WEIGHT * elements) + rest) as writer:
+            if writer is not None:
+                job.run(writer, report)
+    checkpoint = open_checkpoint(place, model.family.renames)
+    return replace(model, source=replace(model.source, folder=place), checkpoint=checkpoint)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One model on its way to four bits."""
+
+    model: Model
+    plan: PruningPlan
+    settings: CalibrationSettings
+    group: int
+    method: Method
+    profile: ShapeProfile
+    note: Note
+
+    def key(self) -> str:
+        """Everything that decides the codes."""
+        from calibrate.measure.statistics_cache import checkpoint_identity
+
+        parts = [VERSION, self.method, self.group, checkpoint_identity(self.model.checkpoint)]
+        if self.method == "rtn":
+            return digest("made", *parts)
+        pictures = [
+            self.settings.images, str(self.settings.prompts), self.settings.mix, self._sample_count(),
+            self.settings.seed, self.settings.maths, self.profile.model_dump(mode="json"), self.model.spec.system,
+        ]  # fmt: skip
+        return digest("made", *parts, self.plan.digest(), pictures, tool_versions())
+
+    def run(self, writer: PackedWriter, report: Report | None) -> None:
+        """All layers, then the rest."""
+        layers = self.model.spec.decoder.num_layers
+        kept = _KeptLayers(self.model, writer)
+        if self.method == "rtn":
+            self._round(kept, layers, report)
+        else:
+            self._search(kept, layers, writer, report)
+        writer.finish(layers, self.method, self.model.source.origin)
+
+    def _round(self, kept: _KeptLayers, layers: int, report: Report | None) -> None:
+        from calibrate.quantise.search import round_layer
+
+        for layer in range(layers):
+            if report is not None:
+                report(layer, layers, "rounding the weights")
+            if not kept.has(layer):
+                kept.keep(layer, round_layer(kept.tensors(layer), self.group, kept.dtype))
+
+    def _search(self, kept: _KeptLayers, layers: int, writer: PackedWriter, report: Report | None) -> None:
+        from btp_export.model.defaults import fitted_samples
+        from btp_export.model.prompting import Prompter
+        from calibrate.quantise.layer_edit import QuantisingEdit
+        from calibrate.reference.streamed_model import StreamedReference, torch_device
+
+        spec, decoder = self.model.spec, self.model.spec.decoder
+        check_memory(
+            self._needed_bytes(), f"quantising {spec.name} on {self._sample_count()} samples", do="fewer --samples"
+        )
+        prompter = Prompter(self.model.source.folder, spec)
+        chosen = calibration_samples(self.settings, prompter, self.note, self.profile.image_size)
+        samples, _ = fitted_samples(chosen.samples[: self._sample_count()], spec, self.profile)
+        inputs = model_inputs(self.model, prompter, self.profile, samples, report)
+
+        def tell(layer: int) -> None:
+            if report is not None:
+                report(layer, layers, "searching four-bit weights")
+
+        edit = QuantisingEdit(
+            kept, group=self.group, heads=decoder.num_heads, kv_heads=decoder.num_kv_heads, dtype=kept.dtype,
+            norm_dtype=kept.norm_dtype, key=self.key(), tell=tell,
+        )  # fmt: skip
+        with _work_in(writer, self.note) as work:
+            reference = StreamedReference(
+                self.model.checkpoint,
+                dtype=dtypes.BY_NAME[self.settings.maths].torch,
+                device=torch_device("cpu"),
+                work=work,
+            )
+            reference.run(inputs, self.plan, edit=edit)
+
+    def _sample_count(self) -> int:
+        return min(self.settings.samples, MOST_SAMPLES)
+
+    def _needed_bytes(self) -> int:
+        """A layer and what is tried in place of its largest matrix, and the samples' rows."""
+        decoder, profile = self.model.spec.decoder, self.profile
+        rows = self._sample_count() * (profile.prefix_tokens + profile.image_tokens + profile.text_tokens)
+        largest = decoder.hidden_size * decoder.intermediate_size
+        return LIBRARIES + 4 * (2 * decoder.layer_elements + 6 * largest + 3 * rows * decoder.hidden_size)
+
+
+@contextmanager
+def _work_in(writer: PackedWriter, note: Note) -> Iterator[Work]:
+    """Checkpoints of the pass lie beside the layers that they belong to, and go when it is done."""
+    folder = writer.folder / "work"
+    yield Work(folder, note)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+class _KeptLayers:
+    """Finished layers in the packed folder (calibrate.quantise.layer_edit.Layers)."""
+
+    def __init__(self, model: Model, writer: PackedWriter) -> None:
+        self._model, self._writer = model, writer
+        stored = model.checkpoint[f"{DECODER}0.self_attn.q_proj.weight"].element
+        self.dtype: torch.dtype = stored.torch
+        self.norm_dtype: torch.dtype = model.checkpoint[f"{DECODER}0.input_layernorm.weight"].element.torch
+
+    def has(self, layer: int) -> bool:
+        """Whether it is finished."""
+        return self._writer.has(layer)
+
+    def tensors(self, layer: int) -> Any:
+        """The full weights of a layer."""
+        from calibrate.quantise.search import LayerTensors
+
+        start, decoder = f"{DECODER}{layer}.", self._model.spec.decoder
+        refs = layer_tensors(self._model.checkpoint, layer)
+        weights = {name.removeprefix(start): dtypes.torch_of_numpy(ref.read()).float() for name, ref in refs.items()}
+        return LayerTensors(weights, decoder.num_heads, decoder.num_kv_heads)
+
+    def keep(self, layer: int, found: Found) -> None:
+        """Codes in place of the matrices, what changed with them, and the rest as it was."""
+        from calibrate.quantise.layer_edit import packed
+
+        start = f"{DECODER}{layer}."
+        gone = {f"{start}{module}.weight" for module in found.matrices}
+        refs = layer_tensors(self._model.checkpoint, layer)
+        tensors: dict[str, np.ndarray] = {name: ref.read() for name, ref in refs.items() if name not in gone}
+        tensors |= {f"{start}{name}": dtypes.numpy_of_torch(tensor) for name, tensor in found.others.items()}
+        for module, rounded in found.matrices.items():
+            tensors |= packed(rounded).named(f"{start}{module}")
+        self._writer.write(layer, tensors)
+
+    def weights(self, layer: int) -> Mapping[str, np.ndarray]:
+        """What a finished layer computes with."""
+        refs = self._writer.read(layer)
+        whole = replace(self._model.checkpoint, tensors=refs)
+        modules = {name.rpartition(".")[0] for name in refs}
+        names = {name for name in refs if name.endswith((".weight", ".bias"))} | {f"{one}.weight" for one in modules}
+        return {name: read_tensor(whole, name) for name in names}
