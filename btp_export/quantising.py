@@ -1,7 +1,8 @@
 """A model with full weights becomes one with four-bit weights: a packed folder in the cache, a decoder layer at a time.
 
 The plan comes first, from the full weights; then scales are searched on the calibration's pictures with that plan in
-force, because kept tokens are what the weights will see. Dummy weights are rounded alone: there is nothing to search.
+force, because kept tokens are what the weights will see. Dummy weights are rounded alone: there is nothing to search
+for; those that `--dummy-weights` makes are random codes from the beginning (btp_export/dummy/packed.py).
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from graphs.packing import check_group
 from graphs.records.errors import InputError
 from graphs.records.plan import PruningPlan
 from graphs.records.progress import Note, Report
-from graphs.records.quantization import Weights
+from graphs.records.quantization import GROUP_OF, Weights
 from graphs.records.shapes import ShapeProfile
 from graphs.records.spec import ModelSpec
 
@@ -44,7 +45,6 @@ if TYPE_CHECKING:
     from calibrate.quantise.search import Found
 
 Method = Literal["awq", "rtn"]
-GROUP_OF: dict[str, int] = {"int4": 128, "int4-g32": 32, "int4-g64": 64}
 VERSION = 1  # of what is made; raise it when the same model gives other bytes
 MOST_SAMPLES = 32  # of the calibration's, which it interleaves by kind: the search needs magnitudes, not a ranking
 BYTES_A_WEIGHT = 0.6  # of four bits with their scales and zeros, at most (groups of 32)
@@ -57,12 +57,14 @@ def check_weights(model: Model, weights: Weights) -> None:
     if weights == "model":
         return
     made = model.checkpoint.quantization
-    if made is not None:
+    if made is not None and not _made_up_so(model, weights):
         raise InputError(
             f"--weights {weights}, but {model.spec.name} has four-bit weights already ({made.method}, {made.source})",
             wanted="a model in 16 or 32 bits",
             do="leave --weights out, or take the model that it was made of",
         )
+    if made is not None:
+        return
     sizes = _inner_sizes(model.spec)
     for k in sizes:
         try:
@@ -74,6 +76,12 @@ def check_weights(model: Model, weights: Weights) -> None:
                 wanted="a group that divides every matrix's rows",
                 do=f"--weights {fitting[0]}" if fitting else "leave --weights out",
             ) from error
+
+
+def _made_up_so(model: Model, weights: Weights) -> bool:
+    """Whether the model's weights are random codes of this kind, which are made without full weights."""
+    made = model.checkpoint.quantization
+    return model.source.is_dummy and made is not None and set(made.groups) == {GROUP_OF.get(weights)}
 
 
 def _inner_sizes(spec: ModelSpec) -> tuple[int, ...]:
@@ -100,7 +108,7 @@ def quantise_model(
     that cannot be used.
     """
     check_weights(model, weights)
-    if weights == "model":
+    if weights == "model" or _made_up_so(model, weights):
         return model
     chosen: Method = method or ("rtn" if model.source.is_dummy else "awq")
     job = _Job(model, plan, settings, GROUP_OF[weights], chosen, profile, note or (lambda text: None))

@@ -14,7 +14,7 @@ from btp_export.commands import _complete as complete
 from btp_export.commands._groups import Between, Formerly
 from btp_export.families import known_models
 from graphs.files.paths import expanded
-from graphs.records.quantization import Weights
+from graphs.records.quantization import GROUP_OF, Weights
 
 if TYPE_CHECKING:
     from btp_export.exporting import Options
@@ -256,15 +256,17 @@ class DummyOptions:
         int, typer.Option("--dummy-seed", metavar="N", help="Chooses the dummy weights."), Between(0, MOST_SEEDS, 0)
     ] = 0
 
-    def chosen(self) -> "DummyWeights | None":
-        """What the three options say together. Raises InputError for the others without the first."""
+    def chosen(self, weights: Weights = "model") -> "DummyWeights | None":
+        """What the three options say together, for --weights. Raises InputError for the others without the first."""
         from btp_export.model.open_model import DummyWeights
         from graphs.records.errors import InputError
 
         if not self.dummy_weights and (self.dummy_layers is not None or self.dummy_seed):
             flag, value = ("seed", self.dummy_seed) if self.dummy_layers is None else ("layers", self.dummy_layers)
             raise InputError(f"--dummy-{flag} {value} without --dummy-weights", wanted="both", do="add --dummy-weights")
-        return DummyWeights(self.dummy_seed, self.dummy_layers) if self.dummy_weights else None
+        if not self.dummy_weights:
+            return None
+        return DummyWeights(self.dummy_seed, self.dummy_layers, GROUP_OF.get(weights))
 
 
 def default_out(model: str) -> Path:

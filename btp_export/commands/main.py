@@ -51,7 +51,7 @@ def command(
         return
     if model is None:
         raise typer.BadParameter("a model or a command is needed", param_hint="--model")
-    chosen, settings, made_up = shapes.options(), plan.settings(), dummy.chosen()
+    chosen, settings, made_up = shapes.options(), plan.settings(), dummy.chosen(weights)
     from btp_export.pipeline import Job, run_job
 
     job = Job(

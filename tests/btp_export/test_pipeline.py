@@ -34,6 +34,27 @@ def test_the_whole_road(tmp_path: Path, tiny_checkpoint: Path, capsys: pytest.Ca
     assert [path.name for path in tmp_path.iterdir()] == ["b"]
 
 
+def test_the_whole_road_in_four_bits(tmp_path: Path, tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "b"
+    arguments = ["--model", str(tiny_checkpoint), "--out", str(out), "--plan", "fastv", "--compression", "0.5", *SHAPES]
+    assert main([*arguments, "--weights", "int4"]) == 2
+    assert "error: --weights int4: group is 128 and K is 64" in capsys.readouterr().err
+    assert main([*arguments, "--weights", "int4-g32", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["verify"]["passed"] and result["verify"]["tokens_equal"]
+    assert "quantise" in result["seconds"]
+    bundle = Bundle.open(out, check="full")
+    made = bundle.manifest.quantization
+    assert made is not None
+    assert (made.method, made.groups) == ("awq", {32: 42})
+    assert bundle.manifest.model.source == tiny_checkpoint.name
+    full = sum(path.stat().st_size for path in tiny_checkpoint.glob("*.safetensors"))
+    assert sum(path.stat().st_size for path in bundle.weights.glob("[lr]*.safetensors")) < 0.6 * full
+    packed = str(bundle.checkpoint().folder)
+    assert main(["export", "--model", packed, "--out", str(tmp_path / "c"), "--plan", "vtw", "--weights", "int4"]) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["b"]
+
+
 def test_what_does_not_verify_is_not_put_in_place(
     tmp_path: Path, tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

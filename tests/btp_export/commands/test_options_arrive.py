@@ -73,6 +73,8 @@ SPECIAL = {
     ("plan", "--stages"): Given("1,3,4"),
     ("run", "--seed"): Given("5", ("--temperature", "1")),
     ("run", "--profile"): Given("b1-24x24-t16-n12"),
+    ("", "--weights"): Given("int4-g32"), ("export", "--weights"): Given("int4-g32"),
+    ("eval", "--full-weights"): Given("BUNDLE"),
 }  # fmt: skip
 DUMMY = {"--dummy-weights", "--dummy-layers", "--dummy-seed"}  # a model of full size, which is not made here
 NOT_HERE = {
@@ -220,7 +222,8 @@ def test_an_option_changes_what_it_sets(
     model, flag = str(tiny_checkpoint), option.opts[0]
     words, given = given_in(command, option)
     without = [*command_line(command, flag, model, str(tiny_bundle().root)), *given.more]
-    without, words = ([model if word == "MODEL" else word for word in part] for part in (without, words))
+    named = {"MODEL": model, "BUNDLE": str(tiny_bundle().root)}
+    without, words = ([named.get(word, word) for word in part] for part in (without, words))
     ends = {"choose_plan"} if flag in CALIBRATES else {"open_model"} if flag in DUMMY else set()
     if command == "build" and flag != "--force":  # which is not for planning the engines, but for what follows
         ends.add("plan_build")

@@ -9,10 +9,20 @@ from PIL import Image
 
 import btp_export
 from btp_export import cli
-from btp_export.measuring.evaluate import evaluate_bundle, evaluate_plans, resolve_budgets, resolve_plans
+from btp_export.exporting import Options, export_bundle
+from btp_export.measuring.evaluate import (
+    check_full_weights,
+    evaluate_bundle,
+    evaluate_plans,
+    resolve_budgets,
+    resolve_plans,
+)
+from btp_export.model.open_model import open_model
+from btp_export.results.evaluation import Evaluation
 from graphs.pruning.operations import cost
 from graphs.records.errors import InputError
 from graphs.records.plan import Stage
+from tests.packed import pack_folder
 from tests.plans import tiny_plan
 
 PLAN = tiny_plan(Stage(layer=1, keep=12, attention_quota=6, pool=12, boundary=12), Stage(layer=4, keep=0))
@@ -51,6 +61,29 @@ def test_rows_are_what_the_runtime_answers(batch: int, tiny_bundle: Any, questio
     profile = bundle.profile()
     costs = [cost(bundle.spec.decoder, plan, profile).prefill for plan in (PLAN, tiny_bundle().plan)]
     assert btp.flops_ratio == pytest.approx(costs[0] / costs[1])
+
+
+def test_what_four_bits_cost(tiny_bundle: Any, tiny_checkpoint: Path, questions: Path, tmp_path: Path) -> None:
+    """The four corners are what the two bundles answer alone; the rows stay those that were asked for."""
+    pack_folder(tiny_checkpoint, tmp_path / "model", group=32)
+    options = Options(text_tokens=16, new_tokens=12)
+    packed = export_bundle(open_model(str(tmp_path / "model")), PLAN, tmp_path / "bundle", options)
+    result = evaluate_bundle(packed, plans=["btp"], data=questions, full_weights=tiny_bundle(PLAN), threads=1)
+    assert [row.plan for row in result.rows] == ["btp"]
+    own = {
+        name: [row.accuracy for row in evaluate_bundle(bundle, plans=["none", "btp"], data=questions, threads=1).rows]
+        for name, bundle in (("full", tiny_bundle(PLAN)), ("packed", packed))
+    }
+    cost = result.weights_cost
+    assert cost is not None
+    assert [cost.full, cost.pruned, cost.four_bits, cost.both] == own["full"] + own["packed"]
+    assert cost.full == 0.75, "three of the four expected answers are the full model's"
+    assert cost.weights == "rtn, groups of 32"
+    assert Evaluation.model_validate_json(result.to_json()) == result
+    assert "weights_cost" not in evaluate_bundle(packed, plans=["btp"], data=questions, threads=1).to_json()
+    for pair in ((packed, packed), (tiny_bundle(PLAN), tiny_bundle(PLAN)), (packed, tiny_bundle(PLAN, batch=3))):
+        with pytest.raises(InputError, match="own weights"):
+            check_full_weights(*pair)
 
 
 def test_accuracy_counts_exact_answers(tiny_bundle: Any, pictures: list[Image.Image], tmp_path: Path) -> None:

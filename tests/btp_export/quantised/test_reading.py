@@ -11,6 +11,8 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
+from btp_export.exporting import Options, export_bundle
+from btp_export.measuring.verify import verify_bundle
 from btp_export.model.open_model import open_model
 from calibrate.reference.records import ReferenceInput
 from calibrate.reference.streamed_model import StreamedReference
@@ -20,6 +22,7 @@ from graphs.records.errors import InputError
 from tests.btp_export.quantised.packers import Layer, draw_layer, pack_awq, pack_compressed, pack_gptq, pack_modelopt
 from tests.conftest import unpruned
 from tests.packed import is_projection
+from tests.plans import PLAN
 
 LEFT = "layers.2.mlp.down_proj"  # stays in 16 bits
 WIDER = "layers.1."  # groups of 32; elsewhere 16
@@ -140,6 +143,17 @@ def test_the_model_computes_what_the_format_says(made: Made, tmp_path: Path) -> 
         logits.append(run[0].logits[0])
     assert logits[1].std() > 0.1
     np.testing.assert_allclose(logits[0], logits[1], atol=1e-4, rtol=1e-4)
+
+
+def test_it_becomes_a_bundle_like_any_other(made: Made, tmp_path: Path) -> None:
+    folder, _, name = made
+    if name not in ("awq", "modelopt"):  # the others differ in what has been compared already
+        pytest.skip("read into the same tensors")
+    bundle = export_bundle(open_model(str(folder)), PLAN, tmp_path / "b", Options(text_tokens=16, new_tokens=4))
+    found = verify_bundle(bundle, samples=2, tokens=3, threads=1)
+    assert found.passed, found.failures
+    assert bundle.manifest.quantization is not None
+    assert bundle.manifest.quantization.source == name
 
 
 def test_scales_of_inputs_go_where_nothing_is_lost(tiny_checkpoint: Path, tmp_path: Path) -> None:
