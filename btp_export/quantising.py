@@ -26,6 +26,7 @@ from btp_export.quantised.packed_folder import (
     writing,
 )
 from graphs import dtypes
+from graphs.files.atomic import sha256
 from graphs.files.bundle import tool_versions
 from graphs.files.checkpoint import open_checkpoint
 from graphs.files.memory import LIBRARIES, check_memory
@@ -42,6 +43,7 @@ from graphs.records.spec import ModelSpec
 if TYPE_CHECKING:
     import torch
 
+    from calibrate.data.samples import SampleSet
     from calibrate.quantise.search import Found
 
 Method = Literal["awq", "rtn"]
@@ -111,9 +113,12 @@ def quantise_model(
     if weights == "model" or _made_up_so(model, weights):
         return model
     chosen: Method = method or ("rtn" if model.source.is_dummy else "awq")
-    job = _Job(model, plan, settings, GROUP_OF[weights], chosen, profile, note or (lambda text: None))
+    told = note or (lambda text: None)
+    pictures = None if chosen == "rtn" else _pictures(model, settings, profile, told)
+    job = _Job(model, plan, settings, GROUP_OF[weights], chosen, profile, pictures, told)
     place = packed_place(model.source.name, job.key())
     if not is_whole(place):
+        job.check_memory()
         elements = model.spec.decoder.num_layers * model.spec.decoder.layer_elements
         rest = sum(ref.nbytes for name, ref in model.checkpoint.tensors.items() if not name.startswith(DECODER))
         with writing(place, model.checkpoint, needed=int(BYTES_A_WEIGHT * elements) + rest) as writer:
@@ -133,6 +138,7 @@ class _Job:
     group: int
     method: Method
     profile: ShapeProfile
+    pictures: SampleSet | None  # None: nothing is searched
     note: Note
 
     def key(self) -> str:
@@ -140,13 +146,18 @@ class _Job:
         from calibrate.measure.statistics_cache import checkpoint_identity
 
         parts = [VERSION, self.method, self.group, checkpoint_identity(self.model.checkpoint)]
-        if self.method == "rtn":
+        if self.pictures is None:
             return digest("made", *parts)
-        pictures = [
-            self.settings.images, str(self.settings.prompts), self.settings.mix, self._sample_count(),
-            self.settings.seed, self.settings.maths, self.profile.model_dump(mode="json"), self.model.spec.system,
-        ]  # fmt: skip
-        return digest("made", *parts, self.plan.digest(), pictures, tool_versions())
+        seen = {
+            "plan": self.plan.digest(),
+            "pictures": self.pictures.digest(),
+            "processor": {path.name: sha256(path) for path in self.model.processor_files},
+            "profile": self.profile.model_dump(mode="json"),
+            "system": self.model.spec.system,
+            "maths": self.settings.maths,
+            "tools": tool_versions(),
+        }
+        return digest("made", *parts, seen)
 
     def run(self, writer: PackedWriter, report: Report | None) -> None:
         """All layers, then the rest."""
@@ -173,13 +184,10 @@ class _Job:
         from calibrate.quantise.layer_edit import QuantisingEdit
         from calibrate.reference.streamed_model import StreamedReference, torch_device
 
+        assert self.pictures is not None
         spec, decoder = self.model.spec, self.model.spec.decoder
-        check_memory(
-            self._needed_bytes(), f"quantising {spec.name} on {self._sample_count()} samples", do="fewer --samples"
-        )
+        samples, _ = fitted_samples(self.pictures.samples, spec, self.profile)
         prompter = Prompter(self.model.source.folder, spec)
-        chosen = calibration_samples(self.settings, prompter, self.note, self.profile.image_size)
-        samples, _ = fitted_samples(chosen.samples[: self._sample_count()], spec, self.profile)
         inputs = model_inputs(self.model, prompter, self.profile, samples, report)
 
         def tell(layer: int) -> None:
@@ -199,15 +207,22 @@ class _Job:
             )
             reference.run(inputs, self.plan, edit=edit)
 
-    def _sample_count(self) -> int:
-        return min(self.settings.samples, MOST_SAMPLES)
-
-    def _needed_bytes(self) -> int:
-        """A layer and what is tried in place of its largest matrix, and the samples' rows."""
+    def check_memory(self) -> None:
+        """Raise InputError if a layer, what is tried in place of its largest matrix, and the rows do not fit."""
         decoder, profile = self.model.spec.decoder, self.profile
-        rows = self._sample_count() * (profile.prefix_tokens + profile.image_tokens + profile.text_tokens)
+        count = 0 if self.pictures is None else len(self.pictures.samples)
+        rows = count * (profile.prefix_tokens + profile.image_tokens + profile.text_tokens)
         largest = decoder.hidden_size * decoder.intermediate_size
-        return LIBRARIES + 4 * (2 * decoder.layer_elements + 6 * largest + 3 * rows * decoder.hidden_size)
+        needed = LIBRARIES + 4 * (2 * decoder.layer_elements + 6 * largest + 3 * rows * decoder.hidden_size)
+        check_memory(needed, f"quantising {self.model.spec.name} on {count} samples", do="fewer --samples")
+
+
+def _pictures(model: Model, settings: CalibrationSettings, profile: ShapeProfile, note: Note) -> SampleSet:
+    """The first of the calibration's pictures, with prompts that the model takes."""
+    from btp_export.model.prompting import Prompter
+
+    few = replace(settings, samples=min(settings.samples, MOST_SAMPLES))
+    return calibration_samples(few, Prompter(model.source.folder, model.spec), note, profile.image_size)
 
 
 @contextmanager
