@@ -20,7 +20,6 @@ from btp_export.quantised.packed_folder import (
     packed_place,
     writing,
 )
-from calibrate.measure.statistics_cache import checkpoint_identity
 from graphs.files.checkpoint import Checkpoint, TensorRef
 from graphs.files.packed_weights import QWEIGHT, SCALES, PackedMatrix
 from graphs.files.resume import digest
@@ -101,6 +100,8 @@ def read_packed(foreign: Foreign, name: str, head_dim: int, report: Report | Non
 
     Raises InputError for codes that cannot be stored; nothing is left then.
     """
+    from calibrate.measure.statistics_cache import checkpoint_identity  # brings torch
+
     source = foreign.checkpoint
     key = digest("read", VERSION, foreign.form.name, checkpoint_identity(source))
     place = packed_place(name, key)
