@@ -99,10 +99,10 @@ def run_job(job: Job) -> JobResult:
         with _full_weights(full, plans, profiles, root, job) as unquantised:
             measured = collect(
                 Bundle.open(root),
-                    Settings(smaller=False),
-                    clock.phase,
-                    check=_require_passed,
-                    full_weights=unquantised,
+                Settings(smaller=False),
+                clock.phase,
+                check=_require_passed,
+                full_weights=unquantised,
             )
         with clock.phase("report"):
             write_report(root / "report", measured)
