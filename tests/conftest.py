@@ -21,7 +21,7 @@ BundleMaker = Callable[..., Any]
 # The files that take longest, so that no process of `pytest -n 2` is alone with one of them at the end.
 LONG_FILES = (
     "tests/test_docs.py",
-    "tests/btp_export/families/test_qwen2_5_vl.py",
+    "tests/btp_export/families/test_qwen_parity.py",
     "tests/btp_export/planning/test_study.py",
     "tests/btp_export/families/test_llava_next.py",
 )
