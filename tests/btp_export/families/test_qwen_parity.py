@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from btp_export.exporting import Options, export_bundle
+from btp_export.families import family_for
 from btp_export.families._processor import load_processor
 from btp_export.model.open_model import open_model
 from calibrate.place.presets import preset
