@@ -47,6 +47,7 @@ def run_here(line: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, s
     return code, captured.out, captured.err
 
 
+@pytest.mark.timeout(900)  # README.md calibrates and exports the demo, which takes a minute of processor time
 @pytest.mark.parametrize("page", WITH_EXAMPLES)
 def test_examples_run(
     page: str, workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
