@@ -18,6 +18,7 @@ from typing import Literal
 import onnx_ir as ir
 
 from graphs.files.onnx_file import read_model, refusing_graph
+from graphs.ops import linear
 
 Shape = tuple[int, ...]
 
@@ -42,7 +43,13 @@ def product_flops(path: Path) -> int:
     """Operations in matrix products of one run of an ONNX graph of static shapes. No weight is read."""
     graph = read_model(path).graph
     with refusing_graph(path):
-        return sum(_COUNTS[node.op_type](node) for node in graph if node.op_type in _COUNTS)
+        return sum(_flops(node) for node in graph)
+
+
+def _flops(node: ir.Node) -> int:
+    if node.domain == linear.SCHEMA.domain and node.op_type.startswith(linear.NAME):  # bodies are told apart by endings
+        return _matmul(node)
+    return _COUNTS[node.op_type](node) if node.op_type in _COUNTS else 0
 
 
 def _matmul(node: ir.Node) -> int:

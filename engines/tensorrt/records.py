@@ -30,8 +30,9 @@ EngineWeights = Literal["baked", "shared"]
 Flavour = Literal["tensorrt", "rtx"]
 # How the custom operators get into an engine: the C++ library, the Python plugins, or the graphs' portable bodies.
 PluginForm = Literal["library", "python", "none"]
-# How a weight input's bytes are made of its sources: one source as it is, or several one after another along axis 0.
-Packing = Literal["none", "rows"]
+# How a weight input's bytes are made of its sources: one source as it is, several one after another along axis 0, or
+# one whose bytes are read as little-endian words, with zero bytes up to a whole word at the end.
+Packing = Literal["none", "rows", "words"]
 
 
 class WeightSource(Record):

@@ -39,7 +39,7 @@ BOOLS: Final = frozenset({"bool"})
 # Operator -> types of its data, as the parser's table has them. Operators that are not here are not built in.
 _BY_TYPES: Final[Mapping[frozenset[str], str]] = {
     ALL: """
-        Cast CastLike Concat Constant ConstantOfShape Expand EyeLike Flatten Gather GatherElements GatherND Identity If
+        CastLike Concat Constant ConstantOfShape Expand EyeLike Flatten Gather GatherElements GatherND Identity If
         Loop Reshape Shape Size Slice Split Squeeze Tile Transpose Trilu Unsqueeze Where
     """,
     NUMBERS: """
@@ -54,6 +54,8 @@ _BY_TYPES: Final[Mapping[frozenset[str], str]] = {
         Sin Sinh Softmax Softplus Softsign Sqrt Tan Tanh Attention RotaryEmbedding RMSNormalization
     """,
     BOOLS: "And Not Or Xor",
+    FLOATS | {"int8", "int4"}: "DequantizeLinear QuantizeLinear",
+    ALL | {"uint8"}: "Cast",
 }
 OPERATORS: Final[Mapping[str, frozenset[str]]] = {
     name: types for types, names in _BY_TYPES.items() for name in names.split()

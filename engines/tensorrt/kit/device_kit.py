@@ -21,6 +21,7 @@ import onnx_ir as ir
 from engines.tensorrt.kit import scripts
 from engines.tensorrt.prepare.build_plan import BuildPlan
 from engines.tensorrt.prepare.estimate import tensor_bytes
+from engines.tensorrt.prepare.four_bits import SIGNED, signed_tensors, write_signed
 from engines.tensorrt.prepare.prepared_graphs import Choices, PreparedGraph, prepare
 from engines.tensorrt.records import (
     FILE,
@@ -137,7 +138,7 @@ def _weight_files(graphs: Sequence[PreparedGraph]) -> list[str]:
     """Files that the graphs point into or take their weight inputs from, relative to the bundle and to the kit."""
     files = {source.file for graph in graphs for weight in graph.weight_inputs for source in weight.sources}
     for graph in graphs:
-        files |= {f"graphs/{tensor.location}" for tensor in _external(graph)}
+        files |= {f"graphs/{tensor.location}".removesuffix(SIGNED) for tensor in _external(graph)}
     return sorted(files)
 
 
@@ -165,6 +166,8 @@ def _link_weights(bundle: Bundle, graphs: Sequence[PreparedGraph], root: Path) -
     (root / "graphs" / "weights").mkdir(parents=True, exist_ok=True)
     for file in _weight_files(graphs):
         link_or_copy(bundle.root / file, root / file)
+    signed = [tensor for graph in graphs for tensor in signed_tensors(graph.model)]
+    write_signed(signed, bundle.root / "graphs", root / "graphs")
 
 
 # -- inputs ----------------------------------------------------------------------------------------------------------
@@ -192,7 +195,7 @@ def _record_samples(
 def _record_profile(plan: BuildPlan, root: Path, profile: str, recorder: Recorder) -> None:
     """Run the bundle's graphs, assembled as the engines are, with constants and portable bodies."""
     opset = plan.bundle.manifest.build.opset
-    plain = Choices(opset=opset, assemble=plan.choices.assemble, weights="baked", plugins=False)
+    plain = Choices(opset=opset, assemble=plan.choices.assemble, weights="baked", plugins=False, keep_packed=True)
     graphs = prepare(plan.bundle, plain, profiles=[profile])
     folder = root / ".recording"
     (folder / "graphs").mkdir(parents=True)

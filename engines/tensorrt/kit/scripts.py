@@ -8,6 +8,7 @@ import shlex
 from collections.abc import Sequence
 
 from engines.targets import Target
+from engines.tensorrt.prepare.estimate import tensor_bytes
 from engines.tensorrt.records import EngineGraph, EnginesRecord, WeightInput
 from engines.tensorrt.versions import Traits
 from graphs import names
@@ -30,6 +31,8 @@ def weight_file(weight: WeightInput) -> str:
 
 def extractable(weight: WeightInput) -> bool:
     """Whether the stored bytes are the input's as they are, so that the device can cut them out of the weights."""
+    if weight.packing == "words":  # zeros may need bytes behind them
+        return sum(source.nbytes for source in weight.sources) == tensor_bytes(weight)
     return all(source.dtype == weight.dtype for source in weight.sources)
 
 

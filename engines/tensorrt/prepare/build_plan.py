@@ -15,11 +15,15 @@ from engines.tensorrt.prepare.prepared_graphs import Choices, PreparedGraph, pre
 from engines.tensorrt.records import Assemble, EngineWeights, Estimate, PluginForm
 from engines.tensorrt.summaries import Finding, PlannedEngines, PlannedGraph, PlannedTotal
 from engines.tensorrt.versions import Traits, traits
+from graphs import names
 from graphs.files.atomic import size_text
 from graphs.files.bundle import Bundle
 from graphs.records.errors import InputError
 
 GRAPHS_FOLDER = "graphs"
+SHARED = "--engine-weights shared"
+# Flavour, version and compute capability with which builds of four-bit constants fail -> who reports it.
+FOUR_BIT_FAULTS = {("tensorrt", (10, 16), "8.7"): "NVIDIA/TensorRT#4832"}
 FUSION_FAULT = (
     10,
     13,
@@ -113,7 +117,7 @@ def plan_build(bundle: Bundle, target: Target, wishes: Wishes) -> BuildPlan:
     choices = Choices(
         opset=suited_opset(bundle, version, assemble=assemble, plugins=form != "none"),
         assemble=assemble,
-        weights=wishes.engine_weights or target.engine_weights,
+        weights=wishes.engine_weights or _weights_for(bundle, target, plugins=form != "none"),
         pack=target.pack_weights,
         plugins=form != "none",
     )
@@ -138,11 +142,33 @@ def plan_build(bundle: Bundle, target: Target, wishes: Wishes) -> BuildPlan:
         graphs=tuple(graphs),
         estimates=tuple(estimate(graph) for graph in graphs),
         totals=needed,
-        findings=tuple(lint(graphs, version, folder=bundle.root / GRAPHS_FOLDER, plugins=chosen.plugins)),
+        findings=(
+            *lint(graphs, version, folder=bundle.root / GRAPHS_FOLDER, plugins=chosen.plugins),
+            *_four_bit_findings(bundle, target, version, chosen),
+        ),
         usable_bytes=usable,
         notes=(*notes, *_notes(bundle, target, version, chosen, form)),
         unpruned=beside,
     )
+
+
+def _weights_for(bundle: Bundle, target: Target, *, plugins: bool) -> EngineWeights:
+    """The target's choice. Four-bit weights are shared where the plugin multiplies them; without it TensorRT does it
+    itself with constants, if they have no zero points.
+    """
+    quantization = bundle.manifest.quantization
+    if quantization is None:
+        return target.engine_weights
+    return "shared" if plugins or quantization.zeros else "baked"
+
+
+def _four_bit_findings(bundle: Bundle, target: Target, version: Traits, choices: Choices) -> list[Finding]:
+    """Where TensorRT is known to fail with four-bit constants."""
+    place = (version.flavour, version.number[:2], target.compute_capability)
+    if bundle.manifest.quantization is None or choices.weights != "baked" or place not in FOUR_BIT_FAULTS:
+        return []
+    got = f"four-bit constants on sm_{target.sm}: TensorRT {version.version} fails there ({FOUR_BIT_FAULTS[place]})"
+    return [Finding(graph=names.DECODE, node="DequantizeLinear", got=got, wanted="the plugin", do=SHARED)]
 
 
 def _plugin_form(wishes: Wishes, version: Traits) -> PluginForm:
@@ -240,6 +266,11 @@ def _notes(bundle: Bundle, target: Target, version: Traits, choices: Choices, fo
     if version.number[:2] == FUSION_FAULT and build.precision == "float16" and choices.weights == "baked" and single:
         notes.append(
             "users report wrong gate and up products in float16 at batch 1: verify, or --engine-weights shared"
+        )
+    if bundle.manifest.quantization is not None and choices.weights == "shared" and form == "none":
+        notes.append(
+            "shared four-bit weights without plugins are unpacked in every run: --plugins library, or --engine-weights "
+            "baked for weights without zero points"
         )
     if form != "none" and not version.plugins_documented:
         notes.append(

@@ -15,6 +15,7 @@ from typing import Final
 import onnx_ir as ir
 
 from engines.targets import GIB, Target
+from engines.tensorrt.prepare.four_bits import nbytes_of
 from engines.tensorrt.prepare.prepared_graphs import PreparedGraph
 from engines.tensorrt.records import Estimate, WeightInput
 from graphs import dtypes, ops
@@ -22,6 +23,7 @@ from graphs.building.graph_builder import BTP_DOMAIN, dims, dtype_of
 from graphs.ops.common.trt_python import Tensor
 from graphs.records.manifest import TensorRecord
 
+UNPACKED: Final = "DequantizeLinear"  # of four-bit constants: part of the product behind it
 ENGINE_BASE: Final = 500_000  # bytes of an engine beside its constants
 ENGINE_LAYER: Final = 200_000  # and for each decoder layer
 BUILD_BASE: Final = 350_000_000  # memory of a build without constants
@@ -101,7 +103,7 @@ def _constant_bytes(graph: ir.Graph) -> int:
         users = value.consumers()
         cast = len(users) == 1 and users[0].op_type == "Cast"
         dtype = dtype_of(users[0].outputs[0]) if cast else dtype_of(value)
-        total += prod(dims(value)) * dtypes.BY_ONNX[dtype].nbytes
+        total += nbytes_of(dtype, dims(value))
     return total
 
 
@@ -114,7 +116,7 @@ def _peak_activations(nodes: Sequence[ir.Node], by_plugin: Container[str]) -> in
     alive = peak = 0
     for node in nodes:
         for value in node.outputs:
-            if not value.is_graph_output() and value.uses():
+            if not value.is_graph_output() and value.uses() and node.op_type != UNPACKED:
                 remaining[value] = len(value.consumers())
                 alive += _value_bytes(value)
         peak = max(peak, alive + (_scratch_bytes(node, by_plugin) if node.domain == BTP_DOMAIN else 0))

@@ -7,7 +7,6 @@ sizes of axes that TensorRT limits. Portable bodies are inlined first, so their 
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from math import prod
 from pathlib import Path, PurePosixPath
 
 import onnx
@@ -23,10 +22,11 @@ from onnx import (
     shape_inference,
 )
 
+from engines.tensorrt.prepare.four_bits import SIGNED, nbytes_of
 from engines.tensorrt.prepare.prepared_graphs import PreparedGraph
 from engines.tensorrt.summaries import Finding
 from engines.tensorrt.versions import TOPK_LIMIT, Traits
-from graphs import dtypes, ops
+from graphs import ops
 from graphs.building.graph_builder import BTP_DOMAIN
 from graphs.files.onnx_file import refusing_graph
 from graphs.records.errors import CheckError
@@ -299,10 +299,10 @@ def _external(context: _Context, graph: onnx.GraphProto, folder: Path) -> Iterat
             yield context.finding(tensor.name, f"external data in {location!r}", wanted, do)
             continue
         if location not in sizes:
-            file = folder / location
+            file = folder / location.removesuffix(SIGNED)  # signed codes are written beside, as long
             sizes[location] = file.stat().st_size if file.is_file() else -1
         length = int(fields.get("length", "-1"))
-        needed = prod(tensor.dims) * dtypes.BY_ONNX[tensor.data_type].nbytes
+        needed = nbytes_of(ir.DataType(tensor.data_type), tensor.dims)
         if sizes[location] < 0:
             yield context.finding(tensor.name, f"{location} is missing", wanted, "restore the bundle's weights")
         elif length != needed or offset + needed > sizes[location]:

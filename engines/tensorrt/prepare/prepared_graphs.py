@@ -13,6 +13,8 @@ What is then changed:
 3. Attention loses its attribute softmax_precision, which no TensorRT imports (seen on RTX 1.7.1: "Setting softmax
    precision is not supported"): its kernels choose. With --opset 18 the softmax is in float32, as written in the graph.
 
+4. Four-bit weights: engines/tensorrt/prepare/four_bits.py.
+
 Everything is strongly typed as built: each value's type is in the graph. The results stay valid ONNX graphs with the
 inputs and outputs of graphs/interfaces.md, and run in ONNX Runtime.
 """
@@ -26,12 +28,13 @@ import numpy as np
 import onnx_ir as ir
 from onnx import FunctionProto
 
+from engines.tensorrt.prepare.four_bits import bake_packed, share_packed, source_of
 from engines.tensorrt.prepare.opset18 import lower_to_primitives
 from engines.tensorrt.records import Assemble, EngineWeights, WeightInput, WeightSource
 from engines.tensorrt.versions import Traits
 from graphs import dtypes, names, ops
 from graphs.building.decoder_graphs import build_decoder_graphs
-from graphs.building.graph_builder import BTP_DOMAIN, PORTABLE_OPSET, WEIGHTS_FOLDER, BuiltGraph, dims, dtype_of
+from graphs.building.graph_builder import BTP_DOMAIN, PORTABLE_OPSET, BuiltGraph, dims, dtype_of
 from graphs.building.portable_bodies import given_to
 from graphs.building.whole_graph import assemble_whole
 from graphs.files.bundle import Bundle
@@ -53,6 +56,7 @@ class Choices:
     weights: EngineWeights = "baked"
     pack: bool = True  # with shared weights
     plugins: bool = True  # False: the portable bodies
+    keep_packed: bool = False  # four-bit weights as in the bundle, for ONNX Runtime
 
 
 @dataclass(frozen=True)
@@ -127,7 +131,11 @@ def _prepare_profile(bundle: Bundle, profile: ShapeProfile, choices: Choices) ->
     built = _build(bundle, profile, bundle.plan_for(profile.name), choices)
     prepared = [PreparedGraph(graph.name, profile.name, graph.model, graph.layers) for graph in built]
     for graph in prepared:
-        if choices.plugins:
+        if choices.weights == "baked" and not choices.keep_packed:
+            bake_packed(graph.model, choices.opset)
+        if choices.keep_packed:
+            pass  # with the bodies that they have
+        elif choices.plugins:
             strip_bodies(graph.model)
             write_defaults(graph.model)
             for node in custom_nodes(graph.model):
@@ -137,7 +145,13 @@ def _prepare_profile(bundle: Bundle, profile: ShapeProfile, choices: Choices) ->
         drop_softmax_precision(graph.model)
     if choices.weights == "baked":
         return prepared
-    return [replace(graph, weight_inputs=tuple(share_weights(graph.model, pack=choices.pack))) for graph in prepared]
+    return [replace(graph, weight_inputs=_shared(graph.model, choices)) for graph in prepared]
+
+
+def _shared(model: ir.Model, choices: Choices) -> tuple[WeightInput, ...]:
+    """The weights that became inputs of the model, in the order of the inputs."""
+    packed = share_packed(model, words=choices.plugins)
+    return (*packed, *share_weights(model, pack=choices.pack))
 
 
 def _build(bundle: Bundle, profile: ShapeProfile, plan: PruningPlan, choices: Choices) -> list[BuiltGraph]:
@@ -238,7 +252,7 @@ class _Product:
     @property
     def source(self) -> WeightSource:
         """Where the matrix lies."""
-        return _source(self.stored)
+        return source_of(self.stored, str(self.stored.name))
 
 
 def share_weights(model: ir.Model, *, pack: bool) -> list[WeightInput]:
@@ -360,19 +374,6 @@ def _share(graph: ir.Graph, product: _Product) -> WeightInput:
         graph.inputs.append(known)
     product.value.replace_all_uses_with(known)
     return WeightInput(**tensor(known).model_dump(), sources=(source,))
-
-
-def _source(stored: ir.Value) -> WeightSource:
-    matrix = stored.const_value
-    assert isinstance(matrix, ir.ExternalTensor) and matrix.offset is not None
-    return WeightSource(
-        tensor=str(stored.name),
-        file=f"graphs/{WEIGHTS_FOLDER}/{Path(matrix.location).name}",
-        offset=matrix.offset,
-        nbytes=matrix.nbytes,
-        dtype=dtypes.BY_ONNX[matrix.dtype].name,
-        shape=matrix.shape.numpy(),
-    )
 
 
 def _remove_unused(graph: ir.Graph) -> None:

@@ -73,13 +73,27 @@ def _parts(folder: Path, weight: WeightInput) -> Iterable[tuple[int, Array]]:
     start, dtype = 0, dtypes.numpy_of(weight.dtype)
     for source in weight.sources:
         rows = _mapped(folder, source)
+        if weight.packing == "words":
+            yield start, _words(rows, dtype)
+            return
         yield start, np.asarray(rows.astype(dtype, copy=False))
         start += rows.size
+
+
+def _words(stored: np.ndarray[Any, Any], dtype: Dtype) -> Array:
+    """The same bytes as numbers of another type, filled up with zeros to a whole one."""
+    flat = np.asarray(stored).reshape(-1).view(np.uint8)
+    missing = -flat.size % dtype.itemsize
+    whole: Array = np.pad(flat, (0, missing)) if missing else flat
+    words: Array = whole.view(dtype.newbyteorder("<")).astype(dtype, copy=False)
+    return words
 
 
 def _check_shapes(weight: WeightInput) -> None:
     """Sources lie one after another along axis 0 and make up the input, or one source is the input."""
     shapes = [source.shape for source in weight.sources]
+    if weight.packing == "words" and -(-weight.sources[0].nbytes // 4) * 4 == _nbytes(weight):
+        return
     joined = (sum(shape[0] for shape in shapes), *shapes[0][1:]) if all(shapes) else ()
     alike = len({shape[1:] for shape in shapes}) == 1
     if (joined if len(shapes) > 1 else shapes[0]) != weight.shape or not alike:
