@@ -57,7 +57,7 @@ def measure(
     if rounds < 1 or warm_up < 0:
         raise InputError(f"{rounds} rounds after {warm_up}", wanted="at least 1 round", do="--rounds 10")
     if target is None:
-        check_fits_memory(bundle, profile, device, models=2)
+        check_fits_memory(bundle, profile, device, models=2, activations=activations)
     with scratch_folder(bundle) as folder:
         if target is None:
             models = _open_graphs(

@@ -6,13 +6,14 @@ from pathlib import Path
 
 from engines.verify.streamed_graphs import PART_BYTES
 from graphs import names
-from graphs.building.graph_parts import has_bfloat16, wide_weights
+from graphs.building.graph_parts import has_bfloat16, packed_weights, wide_weights
 from graphs.files.atomic import size_text
 from graphs.files.bundle import Bundle
 from graphs.files.memory import LIBRARIES, available_memory
 from graphs.files.onnx_file import read_graph
 from graphs.files.resume import INTERVAL
 from graphs.records.errors import InputError
+from graphs.records.quantization import Activations
 
 STREAM_ABOVE = 3 * 2**30  # bytes of weights in float32 over which graphs are opened part by part
 
@@ -29,9 +30,17 @@ class Streaming:
     interval: float = INTERVAL
 
 
-def open_bytes(files: Mapping[str, Path]) -> int:
-    """Weights of all graphs together in float32, in which ONNX Runtime computes on a CPU."""
-    return sum(wide_weights(read_graph(path)) for path in files.values())
+def open_bytes(files: Mapping[str, Path], *, models: int = 1, shared: bool = False) -> int:
+    """Weights of all graphs of so many models together, floats in float32, in which ONNX Runtime computes on a CPU.
+
+    shared: packed weights are mapped from files that all sessions share, and count once.
+    """
+    graphs = [read_graph(path) for path in files.values()]
+    packed: dict[str, int] = {}
+    for graph in graphs if shared else ():
+        packed |= packed_weights(graph)
+    own = sum(wide_weights(graph) - (sum(packed_weights(graph).values()) if shared else 0) for graph in graphs)
+    return models * own + sum(packed.values())
 
 
 def must_stream(files: Mapping[str, Path], device: str, *, above: int = STREAM_ABOVE) -> bool:
@@ -39,13 +48,16 @@ def must_stream(files: Mapping[str, Path], device: str, *, above: int = STREAM_A
     return open_bytes(files) > above or (device == "cpu" and has_bfloat16(read_graph(files[names.DECODE])))
 
 
-def too_large(bundle: Bundle, profile: str | None = None, *, models: int = 1) -> str | None:
+def too_large(
+    bundle: Bundle, profile: str | None = None, *, models: int = 1, activations: Activations = "int8"
+) -> str | None:
     """Why the bundle cannot be run as a whole on the CPU of this machine, None if it can.
 
     `models` are how many of its size are open at a time (another plan's graphs take about as much).
     """
     files = {graph.name: bundle.root / graph.file for graph in bundle.graphs(profile)}
-    needed, there = models * open_bytes(files) + LIBRARIES, available_memory()
+    shared = shares_packed(bundle, activations)
+    needed, there = open_bytes(files, models=models, shared=shared) + LIBRARIES, available_memory()
     if there is None or needed <= max(there, STREAM_ABOVE):
         return None
     return (
@@ -54,9 +66,16 @@ def too_large(bundle: Bundle, profile: str | None = None, *, models: int = 1) ->
     )
 
 
-def check_fits_memory(bundle: Bundle, profile: str | None, device: str, *, models: int = 1) -> None:
+def shares_packed(bundle: Bundle, activations: Activations) -> bool:
+    """Whether sessions share packed weights: that costs disk, and float32 rows are for checking part by part."""
+    return bundle.manifest.quantization is not None and activations == "int8"
+
+
+def check_fits_memory(
+    bundle: Bundle, profile: str | None, device: str, *, models: int = 1, activations: Activations = "int8"
+) -> None:
     """Raise InputError if the graphs are to be open together on the CPU and memory does not hold them."""
-    if device == "cpu" and (reason := too_large(bundle, profile, models=models)) is not None:
+    if device == "cpu" and (reason := too_large(bundle, profile, models=models, activations=activations)):
         raise InputError(
             reason,
             wanted="enough memory for all graphs at once",

@@ -22,7 +22,7 @@ from btp_export.model.prompting import Encoded, Prompter
 from btp_export.running.detokenise import Detokeniser
 from btp_export.running.embedding import TokenEmbedding, filled
 from btp_export.running.generation import Answer, answers_for, generate
-from btp_export.running.memory_fit import check_fits_memory
+from btp_export.running.memory_fit import check_fits_memory, shares_packed
 from btp_export.running.sampling import Sampling
 from engines.chain import Chain
 from engines.runners.interface import Loader
@@ -119,7 +119,7 @@ def load(
     chosen = opened.profile(profile).name
     loader, graphs = open_graphs(opened, chosen, threads=threads, device=device, target=target, activations=activations)
     if target is None:
-        check_fits_memory(opened, chosen, device)
+        check_fits_memory(opened, chosen, device, activations=activations)
     return BundleModel(opened, loader, profile=chosen, graphs=graphs)
 
 
@@ -142,9 +142,7 @@ def open_graphs(
     if target is None:
         files = {graph.name: bundle.root / graph.file for graph in bundle.graphs(profile)}
         tf32 = allows_tf32(bundle.manifest.build.precision)
-        # Sharing costs disk. Float32 rows are for checking, where one part of a graph is open at a time.
-        shared = bundle.manifest.quantization is not None and activations == "int8"
-        packed = cache_folder("onnxruntime") if shared else None
+        packed = cache_folder("onnxruntime") if shares_packed(bundle, activations) else None
         level = LEVELS[activations]
         return OrtLoader(device=device, threads=threads, tf32=tf32, accuracy_level=level, packed=packed), files
     from engines.targets import find_target

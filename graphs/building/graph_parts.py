@@ -36,6 +36,11 @@ def wide_weights(model: onnx.ModelProto) -> int:
     return sum(_wide(tensor) for tensor in model.graph.initializer)
 
 
+def packed_weights(model: onnx.ModelProto) -> dict[str, int]:
+    """Bytes of the packed weights of a graph by name."""
+    return {t.name: _wide(t) for t in model.graph.initializer if t.data_type == TensorProto.UINT8}
+
+
 def _wide(tensor: TensorProto) -> int:
     kind = dtypes.BY_ONNX[tensor.data_type]
     return int(prod(tensor.dims)) * (WIDE_BYTES if kind.is_precision else kind.nbytes)

@@ -1,0 +1,167 @@
+"""A full-size LLaVA-1.5-7B with four-bit weights on a CPU: seconds to open, memory, prefill full and pruned, decode.
+
+    python -m benchmarks.four_bits_cpu [--layers 32] [--steps 8] [--folder DIR] [--plain-layers 2]
+
+Makes a checkpoint of the model's shapes with random codes (4.5 GB, kept in the cache; nothing is searched for: random
+weights have nothing to keep), exports it with the published plan in float16, and measures in processes of their own:
+the first opening, which packs the weights into files that all sessions map (7 GB in the cache), a second one, and the
+model without pruning. Beside it the same model in float16, as ONNX Runtime computes it on a CPU where memory does not
+hold it: one layer open at a time, from --plain-layers layers. The load of the machine is
+recorded. Writes benchmarks/results/four_bits_cpu.md.
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import date
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from benchmarks.rtx_7b import MODEL, PUBLISHED, SHORT
+from btp_export import console
+from btp_export.dummy.checkpoints import dummy_checkpoint
+from btp_export.exporting import Options, export_bundle
+from btp_export.model.open_model import open_model
+from engines.runners.onnxruntime import OrtLoader
+from engines.verify.streamed_graphs import StreamedRunner
+from graphs import names
+from graphs.building.derived_bundles import derive
+from graphs.files.bundle import Bundle
+from graphs.files.cache_folder import cache_folder
+from graphs.records.plan import PruningPlan
+
+RESULTS = Path(__file__).parent / "results" / "four_bits_cpu.md"
+GROUP = 128
+MEMORY = ("VmHWM", "RssAnon", "RssFile")
+
+
+def make_bundle(layers: int, folder: Path, group: int | None) -> Bundle:
+    """The dummy model with the published plan, float16."""
+    with console.progress("checkpoint") as bar:
+        checkpoint = dummy_checkpoint(MODEL, layers=layers, group=group, report=bar)
+    stages = tuple(stage for stage in PUBLISHED if stage.layer < layers) if layers > 3 else SHORT
+    plan = PruningPlan(model_type="llava", num_layers=layers, image_tokens=576, grid=(24, 24), stages=stages)
+    with console.progress("export") as bar:
+        return export_bundle(open_model(str(checkpoint)), plan, folder, Options(precision="float16"), report=bar)
+
+
+def memory() -> dict[str, float]:
+    """MiB of this process; `Pss` counts a page that two sessions map once."""
+    lines = Path("/proc/self/status").read_text() + Path("/proc/self/smaps_rollup").read_text().partition("\n")[2]
+    found = dict(line.split(":", 1) for line in lines.splitlines())
+    return {key: int(found[key].split()[0]) / 1024 for key in (*MEMORY, "Pss")}
+
+
+def measure_here(bundle: Bundle, steps: int) -> dict[str, Any]:
+    """Open the bundle, one prefill to warm up, one to time, then decode."""
+    from btp_export.measuring.bench import random_samples
+    from btp_export.running.generation import answers_for
+    from btp_export.running.runtime import load
+
+    start = time.perf_counter()
+    model = load(bundle)
+    opened = time.perf_counter() - start
+    encoded = random_samples(model)
+    model.prefill(encoded)
+    prefill = model.prefill(encoded)
+    times = model.complete(prefill, answers_for(model.spec, encoded.input_ids, room=steps + 1, endless=True))
+    return {
+        "open": opened, "vision": prefill.vision_ms, "prefill": prefill.prefill_ms, "decode": median(times),
+        "load": os.getloadavg()[0], **memory(),
+    }  # fmt: skip
+
+
+def measure(bundle: Bundle, steps: int) -> dict[str, Any]:
+    """The same in a process of its own, whose memory is all this."""
+    command = [sys.executable, "-m", "benchmarks.four_bits_cpu", "--measure", str(bundle.root), "--steps", str(steps)]
+    found: dict[str, Any] = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+    return found
+
+
+def layer_at_a_time(bundle: Bundle) -> float:
+    """Milliseconds of one decode step of a float16 bundle, a part of the graph open at a time, by layer."""
+    path = bundle.graph_path(names.DECODE)
+    runner = StreamedRunner(path, OrtLoader(), most=1)
+    inputs = {name: np.zeros(spec.shape, spec.dtype) for name, spec in runner.inputs.items()}
+    start = time.perf_counter()
+    runner.run(inputs)
+    return (time.perf_counter() - start) * 1000 / bundle.spec.decoder.num_layers
+
+
+def rows(found: dict[str, dict[str, Any]]) -> list[str]:
+    columns = ("", "opening, s", "vision, ms", "prefill, ms", "decode, ms a token", "peak, GB", "private, GB")
+    columns += ("mapped once, GB", "load")
+    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    for name, one in found.items():
+        gb = {key: one[key] / 1024 for key in ("VmHWM", "RssAnon", "Pss")}
+        lines.append(
+            f"| {name} | {one['open']:.0f} | {one['vision']:.0f} | {one['prefill']:.0f} | {one['decode']:.0f} "
+            f"| {gb['VmHWM']:.1f} | {gb['RssAnon']:.1f} | {gb['Pss'] - gb['RssAnon']:.1f} | {one['load']:.1f} |"
+        )
+    return lines
+
+
+PAGE = """\
+# LLaVA-1.5-7B with four-bit weights on a CPU
+
+`python -m benchmarks.four_bits_cpu`, {date}, {cores} cores ({machine}), ONNX Runtime with int8 rows, {layers} layers of
+random codes in groups of {group}, float16, batch 1, 576 image tokens, the published plan. One timed prefill after one
+to warm up, the median of the decode steps. `load` is the machine's: where it is above the number of cores, times say
+little.
+
+{table}
+
+Peak is the process's resident memory at most. A page of packed weights that prefill and decode both map counts twice in
+it and once in "mapped once", and the system may drop it.
+
+One layer at a time in float32, as a machine must that does not hold the model in float16: {layer_ms:.0f} ms a layer for
+one token, {all_s:.0f} s for {layers} layers.
+"""
+
+
+def report(found: dict[str, dict[str, Any]], layer_ms: float, layers: int) -> str:
+    """The page."""
+    return PAGE.format(
+        date=date.today(),
+        cores=os.cpu_count(),
+        machine=platform.machine(),
+        layers=layers,
+        group=GROUP,
+        table="\n".join(rows(found)),
+        layer_ms=layer_ms,
+        all_s=layer_ms * layers / 1000,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--plain-layers", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--folder", type=Path, help="where the bundle goes and stays; a temporary one if left out")
+    parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.measure is not None:
+        print(json.dumps(measure_here(Bundle.open(given.measure), given.steps)))
+        return
+    with tempfile.TemporaryDirectory(dir=cache_folder(), prefix="four-bits-") as scratch:
+        place = given.folder or Path(scratch) / "bundle"
+        bundle = Bundle.open(place) if place.is_dir() else make_bundle(given.layers, place, GROUP)
+        full = derive(bundle, bundle.plan.without_stages(), Path(scratch) / "full")
+        found = {"pruned, first opening": measure(bundle, given.steps), "pruned": measure(bundle, given.steps)}
+        found["full"] = measure(full, given.steps)
+        plain = make_bundle(given.plain_layers, Path(scratch) / "plain", None)
+        RESULTS.write_text(report(found, layer_at_a_time(plain), given.layers), encoding="utf-8")
+    print(RESULTS.read_text(encoding="utf-8"))
+
+
+if __name__ == "__main__":
+    main()
