@@ -25,7 +25,9 @@ from btp_export import commands, console
 from btp_export.commands._groups import GroupedCommand, GroupedCommands, as_command
 from graphs.records.errors import BtpError, shortened
 
-ORDER = ("calibrate", "export", "verify", "run", "eval", "bench", "build", "profile", "plan", "report", "doctor")
+ORDER = (
+    "calibrate", "export", "verify", "run", "eval", "bench", "serve", "build", "profile", "plan", "report", "doctor",
+)  # fmt: skip
 OURS = ("btp_export", "calibrate", "engines", "graphs")
 NO_MEMORY = ("DefaultCPUAllocator: can't allocate", "CUDA out of memory", "bad_alloc", "Failed to allocate memory")
 USAGE = {

@@ -14,6 +14,7 @@ from btp_export.results.job import JobResult
 from btp_export.results.plans import ExportResult, Front, PlanSummary, Presets
 from btp_export.results.profile import Profile
 from btp_export.results.report import ReportDocument, ReportResult
+from btp_export.results.serving import Serve
 from btp_export.results.timing import Bench
 from btp_export.results.verification import Verification
 
@@ -32,6 +33,7 @@ DOCUMENTS: dict[type[Result], str] = {
     Profile: "`profile`, engines/&lt;target&gt;/profile.*.json",
     ReportDocument: "report/report.json",
     ReportResult: "`report`",
+    Serve: "`serve`",
     Doctor: "`doctor`",
     Version: "`--version`",
 }

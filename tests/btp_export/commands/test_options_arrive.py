@@ -27,7 +27,7 @@ COMMANDS = ROOT / "btp_export" / "commands"
 COMMAND_FILES = frozenset(map(str, COMMANDS.glob("*.py")))
 FRAME = {ROOT / "btp_export" / name for name in ("cli.py", "console.py")}
 SHORT = {"open_model", "choose_plan"}  # take a `report`, and are over in a moment on the tiny model
-LONG = {"run_job", "collect"}  # make a progress bar themselves
+LONG = {"run_job", "collect", "serve_until_stopped"}  # make a progress bar themselves, or have no end
 
 # What `--json` and the others change is what is printed; test_cli and test_console look at that.
 PRINTED = {"--json", "--help", "--version", "--debug", "--list", "--install-completion", "--show-completion"}
@@ -61,6 +61,10 @@ VALUES = {
     "--engine-weights": Given("shared", ("--dry-run",)), "--precision": Given("float16"), "--link": Given("hard"),
     "--importance": Given("mean-text"), "--spatial-metric": Given("manhattan"), "--maths": Given("float16"),
     "--dummy-weights": Given(None, ("--model", "llava-1.5-7b")),
+    "--host": Given("127.0.0.2"), "--port": Given("38765"), "--name": Given("mine"), "--max-wait": Given("7"),
+    "--queue": Given("7"), "--timeout": Given("7"), "--api-key-file": Given("PROMPTS"), "--allow-host": Given("robot"),
+    "--allow-private": Given(None, ("--allow-http",)), "--files": Given("PICTURES"), "--max-picture": Given("7"),
+    "--max-pixels": Given("7"), "--ray": Given("local"),
 }  # fmt: skip
 SPECIAL = {
     ("", "--model"): Given("llava-1.5-7b"),
@@ -189,6 +193,7 @@ def command_line(command: str, flag: str, model: str, bundle: str) -> list[str]:
     needs = {
         "": ["--model", model, *plan], "export": ["--model", model, *plan], "calibrate": ["--model", model],
         "run": [bundle, *picture], "plan": [], "doctor": [],
+        "serve": [bundle, "--port", "0"],
         "build": [bundle, "--target", "jetson-orin-jp6"], "profile": [bundle, "--target", "jetson-orin-jp6"],
     }.get(command, [bundle])  # fmt: skip
     if command == "plan" and flag not in ("--model", "--compression", "--image-size"):

@@ -1,0 +1,92 @@
+"""Work on many samples spread over a Ray cluster, the results in order as one process would have made them.
+
+Every machine needs this package, and what is read (bundles, checkpoints) at the same path.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+from btp_export.extra import extra_serve
+from graphs.records.errors import InputError, UnavailableError
+
+Result = TypeVar("Result")
+PART = 16  # samples of a part, whatever the cluster: a run that goes on may have another
+
+
+class Cluster:
+    """A Ray cluster that is connected."""
+
+    def __init__(self, ray: Any) -> None:
+        self._ray = ray
+
+    @property
+    def cores(self) -> int:
+        """Of all machines together."""
+        return max(1, int(self._ray.cluster_resources().get("CPU", 1)))
+
+    def results(
+        self, function: Callable[..., Result], parts: Sequence[tuple[Any, ...]], *, cpus: int = 1
+    ) -> Iterator[tuple[int, Result]]:
+        """(number of the part, function(*part)) of each, as they are done.
+
+        `function` is one of a module. A part whose machine goes away is done again elsewhere. Raises what it raises.
+        """
+        remote = self._ray.remote(function).options(num_cpus=cpus, max_retries=3)
+        numbers = {remote.remote(*part): number for number, part in enumerate(parts)}
+        waiting = list(numbers)
+        try:
+            while waiting:
+                [done], waiting = self._ray.wait(waiting, num_returns=1)
+                yield numbers[done], self._result(done)
+        finally:
+            for reference in waiting:
+                self._ray.cancel(reference, force=True)
+
+    def _result(self, reference: Any) -> Any:
+        try:
+            return self._ray.get(reference)
+        except self._ray.exceptions.RayTaskError as error:
+            raise error.cause from error
+        except self._ray.exceptions.RayError as error:
+            first = (str(error).splitlines() or [type(error).__name__])[0]
+            raise UnavailableError(
+                f"the Ray cluster lost a part of the work: {first}",
+                wanted="machines that stay",
+                do="run it again: what is done is kept",
+            ) from error
+
+    def share(self, value: Any) -> Any:
+        """The value as an argument of many parts: it is sent to each machine once."""
+        return self._ray.put(value)
+
+
+@contextlib.contextmanager
+def connected(address: str | None) -> Iterator[Cluster | None]:
+    """The cluster at an address: "auto", "host:6379", "ray://host:10001", or "local" for one of this machine's own.
+
+    None for no address. Raises UnavailableError if Ray is not installed or nothing answers there.
+    """
+    if address is None:
+        yield None
+        return
+    if not address.strip():
+        raise InputError("--ray without an address", wanted="auto, local or host:port", do="--ray auto")
+    with extra_serve():
+        import ray
+    own = not ray.is_initialized()
+    if own:
+        try:
+            ray.init(address=address, log_to_driver=False, configure_logging=False, include_dashboard=False)
+        except (ConnectionError, OSError, ValueError, RuntimeError) as error:
+            first = (str(error).splitlines() or [type(error).__name__])[0]
+            raise UnavailableError(
+                f"no Ray cluster at {address}: {first}",
+                wanted="the address of one that runs",
+                do="ray start --head starts one; --ray local uses this machine",
+            ) from error
+    try:
+        yield Cluster(ray)
+    finally:
+        if own:
+            ray.shutdown()
