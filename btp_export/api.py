@@ -179,6 +179,7 @@ def calibrate(
     seed: int = 0,
     device: str = "auto",
     maths: Precision = "float32",
+    ray: str | None = None,
     report: Report | None = None,
     note: Note = lambda text: None,
 ) -> PruningPlan:
@@ -199,6 +200,7 @@ def calibrate(
         samples: how many; 64, with `tune` 128.
         image_size: height and width in pixels to calibrate at; the model's own without.
         system: a message that every prompt begins with, as for `export`.
+        ray: address of a Ray cluster that the samples are spread over; an interrupted run goes on then.
     """
     from btp_export.model.defaults import default_profile
     from btp_export.model.open_model import open_model
@@ -211,7 +213,7 @@ def calibrate(
         target=target, weights=weights, answer_tokens=answer_tokens, kind_bound=kind_bound,
         stages=_tuple(stages), balance=_tuple(balance), importance=importance, spatial_metric=spatial_metric,
         rebalance=rebalance, spatial=spatial, drop_bound=drop_bound, tune=tune, tau=tau, cache=cache, seed=seed,
-        device=device, maths=maths,
+        device=device, maths=maths, ray=ray,
     )  # fmt: skip
     study.check_settings(settings)
     opened = open_model(model, system=system, report=report)
@@ -273,7 +275,9 @@ def evaluate(
     data: PathLike | None = None,
     full_weights: Bundle | PathLike | None = None,
     threads: int | None = None,
+    ray: str | None = None,
     report: Report | None = None,
+    note: Note = lambda text: None,
 ) -> Evaluation:
     """Measure how many answers stay right under each plan, through the exported graphs.
 
@@ -284,6 +288,7 @@ def evaluate(
         samples: how many held-out questions.
         data: JSONL of image, prompt, answer; drawn scenes without.
         full_weights: of a four-bit bundle, the same export without `weights`: tells what four bits cost.
+        ray: address of a Ray cluster that the samples are spread over; an interrupted run goes on then.
     """
     from btp_export.measuring.evaluate import DEFAULT_PLANS, evaluate_bundle
 
@@ -296,7 +301,9 @@ def evaluate(
         data=_path(data),
         full_weights=None if full_weights is None else _opened(full_weights),
         threads=threads,
+        ray=ray,
         report=report,
+        note=note,
     )
 
 

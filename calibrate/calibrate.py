@@ -104,12 +104,13 @@ def measure_statistics(
     model_tau: float = 0.93,
     answer_tokens: int = 1,
     ends: Sequence[int] = (),
+    dropped: int = DROPPED_SAMPLES,
     progress: Report | None = None,
 ) -> Statistics:
     """The first passes. `tau` is the threshold the user asked for, `model_tau` the model's own.
 
     `answer_tokens` of the model's own answer are looked at, at most, until one of the ids `ends`. Inputs that carry an
-    answer already keep it.
+    answer already keep it. What dropping does is measured on the first `dropped` inputs.
     """
     unpruned = shape.unpruned
     if answer_tokens > 1 and not any(prompt.new_tokens for prompt in inputs):
@@ -118,7 +119,7 @@ def measure_statistics(
         inputs = [replace(prompt, new_tokens=answer[:-1]) for prompt, answer in zip(inputs, answers, strict=True)]
     taus = taus_for(tau, model_tau)
     report = labelled(progress, "measuring the layers")
-    return measure(reference, inputs, unpruned, taus=taus, dropped=DROPPED_SAMPLES, progress=report)
+    return measure(reference, inputs, unpruned, taus=taus, dropped=dropped, progress=report)
 
 
 def threshold_of(statistics: Statistics, shape: Shape, *, tau: float | None, model_tau: float) -> Threshold:

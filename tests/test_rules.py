@@ -140,13 +140,14 @@ for arguments in COMMANDS:
     seen[" ".join(arguments)] = [status, heavy(), out.getvalue(), err.getvalue()]
 json.dump(seen, sys.stdout)
 """
+REFUSED = ["plan", "nothing", "--model", "nowhere"]
 LIGHT_COMMANDS = [["--help"], ["--version"], *([name, "--help"] for name in COMMANDS)]
 
 
 @pytest.fixture(scope="module")
 def light() -> dict[str, list[Any]]:
     """Status, heavy libraries loaded so far, output and errors of each, in one fresh interpreter: this one is not."""
-    script = f"HEAVY = {HEAVY!r}\nCOMMANDS = {LIGHT_COMMANDS!r}\n{LIGHT}"
+    script = f"HEAVY = {HEAVY!r}\nCOMMANDS = {[*LIGHT_COMMANDS, REFUSED]!r}\n{LIGHT}"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     seen: dict[str, list[Any]] = json.loads(done.stdout)
@@ -159,6 +160,11 @@ def test_light_things_load_nothing_heavy(command: str, light: dict[str, list[Any
     assert (status, heavy, errors) == (0, [], "")
     assert output or command == "import"
     assert all(len(line) <= 80 for line in output.splitlines())
+
+
+def test_a_name_that_is_no_model_is_refused_before_anything_heavy_is_loaded(light: dict[str, list[Any]]) -> None:
+    status, heavy, output, errors = light[" ".join(REFUSED)]
+    assert (status, output) == (2, "") and set(heavy) <= {"PIL"} and "no model is called 'nowhere'" in errors
 
 
 def test_packages_import_without_side_effects() -> None:

@@ -64,6 +64,12 @@ ThreadsOption = Annotated[
     typer.Option("--threads", metavar="N", help="CPU threads for each graph.  [default: all cores]"),
     Between(1, MOST_THREADS, 4),
 ]
+RayOption = Annotated[
+    str | None,
+    typer.Option(
+        "--ray", metavar="ADDRESS", help="Spread the samples over a Ray cluster: auto, local, host:port or ray://..."
+    ),
+]
 DeviceOption = Annotated[
     str,
     typer.Option(

@@ -150,6 +150,7 @@ def command(
     ] = True,
     device: options.DeviceOption = "auto",
     maths: options.MathsOption = "float32",
+    ray: options.RayOption = None,
     dummy: options.DummyOptions = options.DummyOptions(),
     out: Annotated[
         Path | None, typer.Option("--out", metavar="PATH", help="Write the plan to this file (--pareto: a folder).")
@@ -169,6 +170,7 @@ def command(
         seed=seed,
         device=device,
         maths=maths,
+        ray=ray,
     )
     if samples is not None:
         settings = replace(settings, samples=samples)
@@ -259,18 +261,24 @@ def _front(
     from btp_export.planning.plan_folder import check_folder, front_of, write_front
     from btp_export.planning.study import calibration_work, open_study
     from btp_export.planning.study_tables import show_front
+    from btp_export.spreading import connected
     from calibrate.pareto import front, requests
 
     opened = opens()
     if out is not None:
         check_folder(out, force=force)
-    with progress("calibrating") as bar, calibration_work(opened, settings, note) as work:
+    with (
+        progress("calibrating") as bar,
+        calibration_work(opened, settings, note) as work,
+        connected(settings.ray) as cluster,
+    ):
         study, request = open_study(
             opened,
             settings,
             profile=default_profile(opened, size),
             check=lambda request, shape, cost: requests(request, shape, cost, budgets),
             work=work,
+            cluster=cluster,
             report=bar,
             note=note,
         )

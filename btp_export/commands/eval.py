@@ -8,7 +8,7 @@ import typer
 from btp_export.commands import _complete as complete
 from btp_export.commands import _options as options
 from btp_export.commands._groups import Between
-from btp_export.console import JsonOption, emit, progress
+from btp_export.console import JsonOption, emit, note, progress
 
 if TYPE_CHECKING:
     from btp_export.results.evaluation import Evaluation
@@ -44,6 +44,7 @@ def command(
     ] = None,
     threads: options.ThreadsOption = None,
     activations: options.ActivationsOption = "int8",
+    ray: options.RayOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Measure the accuracy of several plans at equal average tokens."""
@@ -62,7 +63,9 @@ def command(
             full_weights=None if full_weights is None else Bundle.open(full_weights),
             threads=threads,
             activations=activations,
+            ray=ray,
             report=bar,
+            note=note,
         )
     emit(result, as_json=as_json, render=show)
 

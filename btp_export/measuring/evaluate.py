@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from btp_export.exporting import vision_with_attention
-from btp_export.model.pictures import fitted
+from btp_export.measuring.answering import Answers, Questions, answer, ask
 from btp_export.planning.plan_files import CALIBRATED, plan_for
 from btp_export.results.evaluation import EvaluatedPlan, Evaluation, WeightsCost
+from btp_export.spreading import Cluster, connected
 from graphs.building.derived_bundles import derive, scratch_folder
 from graphs.files.bundle import Bundle
 from graphs.records.errors import InputError
 from graphs.records.match_plan import plan_for_profile, spec_at
 from graphs.records.plan import PruningPlan
-from graphs.records.progress import Report
+from graphs.records.progress import Note, Report
 from graphs.records.quantization import Activations
 
 if TYPE_CHECKING:
-    from btp_export.model.prompting import Encoded
-    from btp_export.running.runtime import BundleModel, Prefill
-    from calibrate.data.samples import Sample, SampleSet
+    from btp_export.running.runtime import BundleModel
+    from calibrate.data.samples import SampleSet
     from calibrate.measure.accuracy import Score
 
 FULL = "none"
@@ -40,18 +39,6 @@ class ScoredEvaluation:
     hits: list[list[bool]]
 
 
-@dataclass(frozen=True)
-class Answers:
-    """What one plan answered to every sample.
-
-    attention_kept: for each stage, each sample's share of the scores that the kept tokens hold; see `_row`.
-    """
-
-    plan: PruningPlan
-    texts: list[str]
-    attention_kept: Mapping[int, list[float]] = field(default_factory=dict)
-
-
 def evaluate_bundle(
     bundle: Bundle,
     *,
@@ -63,7 +50,9 @@ def evaluate_bundle(
     full_weights: Bundle | None = None,
     threads: int | None = None,
     activations: Activations = "int8",
+    ray: str | None = None,
     report: Report | None = None,
+    note: Note = lambda text: None,
 ) -> Evaluation:
     """Accuracy: a row for each of `plans` and budgets.
 
@@ -72,6 +61,9 @@ def evaluate_bundle(
     bundle's own plan. Questions are held-out scenes, or the lines of the JSONL file `data`; `full_weights`, a bundle of
     the same model before its weights became four bits, is asked them too. Raises InputError for unknown plans, unusable
     data or a bundle of something else before any long work.
+
+    `ray` is the address of a cluster that the samples are spread over; such a run goes on where an earlier one was
+    interrupted, of which `note` tells.
     """
     budgets = [compression] if compression is None or isinstance(compression, float) else list(compression)
     planned = resolve_budgets(bundle, plans, budgets)
@@ -88,7 +80,9 @@ def evaluate_bundle(
             data=data,
             threads=threads,
             activations=activations,
+            ray=ray,
             report=report,
+            note=note,
         )
 
     if full_weights is None:
@@ -132,7 +126,9 @@ def evaluate_plans(
     data: Path | None = None,
     threads: int | None = None,
     activations: Activations = "int8",
+    ray: str | None = None,
     report: Report | None = None,
+    note: Note = lambda text: None,
 ) -> ScoredEvaluation:
     """The same for named plans; plans that give the same graphs are run once."""
     from btp_export.running.runtime import activations_in, load
@@ -146,18 +142,18 @@ def evaluate_plans(
     different = {unpruned: (FULL, full)}
     for digest, entry in zip(digests, planned, strict=True):
         different.setdefault(digest, entry)
-    answers: dict[str, Answers] = {}
-    questions: _Questions | None = None
-    total = len(different) * len(chosen.samples)
-    with scratch_folder(bundle) as folder:
-        for digest, (name, plan) in different.items():
-            derived = bundle
-            if digest != bundle.plan.digest():
-                derived = derive(bundle, plan, folder / digest, vision=vision_with_attention)
-            start = len(answers) * len(chosen.samples)
-            model = load(derived, threads=threads, activations=activations)
-            questions = questions or _ask(model, chosen)
-            answers[digest] = _answer(model, questions, _offset(report, start, total, name))
+    with scratch_folder(bundle) as folder, connected(ray) as cluster:
+        derived = {bundle.plan.digest(): bundle} | {
+            digest: derive(bundle, plan, folder / digest, vision=vision_with_attention)
+            for digest, (_, plan) in different.items()
+            if digest != bundle.plan.digest()
+        }
+        asked = {digest: (name, derived[digest]) for digest, (name, _) in different.items()}
+        opens = partial(load, threads=threads, activations=activations)
+        if cluster is None:
+            answers, resized = _answers(asked, chosen, opens, report)
+        else:
+            answers, resized = _spread_answers(cluster, asked, chosen, opens, report, note)
     profile = bundle.profile()
     flops = {digest: cost(bundle.spec.decoder, each.plan, profile).prefill for digest, each in answers.items()}
     best, every = _score(chosen, answers[unpruned]), flops[unpruned]
@@ -168,7 +164,7 @@ def evaluate_plans(
     evaluation = Evaluation(
         samples=len(chosen.samples),
         source=chosen.source,
-        **_resizing(bundle, questions.resized if questions else 0),
+        **_resizing(bundle, resized),
         full_accuracy=best.accuracy,
         rows=tuple(rows),
         activations=activations_in(bundle, activations),
@@ -237,80 +233,42 @@ def _resizing(bundle: Bundle, resized: int) -> dict[str, Any]:
     return {"image_size": bundle.profile().image_size, "resized": resized} if bundle.spec.vision.dynamic else {}
 
 
-@dataclass
-class _Questions:
-    """The samples as the graphs take them. Vision is the same for all plans, so the first one leaves what it made."""
-
-    encoded: Encoded
-    room: int  # new tokens that are enough to tell a right answer
-    vision: dict[int, dict[str, Any]]  # by first sample of a batch: the vision graph's outputs by name
-    resized: int  # pictures that were scaled to the profile's size
-
-
-def _ask(model: BundleModel, chosen: SampleSet) -> _Questions:
-    encoded, resized = _encode(model, chosen)
-    longest = max(len(model.prompter.token_ids(sample.answer or "")) for sample in chosen.samples)
-    return _Questions(encoded, min(model.profile.new_tokens, longest + 2), {}, resized)
-
-
-def _encode(model: BundleModel, chosen: SampleSet) -> tuple[Encoded, int]:
-    """All samples in one, and how many pictures were scaled for it.
-
-    Raises InputError with file and line of the first that the model cannot take.
-    """
-    from calibrate.data.text_files import at
-
-    def encode(samples: Sequence[Sample]) -> tuple[Encoded, int]:
-        pictures, resized = fitted([sample.image for sample in samples], model.spec, model.profile)
-        prompts = [sample.prompt for sample in samples]
-        return model.prompter.encode(pictures, prompts, profile=model.profile), resized
-
-    try:
-        return encode(chosen.samples)
-    except InputError:
-        for sample in chosen.samples:
-            try:
-                encode([sample])
-            except InputError as error:
-                raise at(sample.where, error) from error
-        raise
+def _answers(
+    asked: Mapping[str, tuple[str, Bundle]],
+    chosen: SampleSet,
+    opens: Callable[[Bundle], BundleModel],
+    report: Report | None,
+) -> tuple[dict[str, Answers], int]:
+    """What each (name, bundle) answers, by its key, and how many pictures were scaled; one after another."""
+    answers: dict[str, Answers] = {}
+    questions: Questions | None = None
+    total = len(asked) * len(chosen.samples)
+    for key, (name, bundle) in asked.items():
+        model = opens(bundle)
+        questions = questions or ask(model, chosen)
+        answers[key] = answer(model, questions, _offset(report, len(answers) * len(chosen.samples), total, name))
+    return answers, questions.resized if questions else 0
 
 
-def _answer(model: BundleModel, questions: _Questions, report: Report | None) -> Answers:
-    """Greedy answers of one bundle."""
-    texts: list[str] = []
-    kept: dict[int, list[float]] = {}
-    total = len(questions.encoded)
-    for first in range(0, total, model.profile.batch):
-        part = questions.encoded.part(range(first, min(first + model.profile.batch, total)))
-        known = questions.vision.setdefault(first, {})
-        prefill = model.prefill(part, vision=known)
-        if prefill.vision_ms is not None:  # it was run: something was not known yet
-            known |= model.chain.vision_outputs
-        for stage, shares in _attention_kept(model, prefill).items():
-            kept.setdefault(stage, []).extend(shares)
-        for answer in model.greedy(prefill, part, questions.room):
-            texts.append(model.prompter.decode(answer.without_end()))
-        if report is not None:
-            report(len(texts), total)
-    return Answers(model.plan, texts, kept)
+def _spread_answers(
+    cluster: Cluster,
+    asked: Mapping[str, tuple[str, Bundle]],
+    chosen: SampleSet,
+    opens: partial[BundleModel],
+    report: Report | None,
+    note: Note,
+) -> tuple[dict[str, Answers], int]:
+    """The same, a few batches at a time on the machines of a cluster."""
+    from btp_export.measuring.spread_answers import answered
 
-
-def _attention_kept(model: BundleModel, prefill: Prefill) -> dict[int, list[float]]:
-    """For each stage, each sample's scores of the kept tokens over the scores of all tokens it chose from.
-
-    Only where the scores are attention, so not at layer 0 and not for `random` and `dart`.
-    """
-    from graphs.pruning.torch_scores import uses_attention
-
-    scored = model.chain.stage_scores
-    shares: dict[int, list[float]] = {}
-    for number, indices in enumerate(prefill.kept_relative):
-        if number in scored and uses_attention(model.plan, number):
-            scores = scored[number][: len(indices)].astype(np.float64)
-            held = np.take_along_axis(scores, indices, axis=1).sum(axis=1)
-            shares[number] = (held / np.maximum(scores.sum(axis=1), np.finfo(np.float64).tiny)).tolist()
-    return shares
+    bundles = {key: bundle for key, (_, bundle) in asked.items()}
+    model = opens(next(iter(bundles.values())))
+    questions = ask(model, chosen)
+    parts = answered(
+        cluster, bundles, questions.encoded, questions.room, batch=model.profile.batch, settings=opens.keywords,
+        report=report, note=note,
+    )  # fmt: skip
+    return {key: Answers(bundles[key].plan, *part) for key, part in parts.items()}, questions.resized
 
 
 def _score(chosen: SampleSet, answers: Answers) -> Score:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from btp_export.model.defaults import default_profile, fitted_samples
+from btp_export.spreading import Cluster, connected
 from graphs import dtypes
 from graphs.dtypes import Precision
 from graphs.files.atomic import size_text
@@ -82,6 +83,7 @@ class CalibrationSettings:
     seed: int = 0
     device: str = "auto"  # cpu, cuda, cuda:<n>; auto: a GPU if there is one
     maths: Precision = "float32"  # what the model computes in
+    ray: str | None = None  # address of a cluster that the samples are spread over
 
 
 def parse_keep(text: str) -> tuple[int, ...]:
@@ -125,20 +127,26 @@ def calibrate_model(
     """
     from calibrate.calibrate import calibrate
 
-    with calibration_work(model, settings, note) as work:
-        study, request = open_study(model, settings, profile=profile, work=work, report=report, note=note)
+    with calibration_work(model, settings, note) as work, connected(settings.ray) as cluster:
+        study, request = open_study(
+            model, settings, profile=profile, work=work, cluster=cluster, report=report, note=note
+        )
         return calibrate(study, request, tuned=settings.tune, progress=report)
 
 
 @contextlib.contextmanager
 def calibration_work(model: Model, settings: CalibrationSettings, note: Note | None) -> Iterator[Work | None]:
-    """Where the calibration of a large model keeps checkpoints, so that an interrupted one goes on; else nowhere."""
-    if sum(ref.nbytes for ref in model.checkpoint.tensors.values()) < LARGE:
+    """Where a calibration keeps checkpoints, so that an interrupted one goes on: of a large model, and of one whose
+    samples are spread over a cluster; else nowhere.
+    """
+    if settings.ray is None and sum(ref.nbytes for ref in model.checkpoint.tensors.values()) < LARGE:
         yield None
         return
     from calibrate.measure.statistics_cache import checkpoint_identity
 
-    key = digest(checkpoint_identity(model.checkpoint), model.spec.system, repr(settings), tool_versions())
+    key = digest(
+        checkpoint_identity(model.checkpoint), model.spec.system, repr(replace(settings, ray=None)), tool_versions()
+    )
     with work_folder(cache_folder("work"), key, note or (lambda text: None)) as work:
         yield work
 
@@ -150,18 +158,20 @@ def open_study(
     profile: ShapeProfile | None = None,
     check: Check | None = None,
     work: Work | None = None,
+    cluster: Cluster | None = None,
     report: Report | None = None,
     note: Note | None = None,
 ) -> tuple[Study, Request]:
     """The model measured on its samples, or its statistics from the cache, and what plan is asked for.
 
-    `work` is where long passes leave checkpoints. `check` stands for the request's own where something else is asked of
-    it. Raises as `calibrate_model`.
+    `work` is where long passes leave checkpoints, `cluster` what the samples are spread over, if anything. `check`
+    stands for the request's own where something else is asked of it. Raises as `calibrate_model`.
     """
     check_settings(settings)
 
     from btp_export.model.prompting import Prompter
     from btp_export.planning.latency import prefill_cost
+    from btp_export.planning.spread_reference import SpreadReference, measured
     from calibrate import calibrate as calibration
     from calibrate.measure.statistics_cache import StatisticsCache
     from calibrate.place.counts import Shape
@@ -186,11 +196,12 @@ def open_study(
     _check_samples(model, profile, len(chosen.samples), settings)
     samples, resized = fitted_samples(chosen.samples, spec, profile)
     inputs = model_inputs(model, prompter, profile, samples, report)
-    reference = StreamedReference(
-        model.checkpoint, dtype=dtypes.BY_NAME[settings.maths].torch, device=device, work=work
-    )
+    dtype = dtypes.BY_NAME[settings.maths].torch
+    reference = StreamedReference(model.checkpoint, dtype=dtype, device=device, work=work)
+    if cluster is not None:
+        reference = SpreadReference(cluster, model.checkpoint, dtype=dtype, device=device, work=work)
     taus = calibration.taus_for(settings.tau, spec.change_threshold)
-    measure = partial(calibration.measure_statistics, reference, inputs, shape, answer_tokens=settings.answer_tokens)
+    measure = partial(measured, reference, inputs, shape, answer_tokens=settings.answer_tokens)
     cache = StatisticsCache(cache_folder("statistics") if settings.cache else None, note)
     statistics = cache.get_or_measure(
         _cache_key(model, profile, chosen.digest(), taus, settings, device),

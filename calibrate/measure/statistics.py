@@ -15,7 +15,7 @@ Both look at whole answers: the full model's own, whose tokens ride behind the p
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -53,6 +53,17 @@ class Statistics:
     logits: np.ndarray
     answers: np.ndarray
     lengths: np.ndarray
+
+    @staticmethod
+    def joined(parts: Sequence[Statistics]) -> Statistics:
+        """Those of samples that were measured a part at a time, as if they had been one."""
+
+        def all_of(name: str) -> np.ndarray:
+            arrays = [getattr(part, name) for part in parts]
+            return np.concatenate([array for array in arrays if len(array)] or arrays[:1])
+
+        names = [each.name for each in fields(Statistics) if each.name != "taus"]
+        return Statistics(taus=parts[0].taus, **{name: all_of(name) for name in names})
 
     @property
     def samples(self) -> int:

@@ -13,7 +13,7 @@ import numpy as np
 
 from calibrate.measure.divergence import change
 from calibrate.place.candidates import Candidate
-from calibrate.reference.records import ReferenceInput, RunRecord
+from calibrate.reference.records import ReferenceInput
 from calibrate.reference.streamed_model import StreamedReference
 from graphs.records.plan import PruningPlan
 from graphs.records.progress import Report, part_of
@@ -77,15 +77,15 @@ def _run(
     parts = passes([candidate.plan for group in groups for candidate in group], inputs, reference.vocab_size)
     judged: list[Candidate] = []
     for number, plans in enumerate(parts):
-        runs = reference.run(inputs, plans, progress=part_of(progress, number, len(parts)))
-        for first in range(0, len(runs), len(inputs)):  # now: the logits of one pass are what memory has room for
-            judged.append(_judged(next(waiting), runs[first : first + len(inputs)], logits))
+        pruned = reference.logits(inputs, plans, progress=part_of(progress, number, len(parts)))
+        for first in range(0, len(pruned), len(inputs)):  # now: the logits of one pass are what memory has room for
+            judged.append(_judged(next(waiting), pruned[first : first + len(inputs)], logits))
     each = iter(judged)
     return [[next(each) for _ in group] for group in groups]
 
 
-def _judged(candidate: Candidate, runs: Sequence[RunRecord], logits: Sequence[np.ndarray]) -> Candidate:
-    changes = [change(full, run.logits) for full, run in zip(logits, runs, strict=True)]
+def _judged(candidate: Candidate, pruned: Sequence[np.ndarray], logits: Sequence[np.ndarray]) -> Candidate:
+    changes = [change(full, part) for full, part in zip(logits, pruned, strict=True)]
     return replace(
         candidate,
         divergence=np.array([change.divergence for change in changes]),

@@ -23,6 +23,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import AttentionInterface, AutoModel
@@ -219,6 +220,12 @@ class StreamedReference:
             for observer in seen:
                 observer.finish(self.head)
             return self._finish(runs, recorder)
+
+    def logits(
+        self, inputs: Sequence[ReferenceInput], plans: Sequence[PruningPlan], *, progress: Report | None = None
+    ) -> list[np.ndarray]:
+        """Only the logits [answer, vocabulary] of each run, plan by plan, then prompt by prompt."""
+        return [run.logits for run in self.run(inputs, plans, progress=progress)]
 
     def _recorder(self, runs: Sequence[_Run]) -> Recorder:
         """Records on disk if there is a work folder and they are large: keys and values of every layer."""

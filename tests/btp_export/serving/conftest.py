@@ -14,20 +14,22 @@ from graphs.files.bundle import Bundle
 from tests.btp_export.families import parity
 from tests.btp_export.families.test_llava_next import make_next
 from tests.btp_export.serving.running import Server
+from tests.conftest import made_once
 
 KEY = "correct horse"
 LIMITS = Limits(body=400_000, picture=200_000, pixels=1_000_000, seconds=20, prepare_seconds=5, queue=6)
 
 
 @pytest.fixture(scope="session")
-def served_bundle(demo_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    folder = tmp_path_factory.mktemp("served")
-    model = make_next(demo_checkpoint, folder / "model")
-    sizes = ["--image-size", "48x48", "--image-size", "40x72", "--batch", "3"]
-    room = ["--text-tokens", "48", "--max-new-tokens", "12"]
-    arguments = ["export", "--model", str(model), "--plan", "btp-paper", "--out", str(folder / "bundle")]
-    assert cli.main([*arguments, *sizes, *room]) == 0
-    return Bundle.open(folder / "bundle")
+def served_bundle(demo_checkpoint: Path, shared_folder: Path) -> Bundle:
+    def make(folder: Path) -> None:
+        model = make_next(demo_checkpoint, folder / "model")
+        sizes = ["--image-size", "48x48", "--image-size", "40x72", "--batch", "3"]
+        room = ["--text-tokens", "48", "--max-new-tokens", "12"]
+        arguments = ["export", "--model", str(model), "--plan", "btp-paper", "--out", str(folder / "bundle")]
+        assert cli.main([*arguments, *sizes, *room]) == 0
+
+    return Bundle.open(made_once(shared_folder / "served", make) / "bundle")
 
 
 @pytest.fixture(scope="session")

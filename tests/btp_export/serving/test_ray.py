@@ -57,13 +57,13 @@ def running(address: str, served_bundle: Bundle) -> str:
 
 
 class Load:
-    """Whole and streamed requests by turns from four clients until it is stopped."""
+    """Whole requests from two clients and streamed ones from a third until it is stopped."""
 
     def __init__(self, address: str, picture: Image.Image) -> None:
         self._address, self._stop = address, threading.Event()
         self._body = {"model": "tiny", "messages": question(picture, PROMPT)}
         self.whole, self.streamed = list[Reply](), list[Reply]()
-        self._threads = [threading.Thread(target=self._ask, args=(n,), daemon=True) for n in range(4)]
+        self._threads = [threading.Thread(target=self._ask, args=(n,), daemon=True) for n in range(3)]
 
     def __enter__(self) -> "Load":
         for thread in self._threads:
@@ -77,7 +77,7 @@ class Load:
             assert not thread.is_alive()
 
     def _ask(self, number: int) -> None:
-        while not self._stop.is_set():
+        while not self._stop.wait(0.05):  # a little room for the replicas that start meanwhile
             streamed = number == 0
             body = json.dumps(self._body | {"stream": streamed}).encode()
             reply = ask(self._address, "POST", "/v1/chat/completions", body, JSON)
