@@ -162,14 +162,11 @@ def command(
 def _key(file: Path | None) -> str | None:
     """The API key of the file or the environment, None if neither has one. Raises InputError for one that is empty."""
     from graphs.records.errors import InputError
+    from graphs.records.reading import read_text
 
     if file is None and KEY_VARIABLE not in os.environ:
         return None
-    try:
-        text = os.environ[KEY_VARIABLE] if file is None else file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not a text"
-        raise InputError(f"--api-key-file {file}: {reason}", wanted="a file with one line", do="check it") from error
+    text = os.environ[KEY_VARIABLE] if file is None else read_text(file, noun="file with one line", most=2**16)
     key = text.strip()
     if not key or not key.isascii() or not key.isprintable():
         where = KEY_VARIABLE if file is None else f"--api-key-file {file}"

@@ -16,6 +16,7 @@ from btp_export.serving.preparing import LENGTHS, Options, frame
 from btp_export.serving.questions import Question
 from btp_export.serving.refusals import Refusal
 from graphs.records.errors import BtpError, CheckError, InputError, UnavailableError
+from graphs.records.reading import parse_json
 
 SLACK = 5.0  # seconds after which a process that its own alarm did not end is killed
 ERRORS: dict[int, type[BtpError]] = {1: CheckError, 2: InputError, 3: UnavailableError}
@@ -83,7 +84,7 @@ class Preparation:
     async def _read(self) -> tuple[dict[str, Any], bytes]:
         assert self._process is not None and self._process.stdout is not None
         head, data = LENGTHS.unpack(await self._process.stdout.readexactly(LENGTHS.size))
-        return json.loads(await self._process.stdout.readexactly(head)), await self._process.stdout.readexactly(data)
+        return parse_json(await self._process.stdout.readexactly(head)), await self._process.stdout.readexactly(data)
 
     async def _ended(self) -> Refusal:
         """What a request is told that ended the process."""

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from graphs.records.reading import parse_json
+
 LENGTHS = struct.Struct(">IQ")
 
 
@@ -109,7 +111,7 @@ def read_frame(source: IO[bytes]) -> tuple[dict[str, Any], bytes] | None:
     if len(lengths) < LENGTHS.size:
         return None
     head, data = LENGTHS.unpack(lengths)
-    return json.loads(source.read(head)), source.read(data)
+    return parse_json(source.read(head)), source.read(data)
 
 
 def write_frame(target: IO[bytes], head: dict[str, Any], data: bytes = b"") -> None:
@@ -126,5 +128,5 @@ def frame(head: dict[str, Any], data: bytes = b"") -> bytes:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the server's to answer
-    given = json.loads(sys.argv[1])
+    given = parse_json(sys.argv[1])
     main(Options(**given | {"profiles": tuple(given["profiles"])}))

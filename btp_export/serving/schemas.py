@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag, ValidationError
 
 from btp_export.serving.refusals import Refusal
+from graphs.records.reading import parse_json
 from graphs.records.record import Record
 
 MOST_STOPS, LONGEST_STOP = 4, 1000
@@ -119,6 +120,10 @@ class ChatRequest(Record):
 
 def parse_request(body: bytes) -> ChatRequest:
     """The request in a body. Raises Refusal that names the field and what was wrong with it."""
+    try:
+        parse_json(body)  # keys that are there twice, numbers without end: what readers understand differently
+    except ValueError as error:
+        raise Refusal(f"the body is no JSON: {error}") from error
     try:
         return ChatRequest.model_validate_json(body, strict=True)
     except ValidationError as error:
