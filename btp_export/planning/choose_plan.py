@@ -6,7 +6,6 @@ from btp_export import console
 from btp_export.model.open_model import Model
 from btp_export.planning.plan_files import CALIBRATED, plan_for
 from btp_export.planning.study import CalibrationSettings, calibrate_model, check_settings
-from calibrate.data.samples import pictures_named
 from calibrate.place.presets import PRESETS
 from graphs.files.paths import expanded
 from graphs.records.errors import InputError
@@ -50,7 +49,11 @@ def files_read(choice: str, settings: CalibrationSettings) -> list[Path]:
     named: list[str | Path | None] = [choice if choice != CALIBRATED and choice not in PRESETS else None]
     named += [settings.images, settings.prompts, settings.latency_from]
     paths = [expanded(name) for name in named if name is not None]
-    pictures = [] if settings.images is None else pictures_named(expanded(settings.images))
+    pictures: list[Path] = []
+    if settings.images is not None:
+        from calibrate.data.samples import pictures_named  # loads torch
+
+        pictures = pictures_named(expanded(settings.images))
     return [path for path in (*paths, *pictures) if path.exists()]
 
 

@@ -33,9 +33,14 @@ def refusing(got: str, *, wanted: str, do: str) -> Iterator[None]:
     except (BtpError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
     except BaseException as error:  # PanicException of Rust's libraries is no Exception
-        if isinstance(error, OSError) and error.errno in SURROUNDINGS:
+        if isinstance(error, OSError) and (error.errno in SURROUNDINGS or _no_folder(error)):
             raise
         raise InputError(f"{got}: {reason(error)}", wanted=wanted, do=do) from error
+
+
+def _no_folder(error: OSError) -> bool:
+    """Whether it says that the current folder was removed: that is the one file without a name."""
+    return error.errno == errno.ENOENT and error.filename is None
 
 
 @contextlib.contextmanager

@@ -26,7 +26,8 @@ class Panic(BaseException):  # as Rust's PanicException, which cannot be made in
 FOREIGN = [
     KeyError("image_token"), AttributeError("no x"), ZeroDivisionError("division by zero"), RecursionError("deep"),
     MemoryError(), OverflowError("cannot fit 'int'"), SecurityError("unsafe"), Exception("data did not match"),
-    TemplateSyntaxError("unexpected end", lineno=3), Panic("no entry found for key"), OSError(errno.ENOENT, "no file"),
+    TemplateSyntaxError("unexpected end", lineno=3), Panic("no entry found for key"),
+    OSError(errno.ENOENT, "no file", "tokenizer.json"),
 ]  # fmt: skip
 
 
@@ -41,7 +42,14 @@ def test_what_a_library_raises_is_the_file_s_fault(error: BaseException) -> None
 
 @pytest.mark.parametrize(
     "error",
-    [KeyboardInterrupt(), SystemExit(2), CheckError("a check"), InputError("ours"), OSError(errno.ENOSPC, "no space")],
+    [
+        KeyboardInterrupt(),
+        SystemExit(2),
+        CheckError("a check"),
+        InputError("ours"),
+        OSError(errno.ENOSPC, "no space"),
+        OSError(errno.ENOENT, "the current folder is gone"),
+    ],
     ids=lambda error: type(error).__name__,
 )
 def test_the_rest_passes(error: BaseException) -> None:
