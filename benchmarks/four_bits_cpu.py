@@ -32,8 +32,9 @@ from btp_export.exporting import Options, export_bundle
 from btp_export.model.open_model import open_model
 from engines.runners.onnxruntime import OrtLoader
 from engines.verify.streamed_graphs import StreamedRunner
-from graphs import names
+from graphs.building.decoder_graphs import build_decoder_graphs, serialize
 from graphs.building.derived_bundles import derive
+from graphs.files.atomic import link_or_copy
 from graphs.files.bundle import Bundle
 from graphs.files.cache_folder import cache_folder
 from graphs.records.plan import PruningPlan
@@ -43,14 +44,19 @@ GROUP = 128
 MEMORY = ("VmHWM", "RssAnon", "RssFile")
 
 
-def make_bundle(layers: int, folder: Path, group: int | None) -> Bundle:
-    """The dummy model with the published plan, float16."""
-    with console.progress("checkpoint") as bar:
-        checkpoint = dummy_checkpoint(MODEL, layers=layers, group=group, report=bar)
+def plan_for(layers: int) -> PruningPlan:
+    """The published plan, as far as there are layers for it."""
     stages = tuple(stage for stage in PUBLISHED if stage.layer < layers) if layers > 3 else SHORT
-    plan = PruningPlan(model_type="llava", num_layers=layers, image_tokens=576, grid=(24, 24), stages=stages)
+    return PruningPlan(model_type="llava", num_layers=layers, image_tokens=576, grid=(24, 24), stages=stages)
+
+
+def make_bundle(layers: int, folder: Path) -> Bundle:
+    """The dummy model with random codes and the published plan, float16."""
+    with console.progress("checkpoint") as bar:
+        checkpoint = dummy_checkpoint(MODEL, layers=layers, group=GROUP, report=bar)
+    model = open_model(str(checkpoint))
     with console.progress("export") as bar:
-        return export_bundle(open_model(str(checkpoint)), plan, folder, Options(precision="float16"), report=bar)
+        return export_bundle(model, plan_for(layers), folder, Options(precision="float16"), report=bar)
 
 
 def memory() -> dict[str, float]:
@@ -61,7 +67,7 @@ def memory() -> dict[str, float]:
 
 
 def measure_here(bundle: Bundle, steps: int) -> dict[str, Any]:
-    """Open the bundle, one prefill to warm up, one to time, then decode."""
+    """Open the bundle, one prefill, then decode."""
     from btp_export.measuring.bench import random_samples
     from btp_export.running.generation import answers_for
     from btp_export.running.runtime import load
@@ -70,7 +76,6 @@ def measure_here(bundle: Bundle, steps: int) -> dict[str, Any]:
     model = load(bundle)
     opened = time.perf_counter() - start
     encoded = random_samples(model)
-    model.prefill(encoded)
     prefill = model.prefill(encoded)
     times = model.complete(prefill, answers_for(model.spec, encoded.input_ids, room=steps + 1, endless=True))
     return {
@@ -86,14 +91,22 @@ def measure(bundle: Bundle, steps: int) -> dict[str, Any]:
     return found
 
 
-def layer_at_a_time(bundle: Bundle) -> float:
-    """Milliseconds of one decode step of a float16 bundle, a part of the graph open at a time, by layer."""
-    path = bundle.graph_path(names.DECODE)
+def layer_at_a_time(layers: int, folder: Path) -> float:
+    """Milliseconds for each layer of one decode step of the model in float16, a layer of the graph open at a time."""
+    model = open_model(str(dummy_checkpoint(MODEL, layers=layers)))
+    plan = plan_for(layers).without_stages()
+    profile = model.family.profile(model.spec, batch=1, text_tokens=64, new_tokens=128, image_size=None)
+    decode = build_decoder_graphs(model.spec, model.checkpoint, plan, profile, precision="float16")[-1]
+    (folder / "weights").mkdir(parents=True)
+    for file in model.checkpoint.files:
+        link_or_copy(file, folder / "weights" / file.name)
+    path = folder / "decode.onnx"
+    path.write_bytes(serialize(decode))
     runner = StreamedRunner(path, OrtLoader(), most=1)
     inputs = {name: np.zeros(spec.shape, spec.dtype) for name, spec in runner.inputs.items()}
     start = time.perf_counter()
     runner.run(inputs)
-    return (time.perf_counter() - start) * 1000 / bundle.spec.decoder.num_layers
+    return (time.perf_counter() - start) * 1000 / layers
 
 
 def rows(found: dict[str, dict[str, Any]]) -> list[str]:
@@ -113,9 +126,9 @@ PAGE = """\
 # LLaVA-1.5-7B with four-bit weights on a CPU
 
 `python -m benchmarks.four_bits_cpu`, {date}, {cores} cores ({machine}), ONNX Runtime with int8 rows, {layers} layers of
-random codes in groups of {group}, float16, batch 1, 576 image tokens, the published plan. One timed prefill after one
-to warm up, the median of the decode steps. `load` is the machine's: where it is above the number of cores, times say
-little.
+random codes in groups of {group}, float16, batch 1, 576 image tokens, the published plan. The first prefill after
+opening, the median of the decode steps. `load` is the machine's: where it is above the number of cores, times say
+little.{limit}
 
 {table}
 
@@ -127,6 +140,18 @@ one token, {all_s:.0f} s for {layers} layers.
 """
 
 
+def limit() -> str:
+    """The memory that a control group leaves to this process, if one does."""
+    file = Path("/sys/fs/cgroup/memory") / _group() / "memory.limit_in_bytes"
+    given = int(file.read_text()) if file.is_file() else 2**62
+    return f" The control group's limit was {given / 2**30:.0f} GiB." if given < 2**40 else ""
+
+
+def _group() -> str:
+    lines = Path("/proc/self/cgroup").read_text().splitlines()
+    return next((line.split(":")[2].strip("/") for line in lines if ":memory:" in line), "")
+
+
 def report(found: dict[str, dict[str, Any]], layer_ms: float, layers: int) -> str:
     """The page."""
     return PAGE.format(
@@ -136,6 +161,7 @@ def report(found: dict[str, dict[str, Any]], layer_ms: float, layers: int) -> st
         layers=layers,
         group=GROUP,
         table="\n".join(rows(found)),
+        limit=limit(),
         layer_ms=layer_ms,
         all_s=layer_ms * layers / 1000,
     )
@@ -154,12 +180,13 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory(dir=cache_folder(), prefix="four-bits-") as scratch:
         place = given.folder or Path(scratch) / "bundle"
-        bundle = Bundle.open(place) if place.is_dir() else make_bundle(given.layers, place, GROUP)
+        bundle = Bundle.open(place) if place.is_dir() else make_bundle(given.layers, place)
         full = derive(bundle, bundle.plan.without_stages(), Path(scratch) / "full")
-        found = {"pruned, first opening": measure(bundle, given.steps), "pruned": measure(bundle, given.steps)}
-        found["full"] = measure(full, given.steps)
-        plain = make_bundle(given.plain_layers, Path(scratch) / "plain", None)
-        RESULTS.write_text(report(found, layer_at_a_time(plain), given.layers), encoding="utf-8")
+        layer_ms = layer_at_a_time(given.plain_layers, Path(scratch) / "plain")
+        found = {}
+        for name, one in (("pruned, first opening", bundle), ("pruned", bundle), ("full", full)):
+            found[name] = measure(one, given.steps)
+            RESULTS.write_text(report(found, layer_ms, bundle.spec.decoder.num_layers), encoding="utf-8")
     print(RESULTS.read_text(encoding="utf-8"))
 
 
