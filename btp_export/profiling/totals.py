@@ -76,6 +76,7 @@ def break_even_of(
         select_ms=_sum(pruned, "select"),
         decode_ms=_sum(pruned, "decode"),
         full_decode_ms=None if full is None else _sum(full, "decode"),
+        at_floor=_segments([part for part in (*pruned, *(full or ())) if part.bound == "memory"]),
     )
 
 

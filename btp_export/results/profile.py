@@ -93,6 +93,7 @@ class BreakEven(Record):
     saved_ms: float | None = None
     select_ms: Milliseconds
     ms_per_token_and_layer: float | None = None
+    floor_ms_per_layer: float | None = None  # of few rows: what reading a layer's weights takes
     fit_error: float | None = None
     extrapolated: bool | None = None
     after_new_tokens: int | None = None
