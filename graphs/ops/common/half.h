@@ -1,4 +1,4 @@
-// float16 to float32 on the CPU, exact and without branches, so that loops over it are vectorised.
+// float16 on the CPU: to float32, exact and without branches, so that loops over it are vectorised; and back.
 #pragma once
 
 #include <cstdint>
@@ -20,6 +20,28 @@ inline float half_to_float(uint16_t half)
     float value;
     std::memcpy(&value, &bits, sizeof value);
     return value;
+}
+
+// The nearest float16, halves to even.
+inline uint16_t float_to_half(float value)
+{
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    const uint32_t sign = bits >> 16 & 0x8000u;
+    const uint32_t magnitude = bits & 0x7fffffffu;
+    if (magnitude > 0x7f800000u) {
+        return static_cast<uint16_t>(sign | 0x7e00u);
+    }
+    if (magnitude >= 0x477ff000u) {  // 65520, which rounds to infinity
+        return static_cast<uint16_t>(sign | 0x7c00u);
+    }
+    if (magnitude < 0x38800000u) {  // subnormal: a number of 2^-24, which the addition rounds
+        const float shifted = (sign != 0 ? -value : value) + 0.5f;
+        uint32_t number;
+        std::memcpy(&number, &shifted, sizeof number);
+        return static_cast<uint16_t>(sign | (number - 0x3f000000u));
+    }
+    return static_cast<uint16_t>(sign | ((magnitude + 0xfffu + (magnitude >> 13 & 1u) - 0x38000000u) >> 13));
 }
 
 }  // namespace btp

@@ -23,6 +23,7 @@ enum OrtMemType { OrtMemTypeDefault = 0 };
 enum OrtCustomOpInputOutputCharacteristic { INPUT_OUTPUT_REQUIRED = 0, INPUT_OUTPUT_OPTIONAL = 1 };
 enum ONNXTensorElementDataType {  // the numbers of TensorProto.DataType
     ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT = 1,
+    ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8 = 2,
     ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32 = 6,
     ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16 = 10,
     ONNX_TENSOR_ELEMENT_DATA_TYPE_DOUBLE = 11,

@@ -83,7 +83,7 @@ def cases() -> list[Case]:
         make("odd-groups-16", 19, 9, 7 * 16, 16, bias=True),
         make("one-group", 2, 5, 256, 256),
         make("long-k", 1, 6, 18944, 128),
-        make("wide-n", 1, 1100, 32, 16),
+        make("wide-n", 1, 300, 32, 16),
     ]
     kinds = [
         make(f"{case}-{np.dtype(dtype).name}", m, n, k, group, zeros=zeros, bias=bias, dtype=dtype)
@@ -91,6 +91,9 @@ def cases() -> list[Case]:
         for case, m, n, k, group, zeros, bias in (
             ("decode", 1, 64, 512, 128, True, True),
             ("few-rows", 7, 33, 192, 64, False, True),
+            ("few-rows-wide", 6, 210, 160, 32, True, True),
+            ("few-rows-16", 5, 20, 7 * 16, 16, True, False),
+            ("tile-of-64", 60, 40, 96, 32, True, True),
             ("prefill", 70, 48, 256, 32, True, False),
             ("many-rows", 150, 136, 320, 64, False, True),
             ("odd", 21, 9, 7 * 16, 16, True, True),

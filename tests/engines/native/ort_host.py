@@ -38,7 +38,7 @@ _PLACES: Final = {  # function -> place, types of its arguments
     "KernelContext_GetScratchBuffer": (277, (_POINTER, _POINTER, _SIZE, _POINTER)),
 }
 _RESULTS: Final = {"ReleaseStatus": None, "ReleaseTensorTypeAndShapeInfo": None, "ReleaseAllocator": None}
-_TYPES: Final = {"float32": 1, "int32": 6, "float16": 10}
+_TYPES: Final = {"float32": 1, "int32": 6, "float16": 10, "bfloat16": 16}
 # Places in OrtCustomOp, in pointers.
 _NAME, _PROVIDER, _INPUT_TYPE, _DESTROY, _CREATE, _COMPUTE = 2, 3, 4, 9, 17, 18
 
@@ -52,7 +52,7 @@ def _store(address: int, value: int) -> None:
 
 
 class GpuHost:
-    """Runs the CUDA form of BtpSelectTokens of the library `path` on arrays of this machine's memory.
+    """Runs the CUDA forms of the operators in the library `path` on arrays of this machine's memory.
 
     `scratch`: what GetScratchBuffer gave and nobody freed; `without_stream`: calls of OrtAllocator.Alloc.
     """
@@ -65,6 +65,7 @@ class GpuHost:
         self._attributes: dict[str, int | str] = {}
         self._inputs: list[Array | None] = []
         self._output: Array | None = None
+        self._output_dtype: Any = None
         self._callbacks: list[Any] = []
         self._table = (_POINTER * 400)()
         for name, (place, arguments) in _PLACES.items():
@@ -79,10 +80,19 @@ class GpuHost:
 
     def select(self, inputs: dict[str, Array], attributes: dict[str, Any]) -> Array:
         """BtpSelectTokens: inputs by name, those that are there. Raises RuntimeError where the operator refuses."""
-        self._attributes = attributes
-        self._inputs = [inputs.get(name) for name in ("scores", "similarity", "seeds")]
         similarity = inputs.get("similarity")
-        operator = self._operator("float32" if similarity is None else similarity.dtype.name)
+        kind = "float32" if similarity is None else similarity.dtype.name
+        given = [inputs.get(name) for name in ("scores", "similarity", "seeds")]
+        return self._run(self._operator("BtpSelectTokens", 1, kind), given, attributes, np.dtype(np.int32))
+
+    def linear(self, inputs: dict[str, Array], attributes: dict[str, Any]) -> Array:
+        """BtpLinear, likewise."""
+        x = inputs["x"]
+        given = [inputs.get(name) for name in ("x", "qweight", "scales", "zeros", "bias")]
+        return self._run(self._operator("BtpLinear", 0, x.dtype.name), given, attributes, x.dtype)
+
+    def _run(self, operator: int, inputs: list[Array | None], attributes: dict[str, Any], dtype: Any) -> Array:
+        self._attributes, self._inputs, self._output_dtype = attributes, inputs, dtype
         kernel = _POINTER()
         self._require(self._call(operator, _CREATE, (operator, None, None, ctypes.byref(kernel))))
         try:
@@ -92,14 +102,15 @@ class GpuHost:
         assert self._output is not None
         return self._output
 
-    def _operator(self, similarity: str) -> int:
+    def _operator(self, wanted: str, place: int, dtype: str) -> int:
+        """The operator of that name for CUDA whose input at `place` has that type."""
         for operator in self._operators:
             name = self._call(operator, _NAME, (operator,), ctypes.c_char_p)
             provider = self._call(operator, _PROVIDER, (operator,), ctypes.c_char_p)
-            kind = self._call(operator, _INPUT_TYPE, (operator, ctypes.c_size_t(1)), ctypes.c_int)
-            if (name, provider, kind) == (b"BtpSelectTokens", b"CUDAExecutionProvider", _TYPES[similarity]):
+            kind = self._call(operator, _INPUT_TYPE, (operator, ctypes.c_size_t(place)), ctypes.c_int)
+            if (name, provider, kind) == (wanted.encode(), b"CUDAExecutionProvider", _TYPES[dtype]):
                 return operator
-        raise AssertionError(f"no BtpSelectTokens for CUDA and {similarity}")
+        raise AssertionError(f"no {wanted} for CUDA and {dtype}")
 
     @staticmethod
     def _call(operator: int, place: int, arguments: tuple[Any, ...], result: Any = _POINTER) -> Any:
@@ -181,7 +192,7 @@ class GpuHost:
 
     def _api_KernelContext_GetOutput(self, context: int, place: int, shape: int, rank: int, out: int) -> None:
         sizes = [ctypes.c_int64.from_address(shape + 8 * axis).value for axis in range(rank)]
-        self._output = np.full(sizes, -7, np.int32)
+        self._output = np.full(sizes, -7, self._output_dtype)
         _store(out, self._handle(self._output))
 
     def _api_ReleaseStatus(self, status: int) -> None:

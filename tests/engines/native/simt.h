@@ -1,7 +1,7 @@
 // Test only: runs the CUDA kernels' own source on a CPU, each thread a fiber (ucontext).
 //
-// Served: threadIdx, blockIdx, blockDim, __syncthreads, warp shuffles, ballot and redux with all lanes, dynamic shared
-// memory, atomics. What it shows is the kernels' logic; it says nothing about their speed and cannot see everything that
+// Served: threadIdx, blockIdx, blockDim, __syncthreads, warp shuffles, ballot, redux and mma with all lanes, dynamic shared
+// memory, asynchronous copies into it, atomics. What it shows is the kernels' logic; it says nothing about their speed and cannot see everything that
 // a GPU's memory model allows. To bring missing barriers to light, threads run in another order every time a barrier opens
 // (seeded), shared memory starts full of noise, and a block whose threads wait at different places ends the program with
 // a message. Blocks start in another order every launch, one to three of them at a time (the device has room for no more), and
@@ -30,6 +30,10 @@
 #define BTP_HOST_DEVICE inline
 #define __launch_bounds__(...)
 
+struct uint2 {
+    uint32_t x, y;
+};
+
 struct uint4 {
     uint32_t x, y, z, w;
 };
@@ -44,8 +48,11 @@ using cudaStream_t = struct simt_stream*;
 constexpr cudaError_t cudaSuccess = 0;
 constexpr int cudaFuncAttributeMaxDynamicSharedMemorySize = 8;
 constexpr cudaError_t cudaErrorLaunchFailure = 719;
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16 };
 cudaError_t cudaGetLastError();
 inline const char* cudaGetErrorString(cudaError_t) { return "error of the emulated device"; }
+inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) { return *value = 6, cudaSuccess; }
 template <typename Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel, int, int) { return cudaSuccess; }
 
@@ -53,11 +60,24 @@ namespace simt {
 
 constexpr size_t kStack = 64 * 1024;
 
+struct Message {  // what a lane tells the others of its warp
+    uint32_t words[6];
+};
+
 struct Meeting {  // of a warp's 32 lanes or of a block: values are kept for two turns, see meet()
     unsigned size = 0;
     unsigned arrived = 0;
     uint64_t turns = 0;
     uint64_t values[2][32] = {};
+    Message messages[2][32] = {};
+};
+
+struct Copies {  // asynchronous ones of a thread that are not done yet, by the groups that were committed
+    struct Copy {
+        unsigned char* to;
+        unsigned char bytes[16];
+    };
+    std::vector<std::vector<Copy>> groups{1};
 };
 
 struct Block;
@@ -73,6 +93,7 @@ struct Fiber {
     uint64_t waits_until = 0;
     uint64_t turn = 0;
     bool done = false;
+    Copies copies;
 };
 
 // A block that has started: it has room on the device until its last thread is done.
@@ -120,6 +141,15 @@ struct Device {
         arrive(*self.warp);
         return values;
     }
+
+    const Message* meet(const Message& message)
+    {
+        Fiber& self = *current;
+        Message* const messages = self.warp->messages[self.turn++ & 1];
+        messages[self.lane] = message;
+        arrive(*self.warp);
+        return messages;
+    }
 };
 
 inline Device& device()
@@ -152,6 +182,7 @@ inline void start(Block& block, Fiber& fiber, unsigned index)
     fiber.turn = 0;
     fiber.done = false;
     fiber.waits_for = nullptr;
+    fiber.copies = Copies{};
     if (!fiber.stack) {
         fiber.stack.reset(new char[kStack]);
     }
@@ -344,3 +375,4 @@ inline uint32_t __reduce_add_sync(uint32_t mask, uint32_t value)
 }
 
 #include "simt_math.h"
+#include "simt_tensor.h"

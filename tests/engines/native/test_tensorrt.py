@@ -6,6 +6,7 @@ TENSORRT_INCLUDE_DIR names folders of NvInferRuntime.h (several with a colon bet
 import importlib.util
 import re
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ import pytest
 from onnx import TensorProto, helper
 
 from benchmarks.gpu_ort import one_node
-from graphs.ops import functions, gather_tokens, select_tokens
+from graphs import packing
+from graphs.ops import functions, gather_tokens, linear, select_tokens
 from tests.engines.native import builds, rtx
 
 HEADERS = builds.tensorrt_headers()
@@ -45,7 +47,8 @@ def test_the_static_library_registers_itself_when_it_is_loaded(index: int) -> No
     major = re.search(r"_MAJOR(?:_ENTERPRISE)? (\d+)", (folder / "NvInferVersion.h").read_text())
     assert major is not None
     done = subprocess.run([host, library, f"{major[1]}0300"], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines() == ["BtpGatherTokens '1' into ''", "BtpSelectTokens '1' into ''", "registered 1"]
+    wanted = [f"Btp{name} '1' into ''" for name in ("GatherTokens", "Linear", "SelectTokens")]
+    assert done.stdout.splitlines() == [*wanted, "registered 1"]
 
 
 @pytest.mark.parametrize("version", ["90300", "120100", "10701"])
@@ -152,6 +155,39 @@ def test_every_case_of_the_operators_becomes_an_engine(form: str, tmp_path: Path
     assert all(result["layers"] == ["PLUGIN_V3"] and result["engine_bytes"] > 0 for result in built.values())
 
 
+def linear_for_tensorrt(case: linear.Case) -> onnx.ModelProto:
+    """The node as graphs for TensorRT have it: packed inputs as int32 words, missing inputs left out."""
+    given = dict(case.inputs) | {"qweight": packing.words(case.qweight)}
+    given |= {} if case.zeros is None else {"zeros": packing.zero_words(case.zeros)}
+    model = one_node("BtpLinear", given, case.attributes, case.x.dtype, 2)
+    names = [name for name in model.graph.node[0].input if name]
+    del model.graph.node[0].input[:]
+    model.graph.node[0].input.extend(names)
+    return model
+
+
+@rtx.needed
+@pytest.mark.parametrize("form", FORMS)
+def test_every_product_with_packed_weights_as_inputs_becomes_an_engine(form: str, tmp_path: Path) -> None:
+    chosen = {case.name: case for case in linear.cases()}
+    built, _ = rtx.build({name: linear_for_tensorrt(case) for name, case in chosen.items()}, tmp_path, plugin_of(form))
+    for name, case in chosen.items():
+        assert built[name]["parsed"] and built[name]["outputs"] == [[len(case.x), len(case.qweight)]], name
+        assert built[name]["layers"] == ["PLUGIN_V3"] and built[name]["engine_bytes"] > 0, name
+
+
+@rtx.needed
+@pytest.mark.parametrize("form", FORMS)
+def test_a_wrong_product_is_refused_with_a_message(form: str, tmp_path: Path) -> None:
+    case = next(case for case in linear.cases() if case.name == "plain")
+    attributes = {"bits": dict(bits=8, group=32), "group": dict(bits=4, group=128)}
+    wrong = {name: linear_for_tensorrt(replace(case, attributes=given)) for name, given in attributes.items()}
+    built, said = rtx.build(wrong, tmp_path, plugin_of(form))
+    assert not any(result["parsed"] for result in built.values())
+    assert re.search("BtpLinear: bits is 8", said)
+    assert re.search("BtpLinear: (group is 128 and K is 64|.*is 64, wanted a multiple of group 128)", said)
+
+
 REFUSED = {
     "keep above V": (pipeline(keep=900), "keep is 900"),
     "attribute missing": (pipeline(pool=None), "attribute pool is missing"),
@@ -196,6 +232,7 @@ def test_the_python_plugins_are_made_again_from_what_they_serialize() -> None:
         "for creator in register_python(trt):\n"
         "    names = [field.name for field in creator.field_names]\n"
         "    values = [1 if name == 'weighted' else 2 + n // 3 for n, name in enumerate(names)]\n"
+        "    values = [4, 64] if creator.name == 'BtpLinear' else values\n"
         "    fields = [trt.PluginField(name, b'coverage', trt.PluginFieldType.CHAR) if name == 'diversity_rule'"
         " else trt.PluginField(name, np.int32([value]), trt.PluginFieldType.INT32)"
         " for name, value in zip(names, values)]\n"
@@ -207,6 +244,7 @@ def test_the_python_plugins_are_made_again_from_what_they_serialize() -> None:
     assert sorted(rtx.run("-c", script).stdout.splitlines(), reverse=True) == [
         "BtpSelectTokens {'keep': 2, 'attention_quota': 2, 'diversity_quota': 2, 'pool': 3, 'boundary': 3,"
         " 'diversity_rule': 'coverage', 'weighted': 1} True ['inputs']",
+        "BtpLinear {'bits': 4, 'group': 64} True ['inputs']",
         "BtpGatherTokens {'start': 2, 'count': 2} True ['inputs']",
     ]
 
@@ -242,4 +280,4 @@ def test_the_bindings_are_not_needed_to_import_the_plugins() -> None:
     assert importlib.util.find_spec("engines.native.plugins") is not None
     from engines.native.plugins import operators
 
-    assert [operator.NAME for operator in operators()] == ["BtpGatherTokens", "BtpSelectTokens"]
+    assert [operator.NAME for operator in operators()] == ["BtpGatherTokens", "BtpLinear", "BtpSelectTokens"]

@@ -163,7 +163,7 @@ def test_graphs_for_tensorrt_carry_its_body(added: Path) -> None:
     inferred = shape_inference.infer_shapes(ir.serde.serialize_model(model), strict_mode=True)
     assert inferred.graph.output[0].type.tensor_type.elem_type == onnx.TensorProto.FLOAT
     names = [operator.NAME for operator in plugins.operators()]
-    assert names == ["BtpGatherTokens", "BtpScaleTokens", "BtpSelectTokens"]
+    assert names == ["BtpGatherTokens", "BtpLinear", "BtpScaleTokens", "BtpSelectTokens"]
 
 
 def test_it_is_built_into_the_library_of_onnx_runtime(added: Path, tmp_path: Path) -> None:
