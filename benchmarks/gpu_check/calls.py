@@ -6,7 +6,7 @@ operator with cases, a reference and that file is here without a word.
 The file is an index of lines and then bytes, at offsets from the end of the index:
 
     btp-gpu-cases 1 <bytes of the index>
-    raw <id> <offset> <bytes>                          an input as it is
+    raw <id> <offset> <bytes> <times>                  an input as it is, so many times one behind the other
     gram <id> <offset> <B> <V> <channels> <shift> <bytes of an element> <offset of patches> <number of patches>
                                                        similarity = features int8 [B,V,channels] . themselves / 2^shift
     call <name> <function> <tags>                      then what follows, up to the next call:
@@ -61,18 +61,33 @@ class Gram:
 
 
 @dataclass(frozen=True)
+class Stacked:
+    """A large input of which the file holds a part: `part`, `times` times one below the other."""
+
+    part: Array
+    times: int
+
+    def array(self) -> Array:
+        """All of it."""
+        return np.concatenate([self.part] * self.times)
+
+
+@dataclass(frozen=True)
 class Given:
     """A case of an operator on its way into the file; an input is an array, or what makes one."""
 
     operator: str  # folder in graphs/ops
     name: str
-    inputs: dict[str, Array | Gram]
+    inputs: dict[str, Array | Gram | Stacked]
     attributes: dict[str, Any]
     tags: tuple[str, ...] = ()
+    wanted: Array | None = None  # what the reference gives, where that is known already
 
     def arrays(self) -> dict[str, Array]:
         """All inputs as arrays."""
-        return {name: tensor.array() if isinstance(tensor, Gram) else tensor for name, tensor in self.inputs.items()}
+        return {
+            name: tensor if isinstance(tensor, np.ndarray) else tensor.array() for name, tensor in self.inputs.items()
+        }
 
 
 def all_cases() -> list[Given]:
@@ -90,6 +105,8 @@ def expected(given: Given) -> Array:
     """What the operator's reference gives."""
     import torch
 
+    if given.wanted is not None:
+        return given.wanted
     module = ops.operator(given.operator)
     tensors = {name: to_torch(array) for name, array in given.arrays().items()}
     result: torch.Tensor = module.reference(**tensors, **given.attributes)
@@ -200,14 +217,15 @@ class CaseWriter:
             self._bytes += content
         return self._places[content]
 
-    def _input(self, tensor: Array | Gram) -> dict[str, Any]:
+    def _input(self, tensor: Array | Gram | Stacked) -> dict[str, Any]:
         if isinstance(tensor, Gram):
             return self._gram(tensor)
-        dense = np.ascontiguousarray(tensor)
+        part, times = (tensor.part, tensor.times) if isinstance(tensor, Stacked) else (tensor, 1)
+        dense = np.ascontiguousarray(part)
         offset = self._put(dense.tobytes())
-        line = f"{offset} {dense.nbytes}"
-        number = self._number(("raw", line))
-        return {"id": number, "shape": list(tensor.shape), "dtype": dense.dtype.name, "offset": offset}
+        number = self._number(("raw", f"{offset} {dense.nbytes} {times}"))
+        shape = [times * len(part), *part.shape[1:]] if part.ndim else []
+        return {"id": number, "shape": shape, "dtype": dense.dtype.name, "offset": offset, "times": times}
 
     def _gram(self, gram: Gram) -> dict[str, Any]:
         features = np.ascontiguousarray(gram.features, np.int8)
@@ -278,7 +296,9 @@ def _read(content: memoryview, offset: int, shape: Sequence[int], dtype: str) ->
 
 def _read_input(content: memoryview, record: dict[str, Any]) -> Array:
     if "features" not in record:
-        return _read(content, record["offset"], record["shape"], record["dtype"])
+        rows, *others = record["shape"]
+        part = _read(content, record["offset"], (rows // record["times"], *others), record["dtype"])
+        return part if record["times"] == 1 else Stacked(part, record["times"]).array()
     batch, tokens, _ = record["shape"]
     features = _read(content, record["features"], (batch, tokens, record["channels"]), "int8")
     places = _read(content, record["patch"], (record["patches"],), "int32")

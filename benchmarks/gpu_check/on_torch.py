@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.gpu_check.runner import MISSING, gpu_problems
+from benchmarks.gpu_check.steps import DENSE
 from engines.native.kernels import Kernels
 from graphs.ops.common.trt_python import Tensor as Described
 
@@ -76,8 +77,8 @@ def set_tf32(on: bool) -> None:
 
 
 def products(kernels: Kernels) -> dict[str, Any]:
-    """The similarity in three precisions, the scores, and the gather, for V 576 and 2,880."""
-    rows = []
+    """The similarity in three precisions, the scores, and the gather, for V 576 and 2,880; dense products."""
+    rows = [dense_product(rows) for rows in (128, 640, 4096)]
     for tokens in (576, 2880):
         hidden = torch.randn(1, tokens, C, device="cuda", dtype=torch.float16)
         unit = unit_rows(hidden)
@@ -97,6 +98,13 @@ def products(kernels: Kernels) -> dict[str, Any]:
         rows.append({"what": f"scores {tokens}", "ms": ms})
         rows.append({"what": f"gather {tokens} of {C} fp16", **timed_gather(kernels, tokens)})
     return {"rows": rows}
+
+
+def dense_product(rows: int) -> dict[str, Any]:
+    """x [rows,4096] w [4096,4096] in float16: what BtpLinear's rate is compared with."""
+    x, w = (torch.randn(n, C, device="cuda", dtype=torch.float16) for n in (rows, C))
+    ms = graph_ms(partial(torch.matmul, x, w.T), copies=5)
+    return {"what": f"{DENSE} {rows}", "ms": ms, "tflops": 2 * rows * C * C / ms / 1e9}
 
 
 def unit_rows(hidden: Tensor) -> Tensor:

@@ -159,21 +159,24 @@ def case_sources() -> list[Path]:
 
 
 def write_all_cases(folder: Path, report: Any) -> dict[str, Any]:
-    """cases.bin and calls.json; gives the shapes of the timed selections by name. Kept while their sources are."""
-    from benchmarks.gpu_check import calls, drawn
+    """cases.bin and calls.json; gives the shapes of the timed calls that have a floor. Kept while their sources are."""
+    from benchmarks.gpu_check import calls, drawn, linear_cases
 
     key = hashlib.sha256(b"".join(path.read_bytes() for path in case_sources())).hexdigest()
     note = folder / f"cases.bin{KEY}"
     if note.is_file() and (kept := json.loads(note.read_text()))["key"] == key and (folder / "cases.bin").is_file():
         return dict(kept["shapes"])
     writer, shapes = calls.CaseWriter(), {}
-    cases = [*calls.all_cases(), *drawn.large_cases(), *drawn.drawn_cases(DRAWN)]
+    large = [*drawn.large_cases(), *linear_cases.large_cases()]
+    cases = [*calls.all_cases(), *large, *drawn.drawn_cases(DRAWN)]
     report(f"expected outputs of {len(cases)} cases")
     for given in cases:
         wanted = calls.expected(given)
         writer.add(given, wanted)
         if "timed" in given.tags and given.operator == drawn.SELECT:
             shapes[f"{given.operator}/{given.name}"] = vars(drawn.shape_of(given, wanted))
+        if "timed" in given.tags and given.operator == linear_cases.LINEAR:
+            shapes[f"{given.operator}/{given.name}"] = vars(linear_cases.product_of(given, wanted))
     writer.write(folder)
     note.write_text(json.dumps({"key": key, "shapes": shapes}), encoding="utf-8")
     return shapes

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from benchmarks.gpu_check.runner import what_is_missing
-from benchmarks.gpu_check.steps import SANITIZERS
+from benchmarks.gpu_check.steps import DENSE, SANITIZERS
 from graphs.records.errors import CheckError, InputError
 
 RESULTS: Final = Path(__file__).parents[1] / "results"
@@ -83,7 +83,12 @@ def summary(prepared: Mapping[str, Any], steps: Records, logs: str) -> dict[str,
         "steps": {name: _state(record) for name, record in steps.items()},
         "verified": result("verify"),
         "limits": limits,
-        "rows": _rows(steps.get("time", {}).get("result", {}).get("rows", []), prepared.get("shapes", {}), limits),
+        "rows": _rows(
+            steps.get("time", {}).get("result", {}).get("rows", []),
+            prepared.get("shapes", {}),
+            limits,
+            _dense_rate(result("products")),
+        ),
         "replays": result("replay"),
         "streams": result("streams"),
         "green": result("green"),
@@ -105,8 +110,18 @@ def _state(record: Mapping[str, Any]) -> dict[str, Any]:
     return state | ({"why": why} if why else {})
 
 
-def _rows(timed: Iterable[Mapping[str, Any]], shapes: Mapping[str, Any], limits: Any) -> list[dict[str, Any]]:
-    """One row a timed call: this version, the one before, and for selections what their floor is made of.
+def _dense_rate(products: Any) -> float | None:
+    """TFLOP/s of torch's best dense float16 product."""
+    rates = [row["tflops"] for row in (products or {"rows": []})["rows"] if row["what"].startswith(DENSE)]
+    return max(rates, default=None)
+
+
+def _rows(
+    timed: Iterable[Mapping[str, Any]], shapes: Mapping[str, Any], limits: Any, rate: float | None
+) -> list[dict[str, Any]]:
+    """One row a timed call: this version, the one before, and what its floor is made of.
+
+    A product (BtpLinear): floor = the larger of bytes / bandwidth and operations / torch's dense rate. A selection:
 
     floor = two launches + steps x (dependent read from L2 + reductions of a block of that many threads) + bytes of the
     similarity / bandwidth where rule 2 starts from nothing.
@@ -118,12 +133,26 @@ def _rows(timed: Iterable[Mapping[str, Any]], shapes: Mapping[str, Any], limits:
         if record["before_us"]:
             row["before_us"] = statistics.median(record["before_us"])
         shape = shapes.get(record["name"])
-        if shape is not None and limits is not None:
+        if shape is not None and "operations" in shape:
+            row |= _product(shape, row["us"], limits, rate)
+        elif shape is not None and limits is not None:
             step = (limits["l2_read_ns"] + limits[_reduction(shape["tokens"], limits)]) / 1e3
             moved = shape["bytes"] / limits["copy_gb_per_s"] / 1e3
             row |= {"steps": shape["steps"], "floor_us": limits["two_launches_us"] + shape["steps"] * step + moved}
         rows.append(row)
     return rows
+
+
+def _product(shape: Mapping[str, Any], us: float, limits: Any, rate: float | None) -> dict[str, float]:
+    """Bandwidth and rate that a product reached, and what share that is of what a copy and a dense product reach."""
+    row = {"gb_per_s": shape["bytes"] / us / 1e3, "tflops": shape["operations"] / us / 1e6}
+    if limits is not None:
+        row["share_of_bandwidth"] = row["gb_per_s"] / limits["copy_gb_per_s"]
+    if rate is not None:
+        row["share_of_rate"] = row["tflops"] / rate
+    if limits is not None and rate is not None:
+        row["floor_us"] = max(shape["bytes"] / limits["copy_gb_per_s"] / 1e3, shape["operations"] / rate / 1e6)
+    return row
 
 
 def _reduction(tokens: int, limits: Mapping[str, float]) -> str:
@@ -168,7 +197,8 @@ def table(document: Mapping[str, Any]) -> str:
         "",
         *_checked(document),
         "",
-        *_timed(document["rows"]),
+        *_timed([row for row in document["rows"] if "tflops" not in row]),
+        *_products([row for row in document["rows"] if "tflops" in row]),
         *_model(document["layers"], document["products"]),
         *_runtime(document["onnxruntime"]),
     ]
@@ -202,6 +232,18 @@ def _timed(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return lines if rows else []
 
 
+def _products(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    lines = ["", "| four-bit product | us | before | GB/s | of a copy's | TFLOP/s | of torch's dense | x floor |"]
+    lines += ["|---|---|---|---|---|---|---|---|"]
+    for row in rows:
+        earlier = f"{row['before_us']:.1f}" if "before_us" in row else "-"
+        shares = [f"{row[key]:.0%}" if key in row else "-" for key in ("share_of_bandwidth", "share_of_rate")]
+        floor = f"{row['us'] / row['floor_us']:.2f}" if "floor_us" in row else "-"
+        reached = f"{row['gb_per_s']:.0f} | {shares[0]} | {row['tflops']:.1f} | {shares[1]}"
+        lines.append(f"| {row['name']} | {row['us']:.1f} | {earlier} | {reached} | {floor} |")
+    return lines if rows else []
+
+
 def _model(layers: Any, products: Any) -> list[str]:
     lines = []
     if layers:
@@ -214,7 +256,8 @@ def _model(layers: Any, products: Any) -> list[str]:
     if products:
         lines += ["", "| in torch | ms | |", "|---|---|---|"]
         for row in products["rows"]:
-            more = f"{row['tflops']:.0f} TFLOP/s, error {row['error']:.1e}" if "tflops" in row else ""
+            more = f"{row['tflops']:.0f} TFLOP/s" if "tflops" in row else ""
+            more += f", error {row['error']:.1e}" if "error" in row else ""
             more = f"{row['gb_per_s']:.0f} GB/s" if "gb_per_s" in row else more
             lines.append(f"| {row['what']} | {row['ms']:.4f} | {more} |")
     return lines

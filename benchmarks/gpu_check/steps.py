@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+DENSE: Final = "dense fp16"  # the products of on_torch.py that four-bit ones are compared with
 SANITIZERS: Final = ("memcheck", "racecheck", "synccheck", "initcheck")
 
 
@@ -83,6 +84,8 @@ def call_a(native: Path) -> Call:
             *(sanitizer(tool) for tool in SANITIZERS),
             profiled("ncu-small", "select_tokens/exact-576"),
             profiled("ncu-large", "select_tokens/exact-2880-float32"),
+            profiled("ncu-decode", "linear/decode-1"),
+            profiled("ncu-prefill", "linear/prefill-128"),
         ),
     )
 

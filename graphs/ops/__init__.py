@@ -4,6 +4,7 @@ An operator is a folder with a `schema.py`; adding one is adding a folder, nothi
 
 - `NAME`, `SCHEMA`, `function(opset)`, `cases()`, and `reference` (torch, loaded on first use);
 - `form(inputs, attributes)`, if nodes with other inputs or attributes want another body (see `exact_body`);
+- `TOLERANCE`, by type of the output, if forms do not agree bit for bit: of the norm of a row;
 - `scratch_bytes(shapes)`, if its body needs memory beside its inputs and outputs: for inputs of these shapes.
 
 - `ort_node.py`, if ONNX Runtime has nodes of its own that do the same (see `for_onnxruntime`).

@@ -24,7 +24,7 @@ from graphs.records.errors import UnavailableError
 from tests.engines.native import builds
 
 pytest.importorskip("benchmarks.gpu_check")
-from benchmarks.gpu_check import calls, drawn, prepare, runner, steps
+from benchmarks.gpu_check import calls, drawn, linear_cases, on_ort, prepare, runner, steps
 from benchmarks.gpu_ort import require_provider
 
 CPU = "CPUExecutionProvider"
@@ -34,8 +34,9 @@ CPU = "CPUExecutionProvider"
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The prepared folder without compiled files: the operators' cases, a few drawn ones, the 7B's stages."""
     folder = tmp_path_factory.mktemp("prepared")
-    small = next(drawn.large_cases())
-    calls.write_cases(folder, [*calls.all_cases(), replace(small, tags=("replayed", "green")), *drawn.drawn_cases(12)])
+    small = replace(next(drawn.large_cases()), tags=("replayed", "green"))
+    stacked = linear_cases.stacked("stacked", 3, 512, 64, 32)
+    calls.write_cases(folder, [*calls.all_cases(), small, stacked, *drawn.drawn_cases(12)])
     (folder / "prepared.json").write_text(json.dumps({"commit": "abc", "shapes": {}, "model": prepare.model_7b()}))
     return folder
 
@@ -75,10 +76,10 @@ def test_calls_equal_the_reference_on_the_emulated_kernels(prepared: Path) -> No
     library, seen = ctypes.CDLL(str(builds.emulated_kernels())), set[str]()
     for call in calls.read_calls(prepared):
         seen.add(call.name)
-        if "small" in call.tags or call.name.endswith("/released-1"):
+        if "small" in call.tags or call.name.endswith(("/released-1", "/stacked")):
             status, got = calls.launch(library, call)
             assert status == 0, call.name
-            assert got.tobytes() == call.wanted.tobytes(), call.name
+            assert on_ort.difference(got, call) == "", call.name
     assert {name.split("/")[0] for name in seen} == set(ops.names())
     assert {f"{one.operator}/{one.name}" for one in calls.all_cases()} < seen
     assert any("coverage" in name for name in seen)
@@ -112,6 +113,17 @@ def test_inputs_are_read_back_as_they_were(prepared: Path) -> None:
             assert call.inputs[name].dtype == array.dtype and call.inputs[name].tobytes() == array.tobytes()
 
 
+def test_a_stacked_product_is_the_product_of_the_whole_matrix(prepared: Path) -> None:
+    """The file holds 256 rows of w; the output was made from them."""
+    read = next(call for call in calls.read_calls(prepared) if call.name == "linear/stacked")
+    assert read.inputs["qweight"].shape == (512, 2, 16) and read.wanted.shape == (3, 512)
+    whole = calls.Given("linear", "whole", dict(read.inputs), read.attributes)
+    assert on_ort.difference(calls.expected(whole), read) == ""
+    product = linear_cases.product_of(whole, read.wanted)
+    weights = 512 * 64 // 2 + 512 * 2 * 2 + 512
+    assert product == linear_cases.Product(weights + 3 * 64 * 2 + 3 * 512 * 2, 2 * 3 * 512 * 64)
+
+
 def test_steps_count_the_picks_that_wait() -> None:
     cases = {one.name: one for one in calls.all_cases() if one.operator == drawn.SELECT}
     shapes = {name: drawn.shape_of(cases[name], calls.expected(cases[name])) for name in ("released-2", "released-3")}
@@ -126,8 +138,6 @@ def test_steps_count_the_picks_that_wait() -> None:
 def test_the_operators_of_onnx_runtime_pass_their_step(
     prepared: Path, native: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from benchmarks.gpu_check import on_ort
-
     found = on_ort.cases(str(prepared), str(native), CPU)
     assert found["cases"] == len(calls.all_cases())
     places = {what: count for what, count in found["placement"].items() if what.startswith("Btp")}
@@ -139,7 +149,6 @@ def test_the_operators_of_onnx_runtime_pass_their_step(
 
 
 def test_a_wrong_output_of_onnx_runtime_is_found(prepared: Path, native: Path) -> None:
-    from benchmarks.gpu_check import on_ort
     from benchmarks.gpu_ort import CustomOps
 
     call = next(calls.read_calls(prepared, "case"))
@@ -283,13 +292,14 @@ def test_nothing_that_was_asked_for_is_left_out() -> None:
     names = {call.name: [s.name for c, s in every_step() if c.name == call.name] for call, _ in every_step()}
     assert set(names["A"]) == {
         "native", "facts", "verify", "time", "probe", "replay", "streams", "green", "layers", "products", "memcheck",
-        "racecheck", "synccheck", "initcheck", "ncu-small", "ncu-large",
+        "racecheck", "synccheck", "initcheck", "ncu-small", "ncu-large", "ncu-decode", "ncu-prefill",
     }  # fmt: skip
     assert set(names["B"]) == {
         "native", "ort-cases", "ort-threads", "demo-float32", "demo-float16", "7b-export", "7b-bench",
     }  # fmt: skip
     assert all(len(set(given)) == len(given) for given in names.values())
-    tags = {tag for one in drawn.large_cases() for tag in one.tags}
+    large_ones = [*drawn.large_cases(), *linear_cases.large_cases()]
+    tags = {tag for one in large_ones for tag in one.tags}
     named = {
         word
         for _, step in every_step()
@@ -297,7 +307,7 @@ def test_nothing_that_was_asked_for_is_left_out() -> None:
         if flag == "--tag"
     }
     assert named <= tags | {"small", "timed"}, "a step asks for calls that nobody tags"
-    large = {f"select_tokens/{one.name}" for one in drawn.large_cases()}
+    large = {f"{one.operator}/{one.name}" for one in large_ones}
     assert {step.command[-5] for _, step in every_step() if step.name.startswith("ncu")} <= large
     replayed = [one.inputs["scores"].shape[1] for one in drawn.large_cases() if "replayed" in one.tags]  # type: ignore[union-attr]
     assert {576, 2880, 8192} == set(replayed)
@@ -336,13 +346,16 @@ def test_cases_are_worked_out_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(prepare, "compile_all", lambda *given, report: None)
     monkeypatch.setattr(calls, "all_cases", lambda: few)
     monkeypatch.setattr(drawn, "large_cases", lambda: iter([timed]))
+    product = linear_cases.stacked("product", 1, 256, 64, 32)
+    monkeypatch.setattr(linear_cases, "large_cases", lambda: iter([product]))
     monkeypatch.setattr(prepare, "DRAWN", 2)
     said: list[str] = []
     for _ in range(2):
         prepare.prepare(tmp_path, "90", None, report=said.append)
     assert sum("expected outputs of" in line for line in said) == 1
     record = json.loads((tmp_path / "prepared.json").read_text())
-    assert list(record["shapes"]) == [f"select_tokens/{timed.name}"] and record["architecture"] == "90"
+    assert list(record["shapes"]) == [f"select_tokens/{timed.name}", "linear/product"]
+    assert record["architecture"] == "90"
     assert len(json.loads((tmp_path / "calls.json").read_text())) >= 1
 
 

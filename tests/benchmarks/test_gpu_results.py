@@ -31,10 +31,13 @@ def test_a_sample_becomes_a_file_and_a_table(sample: Path, tmp_path: Path) -> No
     made = json.loads(path.read_text())
     assert made["facts"]["multiprocessors"] == 132 and made["prepared"]["commit"] == "abc1234"
     assert made["machine"]["driver_version"] == "580.1"
-    select, gather = made["rows"]
+    select, gather, product = made["rows"]
     # Two launches, 100 steps of a read and the reductions of 160 threads, 3 MB at 3 TB/s.
     assert (select["us"], select["before_us"]) == (50.0, 61.0)
     assert select["floor_us"] == pytest.approx(3.0 + 100 * 0.3 + 1.0)
+    # 30 MB in 12.5 us of 3 TB/s, 32 of 640 TFLOP/s; the copy alone would take 10 us.
+    assert product["gb_per_s"] == pytest.approx(2400) and product["share_of_bandwidth"] == pytest.approx(0.8)
+    assert product["share_of_rate"] == pytest.approx(0.05) and product["floor_us"] == pytest.approx(10)
     assert gather == {"name": "gather_tokens/released-1", "us": 2.5, "problem": ""}
     assert made["sanitizers"] == {
         "memcheck": "0 errors",
@@ -46,6 +49,7 @@ def test_a_sample_becomes_a_file_and_a_table(sample: Path, tmp_path: Path) -> No
     assert made["ncu"]["ncu-small"][0]["Duration (us)"] == 41.25
     for part in (
         f"| {RUN} | 50.0 | 61.0 | 100 | 34.0 | 1.47 |",
+        "| linear/decode-1 | 12.5 | - | 2400 | 80% | 32.0 | 5% | 1.25 |",
         "333 calls in 1332 launches equal the reference",
         f"replayed, {RUN}: 20000 times, 0 wrong bytes",
         "compute-sanitizer racecheck: 0 hazards",

@@ -14,11 +14,12 @@
 
 namespace harness {
 
-// Bytes as they are in the file, or a Gram matrix of small integers, made on the device: exact, so equal everywhere.
+// Bytes as they are in the file, once or several times, or a Gram matrix of small integers, made on the device: exact, so equal everywhere.
 struct Data {
     bool gram = false;
     size_t offset = 0;
     size_t bytes = 0;  // on the device
+    size_t times = 1;  // that the bytes in the file are repeated
     int batch = 0, tokens = 0, channels = 0, shift = 0;
     bool half = false;
     size_t patch_offset = 0;  // int32 places, then as many float32 values, which replace what the product gave
@@ -72,7 +73,8 @@ inline void read_line(CaseFile& file, std::istream& line, const std::string& wor
     if (word == "raw") {
         int id = 0;
         Data made;
-        line >> id >> made.offset >> made.bytes;
+        line >> id >> made.offset >> made.bytes >> made.times;
+        made.bytes *= made.times;
         file.data[id] = made;
     } else if (word == "gram") {
         int id = 0, wide = 0;

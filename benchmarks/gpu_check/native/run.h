@@ -152,7 +152,11 @@ inline std::shared_ptr<Memory> upload(const CaseFile& file, const Data& data)
 {
     auto memory = std::make_shared<Memory>(data.bytes);
     if (!data.gram) {
-        CHECK(cudaMemcpy(memory->address, file.at(data.offset), data.bytes, cudaMemcpyHostToDevice));
+        const size_t part = data.bytes / data.times;
+        for (size_t i = 0; i < data.times; ++i) {
+            char* const to = static_cast<char*>(memory->address) + i * part;
+            CHECK(cudaMemcpy(to, file.at(data.offset), part, cudaMemcpyHostToDevice));
+        }
     } else if (data.half) {
         make_gram(file, data, static_cast<__half*>(memory->address));
     } else {

@@ -19,7 +19,16 @@ inline uint4 load_shared_16(uint32_t address)
 }
 template <typename T>
 T load_once(const T* from) { return *from; }
+inline uint32_t low_nibbles(uint32_t bits, uint32_t upper) { return (bits & 0x000f000fu) | upper; }
 #else
+// The low nibbles of both halves, with `upper` above them: one instruction if `upper` is in a register (opaque()), because it
+// has room for one constant.
+BTP_DEVICE uint32_t low_nibbles(uint32_t bits, uint32_t upper)
+{
+    uint32_t result;
+    asm("lop3.b32 %0, %1, 0x000f000f, %2, 0xea;" : "=r"(result) : "r"(bits), "r"(upper));
+    return result;
+}
 // 16 bytes of global memory to shared memory, zeros where they are not `there`. Both addresses are multiples of 16.
 BTP_DEVICE void copy_async(uint32_t address, const void* from, bool there)
 {

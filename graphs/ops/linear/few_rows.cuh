@@ -33,13 +33,14 @@ BTP_DEVICE void load_x(const LinearCall& call, int step, uint4 (&x)[4])
 template <typename F, int kTiles, bool kSixteen>
 BTP_DEVICE void multiply_step(const Codes<F, kTiles, kSixteen>& codes, const uint4 (&x)[4], float (&sums)[kTiles][4])
 {
+    const auto pairs = codes.pairs();
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
 #pragma unroll
         for (int tile = 0; tile < kTiles; ++tile) {
             uint32_t upper[4], lower[4];
-            codes.unpack(2 * tile, i, upper);
-            codes.unpack(2 * tile + 1, i, lower);
+            codes.unpack(pairs, 2 * tile, i, upper);
+            codes.unpack(pairs, 2 * tile + 1, i, lower);
             const uint32_t first[4] = {upper[0], lower[0], upper[1], lower[1]};
             const uint32_t second[4] = {upper[2], lower[2], upper[3], lower[3]};
             F::multiply_tiles(sums[tile], first, x[i].x, x[i].y);

@@ -30,7 +30,7 @@ def settings(inputs: Sequence[Tensor], attributes: Mapping[str, int | str]) -> S
 
 def pointers(inputs: Sequence[Tensor]) -> list[int | None]:
     """INPUTS addresses; null for what is missing."""
-    return [*(tensor.address for tensor in inputs[:3]), *(t and t.address for t in _optional(inputs))]
+    return [None if tensor is None else tensor.address for tensor in (*inputs[:3], *_optional(inputs))]
 
 
 def _sizes(x: Tensor, qweight: Tensor) -> tuple[int, int, int]:

@@ -63,12 +63,13 @@ template <typename F, int kColumns, bool kSixteen>
 BTP_DEVICE void multiply_step(const Codes<F, 2, kSixteen>& codes, uint32_t stage, float (&sums)[2][kColumns][4])
 {
     const auto lane = static_cast<uint32_t>(threadIdx.x) % 32;
+    const auto pairs = codes.pairs();
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
         uint32_t w[4][4];  // word i of the lane's four rows
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-            codes.unpack(j, i, w[j]);
+            codes.unpack(pairs, j, i, w[j]);
         }
 #pragma unroll
         for (int column = 0; column < kColumns; ++column) {

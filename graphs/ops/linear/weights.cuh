@@ -84,19 +84,38 @@ struct Codes {
         }
     }
 
-    // Word i of row j as four pairs of floats: (q - z) s, the difference exact, the product rounded once.
-    BTP_DEVICE void unpack(int j, int i, uint32_t (&pairs)[4]) const
+    // The scales and the negative zeros of all rows, twice in a register each: once a step, not once a word.
+    struct Pairs {
+        uint32_t scales[kRows][kGroups];
+        uint32_t zeros[kRows][kGroups];
+        uint32_t codes;  // what stands above a code
+    };
+    BTP_DEVICE Pairs pairs() const
     {
-        const int half = kSixteen ? i / 2 : 0;
-        const uint32_t scale = scales[j][half] * 0x10001u;
-        const uint32_t zero = (static_cast<uint32_t>(zeros[j]) >> (4 * half) & 15u) * 0x10001u | F::kMinusCodes;
+        Pairs made;
+        made.codes = opaque(F::kCodes);
+#pragma unroll
+        for (int j = 0; j < kRows; ++j) {
+#pragma unroll
+            for (int i = 0; i < kGroups; ++i) {
+                made.scales[j][i] = __byte_perm(scales[j][i], 0, 0x1010);
+                made.zeros[j][i] = __byte_perm(static_cast<uint32_t>(zeros[j]) >> (4 * i) & 15u, 0, 0x1010) | F::kMinusCodes;
+            }
+        }
+        return made;
+    }
+
+    // Word i of row j as four pairs of floats: (q - z) s, the difference exact, the product rounded once.
+    BTP_DEVICE void unpack(const Pairs& of_rows, int j, int i, uint32_t (&w)[4]) const
+    {
+        const uint32_t scale = of_rows.scales[j][kSixteen ? i / 2 : 0], zero = of_rows.zeros[j][kSixteen ? i / 2 : 0];
         const uint32_t word = i == 0 ? words[j].x : i == 1 ? words[j].y : i == 2 ? words[j].z : words[j].w;
         const uint32_t odd = word >> 4;
 #pragma unroll
         for (uint32_t byte = 0; byte < 4; ++byte) {
             // The low half gets the byte's low nibble, the high half its high one.
             const uint32_t both = __byte_perm(word, odd, byte * 0x0011u + (4 + byte) * 0x1100u);
-            pairs[byte] = F::multiply(F::add((both & 0x000f000fu) | F::kCodes, zero), scale);
+            w[byte] = F::multiply(F::add(low_nibbles(both, of_rows.codes), zero), scale);
         }
     }
 };

@@ -71,7 +71,40 @@ __global__ void split() { if (threadIdx.x < 7) { __syncthreads(); } else { __bal
 __global__ void place(unsigned* ticket, unsigned* places) {
     if (threadIdx.x == 0) { places[blockIdx.x] = atomicAdd(ticket, 1u); }
 }
+__global__ void copy(const int* from, int* out, bool wait) {
+    BTP_DYNAMIC_SHARED(memory);
+    simt::cp_async(16 * threadIdx.x, from + 4 * threadIdx.x, threadIdx.x != 7);
+    simt::cp_commit();
+    if (wait) { simt::cp_wait(0); }
+    memcpy(out + 4 * threadIdx.x, memory + 16 * threadIdx.x, 16);
+}
+// a [16,16] = row + column / 16, b [16,8] = the unit matrix above a second one: c [row,n] = a [row,n] + a [row,n+8].
+__global__ void product(int* wrong) {
+    const unsigned lane = threadIdx.x, row = lane / 4, place = lane % 4 * 2;
+    const auto half = [](float x) { return static_cast<uint32_t>(simt::float16_of(x)); };
+    const auto two = [&](unsigned r, unsigned k) { return half(r + k / 16.0f) | half(r + (k + 1) / 16.0f) << 16; };
+    const uint32_t a[4] = {two(row, place), two(row + 8, place), two(row, place + 8), two(row + 8, place + 8)};
+    const uint32_t unit = half(place == row) | half(place + 1 == row) << 16;
+    float c[4] = {0, 0, 0, 0};
+    simt::mma(c, a, unit, unit, simt::of_float16);
+    for (unsigned i = 0; i < 4; ++i) {
+        const float r = row + i / 2 * 8, n = place + i % 2;
+        *wrong += c[i] != 2 * r + (2 * n + 8) / 16;
+    }
+}
 int main(int count, char**) {
+    int numbers[128], late[128], done[128], lost = 0, kept = 0, apart = 0;
+    for (int i = 0; i < 128; ++i) { numbers[i] = i + 1; }
+    const int* in = numbers; int* early = late; int* whole = done; int* differ = &apart;
+    BTP_LAUNCH(copy, dim3(1), dim3(32), 512, nullptr, in, early, false);
+    BTP_LAUNCH(copy, dim3(1), dim3(32), 512, nullptr, in, whole, true);
+    for (int i = 0; i < 128; ++i) {
+        const int copied = i / 4 == 7 ? 0 : i + 1;
+        lost += late[i] != copied;
+        kept += done[i] == copied;
+    }
+    BTP_LAUNCH(product, dim3(1), dim3(32), 0, nullptr, differ);
+    if (lost == 0 || kept != 128 || apart != 0) { return 3; }
     unsigned next = 0, places[16], moved = 0;
     unsigned* ticket = &next; unsigned* out = places;
     BTP_LAUNCH(place, dim3(16), dim3(32), 0, nullptr, ticket, out);
@@ -88,7 +121,7 @@ int main(int count, char**) {
 """
 
 
-def test_the_emulation_shows_a_missing_barrier_a_split_block_and_any_order_of_blocks(tmp_path: Path) -> None:
+def test_the_emulation_shows_missing_barriers_and_waits_split_blocks_and_any_order_of_blocks(tmp_path: Path) -> None:
     source = tmp_path / "emulated.cpp"
     source.write_text(EMULATED)
     program = tmp_path / "emulated"
