@@ -63,7 +63,7 @@ def read(folder: Path, form: Format, tensors: dict[str, np.ndarray], fields: dic
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(drawn=st.data())
 def test_every_weight_is_what_the_formula_says(variant: str, drawn: st.DataObject, tmp_path: Path) -> None:
     name, fields, pack, symmetric = VARIANTS[variant]

@@ -7,7 +7,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from graphs.files.checkpoint import Checkpoint, open_checkpoint
@@ -47,6 +47,7 @@ def matrices(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
+@settings(deadline=None)
 @given(matrices())
 def test_what_is_packed_stands_for_what_the_contract_says(drawn: dict[str, Any]) -> None:
     codes, points, scales, group = (drawn[key] for key in ("codes", "points", "scales", "group"))
