@@ -1,25 +1,32 @@
-"""What four-bit weights cost the demo: divergence from the full model on held-out pictures, plain rounding beside AWQ.
+"""What four-bit weights cost the demo, plain rounding beside AWQ: divergence on held-out pictures, and accuracy.
 
-    python -m benchmarks.quantisation [--samples 96] [--calibration 32] > benchmarks/results/quantisation.md
+    python -m benchmarks.quantisation [--samples 96] [--calibration 64] > divergence.md
+    python -m benchmarks.quantisation --questions 1000 > accuracy.md
 
-KL(full, unpruned || pruned, four bits) in nats at every token of the full model's own answers, as the calibration
-measures plans. The pictures that scales were searched on have another seed. Plans are calibrated on full weights.
+benchmarks/results/quantisation.md holds both. Divergence is KL in nats at every token of the full model's own answers,
+as the calibration measures plans; pictures have another seed than those that scales were searched on. Accuracy is exact
+match through the exported graphs. Plans are calibrated on full weights.
 """
 
 import argparse
 import sys
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 
+from btp_export.exporting import Options, export_bundle
+from btp_export.measuring.evaluate import ScoredEvaluation, evaluate_plans
 from btp_export.model.defaults import default_profile, fitted_samples
 from btp_export.model.open_model import Model, open_model
 from btp_export.model.prompting import Prompter
 from btp_export.planning.choose_plan import choose_plan
 from btp_export.planning.study import CalibrationSettings, calibration_samples, model_inputs
 from btp_export.quantising import quantise_model
-from calibrate.measure.divergence import change
+from calibrate.measure.accuracy import paired
+from calibrate.measure.divergence import divergence
 from calibrate.reference.answers import greedy_answers
 from calibrate.reference.records import ReferenceInput
 from calibrate.reference.streamed_model import StreamedReference
@@ -28,59 +35,111 @@ from graphs.records.shapes import ShapeProfile
 
 HELD_OUT = 5_000_011  # seed of pictures that no calibration draws
 BUDGETS = {"22 %": 0.78, "11 %": 0.89}
+ALL = "100 %"
 WEIGHTS = (("int4", "rtn"), ("int4", "awq"), ("int4-g32", "rtn"), ("int4-g32", "awq"))
 
 
 def main() -> None:
-    """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--samples", type=int, default=96)
-    parser.add_argument("--calibration", type=int, default=64)
+    """Print one of the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--samples", type=int, default=96, help="held-out pictures")
+    parser.add_argument("--calibration", type=int, default=64, help="pictures of plans and, up to 32, of scales")
+    parser.add_argument("--questions", type=int, help="measure accuracy on so many questions instead")
     options = parser.parse_args()
     model = open_model("demo")
     profile = default_profile(model)
     settings = CalibrationSettings(samples=options.calibration)
-    plans = {"100 %": choose_plan(model, "none", settings, profile=profile)} | {
+    plans = {ALL: choose_plan(model, "none", settings, profile=profile)} | {
         name: choose_plan(model, "btp", replace(settings, compression=budget), profile=profile)
         for name, budget in BUDGETS.items()
     }
-    held_out = _inputs(model, profile, options.samples)
-    reference = StreamedReference(model.checkpoint)
-    answers = greedy_answers(reference, held_out, plans["100 %"], tokens=8, ends=model.spec.eos_token_ids)
-    answered = [
-        replace(sample, new_tokens=tuple(answer[:-1])) for sample, answer in zip(held_out, answers, strict=True)
-    ]
-    full = [run.logits for run in reference.run(answered, plans["100 %"])]
-    tokens = sum(map(len, answers))
-    print(f"{len(answered)} held-out pictures, {tokens} tokens of answers; {options.calibration} others for plans.\n")
-    print("| image tokens | weights | KL, nats a token | median picture | same token | whole answers |")
-    print("|---|---|---|---|---|---|")
+    if options.questions is None:
+        _divergence(model, plans, settings, profile, options.samples)
+    else:
+        _accuracy(model, plans, settings, profile, options.questions)
+
+
+def _divergence(
+    model: Model, plans: Mapping[str, PruningPlan], settings: CalibrationSettings, profile: ShapeProfile, samples: int
+) -> None:
+    """Means over pictures; the last column is the share of them on which AWQ is nearer than rounding."""
+    answered = _answered(model, plans[ALL], profile, samples)
+    full = _logits(model, answered, plans[ALL])
+    print(
+        f"{samples} held-out pictures, {sum(map(len, full))} tokens of answers; {settings.samples} others for plans.\n"
+    )
+    print("| tokens | weights | KL to the full model | KL to the same plan with full weights | median | nearer |")
+    print("|---|---|---|---|---|---|", flush=True)
     for name, plan in plans.items():
-        for label, weights in _weights(model, plan, settings, profile):
-            runs = StreamedReference(weights.checkpoint).run(answered, plan)
-            found = [change(logits, run.logits) for logits, run in zip(full, runs, strict=True)]
-            kl = np.array([one.divergence for one in found])
-            same, exact = (np.mean([getattr(one, key) for one in found]) for key in ("agreement", "exact"))
-            print(
-                f"| {name} | {label} | {kl.mean():.4f} | {np.median(kl):.5f} | {same:.1%} | {exact:.1%} |", flush=True
-            )
+        own = _logits(model, answered, plan)
+        print(f"| {name} | the model's | {_mean(_divergences(full, own)):.2e} | 0 | 0 | |", flush=True)
+        plain: list[float] = []
+        for label, made in _weights(model, plan, settings, profile):
+            logits = _logits(made, answered, plan)
+            added = _divergences(own, logits)
+            nearer = f"{np.mean([mine < other for mine, other in zip(added, plain, strict=True)]):.0%}" if plain else ""
+            plain = [] if plain else added
+            numbers = f"{_mean(_divergences(full, logits)):.2e} | {_mean(added):.2e} | {np.median(added):.1e}"
+            print(f"| {name} | {label} | {numbers} | {nearer} |", flush=True)
 
 
-def _inputs(model: Model, profile: ShapeProfile, count: int) -> list[ReferenceInput]:
+def _answered(model: Model, unpruned: PruningPlan, profile: ShapeProfile, count: int) -> list[ReferenceInput]:
+    """Held-out prompts with the full model's own answers."""
     prompter = Prompter(model.source.folder, model.spec)
     chosen = calibration_samples(CalibrationSettings(samples=count, seed=HELD_OUT), prompter, None, profile.image_size)
     samples, _ = fitted_samples(chosen.samples, model.spec, profile)
-    return model_inputs(model, prompter, profile, samples, None)
+    inputs = model_inputs(model, prompter, profile, samples, None)
+    answers = greedy_answers(
+        StreamedReference(model.checkpoint), inputs, unpruned, tokens=8, ends=model.spec.eos_token_ids
+    )
+    return [replace(sample, new_tokens=tuple(answer[:-1])) for sample, answer in zip(inputs, answers, strict=True)]
+
+
+def _logits(model: Model, inputs: Sequence[ReferenceInput], plan: PruningPlan) -> list[np.ndarray]:
+    return [run.logits for run in StreamedReference(model.checkpoint).run(inputs, plan)]
+
+
+def _divergences(full: Sequence[np.ndarray], other: Sequence[np.ndarray]) -> list[float]:
+    return [divergence(one, two) for one, two in zip(full, other, strict=True)]
+
+
+def _mean(numbers: Sequence[float]) -> float:
+    return float(np.mean(numbers))
 
 
 def _weights(
     model: Model, plan: PruningPlan, settings: CalibrationSettings, profile: ShapeProfile
 ) -> Iterator[tuple[str, Model]]:
-    yield "the model's", model
+    """Rounding and AWQ in turn."""
     for weights, method in WEIGHTS:
         made = quantise_model(model, plan, settings, weights, profile=profile, method=method)
         print(f"{weights} {method}: {made.checkpoint.quantization}", file=sys.stderr)
         yield f"{weights}, {method}", made
+
+
+def _accuracy(
+    model: Model, plans: Mapping[str, PruningPlan], settings: CalibrationSettings, profile: ShapeProfile, count: int
+) -> None:
+    """float32 beside int4-g32, each plan with the weights that were searched for it."""
+    print(f"{count} held-out questions; `--weights int4-g32`, rows rounded to int8, beside float32.\n")
+    print("| tokens | float32 | kept | int4-g32 | kept | right only in float32, only in int4 | p |")
+    print("|---|---|---|---|---|---|---|", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        full = _evaluated(model, list(plans.items()), Path(folder) / "full", count)
+        best = full.evaluation.full_accuracy
+        for number, (name, plan) in enumerate(plans.items()):
+            made = quantise_model(model, plan, settings, "int4-g32", profile=profile)
+            packed = _evaluated(made, [(name, plan)], Path(folder) / f"int4-{number}", count)
+            against = paired(full.hits[number], packed.hits[0])
+            accuracies = [full.evaluation.rows[number].accuracy, packed.evaluation.rows[0].accuracy]
+            columns = " | ".join(f"{accuracy:.3f} | {accuracy / best:.1%}" for accuracy in accuracies)
+            only = f"{against.first_only}, {against.second_only}"
+            print(f"| {name} | {columns} | {only} | {against.p_value:.2f} |", flush=True)
+
+
+def _evaluated(model: Model, planned: Sequence[tuple[str, PruningPlan]], out: Path, count: int) -> ScoredEvaluation:
+    bundle = export_bundle(model, planned[-1][1], out, Options())
+    return evaluate_plans(bundle, planned, samples=count, seed=1)
 
 
 if __name__ == "__main__":

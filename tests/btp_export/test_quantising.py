@@ -22,6 +22,7 @@ from graphs.files.packed_weights import packed_linear, read_tensor
 from graphs.records.errors import InputError
 from graphs.records.plan import PruningPlan
 from graphs.records.shapes import ShapeProfile
+from tests.btp_export.families.qwen import make_qwen
 from tests.packed import pack_folder
 
 SETTINGS = CalibrationSettings(samples=3)
@@ -126,6 +127,29 @@ def test_the_plan_decides_what_the_weights_are_made_for(made: dict[str, Model], 
     other = quantise_model(model, unpruned, SETTINGS, "int4-g32", profile=profile)
     after = f"language_model.layers.{plan.stages[0].layer}.mlp.down_proj.weight"
     assert (read_tensor(other.checkpoint, after) != read_tensor(made["awq"].checkpoint, after)).any()
+
+
+def test_heads_that_share_values_and_their_biases(tmp_path: Path) -> None:
+    """Qwen2.5-VL: what is divided out of v's rows, biases included, is multiplied into o's columns of every head."""
+    make_qwen(tmp_path / "model")
+    model = open_model(str(tmp_path / "model"))
+    profile = default_profile(model, (140, 112))
+    plan = choose_plan(model, "none", SETTINGS, profile=profile)
+    made = quantise_model(model, plan, SETTINGS, "int4-g32", profile=profile)
+    bias = "language_model.layers.0.self_attn.v_proj.bias"
+    rows = read_tensor(made.checkpoint, bias) / model.checkpoint[bias].read().astype(np.float32)
+    assert made.checkpoint[bias].dtype == "F32"
+    assert np.ptp(rows) > 0.01, "something was divided out"
+    columns = np.repeat(rows.reshape(2, 1, -1), 2, axis=1).reshape(-1)
+    for name, undone in (("v_proj", 1 / rows[:, None]), ("o_proj", columns[None])):
+        weight = f"language_model.layers.0.self_attn.{name}.weight"
+        exact, got = model.checkpoint[weight].read().astype(np.float32), read_tensor(made.checkpoint, weight)
+        if name == "v_proj":  # its columns are those of the norm
+            norm = "language_model.layers.0.input_layernorm.weight"
+            got = (
+                got * made.checkpoint[norm].read().astype(np.float32) / model.checkpoint[norm].read().astype(np.float32)
+            )
+        assert np.linalg.norm(got * undone - exact) < 0.2 * np.linalg.norm(exact)
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ from calibrate.reference.streamed_model import StreamedReference
 from graphs.files.cache_folder import cache_folder
 from graphs.files.packed_weights import packed_linear, read_tensor
 from graphs.records.errors import InputError
+from tests.btp_export.families.qwen import make_qwen
 from tests.btp_export.quantised.packers import Layer, draw_layer, pack_awq, pack_compressed, pack_gptq, pack_modelopt
 from tests.conftest import unpruned
 from tests.packed import is_projection
@@ -163,6 +164,34 @@ def test_scales_of_inputs_go_where_nothing_is_lost(tiny_checkpoint: Path, tmp_pa
     others = {f"language_model.layers.{layer}.self_attn.o_proj.input_scale" for layer in range(6)}
     assert left == others, "two query heads read one row of v and want different scales; the rest is folded"
     assert checkpoint["language_model.layers.0.input_layernorm.weight"].dtype == "F32"
+
+
+def test_qwen_as_it_is_published_in_awq(tmp_path: Path) -> None:
+    """Shards, a flat configuration, biases of q, k and v, and the tower left in 16 bits."""
+    folder, layers = tmp_path / "model", dict[str, Layer]()
+    make_qwen(folder)
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    for shard in sorted(set(index["weight_map"].values())):
+        tensors = load_file(folder / shard)
+        for stored in [stored for stored in tensors if stored.startswith("model.layers") and is_projection(stored)]:
+            module, (n, k) = stored.removesuffix(".weight"), tensors.pop(stored).shape
+            layers[module] = draw_layer(np.random.default_rng(len(layers)), n, k, 32)
+            tensors |= {f"{module}.{part}": array for part, array in pack_awq(layers[module]).items()}
+        save_file(tensors, folder / shard, metadata={"format": "pt"})
+        index["weight_map"] = {name: file for name, file in index["weight_map"].items() if file != shard}
+        index["weight_map"] |= dict.fromkeys(tensors, shard)
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = (FORMATS["awq"][1] or {}) | {"modules_to_not_convert": ["visual"], "group_size": 32}
+    (folder / "config.json").write_text(json.dumps(config))
+    model = open_model(str(folder))
+    assert len(layers) == 42
+    assert model.checkpoint.quantization is not None
+    assert model.checkpoint.quantization.groups == {32: 42}
+    assert model.spec.decoder.qkv_bias
+    for module, layer in layers.items():
+        name = f"{canonical(module)}.weight"
+        np.testing.assert_array_equal(read_tensor(model.checkpoint, name), layer.numbers().astype(np.float32))
 
 
 DAMAGE: dict[str, tuple[str, Callable[[np.ndarray], np.ndarray], str]] = {
