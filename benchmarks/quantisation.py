@@ -1,6 +1,6 @@
 """What four-bit weights cost the demo, plain rounding beside AWQ: divergence on held-out pictures, and accuracy.
 
-    python -m benchmarks.quantisation [--samples 96] [--calibration 64] > divergence.md
+    python -m benchmarks.quantisation [--samples 96] [--calibration 64] [--plan btp] > divergence.md
     python -m benchmarks.quantisation --questions 1000 > accuracy.md
 
 benchmarks/results/quantisation.md holds both. Divergence is KL in nats at every token of the full model's own answers,
@@ -44,15 +44,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=96, help="held-out pictures")
     parser.add_argument("--calibration", type=int, default=64, help="pictures of plans and, up to 32, of scales")
+    parser.add_argument("--plan", default="btp", help="btp, or a preset, which is calibrated on nothing")
     parser.add_argument("--questions", type=int, help="measure accuracy on so many questions instead")
     options = parser.parse_args()
     model = open_model("demo")
     profile = default_profile(model)
     settings = CalibrationSettings(samples=options.calibration)
     plans = {ALL: choose_plan(model, "none", settings, profile=profile)} | {
-        name: choose_plan(model, "btp", replace(settings, compression=budget), profile=profile)
+        name: choose_plan(model, options.plan, replace(settings, compression=budget), profile=profile)
         for name, budget in BUDGETS.items()
     }
+    print(f"Plans: {options.plan}, calibrated on {options.calibration} pictures. ", end="")
     if options.questions is None:
         _divergence(model, plans, settings, profile, options.samples)
     else:

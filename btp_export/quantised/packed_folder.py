@@ -43,7 +43,6 @@ class PackedWriter:
 
     def __init__(self, folder: Path, source: Checkpoint) -> None:
         self.folder, self._source = folder, source
-        self._stored: dict[str, str] = {}  # file of each tensor, by its name in the file
 
     def layer_file(self, layer: int) -> Path:
         """Where a layer's tensors are."""

@@ -21,6 +21,7 @@ from btp_export.report.numbers import count, percent, size
 from btp_export.report.picture_views import data_uri
 from btp_export.report.rows import headlines
 from btp_export.report.write import write_report
+from btp_export.results.evaluation import WeightsCost
 from btp_export.results.verification import GraphParity
 
 NBSP = "\N{NO-BREAK SPACE}"
@@ -129,6 +130,19 @@ def test_accuracy_kept_is_that_of_the_bundles_own_plan(data: ReportData) -> None
     others = tuple(row for row in rows if row.plan not in ("btp", "fastv"))
     evaluation = evaluation.model_copy(update={"rows": others})
     assert headlines(document(replace(data, evaluation=evaluation)))[1].value is None
+
+
+def test_four_bits_are_told_beside_full_weights_where_they_were_measured(data: ReportData, tmp_path: Path) -> None:
+    assert data.evaluation
+    page, _, _ = _written(tmp_path / "a", data)
+    assert "what four bits cost" not in page.words
+    cost = WeightsCost(weights="awq, groups of 32", full=0.953, pruned=0.937, four_bits=0.951, both=0.933)
+    evaluation = data.evaluation.model_copy(update={"weights_cost": cost})
+    page, _, contents = _written(tmp_path / "b", replace(data, evaluation=evaluation))
+    assert "What pruning costs, what four bits cost (awq, groups of 32)" in page.words
+    assert page.row("the model’s own")[1:] == ["95.3 %", "93.7 %"]
+    assert page.row("four bits")[1:] == ["95.1 %", "93.3 %"]
+    assert contents["evaluation"]["weights_cost"]["both"] == 0.933
 
 
 def test_report_json_holds_what_the_page_shows(data: ReportData, tmp_path: Path) -> None:
