@@ -111,10 +111,10 @@ def test_what_tensorrt_does_not_take_is_refused(tiny_checkpoint: Path, tmp_path:
     assert refused.value.do == "--engine-weights shared"
 
 
-@pytest.mark.parametrize("weights", ["baked", "shared"])
-def test_engines_are_built(weights: Any, bundle: Bundle) -> None:
+@pytest.mark.parametrize(("weights", "plugins"), [("baked", "none"), ("shared", "none"), ("shared", "python")])
+def test_engines_are_built(weights: Any, plugins: Any, bundle: Bundle) -> None:
     building.need_rtx()
-    target, wishes = find_target("rtx-ada"), Wishes(engine_weights=weights, plugins="none")
+    target, wishes = find_target("rtx-ada"), Wishes(engine_weights=weights, plugins=plugins)
     builder = machine_for(target, wishes)
     assert builder.library is not None
     plan = plan_build(bundle, target, replace(builder.wishes, engine_weights=weights))
@@ -124,4 +124,5 @@ def test_engines_are_built(weights: Any, bundle: Bundle) -> None:
     decode = result.record.graph("decode", bundle.profile().name)
     packs = [weight for weight in decode.weight_inputs if weight.name.endswith(".qweight")]
     assert len(packs) == (7 * 6 if weights == "shared" else 0)
-    assert all((weight.dtype, len(weight.shape)) == ("uint8", 3) for weight in packs)
+    wanted = ("int32", 2) if plugins == "python" else ("uint8", 3)
+    assert all((weight.dtype, len(weight.shape)) == wanted for weight in packs)
