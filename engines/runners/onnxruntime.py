@@ -96,19 +96,21 @@ class OrtLoader:
         if not path.is_file():
             raise InputError(f"no graph {path}", wanted="a complete bundle", do="export it again")
         content = graph_bytes(path)
-        if ops.wants_onnxruntime_nodes(content):
+        if self._packed is not None or ops.wants_onnxruntime_nodes(content):
             return self.open_model(content, path)
         return self._open(str(path), path, self._options())
 
     def open_model(self, content: bytes, path: Path) -> "OrtRunner":
         """Open a graph from memory; its weights lie where those of the graph at `path` do. Raises as for a file."""
         options = self._options()
-        if not self._takes_own_nodes(content):
+        own_nodes = self._takes_own_nodes(content)
+        if self._packed is None and not own_nodes:
             options.add_session_config_entry(FOLDER_OPTION, str(path.parent))
             return self._open(content, path, options)
         model = parse_graph(content, path)
-        with refusing_graph(path):
-            ops.for_onnxruntime(model, accuracy_level=self.accuracy_level)
+        if own_nodes:
+            with refusing_graph(path):
+                ops.for_onnxruntime(model, accuracy_level=self.accuracy_level)
         kept: list[Any] = []
         if self._packed is not None:
             kept = self._packed.share(model, path, options)

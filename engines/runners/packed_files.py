@@ -7,7 +7,10 @@ entry names them. So each matrix is packed once, by a session of one node, into 
 graphs' entries are pointed there. Results are the same bit for bit; packed weights of another processor or version are
 not taken, those are packed again.
 
-A file holds the codes and the packed ones, so the cache takes twice the disk that the weights take in the bundle.
+The output projection, which decode has as well as the head of the prefill, is a plain product, computed in float32 on a
+CPU: it is packed and shared in the same way.
+
+A file holds the weights and the packed ones, so the cache takes twice the disk that the weights take.
 """
 
 import hashlib
@@ -32,7 +35,9 @@ from graphs.files.atomic import move
 from graphs.files.onnx_file import read_graph
 
 NODE: Final = "MatMulNBits"
-CODES: Final = 1  # which of its inputs is packed
+PRODUCT: Final = "Gemm"
+WEIGHT: Final = 1  # which of their inputs is packed
+LARGE: Final = 2**25  # elements from which a plain product is shared: the output projection
 FOLDER_OPTION: Final = "session.model_external_initializers_file_folder_path"
 MODEL_FILE, DATA_FILE = "packed.onnx", "packed.bin"
 SMALLEST: Final = 2**20  # bytes of codes below which packing again costs less than a file
@@ -55,22 +60,22 @@ class PackedFiles:
         tensor of `options`. The session needs what is given back for as long as it lives.
         """
         stored = {tensor.name: tensor for tensor in model.graph.initializer if tensor.external_data}
+        _widen_products(model, stored)
         places: dict[str, Path] = {}
         for node in model.graph.node:
-            codes = stored.get(node.input[CODES]) if node.op_type == NODE else None
-            if codes is None or _nbytes(codes) < SMALLEST:
+            if not _is_shared(node, model, stored):
                 continue
             place = self._place(_alone(node, model, stored), path)
             if place is None:
                 break  # the disk is full
-            places[codes.name] = place
+            places[node.input[WEIGHT]] = place
         if not places:
             options.add_session_config_entry(FOLDER_OPTION, str(path.parent))
             return []
         options.add_session_config_entry(FOLDER_OPTION, str(self._folder))
-        for name, place in places.items():
-            _point(stored[name], place)
-        others = {name: _mapped(tensor, path.parent) for name, tensor in stored.items() if name not in places}
+        _point(model, places)
+        others = {t.name: _mapped(t, path.parent) for t in model.graph.initializer
+                  if t.external_data and t.name not in places}  # fmt: skip
         options.add_external_initializers(list(others), list(others.values()))
         return list(others.values())
 
@@ -95,23 +100,76 @@ class PackedFiles:
                 shutil.rmtree(place, ignore_errors=True)
 
 
+def _casts(model: onnx.ModelProto) -> dict[str, NodeProto]:
+    return {node.output[0]: node for node in model.graph.node if node.op_type == "Cast"}
+
+
+def _is_shared(node: NodeProto, model: onnx.ModelProto, stored: Stored) -> bool:
+    """Whether a node's weight is worth a file: four-bit codes, or a large matrix in float32."""
+    if node.op_type == NODE:
+        codes = stored.get(node.input[WEIGHT])
+        return codes is not None and _nbytes(codes) >= SMALLEST
+    return node.op_type == PRODUCT and _wide_weight(node, _casts(model), stored) is not None
+
+
+def _wide_weight(node: NodeProto, casts: Mapping[str, NodeProto], stored: Stored) -> TensorProto | None:
+    """The stored matrix of a product that is computed in float32, if it is a large one and there is no bias."""
+    name = node.input[WEIGHT]
+    wide = name in casts and casts[name].attribute[0].i == TensorProto.FLOAT
+    tensor = stored.get(casts[name].input[0] if wide else name)
+    turned = {attribute.name: attribute.i for attribute in node.attribute}
+    if tensor is None or len(node.input) > 2 or prod(tensor.dims) < LARGE or turned != {"transB": 1}:
+        return None
+    return tensor if wide or tensor.data_type == TensorProto.FLOAT else None
+
+
+def _widen_products(model: onnx.ModelProto, stored: Stored) -> None:
+    """Write out what ONNX Runtime does with large products in float16: casts around one in float32."""
+    nodes = []
+    for node in model.graph.node:
+        tensor = stored.get(node.input[WEIGHT]) if node.op_type == PRODUCT and len(node.input) == 2 else None
+        if tensor is None or tensor.data_type != TensorProto.FLOAT16 or prod(tensor.dims) < LARGE:
+            nodes.append(node)
+            continue
+        (x, weight), y = node.input, node.output[0]
+        wide = [f"{name}.{y}.wide" for name in (x, weight)]
+        nodes += [
+            helper.make_node("Cast", [a], [b], to=TensorProto.FLOAT) for a, b in zip((x, weight), wide, strict=True)
+        ]
+        product = NodeProto()
+        product.CopyFrom(node)
+        product.input[:], product.output[:] = wide, [f"{y}.wide"]
+        nodes += [product, helper.make_node("Cast", [f"{y}.wide"], [y], to=TensorProto.FLOAT16)]
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+
+
 def _alone(node: NodeProto, model: onnx.ModelProto, stored: Stored) -> onnx.ModelProto:
     """A model of the node alone, on one row, with its stored inputs and the casts behind them."""
-    casts = {other.output[0]: other for other in model.graph.node if other.op_type == "Cast"}
-    before = [casts[name] for name in node.input[CODES:] if name in casts]
-    names = [cast.input[0] for cast in before] + [name for name in node.input[CODES:] if name in stored]
-    attributes = {attribute.name: attribute.i for attribute in node.attribute}
-    scales = node.input[2]
-    cast_to = next((attribute.i for attribute in casts[scales].attribute), 0) if scales in casts else 0
-    element = cast_to or stored[scales].data_type
+    casts = _casts(model)
+    before = [casts[name] for name in node.input[WEIGHT:] if name in casts]
+    names = [cast.input[0] for cast in before] + [name for name in node.input[WEIGHT:] if name in stored]
+    if node.op_type == NODE:
+        attributes = {attribute.name: attribute.i for attribute in node.attribute}
+        rows, width, scales = attributes["N"], attributes["K"], node.input[2]
+        element = casts[scales].attribute[0].i if scales in casts else stored[scales].data_type
+    else:
+        (rows, width), element = stored[names[0]].dims, TensorProto.FLOAT
     only = NodeProto()
     only.CopyFrom(node)
-    only.input[0], only.output[0] = "row", "result"
+    # Names that tell graphs apart are no part of the matrix.
+    only.name, only.input[0], only.output[0] = "", "row", "result"
+    for number, cast in enumerate(before):
+        own = NodeProto()
+        own.CopyFrom(cast)
+        place = list(node.input).index(cast.output[0])
+        own.name, own.output[0] = "", f"wide_{number}"
+        only.input[place], before[number] = own.output[0], own
     graph = helper.make_graph(
         [*before, only],
         "packed",
-        [helper.make_tensor_value_info("row", element, [1, attributes["K"]])],
-        [helper.make_tensor_value_info("result", element, [1, attributes["N"]])],
+        [helper.make_tensor_value_info("row", element, [1, width])],
+        [helper.make_tensor_value_info("result", element, [1, rows])],
         initializer=[stored[name] for name in dict.fromkeys(names)],
     )
     return helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version)
@@ -125,8 +183,8 @@ def _key(small: onnx.ModelProto, path: Path) -> str:
     text = json.dumps([weights, ort.__version__, platform.machine(), _processor()])
     # A derived bundle calls its files differently, but they are the same: names are not part of the key.
     places = [(t.name, t.data_type, list(t.dims), _entry(t).get("offset")) for t in small.graph.initializer]
-    node = small.graph.node[-1].SerializeToString(deterministic=True)
-    whole = text.encode() + json.dumps(places).encode() + node
+    nodes = b"".join(node.SerializeToString(deterministic=True) for node in small.graph.node)
+    whole = text.encode() + json.dumps(places).encode() + nodes
     return hashlib.sha256(whole).hexdigest()[:32]
 
 
@@ -161,14 +219,36 @@ def _make(small: onnx.ModelProto, path: Path, place: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _point(tensor: TensorProto, place: Path) -> None:
-    """Let the codes of a graph be those in a packed file."""
-    made = read_graph(place / MODEL_FILE)
-    (packed,) = (other for other in made.graph.initializer if other.name == tensor.name)
-    del tensor.external_data[:]
-    for entry in packed.external_data:
-        own = f"{place.name}/{DATA_FILE}" if entry.key == "location" else entry.value
-        tensor.external_data.add(key=entry.key, value=own)
+def _point(model: onnx.ModelProto, places: Mapping[str, Path]) -> None:
+    """Let weights of a graph be those in packed files: the value that a product reads -> the folder of its file.
+
+    A weight that was cast is stored there as it is cast: its cast and the narrow one go.
+    """
+    graph, stored = model.graph, {tensor.name: tensor for tensor in model.graph.initializer}
+    gone = {node.input[0] for node in graph.node if node.op_type == "Cast" and node.output[0] in places}
+    kept = [node for node in graph.node if node.op_type != "Cast" or node.output[0] not in places]
+    del graph.node[:]
+    graph.node.extend(kept)
+    used = {name for node in kept for name in node.input}
+    for name, place in places.items():
+        packed = _packed_tensor(place)
+        tensor = stored.get(name)
+        if tensor is None:
+            tensor = graph.initializer.add(name=name, data_type=packed.data_type, dims=packed.dims)
+            tensor.data_location = TensorProto.EXTERNAL
+        del tensor.external_data[:]
+        for entry in packed.external_data:
+            own = f"{place.name}/{DATA_FILE}" if entry.key == "location" else entry.value
+            tensor.external_data.add(key=entry.key, value=own)
+    left = [tensor for tensor in graph.initializer if tensor.name not in gone or tensor.name in used]
+    del graph.initializer[:]
+    graph.initializer.extend(left)
+
+
+def _packed_tensor(place: Path) -> TensorProto:
+    """The one that ONNX Runtime packed, of those in a packed file; it is the largest."""
+    packed: TensorProto = max(read_graph(place / MODEL_FILE).graph.initializer, key=_nbytes)
+    return packed
 
 
 def _mapped(tensor: TensorProto, folder: Path) -> ort.OrtValue:

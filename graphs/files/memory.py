@@ -68,10 +68,10 @@ def _groups(root: Path) -> list[int | None]:
         _, _, rest = line.partition(":")
         controllers, _, path = rest.partition(":")
         if controllers == "":
-            base, names = root / "sys/fs/cgroup", ("memory.max", "memory.current", "inactive_file")
+            base, names = root / "sys/fs/cgroup", ("memory.max", "memory.current", "")
         elif "memory" in controllers.split(","):
             base = root / "sys/fs/cgroup/memory"
-            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_")
         else:
             continue
         folder = base / path.lstrip("/")
@@ -80,12 +80,13 @@ def _groups(root: Path) -> list[int | None]:
     return rooms
 
 
-def _room(folder: Path, limit: str, used: str, droppable: str) -> int | None:
+def _room(folder: Path, limit: str, used: str, prefix: str) -> int | None:
+    """What a group has left. Pages of files can be dropped, also those that were read twice, as mapped weights are."""
     most, now = _number(folder / limit), _number(folder / used)
     if most is None or now is None:
         return None
     stat = dict(line.split(maxsplit=1) for line in _lines(folder / "memory.stat"))
-    return most - now + int(stat.get(droppable, 0))
+    return most - now + sum(int(stat.get(f"{prefix}{kind}_file", 0)) for kind in ("inactive", "active"))
 
 
 def _number(path: Path) -> int | None:

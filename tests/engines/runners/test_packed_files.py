@@ -59,9 +59,51 @@ def _graph(folder: Path, tensors: dict[str, np.ndarray], rows: int) -> Path:
     return path
 
 
+@pytest.mark.parametrize("precision", ["float32", "float16"])
+@pytest.mark.parametrize("stored", ["float32", "float16"])
+def test_a_large_plain_product_is_shared_too(
+    stored: str, precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The output projection, whatever it is stored in and the graph computes in; only float32 is packed."""
+    if (stored, precision) == ("float32", "float16"):
+        pytest.skip("such a cast narrows the weight: it stays as it is")
+    monkeypatch.setattr(packed_files, "LARGE", 0)
+    weight = np.random.default_rng(0).standard_normal((N, K)).astype(stored)
+    (tmp_path / "weights").mkdir()
+    write_tensors(tmp_path / "weights/model.safetensors", {"w": weight})
+    path = _projection(tmp_path, weight, dtypes.BY_NAME[precision].onnx)
+    runners = [OrtLoader(threads=1, packed=place) for place in (tmp_path / "cache", None)]
+    got, wanted = (run(loader, path) for loader in runners)
+    np.testing.assert_array_equal(got, wanted)
+    (place,) = (tmp_path / "cache").iterdir()
+    runner = runners[0](path)
+    assert mapped(tmp_path / "cache") == {str(place / packed_files.DATA_FILE)}
+    assert runner.path == path
+
+
+def _projection(folder: Path, weight: np.ndarray, element: int) -> Path:
+    """y = x w^T."""
+    offset = tensor_offsets({"w": weight})["w"]
+    tensor = TensorProto(name="w", data_type=dtypes.BY_NUMPY[weight.dtype].onnx, dims=weight.shape, data_location=1)
+    for key, value in {"location": "weights/model.safetensors", "offset": offset, "length": weight.nbytes}.items():
+        tensor.external_data.add(key=key, value=str(value))
+    cast = tensor.data_type != element
+    nodes = [helper.make_node("Cast", ["w"], ["wide"], to=element)] if cast else []
+    nodes.append(helper.make_node("Gemm", ["x", "wide" if cast else "w"], ["y"], "product", transB=1))
+    graph = helper.make_graph(
+        nodes, "graph",
+        [helper.make_tensor_value_info("x", element, [1, K])], [helper.make_tensor_value_info("y", element, [1, N])],
+        [tensor],
+    )  # fmt: skip
+    path = folder / "projection.onnx"
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
+    path.write_bytes(model.SerializeToString())
+    return path
+
+
 def run(loader: OrtLoader, path: Path) -> np.ndarray:
     runner = loader(path)
-    x = np.random.default_rng(1).standard_normal(runner.inputs["x"].shape).astype(np.float32)
+    x = np.random.default_rng(1).standard_normal(runner.inputs["x"].shape).astype(runner.inputs["x"].dtype)
     return runner.run({"x": x})["y"]
 
 

@@ -29,13 +29,16 @@ def test_a_system_that_says_nothing(tmp_path: Path) -> None:
     assert available_memory(tmp_path) is None
 
 
+STAT = f"anon 1\ninactive_file {MIB // 4}\nactive_file {MIB * 3 // 4}\n"
+
+
 @pytest.mark.parametrize(("limit", "used", "wanted"), [("max", 5, 8), (6, 4, 3), (2, 3, 0)])
 def test_a_group_of_version_2(limit: str | int, used: int, wanted: int, tmp_path: Path) -> None:
     """1 MiB of what is used are file pages that could be dropped."""
     folder = tmp_path / "sys/fs/cgroup/user/job"
     tree(tmp_path, proc__meminfo=MEMINFO, proc__self__cgroup="0::/user/job\n")
     most = limit if limit == "max" else str(int(limit) * MIB)
-    tree(folder, **{"memory.max": most, "memory.current": str(used * MIB), "memory.stat": f"inactive_file {MIB}\n"})
+    tree(folder, **{"memory.max": most, "memory.current": str(used * MIB), "memory.stat": STAT})
     assert available_memory(tmp_path) == wanted * MIB
 
 
@@ -52,7 +55,7 @@ def test_a_group_of_version_1_in_a_container(tmp_path: Path) -> None:
     tree(
         tmp_path / "sys/fs/cgroup/memory",
         **{"memory.limit_in_bytes": str(5 * MIB), "memory.usage_in_bytes": str(2 * MIB)},
-        **{"memory.stat": f"total_inactive_file {MIB}\n"},
+        **{"memory.stat": f"active_file 7\ntotal_inactive_file {MIB // 2}\ntotal_active_file {MIB // 2}\n"},
     )
     assert available_memory(tmp_path) == 4 * MIB
 
