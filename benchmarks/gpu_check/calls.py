@@ -11,7 +11,7 @@ The file is an index of lines and then bytes, at offsets from the end of the ind
                                                        similarity = features int8 [B,V,channels] . themselves / 2^shift
     call <name> <function> <tags>                      then what follows, up to the next call:
     struct <offset> <bytes>                            the C structure
-    expected <offset> <bytes>                          the output
+    expected <offset> <bytes> <row> <across> <down>    the output: rows of so many bytes, each repeated across, all down
     close <type> <row> <tolerance>                     where equal bits are not asked for: of each row's norm
     parameters | in <id> | null | out | workspace | size | stream     the arguments in order
 
@@ -81,7 +81,8 @@ class Given:
     inputs: dict[str, Array | Gram | Stacked]
     attributes: dict[str, Any]
     tags: tuple[str, ...] = ()
-    wanted: Array | None = None  # what the reference gives, where that is known already
+    wanted: Array | None = None  # what the reference gives for the parts of what is stacked: y repeats them
+    tiles: tuple[int, int] = (1, 1)  # how often `wanted` is repeated across and down
 
     def arrays(self) -> dict[str, Array]:
         """All inputs as arrays."""
@@ -106,7 +107,8 @@ def expected(given: Given) -> Array:
     import torch
 
     if given.wanted is not None:
-        return given.wanted
+        across, down = given.tiles
+        return np.tile(given.wanted, (down, across))
     module = ops.operator(given.operator)
     tensors = {name: to_torch(array) for name, array in given.arrays().items()}
     result: torch.Tensor = module.reference(**tensors, **given.attributes)
@@ -171,12 +173,14 @@ class CaseWriter:
         """One case with its output."""
         module = ops.operator(given.operator)
         inputs = [self._input(tensor) for tensor in given.inputs.values()]
-        wanted_at = self._put(wanted.tobytes())
+        part = wanted if given.wanted is None else given.wanted
+        row = part.nbytes // len(part) if given.wanted is not None else part.nbytes
+        wanted_at = self._put(part.tobytes())
         native = c_call(given, [(tuple(i["shape"]), i["dtype"]) for i in inputs])
         self._lines += [
             f"call {given.operator}/{given.name} {native.function} {','.join(given.tags) or 'none'}",
             f"struct {self._put(native.parameters)} {len(native.parameters)}",
-            f"expected {wanted_at} {wanted.nbytes}",
+            f"expected {wanted_at} {wanted.nbytes} {row} {given.tiles[0]} {given.tiles[1]}",
         ]
         tolerance = getattr(module, "TOLERANCE", {}).get(wanted.dtype.name)  # by type, of a row's norm; or equal bits
         if tolerance is not None:
@@ -194,7 +198,8 @@ class CaseWriter:
                 "parameters": native.parameters.hex(),
                 "arguments": native.arguments,
                 "tolerance": tolerance,
-                "output": {"shape": list(wanted.shape), "dtype": wanted.dtype.name, "offset": wanted_at},
+                "output": {"shape": list(part.shape), "dtype": wanted.dtype.name, "offset": wanted_at},
+                "tiles": list(given.tiles),
             }
         )  # fmt: skip
 
@@ -283,7 +288,7 @@ def read_calls(folder: Path, tag: str | None = None) -> Iterable[Call]:
             yield Call(
                 entry["name"], entry["op"], tuple(entry["tags"]), entry["attributes"],
                 {name: _read_input(content, record) for name, record in entry["inputs"].items()},
-                _read(content, entry["output"]["offset"], entry["output"]["shape"], entry["output"]["dtype"]),
+                _read_output(content, entry),
                 CCall(entry["function"], bytes.fromhex(entry["parameters"]), entry["arguments"]), entry["tolerance"],
             )  # fmt: skip
 
@@ -292,6 +297,12 @@ def _read(content: memoryview, offset: int, shape: Sequence[int], dtype: str) ->
     kind = dtypes.numpy_of(dtype)
     count = int(np.prod(shape))
     return np.frombuffer(content, kind, count, offset).reshape(shape)
+
+
+def _read_output(content: memoryview, entry: dict[str, Any]) -> Array:
+    output, (across, down) = entry["output"], entry["tiles"]
+    part = _read(content, output["offset"], output["shape"], output["dtype"])
+    return part if (across, down) == (1, 1) else np.tile(part, (down, across))
 
 
 def _read_input(content: memoryview, record: dict[str, Any]) -> Array:

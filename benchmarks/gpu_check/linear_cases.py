@@ -1,4 +1,4 @@
-"""Large cases of BtpLinear: decode and prefill of the models in use. The file holds 256 rows of each matrix, stacked.
+"""Large cases of BtpLinear: decode and prefill of the models in use. The file holds 256 rows of w and 16 of x, stacked.
 
 Decode is timed on matrices larger than a GPU's L2 (50 MB on H100 and H200), as a whole model is: several layers' rows
 one below the other. Prefill is bound by arithmetic, so its matrices are those of one layer.
@@ -51,12 +51,15 @@ def stacked(
     """x [m,k] times w [n,k]; n is a multiple of 256."""
     from graphs.ops.linear import reference
 
-    case = make(f"{m}-{k}-{group}", m, ROWS, k, group, dtype=dtype)
+    rows = 16 if m % 16 == 0 else m
+    case = make(f"{m}-{k}-{group}", rows, ROWS, k, group, dtype=dtype)
     tensors = {key: to_torch(value) for key, value in case.inputs.items()}
     part = from_torch(reference(**tensors, **case.attributes))
     inputs: dict[str, Any] = {key: Stacked(value, n // ROWS) for key, value in case.inputs.items()}
-    wanted = np.ascontiguousarray(np.tile(part, (1, n // ROWS)))
-    return Given(LINEAR, name, inputs | {"x": case.x}, case.attributes, ("large", "timed", *tags), wanted)
+    inputs["x"] = Stacked(case.x, m // rows)
+    return Given(
+        LINEAR, name, inputs, case.attributes, ("large", "timed", *tags), wanted=part, tiles=(n // ROWS, m // rows)
+    )
 
 
 @dataclass(frozen=True)
@@ -69,9 +72,10 @@ class Product:
 
 def product_of(given: Given, wanted: Array) -> Product:
     """The product of a case whose output is known."""
-    x, moved = given.inputs["x"], wanted.nbytes
-    assert isinstance(x, np.ndarray)
-    for one in given.inputs.values():
-        assert isinstance(one, np.ndarray | Stacked)
-        moved += one.part.nbytes * one.times if isinstance(one, Stacked) else one.nbytes
-    return Product(moved, 2 * wanted.size * x.shape[1])
+    moved, columns = wanted.nbytes, 0
+    for name, tensor in given.inputs.items():
+        assert isinstance(tensor, np.ndarray | Stacked)
+        part, times = (tensor.part, tensor.times) if isinstance(tensor, Stacked) else (tensor, 1)
+        moved += part.nbytes * times
+        columns = part.shape[1] if name == "x" else columns
+    return Product(moved, 2 * wanted.size * columns)

@@ -35,8 +35,8 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The prepared folder without compiled files: the operators' cases, a few drawn ones, the 7B's stages."""
     folder = tmp_path_factory.mktemp("prepared")
     small = replace(next(drawn.large_cases()), tags=("replayed", "green"))
-    stacked = linear_cases.stacked("stacked", 3, 512, 64, 32)
-    calls.write_cases(folder, [*calls.all_cases(), small, stacked, *drawn.drawn_cases(12)])
+    stacked = [linear_cases.stacked("stacked", 3, 512, 64, 32), linear_cases.stacked("tiled-stacked", 32, 512, 64, 32)]
+    calls.write_cases(folder, [*calls.all_cases(), small, *stacked, *drawn.drawn_cases(12)])
     (folder / "prepared.json").write_text(json.dumps({"commit": "abc", "shapes": {}, "model": prepare.model_7b()}))
     return folder
 
@@ -76,7 +76,7 @@ def test_calls_equal_the_reference_on_the_emulated_kernels(prepared: Path) -> No
     library, seen = ctypes.CDLL(str(builds.emulated_kernels())), set[str]()
     for call in calls.read_calls(prepared):
         seen.add(call.name)
-        if "small" in call.tags or call.name.endswith(("/released-1", "/stacked")):
+        if "small" in call.tags or call.name.endswith(("/released-1", "stacked")):
             status, got = calls.launch(library, call)
             assert status == 0, call.name
             assert on_ort.difference(got, call) == "", call.name
@@ -115,10 +115,11 @@ def test_inputs_are_read_back_as_they_were(prepared: Path) -> None:
 
 def test_a_stacked_product_is_the_product_of_the_whole_matrix(prepared: Path) -> None:
     """The file holds 256 rows of w; the output was made from them."""
-    read = next(call for call in calls.read_calls(prepared) if call.name == "linear/stacked")
-    assert read.inputs["qweight"].shape == (512, 2, 16) and read.wanted.shape == (3, 512)
-    whole = calls.Given("linear", "whole", dict(read.inputs), read.attributes)
-    assert on_ort.difference(calls.expected(whole), read) == ""
+    for name, rows in (("tiled-stacked", 32), ("stacked", 3)):
+        read = next(call for call in calls.read_calls(prepared) if call.name == f"linear/{name}")
+        assert read.inputs["qweight"].shape == (512, 2, 16) and read.wanted.shape == (rows, 512)
+        whole = calls.Given("linear", "whole", dict(read.inputs), read.attributes)
+        assert on_ort.difference(calls.expected(whole), read) == ""
     product = linear_cases.product_of(whole, read.wanted)
     weights = 512 * 64 // 2 + 512 * 2 * 2 + 512
     assert product == linear_cases.Product(weights + 3 * 64 * 2 + 3 * 512 * 2, 2 * 3 * 512 * 64)
@@ -392,7 +393,7 @@ def test_the_native_program_finds_every_function(prepared: Path, native: Path) -
     done = subprocess.run([native / "harness", "ready", *options], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
     found = json.loads(done.stdout)
-    assert found["calls"] == len(calls.all_cases()) + 13 and found["refused"] == [] and found["largest_workspace"] > 0
+    assert found["calls"] == len(calls.all_cases()) + 15 and found["refused"] == [] and found["largest_workspace"] > 0
     for wrong, message in (("nonsense", "unknown command"), ("ready", "no call is named")):
         done = subprocess.run(
             [native / "harness", wrong, *options, "--only", "x"], capture_output=True, text=True, check=False

@@ -98,9 +98,16 @@ inline void read_line(CaseFile& file, std::istream& line, const std::string& wor
         line >> offset >> bytes;
         file.calls.back().parameters.assign(file.at(offset), file.at(offset) + bytes);
     } else if (word == "expected") {
-        line >> offset >> bytes;
+        size_t row = 0, across = 0, down = 0;
+        line >> offset >> bytes >> row >> across >> down;
+        std::vector<char>& expected = file.calls.back().expected;
         file.calls.back().output_bytes = bytes;
-        file.calls.back().expected.assign(file.at(offset), file.at(offset) + bytes);
+        for (size_t place = 0; place < bytes / across; place += row) {  // of all rows, those further down again
+            const char* const part = file.at(offset) + place % (bytes / across / down);
+            for (size_t i = 0; i < across; ++i) {
+                expected.insert(expected.end(), part, part + row);
+            }
+        }
     } else if (word == "close") {
         line >> file.calls.back().type >> file.calls.back().row >> file.calls.back().tolerance;
     } else {
