@@ -5,9 +5,12 @@ standard error only. While a command runs, what libraries print goes there too, 
 document on standard output. All text passes graphs/records/printable.py on its way.
 """
 
+import codecs
 import ctypes
+import io
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -194,6 +197,7 @@ _results: TextIO | None = None  # where results go while standard output leads t
 def stdout_for_results() -> Iterator[None]:
     """Inside, only results reach standard output; what libraries print, in Python or C, goes to standard error.
 
+    There it loses its control characters as everything does: tokenizers print keys of their files.
     Raises InputError if standard output is closed, before the work whose result it would take.
     """
     global _results
@@ -205,19 +209,54 @@ def stdout_for_results() -> Iterator[None]:
     saved = os.dup(1)
     _results = _reopened(stdout, saved)
     stdout.flush()
-    os.dup2(2, 1)
-    sys.stdout = sys.stderr
     try:
-        yield
+        with _printable_stderr() as descriptor:
+            os.dup2(descriptor, 1)
+            sys.stdout = _PrintableStderr()
+            try:
+                yield
+            finally:
+                ctypes.CDLL(None).fflush(None)  # what C libraries have printed and hold back
+                os.dup2(saved, 1)
     finally:
-        ctypes.CDLL(None).fflush(None)  # what C libraries have printed and hold back
-        os.dup2(saved, 1)
         sys.stdout, results, _results = stdout, _results, before
         if results is not stdout:
             with suppress(OSError):  # what could not be written has been reported
                 results.close()  # and `saved` with it
         else:
             os.close(saved)
+
+
+class _PrintableStderr(io.TextIOBase):
+    """Standard error for Python's prints."""
+
+    def write(self, text: str) -> int:
+        _write(sys.stderr, printable(text))
+        return len(text)
+
+    def flush(self) -> None:
+        sys.stderr.flush()
+
+
+@contextmanager
+def _printable_stderr() -> Iterator[int]:
+    """A descriptor for what C libraries print: a thread takes it to standard error without control characters."""
+    reader, writer = os.pipe()
+    thread = threading.Thread(target=_copy_printable, args=(reader,), daemon=True)
+    thread.start()
+    try:
+        yield writer
+    finally:
+        os.close(writer)
+        thread.join(1.0)  # a child that still has the other end goes on printing
+
+
+def _copy_printable(reader: int) -> None:
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    with open(reader, "rb", buffering=0) as source:
+        while data := source.read(65536):
+            with suppress(OSError):  # closed: there is nowhere left to report it
+                os.write(2, printable(decoder.decode(data)).encode())
 
 
 def _reopened(stdout: TextIO, descriptor: int) -> TextIO:

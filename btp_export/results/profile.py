@@ -9,10 +9,9 @@ from btp_export.results.base import Count, Milliseconds, Result
 from engines.tensorrt.records import Assemble, EngineWeights
 from graphs.dtypes import Precision
 from graphs.names import GraphKind
-from graphs.records.record import Record
+from graphs.records.record import MOST_LAYERS, Record
 
 Kind = GraphKind
-MOST_LAYERS = 10_000
 Bound = Literal["compute", "memory"]
 
 

@@ -19,11 +19,12 @@ from graphs import dtypes
 from graphs.records.errors import InputError
 from graphs.records.quantization import Quantization
 from graphs.records.reading import UnreadableError, parse_json, read_object
-from graphs.records.record import parse_record, require_name
+from graphs.records.record import MOST_LAYERS, parse_record, require_name
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 INDEX_ENDING = ".safetensors.index.json"
 PACKED = "btp"  # quant_method of what this project packs
+LAYERS = {"num_hidden_layers", "depth", "num_layers", "n_layers", "n_layer"}
 HEADER_BYTES = 100_000_000  # the format's own limit
 MOST_SIZE = 2**63  # of offsets and numbers of elements
 
@@ -87,13 +88,23 @@ def read_config(folder: Path) -> dict[str, Any]:
     """config.json of a checkpoint folder. Raises InputError if it is missing or not JSON."""
     path = folder / "config.json"
     try:
-        return read_object(path, noun="config.json of a model")
+        config = read_object(path, noun="config.json of a model")
     except UnreadableError as error:
         raise InputError(
             f"cannot read {path}: {error.reason}",
             wanted="a checkpoint folder with config.json, *.safetensors and the processor files",
             do="give the folder that holds config.json",
         ) from error
+    _check_layers(path, config)
+    return config
+
+
+def _check_layers(path: Path, settings: Any) -> None:
+    """Raise InputError for more layers than any model has: transformers would begin to make them all."""
+    for name, value in settings.items() if isinstance(settings, dict) else ():
+        if name in LAYERS and isinstance(value, int | float) and value > MOST_LAYERS:
+            raise InputError(f"{path}: {name} {value}", wanted=f"at most {MOST_LAYERS} layers", do="restore it")
+        _check_layers(path, value)
 
 
 def open_checkpoint(

@@ -26,7 +26,7 @@ from pydantic_core import CoreSchema
 
 from graphs.records.errors import InputError
 from graphs.records.reading import read_file
-from graphs.records.record import FROM_FILE, Record, parse_record
+from graphs.records.record import FROM_FILE, Layers, Record, Tokens, parse_record
 from graphs.records.token_layout import Blocks, Grid, blocks_field, check_blocks
 
 FORMAT: Final = "btp-plan/1"
@@ -114,8 +114,8 @@ class PruningPlan(Record):
     """Stages by rising layer and falling keep, for a decoder of L layers and V image tokens."""
 
     model_type: str
-    num_layers: int = Field(ge=1)
-    image_tokens: int = Field(ge=1)
+    num_layers: Layers
+    image_tokens: Tokens
     importance: Importance = "last-token"
     grid: Grid  # rows, columns; of the finest block without its newline column where there are blocks
     blocks: Blocks = blocks_field()  # see graphs/records/token_layout.py; none: the tokens are the grid

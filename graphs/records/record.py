@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Final, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from graphs.records.errors import InputError
 from graphs.records.reading import parse_json, read_file
@@ -34,6 +34,14 @@ def _checked_name(text: str) -> str:
 
 # A name that is read from a file and becomes part of a path or of a command.
 Name = Annotated[str, AfterValidator(_checked_name)]
+
+
+# No model has more, and work over what a file says of them ends.
+MOST_LAYERS: Final = 10_000
+MOST_TOKENS: Final = 2**20
+Layers = Annotated[int, Field(ge=1, le=MOST_LAYERS)]
+Tokens = Annotated[int, Field(ge=1, le=MOST_TOKENS)]
+Size = Annotated[int, Field(ge=1, le=2**31)]
 
 
 class Record(BaseModel):

@@ -2,7 +2,7 @@
 
 from pydantic import Field, model_validator
 
-from graphs.records.record import Name, Record
+from graphs.records.record import MOST_TOKENS, Name, Record, Tokens
 from graphs.records.token_layout import Blocks, blocks_field, check_blocks
 
 
@@ -15,15 +15,15 @@ class ShapeProfile(Record):
     """
 
     name: Name
-    batch: int = Field(default=1, ge=1)
+    batch: int = Field(default=1, ge=1, le=2**16)
     image_size: tuple[int, int]  # height, width in pixels of the pictures it is built for
     grid: tuple[int, int]  # rows, columns of image tokens
     blocks: Blocks = blocks_field()
     pixel_shape: tuple[int, ...] | None = Field(default=None, exclude_if=lambda shape: shape is None)
-    prefix_tokens: int = Field(ge=0)  # P
-    image_tokens: int = Field(ge=1)  # V
-    text_tokens: int = Field(ge=1)  # T, the padded bucket
-    new_tokens: int = Field(ge=1)  # room in the caches for generated tokens
+    prefix_tokens: int = Field(ge=0, le=MOST_TOKENS)  # P
+    image_tokens: Tokens  # V
+    text_tokens: Tokens  # T, the padded bucket
+    new_tokens: Tokens  # room in the caches for generated tokens
 
     @model_validator(mode="after")
     def _check(self) -> "ShapeProfile":

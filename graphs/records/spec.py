@@ -10,20 +10,20 @@ from pydantic import Field, model_validator
 
 from graphs.dtypes import Precision
 from graphs.records.generation import GenerationSettings
-from graphs.records.record import Record
+from graphs.records.record import Layers, Record, Size
 from graphs.records.token_layout import Blocks, blocks_field, check_blocks, count_tokens
 
 
 class DecoderSpec(Record):
     """A Llama-like decoder: RMSNorm, rotary attention with grouped keys, gated MLP."""
 
-    num_layers: int  # L
-    hidden_size: int  # C
-    intermediate_size: int
-    num_heads: int  # H
-    num_kv_heads: int  # K
-    head_dim: int  # D
-    vocab_size: int
+    num_layers: Layers  # L
+    hidden_size: Size  # C
+    intermediate_size: Size
+    num_heads: Size  # H
+    num_kv_heads: Size  # K
+    head_dim: Size  # D
+    vocab_size: Size
     rms_norm_eps: float
     hidden_act: Literal["silu", "gelu", "gelu_pytorch_tanh"] = "silu"
     qkv_bias: bool = False
@@ -32,7 +32,7 @@ class DecoderSpec(Record):
     tie_word_embeddings: bool = False
     # M-RoPE (three positions a token): how D/2 is divided among temporal, vertical and horizontal, in turn
     rope_sections: tuple[int, ...] | None = Field(default=None, exclude_if=lambda sections: sections is None)
-    max_positions: int
+    max_positions: Size
 
     @property
     def layer_elements(self) -> int:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import sys
 from pathlib import Path
 from typing import Any, Literal
@@ -64,6 +65,18 @@ def test_only_results_reach_standard_output(capsys: pytest.CaptureFixture[str]) 
     assert captured.out == 'piece{\n "format": "btp-version/1",\n "version": "1"\n}\n'
     assert captured.err == "a library talks\nwe talk\n"
     assert sys.stdout is not sys.stderr
+
+
+def test_what_libraries_print_loses_its_control_characters(capfd: pytest.CaptureFixture[str]) -> None:
+    """In Python and in C: tokenizers print keys of their files."""
+    with console.stdout_for_results():
+        print("a \x1b[31mred key")
+        os.write(1, "another \x1b]0;title\x07 \u202e é".encode())
+        console.stream("result")
+    captured = capfd.readouterr()
+    assert captured.out == "result"
+    assert "red key" in captured.err and "title" in captured.err and "é" in captured.err
+    assert not {"\x1b", "\x07"} & set(captured.err)
 
 
 def test_progress_says_how_long_it_will_take(

@@ -109,6 +109,13 @@ def test_pickles_are_never_read(tmp_path: Path) -> None:
         open_checkpoint(tmp_path)
 
 
+def test_more_layers_than_any_model_has(folder: Path) -> None:
+    """Before anything makes them."""
+    (folder / "config.json").write_text('{"text_config": {"num_hidden_layers": 1000000000}}')
+    with pytest.raises(InputError, match="num_hidden_layers 1000000000"):
+        open_checkpoint(folder)
+
+
 @pytest.mark.parametrize(("text", "complaint"), [(None, "cannot read"), ("{", "not JSON"), ("[]", "holds a list")])
 def test_wrong_config(folder: Path, text: str | None, complaint: str) -> None:
     (folder / "config.json").unlink()
