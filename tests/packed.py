@@ -41,7 +41,11 @@ def write_record(folder: Path, record: dict[str, Any]) -> None:
 
 def is_projection(name: str) -> bool:
     """Whether a stored tensor is a matrix of a decoder layer."""
-    return ".layers." in name and "vision" not in name and name.endswith(tuple(f"{one}.weight" for one in PROJECTIONS))
+    return (
+        ".layers." in name
+        and "vision" not in name
+        and name.endswith(tuple(f"{projection}.weight" for projection in PROJECTIONS))
+    )
 
 
 def rounded(weight: np.ndarray, group: int, zeros: bool) -> tuple[dict[str, np.ndarray], np.ndarray]:

@@ -34,8 +34,8 @@ def test_the_rule(precision: Precision, allowed: bool) -> None:
 def test_in_half_precision_only_selections_have_float32_products(tiny_bundle: Any, precision: str, opset: int) -> None:
     """What the rule of half-precision bundles rests on."""
     bundle = staged_bundle(tiny_bundle, precision=precision, opset=opset)
-    found = {graph.name: float32_products(bundle.graph_path(graph.name)) for graph in bundle.graphs()}
-    assert {name: count for name, count in found.items() if count} == {"select_0": 2, "select_1": 2, "select_2": 1}
+    collected = {graph.name: float32_products(bundle.graph_path(graph.name)) for graph in bundle.graphs()}
+    assert {name: count for name, count in collected.items() if count} == {"select_0": 2, "select_1": 2, "select_2": 1}
 
 
 def float32_products(path: Path) -> int:
@@ -69,9 +69,9 @@ def test_the_builder_is_told(tmp_path: Path, precision: Precision, allowed: bool
 
     rtx = installed.load("rtx")
     job = building.job(building.product(tmp_path), precision=precision)
-    made, network = builder._create(rtx, Messages(rtx.module, echo=True), job.graph)
+    built, network = builder._create(rtx, Messages(rtx.module, echo=True), job.graph)
     config = builder.configuration(rtx, job, None, builder._monitor(rtx.module, lambda share: None))
-    assert config(made, network).get_flag(rtx.module.BuilderFlag.TF32) is allowed
+    assert config(built, network).get_flag(rtx.module.BuilderFlag.TF32) is allowed
 
 
 @pytest.mark.parametrize(("precision", "allowed"), PRECISIONS)

@@ -60,9 +60,9 @@ def library(added: Path, tmp_path: Path) -> Path:
 def test_its_cases_are_calls_with_its_own_tolerance(library: Path, tmp_path: Path) -> None:
     from benchmarks.gpu_check.on_ort import difference
 
-    found = [given for given in calls.all_cases() if given.operator == "scale_tokens"]
-    assert [given.name for given in found] == ["1", "-3"] and found[0].tags == ("case", "small")
-    assert calls.write_cases(tmp_path, found) == 2
+    result = [given for given in calls.all_cases() if given.operator == "scale_tokens"]
+    assert [given.name for given in result] == ["1", "-3"] and result[0].tags == ("case", "small")
+    assert calls.write_cases(tmp_path, result) == 2
     read = list(calls.read_calls(tmp_path, "small"))
     assert [call.op for call in read] == ["BtpScaleTokens"] * 2
     opened = ctypes.CDLL(str(library))

@@ -28,10 +28,10 @@ def sample(tmp_path: Path) -> Path:
 def test_a_sample_becomes_a_file_and_a_table(sample: Path, tmp_path: Path) -> None:
     path, text = results.record([sample], tmp_path)
     assert path == tmp_path / "nvidia-h100-80gb-hbm3.json" and path.with_suffix(".md").read_text() == text
-    made = json.loads(path.read_text())
-    assert made["facts"]["multiprocessors"] == 132 and made["prepared"]["commit"] == "abc1234"
-    assert made["machine"]["driver_version"] == "580.1"
-    select, gather, product = made["rows"]
+    document = json.loads(path.read_text())
+    assert document["facts"]["multiprocessors"] == 132 and document["prepared"]["commit"] == "abc1234"
+    assert document["machine"]["driver_version"] == "580.1"
+    select, gather, product = document["rows"]
     # Two launches, 100 steps of a read and the reductions of 160 threads, 3 MB at 3 TB/s.
     assert (select["us"], select["before_us"]) == (50.0, 61.0)
     assert select["floor_us"] == pytest.approx(3.0 + 100 * 0.3 + 1.0)
@@ -39,14 +39,18 @@ def test_a_sample_becomes_a_file_and_a_table(sample: Path, tmp_path: Path) -> No
     assert product["gb_per_s"] == pytest.approx(2400) and product["share_of_bandwidth"] == pytest.approx(0.8)
     assert product["share_of_rate"] == pytest.approx(0.05) and product["floor_us"] == pytest.approx(10)
     assert gather == {"name": "gather_tokens/released-1", "us": 2.5, "problem": ""}
-    assert made["sanitizers"] == {
+    assert document["sanitizers"] == {
         "memcheck": "0 errors",
         "racecheck": "0 hazards displayed (0 errors, 0 warnings)",
         "initcheck": "compute-sanitizer (of the CUDA toolkit)",
     }
-    assert made["streams"] is None and made["steps"]["streams"] == {"status": "timeout", "seconds": 1.0, "why": "begun"}
-    assert [kernel["kernel"] for kernel in made["ncu"]["ncu-small"]] == ["select_tokens", "survey_tokens"]
-    assert made["ncu"]["ncu-small"][0]["Duration (us)"] == 41.25
+    assert document["streams"] is None and document["steps"]["streams"] == {
+        "status": "timeout",
+        "seconds": 1.0,
+        "why": "begun",
+    }
+    assert [kernel["kernel"] for kernel in document["ncu"]["ncu-small"]] == ["select_tokens", "survey_tokens"]
+    assert document["ncu"]["ncu-small"][0]["Duration (us)"] == 41.25
     for part in (
         f"| {RUN} | 50.0 | 61.0 | 100 | 34.0 | 1.47 |",
         "| linear/decode-1 | 12.5 | - | 2400 | 80% | 32.0 | 5% | 1.25 |",
@@ -68,8 +72,8 @@ def test_two_folders_are_one_result_and_what_was_done_counts(sample: Path, tmp_p
     done = {"step": "streams", "status": "done", "seconds": 3.0, "tail": "", "result": {"rows": []}}
     worse = {"step": "verify", "status": "failed", "seconds": 3.0, "tail": "", "result": {"failed": ["one"]}}
     (again / "A.jsonl").write_text("\n".join(map(json.dumps, (done, worse))))
-    made = json.loads(results.record([sample, again], tmp_path)[0].read_text())
-    assert made["streams"] == {"rows": []} and made["verified"]["calls"] == 333
+    document = json.loads(results.record([sample, again], tmp_path)[0].read_text())
+    assert document["streams"] == {"rows": []} and document["verified"]["calls"] == 333
 
 
 def test_without_an_answer_of_a_gpu_nothing_is_written(sample: Path, tmp_path: Path) -> None:

@@ -67,12 +67,12 @@ def test_the_whole_job_from_python(tiny_checkpoint: Path, pictures: list[Image.I
     model = str(tiny_checkpoint)
     plan = btp_export.calibrate(model, compression=0.5, samples=4)
     assert isinstance(plan, btp_export.Plan) and plan.compression >= 0.5
-    told: list[str] = []
+    texts: list[str] = []
     shapes = [btp_export.Shape(text=16, new=4), btp_export.Shape(batch=2, text=16, new=4)]
     bundle = btp_export.export(
-        model, plan=plan, out=tmp_path / "b", shapes=shapes, report=lambda done, total, text="": told.append(text)
+        model, plan=plan, out=tmp_path / "b", shapes=shapes, report=lambda done, total, text="": texts.append(text)
     )
-    assert isinstance(bundle, btp_export.Bundle) and bundle.plan == plan and told
+    assert isinstance(bundle, btp_export.Bundle) and bundle.plan == plan and texts
     assert [profile.batch for profile in bundle.manifest.profiles] == [1, 2]
     [answer] = btp_export.load(str(bundle.root)).generate(pictures[0], "what colour is the star?")
     assert answer.text and answer.tokens_kept == tuple(stage.keep for stage in plan.stages)

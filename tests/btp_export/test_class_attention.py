@@ -50,15 +50,15 @@ def test_the_output_is_there_only_when_a_plan_asks(tiny_bundle: BundleMaker, der
 
 
 def test_segments_verify(derived: Bundle) -> None:
-    found = verify_bundle(derived, samples=3, threads=1)
-    assert found.failures == () and found.passed and found.tokens_equal
-    assert all(share == 1.0 for share in found.kept_agreement)
+    result = verify_bundle(derived, samples=3, threads=1)
+    assert result.failures == () and result.passed and result.tokens_equal
+    assert all(share == 1.0 for share in result.kept_agreement)
 
 
 def test_streamed_verify(derived: Bundle) -> None:
     """One part of a graph in memory at a time: the attention flows from the vision graph to the stage there too."""
-    found = verify_bundle(derived, samples=2, threads=1, streaming=Streaming(above=0))
-    assert found.passed and found.tokens_equal
+    result = verify_bundle(derived, samples=2, threads=1, streaming=Streaming(above=0))
+    assert result.passed and result.tokens_equal
 
 
 def test_exported_whole_keeps_the_same_tokens(
@@ -83,9 +83,9 @@ def test_features_of_another_plan_do_not_stand_in_for_the_attention(
 
 
 def test_eval_takes_the_preset_on_a_bundle_without_the_output(tiny_bundle: BundleMaker) -> None:
-    found = evaluate_bundle(tiny_bundle(), plans=("visionzip-select", "scope"), compression=0.7, samples=4, threads=1)
-    assert [row.plan for row in found.rows] == ["visionzip-select", "scope"]
-    assert len({round(row.average_tokens) for row in found.rows}) == 1
+    result = evaluate_bundle(tiny_bundle(), plans=("visionzip-select", "scope"), compression=0.7, samples=4, threads=1)
+    assert [row.plan for row in result.rows] == ["visionzip-select", "scope"]
+    assert len({round(row.average_tokens) for row in result.rows}) == 1
 
 
 def test_refusals(tiny_bundle: BundleMaker, tmp_path: Path) -> None:

@@ -194,6 +194,6 @@ def test_a_reader_that_leaves_is_no_error() -> None:
 
 def test_doctor_says_what_is_there(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["doctor", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["ok"] and found["demo_model"] and found["cores"] >= 1
-    assert "CPUExecutionProvider" in found["onnxruntime_providers"]
+    document = json.loads(capsys.readouterr().out)
+    assert document["ok"] and document["demo_model"] and document["cores"] >= 1
+    assert "CPUExecutionProvider" in document["onnxruntime_providers"]

@@ -26,8 +26,8 @@ def test_every_input_of_every_graph(tiny_bundle: Any, tmp_path: Path) -> None:
     bundle = tiny_bundle()
     record_calibration(bundle, bundle.profile().name, files_of(bundle), tmp_path / "inputs")
     for graph in bundle.graphs():
-        found = {path.stem: path.stat().st_size for path in (tmp_path / "inputs" / graph.name).iterdir()}
-        assert found == {tensor.name: 4 * int(np.prod(tensor.shape)) for tensor in graph.inputs}
+        collected = {path.stem: path.stat().st_size for path in (tmp_path / "inputs" / graph.name).iterdir()}
+        assert collected == {tensor.name: 4 * int(np.prod(tensor.shape)) for tensor in graph.inputs}
     token = np.fromfile(tmp_path / "inputs" / "decode" / "hidden.bin", "<f4")
     table = bundle.checkpoint()["language_model.embed_tokens.weight"].read()
     assert (np.abs(table - token).max(axis=1) == 0).sum() == 1  # the row of one token, the one that was predicted

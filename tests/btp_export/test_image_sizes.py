@@ -50,10 +50,10 @@ def exported(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> tupl
 @pytest.fixture
 def pictures(tmp_path: Path) -> dict[str, str]:
     """Files of pictures that fit the square profile, the wide one, and none."""
-    made = {"square": (48, 48), "large": (61, 61), "wide": (40, 72), "tall": (72, 20)}
-    for name, size in made.items():
+    collected = {"square": (48, 48), "large": (61, 61), "wide": (40, 72), "tall": (72, 20)}
+    for name, size in collected.items():
         parity.picture(*size, seed=len(name)).save(tmp_path / f"{name}.png")
-    return {name: str(tmp_path / f"{name}.png") for name in made}
+    return {name: str(tmp_path / f"{name}.png") for name in collected}
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
@@ -110,11 +110,11 @@ def test_a_turned_picture_is_counted_upright(checkpoint: Path, tmp_path: Path) -
     for number in range(4):
         parity.picture(72, 40, seed=number).save(tmp_path / f"{number}.jpg", exif=exif)
     model = open_model(str(checkpoint))
-    found = folder_samples(tmp_path, count=4, seed=0)
+    result = folder_samples(tmp_path, count=4, seed=0)
     resized = {}
     for size in ((40, 72), (72, 40)):
         (profile,) = make_profiles(model, Options(image_sizes=(size,), text_tokens=16, new_tokens=8))
-        _, resized[size] = fitted_samples(found.samples, model.spec, profile)
+        _, resized[size] = fitted_samples(result.samples, model.spec, profile)
     assert resized == {(40, 72): 0, (72, 40): 4}
 
 
@@ -156,11 +156,11 @@ def test_resizing_is_to_the_profile_s_size(exported: tuple[Path, Path]) -> None:
 
 
 def test_verify_looks_at_every_profile(exported: tuple[Path, Path]) -> None:
-    found = verify_profiles(Bundle.open(exported[0]), samples=1, threads=1)
-    assert found.passed, found.failures
-    assert found.profiles == (SQUARE, WIDE)
-    assert {graph.profile for graph in found.graphs} == {SQUARE, WIDE}
-    assert found.kept_agreement == (1.0,) * len(Bundle.open(exported[0]).plan.stages)
+    result = verify_profiles(Bundle.open(exported[0]), samples=1, threads=1)
+    assert result.passed, result.failures
+    assert result.profiles == (SQUARE, WIDE)
+    assert {graph.profile for graph in result.graphs} == {SQUARE, WIDE}
+    assert result.kept_agreement == (1.0,) * len(Bundle.open(exported[0]).plan.stages)
     one = verify_profiles(Bundle.open(exported[0]), samples=1, threads=1, profile=WIDE)
     assert one.profile == WIDE
     assert one.profiles == (WIDE,)
@@ -225,7 +225,7 @@ def test_sizes_that_cannot_be(
 ) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
     options = ["--plan", "none", "--out", "made"] if "plan" not in arguments[:1] else []
-    code, out, err = run(capsys, *(str(checkpoint) if one == "CHECKPOINT" else one for one in arguments), *options)
+    code, out, err = run(capsys, *(str(checkpoint) if word == "CHECKPOINT" else word for word in arguments), *options)
     assert (code, out) == (2, "")
     assert words in err
     assert len(err.strip().splitlines()) <= 3

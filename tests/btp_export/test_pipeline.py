@@ -44,9 +44,9 @@ def test_the_whole_road_in_four_bits(tmp_path: Path, tiny_checkpoint: Path, caps
     assert result["verify"]["passed"] and result["verify"]["tokens_equal"]
     assert "quantise" in result["seconds"]
     bundle = Bundle.open(out, check="full")
-    made = bundle.manifest.quantization
-    assert made is not None
-    assert (made.method, made.groups) == ("awq", {32: 42})
+    built = bundle.manifest.quantization
+    assert built is not None
+    assert (built.method, built.groups) == ("awq", {32: 42})
     assert bundle.manifest.model.source == tiny_checkpoint.name
     full = sum(path.stat().st_size for path in tiny_checkpoint.glob("*.safetensors"))
     assert sum(path.stat().st_size for path in bundle.weights.glob("[lr]*.safetensors")) < 0.6 * full

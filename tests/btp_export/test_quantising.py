@@ -135,19 +135,21 @@ def test_heads_that_share_values_and_their_biases(tmp_path: Path) -> None:
     model = open_model(str(tmp_path / "model"))
     profile = default_profile(model, (140, 112))
     plan = choose_plan(model, "none", SETTINGS, profile=profile)
-    made = quantise_model(model, plan, SETTINGS, "int4-g32", profile=profile)
+    built = quantise_model(model, plan, SETTINGS, "int4-g32", profile=profile)
     bias = "language_model.layers.0.self_attn.v_proj.bias"
-    rows = read_tensor(made.checkpoint, bias) / model.checkpoint[bias].read().astype(np.float32)
-    assert made.checkpoint[bias].dtype == "F32"
+    rows = read_tensor(built.checkpoint, bias) / model.checkpoint[bias].read().astype(np.float32)
+    assert built.checkpoint[bias].dtype == "F32"
     assert np.ptp(rows) > 0.01, "something was divided out"
     columns = np.repeat(rows.reshape(2, 1, -1), 2, axis=1).reshape(-1)
     for name, undone in (("v_proj", 1 / rows[:, None]), ("o_proj", columns[None])):
         weight = f"language_model.layers.0.self_attn.{name}.weight"
-        exact, got = model.checkpoint[weight].read().astype(np.float32), read_tensor(made.checkpoint, weight)
+        exact, got = model.checkpoint[weight].read().astype(np.float32), read_tensor(built.checkpoint, weight)
         if name == "v_proj":  # its columns are those of the norm
             norm = "language_model.layers.0.input_layernorm.weight"
             got = (
-                got * made.checkpoint[norm].read().astype(np.float32) / model.checkpoint[norm].read().astype(np.float32)
+                got
+                * built.checkpoint[norm].read().astype(np.float32)
+                / model.checkpoint[norm].read().astype(np.float32)
             )
         assert np.linalg.norm(got * undone - exact) < 0.2 * np.linalg.norm(exact)
 

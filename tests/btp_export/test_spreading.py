@@ -66,10 +66,10 @@ def test_eval(tiny_bundle: Any, capsys: pytest.CaptureFixture[str], monkeypatch:
     results = Cluster.results
 
     def interrupted(self: Cluster, *arguments: Any, **options: Any) -> Iterator[Any]:
-        for count, found in enumerate(results(self, *arguments, **options)):
+        for count, result in enumerate(results(self, *arguments, **options)):
             if count == 2:
                 raise KeyboardInterrupt
-            yield found
+            yield result
 
     with monkeypatch.context() as patch:
         patch.setattr(Cluster, "results", interrupted)
@@ -100,11 +100,11 @@ def test_calibrate(tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str], mo
     results, asked = Cluster.results, list[str]()
 
     def watched(self: Cluster, function: Any, parts: Any, **options: Any) -> Iterator[Any]:
-        for found in results(self, function, parts, **options):
+        for entry in results(self, function, parts, **options):
             asked.append(function.__name__)
             if len(asked) == 7:
                 raise KeyboardInterrupt
-            yield found
+            yield entry
 
     monkeypatch.setattr(Cluster, "results", watched)
     assert cli.main([*arguments, "--ray", "local"]) == 130

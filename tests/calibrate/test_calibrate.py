@@ -67,9 +67,9 @@ def test_the_spread_narrows_with_more_pictures(study: Study) -> None:
     drop = record["drop_divergence_spread"]
     for small, large in (("16", "64"), ("64", "256")):
         assert np.all(np.array(drop[large]) <= np.array(drop[small]) + 1e-9) and sum(drop[large]) > 0
-    for found in record["stage_spread"].values():
-        assert 0 <= found["same"] <= 1 and 0 <= found["chosen_again"] <= 1
-        assert all(low <= high for low, high in zip(found["low"], found["high"], strict=True))
+    for entry in record["stage_spread"].values():
+        assert 0 <= entry["same"] <= 1 and 0 <= entry["chosen_again"] <= 1
+        assert all(low <= high for low, high in zip(entry["low"], entry["high"], strict=True))
 
 
 def test_given_counts_are_kept(study: Study) -> None:
@@ -95,19 +95,19 @@ def test_every_switch_is_in_the_plan_and_its_record(study: Study) -> None:
 
 def test_importance_decides_what_is_kept(study: Study) -> None:
     """The rules see other rows of the attention, so that candidates are judged differently under each of them."""
-    found = {
+    collected = {
         rule: calibrate(study, Request(recipe=Recipe(rule))).calibration["candidates"]
         for rule in ("last-token", "mean-text", "similar-text")
     }
-    divergences = [tuple(one["divergence"] for one in candidates) for candidates in found.values()]
+    divergences = [tuple(one["divergence"] for one in candidates) for candidates in collected.values()]
     assert len(set(divergences)) == 3
 
 
 def test_one_bound_on_dropping_all(study: Study) -> None:
     strict, loose = (calibrate(study, Request(Budget(compression=0.4), drop_bounds=(bound,))) for bound in (1e-6, 1e3))
     assert strict.calibration["drop_bounds"] == [1e-6]
-    assert {one["drop_bound"] for one in strict.calibration["candidates"]} == {1e-6}
-    finals = [{one["layers"][-1] for one in plan.calibration["candidates"]} for plan in (strict, loose)]
+    assert {candidate["drop_bound"] for candidate in strict.calibration["candidates"]} == {1e-6}
+    finals = [{candidate["layers"][-1] for candidate in plan.calibration["candidates"]} for plan in (strict, loose)]
     divergence = strict.calibration["drop_divergence"]
     assert all(value <= 1e-6 for value in divergence[max(finals[0]) :]) or finals[0] == {LAYERS - 1}
     assert min(finals[1]) <= min(finals[0])
@@ -157,8 +157,8 @@ def test_divergence() -> None:
     assert divergence(np.log(p) + 3, np.log(q)) == pytest.approx(wanted)
     assert divergence(np.log(p), np.log(p)) == 0.0
     answer, other = np.log(np.stack([p, q])), np.log(np.stack([q, q]))
-    found = change(answer, other)
-    assert found.divergence == pytest.approx(wanted / 2) and (found.agreement, found.exact) == (0.5, False)
+    result = change(answer, other)
+    assert result.divergence == pytest.approx(wanted / 2) and (result.agreement, result.exact) == (0.5, False)
 
 
 # Scores

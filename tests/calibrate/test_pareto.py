@@ -24,8 +24,8 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
     inputs = [make_input(model, seed=seed)[0] for seed in range(5)]
     reference = StreamedReference(checkpoint(folder))
     statistics = measure_statistics(reference, inputs, SHAPE)
-    made = Study(reference, inputs, SHAPE, statistics, threshold_of(statistics, SHAPE, tau=None, model_tau=0.93))
-    return replace(made, cost=COST)
+    built = Study(reference, inputs, SHAPE, statistics, threshold_of(statistics, SHAPE, tau=None, model_tau=0.93))
+    return replace(built, cost=COST)
 
 
 def test_each_point_is_what_calibrating_for_its_budget_gives(study: Study) -> None:
@@ -50,10 +50,10 @@ def test_a_plan_that_another_makes_needless_is_marked() -> None:
 
 def test_default_budgets_are_those_within_reach() -> None:
     asked = requests(Request(), SHAPE, COST)  # six layers: at most 0.833
-    assert [one.budget.compression for one in asked] == [0.5, 0.6, 0.7, 0.78]
+    assert [request.budget.compression for request in asked] == [0.5, 0.6, 0.7, 0.78]
     inside = Request(recipe=Recipe(spatial=False))  # stages of this recipe lie inside the decoder
     for budgets, words in (([0.5, 0.5], "different compressions"), ([], "different"), ([0.9], r"at most 0\.833")):
         with pytest.raises(InputError, match=words):
             requests(inside, SHAPE, COST, budgets)
     assert len(requests(Request(), SHAPE, COST, [0.9])) == 1, "before layer 0 it can be met"
-    assert np.all([one.recipe == Recipe() for one in asked])
+    assert np.all([request.recipe == Recipe() for request in asked])

@@ -15,8 +15,8 @@ from graphs.records.errors import InputError
 
 @pytest.fixture(scope="module")
 def bundle(tiny_bundle: Any) -> Bundle:
-    made: Bundle = tiny_bundle()
-    return made
+    bundle: Bundle = tiny_bundle()
+    return bundle
 
 
 def parts(bundle: Bundle) -> dict[str, Any]:
@@ -84,7 +84,7 @@ def test_incomplete_parts_are_refused(bundle: Bundle, tmp_path: Path) -> None:
 @pytest.mark.parametrize("alignment", [64, 1 << 30])
 def test_caches_in_one_piece_or_apart(bundle: Bundle, alignment: int) -> None:
     """Where the layers of a segment lie is not to be seen in any result."""
-    found = []
+    collected = []
     for chosen in (1 << 30, alignment):
         chain = Chain(**parts(bundle), alignment=chosen)
         pixels, prefix, text, last = inputs(bundle)
@@ -92,9 +92,9 @@ def test_caches_in_one_piece_or_apart(bundle: Bundle, alignment: int) -> None:
         for step in range(3):
             logits.append(chain.decode(np.full((1, bundle.spec.decoder.hidden_size), 0.1 * step, np.float32)))
         caches = [cache for pair in chain.caches.values() for cache in pair]
-        found.append([*logits, *(cache.read() for cache in caches)])
+        collected.append([*logits, *(cache.read() for cache in caches)])
         ends = [cache.pointer + cache.read().nbytes for cache in caches]
         joined = [cache.pointer == end for cache, end in zip(caches[1:], ends, strict=False)]
         assert all(joined) == (chosen == 64)
-    for got, wanted in zip(*found, strict=True):
+    for got, wanted in zip(*collected, strict=True):
         np.testing.assert_array_equal(got, wanted)

@@ -266,9 +266,9 @@ def test_cached_statistics(folder: Path, data: st.DataObject) -> None:
     path = folder / "statistics" / f"{key}.npz"
     whole = path.read_bytes()
     path.write_bytes(data.draw(damaged(whole)))
-    found = cache.get(key)
-    assert found is None or all(
-        np.array_equal(getattr(found, name), getattr(_statistics(), name)) for name in ("counts", "logits", "lengths")
+    result = cache.get(key)
+    assert result is None or all(
+        np.array_equal(getattr(result, name), getattr(_statistics(), name)) for name in ("counts", "logits", "lengths")
     )
     assert len(said) == 1
 

@@ -33,8 +33,8 @@ FIXED = {
 
 def options_of(command: str) -> list[tuple[str, bool]]:
     """(name, whether it takes a value) of each."""
-    found = [(one.opts[0], not getattr(one, "is_flag", False)) for one in MAIN.commands[command].params]
-    return [pair for pair in found if pair[0].startswith("--") and pair[0] not in ("--help", "--debug", "--list")]
+    result = [(one.opts[0], not getattr(one, "is_flag", False)) for one in MAIN.commands[command].params]
+    return [pair for pair in result if pair[0].startswith("--") and pair[0] not in ("--help", "--debug", "--list")]
 
 
 COMMANDS = [name for name in cli.command_names() if FIXED.get(name, []) is not None]

@@ -45,8 +45,8 @@ def test_safetensors_calls_it_so(kind: dtypes.ElementType, tmp_path: Path) -> No
 @TYPES
 def test_onnx_runtime_calls_it_so(kind: dtypes.ElementType) -> None:
     value = helper.make_tensor_value_info("a", kind.onnx, [2])
-    made = helper.make_tensor_value_info("b", kind.onnx, [2])
-    graph = helper.make_graph([helper.make_node("Identity", ["a"], ["b"])], "same", [value], [made])
+    built = helper.make_tensor_value_info("b", kind.onnx, [2])
+    graph = helper.make_graph([helper.make_node("Identity", ["a"], ["b"])], "same", [value], [built])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
     session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     assert session.get_inputs()[0].type == kind.onnxruntime

@@ -16,13 +16,13 @@ Box = tuple[float, float, float, float]
 
 def _texts(svg: str) -> list[tuple[Box, str]]:
     """(left, top, right, bottom) of every text, by the figures' own estimate of widths."""
-    found = []
+    collected = []
     pattern = r'<text x="([\d.-]+)" y="([\d.-]+)" class="[^"]*" text-anchor="(\w+)">([^<]*)</text>'
     for x, y, anchor, text in re.findall(pattern, svg):
         width = text_width(text)
         left = float(x) - {"start": 0.0, "middle": width / 2, "end": width}[anchor]
-        found.append(((left, float(y) - FONT * 0.75, left + width, float(y)), text))
-    return found
+        collected.append(((left, float(y) - FONT * 0.75, left + width, float(y)), text))
+    return collected
 
 
 def _drawings(figure: str) -> list[tuple[str, float]]:

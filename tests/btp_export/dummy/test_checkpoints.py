@@ -145,10 +145,10 @@ def test_an_interrupted_one_goes_on(small: Path) -> None:
     kept = sorted(path.name for path in partial.glob("*.safetensors"))
     assert kept and not (small / "llava-1.5-7b-seed0").exists()
     written = (partial / kept[0]).stat().st_mtime_ns
-    made = dummy_checkpoint("llava-1.5-7b", shard_bytes=SHARD_BYTES)
-    assert (made / kept[0]).stat().st_mtime_ns == written, "a finished shard is not made again"
+    built = dummy_checkpoint("llava-1.5-7b", shard_bytes=SHARD_BYTES)
+    assert (built / kept[0]).stat().st_mtime_ns == written, "a finished shard is not made again"
     for path in whole.iterdir():
-        assert path.read_bytes() == (made / path.name).read_bytes(), path.name
+        assert path.read_bytes() == (built / path.name).read_bytes(), path.name
 
 
 def test_activations_stay_finite_in_half_precision(small: Path) -> None:

@@ -112,14 +112,14 @@ def with_preset(bundle: Bundle, preset: str, out: Path, profile: str | None = No
 
 def check_verified(bundle: Bundle, profile: str, *, samples: int = 3) -> None:
     """Every graph against transformers' layers: hidden states, 1 - cosine, kept sets, generated tokens."""
-    found = verify_bundle(bundle, samples=samples, profile=profile, threads=1)
-    assert found.failures == ()
-    assert found.passed and found.tokens_equal
-    assert found.near_ties == ()
-    assert all(share == 1.0 for share in found.kept_agreement)
-    names = {graph.name for graph in found.graphs}
+    result = verify_bundle(bundle, samples=samples, profile=profile, threads=1)
+    assert result.failures == ()
+    assert result.passed and result.tokens_equal
+    assert result.near_ties == ()
+    assert all(share == 1.0 for share in result.kept_agreement)
+    names = {graph.name for graph in result.graphs}
     assert {"vision", "prefill_0", "head", "decode"} <= names
-    for graph in found.graphs:
+    for graph in result.graphs:
         assert 1 - graph.cosine < COSINE, graph
         assert graph.max_abs < HIDDEN, graph
 
@@ -143,9 +143,9 @@ def check_pruned(subject: Subject, model: BundleModel, pictures: Sequence[Image.
     """Kept sets and tokens equal those of a plain pruned forward over transformers' layers; gives the tokens."""
     answers = model.generate(list(pictures), list(PROMPTS[: len(pictures)]))
     for picture, prompt, answer in zip(pictures, PROMPTS, answers, strict=False):
-        made = list(answer.token_ids)
-        logits, kept = pruned_run(subject, subject.inputs(picture, prompt), model.plan, made[:-1])
-        assert logits.argmax(dim=1).tolist() == made, prompt
+        built = list(answer.token_ids)
+        logits, kept = pruned_run(subject, subject.inputs(picture, prompt), model.plan, built[:-1])
+        assert logits.argmax(dim=1).tolist() == built, prompt
         assert [indices.tolist() for indices in answer.kept] == [list(stage) for stage in kept], prompt
     return [list(answer.token_ids) for answer in answers]
 

@@ -71,15 +71,15 @@ def test_unpruned_it_is_model_generate(profile: str, subject: Subject, bundle: B
 def test_pruned_it_is_transformers_layers_with_selection_between(
     preset: str, profile: str, subject: Subject, bundle: Bundle, tmp_path: Path
 ) -> None:
-    made = parity.with_preset(bundle, preset, tmp_path / "bundle")
-    parity.check_pruned(subject, parity.open_bundle(made, profile), some_pictures())
+    derived = parity.with_preset(bundle, preset, tmp_path / "bundle")
+    parity.check_pruned(subject, parity.open_bundle(derived, profile), some_pictures())
 
 
 @pytest.mark.parametrize("preset", parity.PRESETS)
 def test_every_graph_verifies(preset: str, bundle: Bundle, tmp_path: Path) -> None:
-    made = parity.with_preset(bundle, preset, tmp_path / "bundle")
-    for profile in parity.profiles_of(made):
-        parity.check_verified(made, profile)
+    derived = parity.with_preset(bundle, preset, tmp_path / "bundle")
+    for profile in parity.profiles_of(derived):
+        parity.check_verified(derived, profile)
 
 
 def test_real_heads_and_rotary_settings(demo_checkpoint: Path, tmp_path: Path) -> None:
@@ -91,8 +91,8 @@ def test_real_heads_and_rotary_settings(demo_checkpoint: Path, tmp_path: Path) -
     vicuna = {"max_position_embeddings": 4096, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
     folder = make_llava(demo_checkpoint, tmp_path / "model", side=336, patch=14, num_hidden_layers=3, **heads, **vicuna)
     subject = subject_of(folder)
-    made = parity.export(folder, tmp_path / "bundle", new_tokens=4)
-    assert made.profile().image_tokens == 576
-    parity.check_unpruned(subject, parity.open_bundle(made, made.profile().name), [parity.picture(336, 336)])
-    pruned = parity.with_preset(made, "btp-paper", tmp_path / "pruned")
-    parity.check_verified(pruned, made.profile().name, samples=1)
+    bundle = parity.export(folder, tmp_path / "bundle", new_tokens=4)
+    assert bundle.profile().image_tokens == 576
+    parity.check_unpruned(subject, parity.open_bundle(bundle, bundle.profile().name), [parity.picture(336, 336)])
+    pruned = parity.with_preset(bundle, "btp-paper", tmp_path / "pruned")
+    parity.check_verified(pruned, bundle.profile().name, samples=1)

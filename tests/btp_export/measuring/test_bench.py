@@ -28,8 +28,8 @@ def test_bench_measures_both_models(bundle: Any, capsys: pytest.CaptureFixture[s
     assert prefill["speedup"] == pytest.approx(prefill["full_ms"] / prefill["pruned_ms"])
     assert prefill["share_of_limit"] == pytest.approx(prefill["speedup"] / prefill["flops_limit"])
     full, pruned = (
-        operations.cost(bundle.spec.decoder, made, bundle.profile())
-        for made in (PLAN.model_copy(update={"stages": ()}), PLAN)
+        operations.cost(bundle.spec.decoder, plan, bundle.profile())
+        for plan in (PLAN.model_copy(update={"stages": ()}), PLAN)
     )
     assert prefill["flops_limit"] == pytest.approx(full.decoder / pruned.decoder)
     assert document["cache_bytes"] == {"full": full.cache_bytes, "pruned": pruned.cache_bytes}

@@ -99,7 +99,7 @@ def test_answers_are_those_of_the_bundle(
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stdout[-3000:] + done.stderr[-3000:]
     summary, samples = results(tmp_path, task)
     assert summary["exact_match,none"] == pytest.approx(2 / 3)
-    assert [one["filtered_resps"] for one in samples] == [text.strip() for text in said]
+    assert [sample["filtered_resps"] for sample in samples] == [text.strip() for text in said]
 
 
 def test_choices_are_judged_by_their_probability(

@@ -27,14 +27,14 @@ def packed(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> A
 
 @pytest.mark.parametrize("streaming", [None, Streaming(above=0, part_bytes=1)])
 def test_it_holds_the_gates_of_float32(packed: Bundle, streaming: Streaming | None) -> None:
-    found = verify_bundle(packed, samples=2, tokens=4, threads=1, streaming=streaming)
-    assert found.passed, found.failures
-    assert found.streamed == (streaming is not None)
-    assert found.activations == "float32"
-    assert (found.int8_rows is None) == found.streamed
-    if found.int8_rows is not None:
-        assert 0.95 < found.int8_rows.logits_cosine < 0.9999999, "near, and not the same"
-    assert min(float(graph.cosine or 0) for graph in found.graphs) > 0.99999
+    result = verify_bundle(packed, samples=2, tokens=4, threads=1, streaming=streaming)
+    assert result.passed, result.failures
+    assert result.streamed == (streaming is not None)
+    assert result.activations == "float32"
+    assert (result.int8_rows is None) == result.streamed
+    if result.int8_rows is not None:
+        assert 0.95 < result.int8_rows.logits_cosine < 0.9999999, "near, and not the same"
+    assert min(float(graph.cosine or 0) for graph in result.graphs) > 0.99999
 
 
 def test_which_rows_ran_is_said(packed: Bundle) -> None:

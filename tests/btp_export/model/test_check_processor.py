@@ -59,12 +59,12 @@ def refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> list[str]:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (processor(lambda one: one.pop("num_additional_image_tokens")),
+        (processor(lambda fields: fields.pop("num_additional_image_tokens")),
          ["35 image tokens", "36 tokens", "num_additional_image_tokens 0 in place of 1"]),
-        (processor(lambda one: one.pop("vision_feature_select_strategy")),
+        (processor(lambda fields: fields.pop("vision_feature_select_strategy")),
          ["37 image tokens", "vision_feature_select_strategy None in place of default"]),
-        (processor(lambda one: one.update(patch_size=8)), ["9 image tokens", "patch_size 8 in place of 4"]),
-        (processor(lambda one: one["image_processor"].update(crop_size={"height": 48, "width": 48})),
+        (processor(lambda fields: fields.update(patch_size=8)), ["9 image tokens", "patch_size 8 in place of 4"]),
+        (processor(lambda fields: fields["image_processor"].update(crop_size={"height": 48, "width": 48})),
          ["48 x 48 pixels", "36 tokens from 24 x 24 pixels", "crop_size"]),
         (template(PICTURE_LAST), ["chat template", "tokens before the image", "the picture before the question"]),
         (template("USER: {{ messages[0]['content'][1]['text'] }} <image>"), ["the picture before the question"]),
@@ -92,14 +92,14 @@ def test_a_bucket_that_the_template_alone_fills(folder: Path, capsys: pytest.Cap
 def only_in_the_tokenizer(folder: Path) -> None:
     text = (folder / "chat_template.jinja").read_text()
     (folder / "chat_template.jinja").unlink()
-    edit(folder / "tokenizer_config.json", lambda one: one.update(chat_template=text))
+    edit(folder / "tokenizer_config.json", lambda fields: fields.update(chat_template=text))
 
 
 def among_several(folder: Path) -> None:
     text = (folder / "chat_template.jinja").read_text()
     (folder / "chat_template.jinja").unlink()
     several = [{"name": "tool_use", "template": "no"}, {"name": "default", "template": text}]
-    edit(folder / "tokenizer_config.json", lambda one: one.update(chat_template=several))
+    edit(folder / "tokenizer_config.json", lambda fields: fields.update(chat_template=several))
 
 
 @pytest.mark.parametrize("change", [only_in_the_tokenizer, among_several])

@@ -35,11 +35,11 @@ def test_plan_writes_a_file_that_it_shows_again(capsys: pytest.CaptureFixture[st
         capsys, "plan", "pyramiddrop", "--model", "demo", "--compression", "0.7", "--out", str(file), "--json"
     )
     assert code == 0
-    made = json.loads(out)
-    assert made["compression"] == pytest.approx(0.7, abs=0.005) and len(made["tokens_per_layer"]) == 12
-    assert PruningPlan.load(file).model_dump(mode="json") == made["plan"]
+    document = json.loads(out)
+    assert document["compression"] == pytest.approx(0.7, abs=0.005) and len(document["tokens_per_layer"]) == 12
+    assert PruningPlan.load(file).model_dump(mode="json") == document["plan"]
     code, out, _ = run(capsys, "plan", str(file), "--model", "demo", "--json")
-    assert code == 0 and json.loads(out)["plan"] == made["plan"]
+    assert code == 0 and json.loads(out)["plan"] == document["plan"]
     code, out, _ = run(capsys, "plan", str(file))
     assert code == 0 and "image tokens on average" in out
 

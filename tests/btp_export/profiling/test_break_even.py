@@ -32,11 +32,11 @@ def tau(rows: float, floor: float) -> float:
 
 
 def times(plan: PruningPlan, floor: float) -> Segments:
-    found = []
+    collected = []
     for segment in plan.segments():
         rows, layers = PROFILE.tokens_with(segment.image_tokens), segment.stop - segment.start
-        found.append((layers, rows, layers * tau(rows, floor)))
-    return found
+        collected.append((layers, rows, layers * tau(rows, floor)))
+    return collected
 
 
 def found(floor: float, select_ms: float) -> BreakEven:

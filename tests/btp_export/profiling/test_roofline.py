@@ -31,8 +31,8 @@ def test_the_slower_of_both_limits() -> None:
 
 @pytest.fixture(scope="module")
 def bundle(tiny_bundle: Any) -> Bundle:
-    made: Bundle = tiny_bundle(tiny_plan(*STAGES))
-    return made
+    bundle: Bundle = tiny_bundle(tiny_plan(*STAGES))
+    return bundle
 
 
 @pytest.mark.parametrize(

@@ -261,9 +261,9 @@ def settings_folder(folder: Path, fields: dict[str, Any], file: dict[str, Any] |
 @pytest.mark.parametrize("case", READ_BY)
 def test_formats_are_found_by_their_settings(case: str, tmp_path: Path) -> None:
     fields, file, name = READ_BY[case]
-    found = find_format(tmp_path, settings_folder(tmp_path, fields, file))
-    assert found is not None
-    assert found[0].name == name
+    result = find_format(tmp_path, settings_folder(tmp_path, fields, file))
+    assert result is not None
+    assert result[0].name == name
 
 
 @pytest.mark.parametrize("case", REFUSED)

@@ -151,8 +151,8 @@ def test_it_becomes_a_bundle_like_any_other(made: Made, tmp_path: Path) -> None:
     if name not in ("awq", "modelopt"):  # the others differ in what has been compared already
         pytest.skip("read into the same tensors")
     bundle = export_bundle(open_model(str(folder)), PLAN, tmp_path / "b", Options(text_tokens=16, new_tokens=4))
-    found = verify_bundle(bundle, samples=2, tokens=3, threads=1)
-    assert found.passed, found.failures
+    result = verify_bundle(bundle, samples=2, tokens=3, threads=1)
+    assert result.passed, result.failures
     assert bundle.manifest.quantization is not None
     assert bundle.manifest.quantization.source == name
 

@@ -158,7 +158,7 @@ def _verification() -> Verification:
 
 def _evaluation(plan: PruningPlan) -> Evaluation:
     average = plan.average_tokens
-    found = {
+    collected = {
         "none": (576.0, 0.953), "btp": (average, 0.937), "btp-paper": (128.9, 0.921), "fastv": (average - 0.4, 0.912),
         "pyramiddrop": (average - 0.1, 0.918), "divprune": (average - 0.2, 0.905), "random": (average - 0.2, 0.811),
         "vtw": (96.0, 0.352),
@@ -172,8 +172,8 @@ def _evaluation(plan: PruningPlan) -> Evaluation:
             "kinds": {"colour": accuracy, "is there": accuracy + 0.02, "count": accuracy - 0.1},
         }
         for name, tokens, accuracy in [
-            *[(name, *values) for name, values in found.items()],
-            *[(name, values[0] / 2, values[1] - 0.06) for name, values in found.items() if name != "none"],
+            *[(name, *values) for name, values in collected.items()],
+            *[(name, values[0] / 2, values[1] - 0.06) for name, values in collected.items() if name != "none"],
         ]
     ]  # fmt: skip
     return Evaluation(
@@ -279,16 +279,16 @@ class Browser:
 
     def errors(self) -> list[str]:
         """Console errors, exceptions and log entries since `open`."""
-        found = []
+        collected = []
         for event in self.events:
             params = event.get("params", {})
             if event.get("method") == "Runtime.exceptionThrown":
-                found.append(str(params["exceptionDetails"]["text"]))
+                collected.append(str(params["exceptionDetails"]["text"]))
             if event.get("method") == "Runtime.consoleAPICalled" and params["type"] in ("error", "warning"):
-                found.append(str(params["args"]))
+                collected.append(str(params["args"]))
             if event.get("method") == "Log.entryAdded" and params["entry"]["level"] in ("error", "warning"):
-                found.append(str(params["entry"]["text"]))
-        return found
+                collected.append(str(params["entry"]["text"]))
+        return collected
 
     def requests(self) -> list[str]:
         """Addresses asked for since `open`."""
@@ -314,9 +314,9 @@ class Browser:
 @pytest.fixture(scope="session")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
     """Chromium, if it is installed."""
-    found = [path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))]
-    if not found:
+    result = [path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))]
+    if not result:
         pytest.skip("no chromium, chromium-browser or google-chrome on PATH: the page was not looked at in a browser")
-    chromium = Browser(found[0], tmp_path_factory.mktemp("chromium"))
+    chromium = Browser(result[0], tmp_path_factory.mktemp("chromium"))
     yield chromium
     chromium.close()

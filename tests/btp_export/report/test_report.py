@@ -64,9 +64,9 @@ class Page(HTMLParser):
 
     def row(self, name: str) -> list[str]:
         """The only table row that begins with `name`, blanks made plain."""
-        found = [row for row in self.rows if row and row[0].strip() == name]
-        assert len(found) == 1, (name, found)
-        return [" ".join(cell.split()) for cell in found[0]]
+        result = [row for row in self.rows if row and row[0].strip() == name]
+        assert len(result) == 1, (name, result)
+        return [" ".join(cell.split()) for cell in result[0]]
 
     @property
     def words(self) -> str:
@@ -310,9 +310,9 @@ def test_photographs_are_embedded_small_and_whole() -> None:
 def test_the_machine_is_described_without_its_name() -> None:
     import socket
 
-    found = machine()
-    assert found.cores >= 1 and found.cpu and "onnxruntime" in found.versions
-    assert socket.gethostname() not in found.model_dump_json()
+    result = machine()
+    assert result.cores >= 1 and result.cpu and "onnxruntime" in result.versions
+    assert socket.gethostname() not in result.model_dump_json()
 
 
 def test_texts_have_contrast_in_both_themes(data: ReportData, tmp_path: Path) -> None:

@@ -344,9 +344,9 @@ def test_threads_wait_for_each_other(tiny_bundle: Any, pictures: list[Image.Imag
 
 def test_a_thread_whose_caches_are_gone_is_told(tiny_bundle: Any, pictures: list[Image.Image]) -> None:
     model = btp_export.load(tiny_bundle(), threads=1)
-    mine = model.prefill(model.encode(pictures[:1], PROMPTS[:1]))
+    result = model.prefill(model.encode(pictures[:1], PROMPTS[:1]))
     other = threading.Thread(target=lambda: model.prefill(model.encode(pictures[1:2], PROMPTS[:1])))
     other.start()
     other.join()
     with pytest.raises(InputError, match="hold a later batch"):
-        model.decode_step(mine, [5])
+        model.decode_step(result, [5])

@@ -67,7 +67,7 @@ def _wrong_value(chance: random.Random, good: dict[str, Any]) -> bytes:
 
 def _wrong_message(chance: random.Random, good: dict[str, Any]) -> bytes:
     content = good["messages"][0]["content"]
-    made = [
+    collected = [
         [{"role": "user", "content": chance.choice(WRONG)}],
         [{"role": chance.choice(WRONG), "content": content}],
         [{"role": "user", "content": [*content, *content]}],
@@ -75,18 +75,18 @@ def _wrong_message(chance: random.Random, good: dict[str, Any]) -> bytes:
         [{"role": "user", "content": content, "unknown": 1}],
         good["messages"] * chance.randrange(2, 50),
     ]
-    return _request(json.dumps(good | {"messages": chance.choice(made)}).encode())
+    return _request(json.dumps(good | {"messages": chance.choice(collected)}).encode())
 
 
 def _wrong_picture(chance: random.Random, good: dict[str, Any]) -> bytes:
     uri = good["messages"][0]["content"][0]["image_url"]["url"]
-    made = [
+    collected = [
         uri[: chance.randrange(len(uri) * 3 // 4)],
         uri.replace("base64,", "base64,!"),
         "data:image/png;base64,aGVsbG8=",
         chance.choice(["http://127.0.0.1/", "file:///etc/passwd", "ftp://a/b", "x" * 5000, "\x00", "data:"]),
     ]
-    part = {"type": "image_url", "image_url": {"url": chance.choice(made)}}
+    part = {"type": "image_url", "image_url": {"url": chance.choice(collected)}}
     message = {"role": "user", "content": [part, good["messages"][0]["content"][1]]}
     return _request(json.dumps(good | {"messages": [message]}).encode())
 

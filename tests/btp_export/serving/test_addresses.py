@@ -152,8 +152,8 @@ def test_private_addresses_however_they_are_written(host: str) -> None:
 
 def test_a_public_name_that_leads_to_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """One private address among those of a name is enough."""
-    found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, 80)) for address in ("93.184.216.34", "127.0.0.1")]
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
+    result = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, 80)) for address in ("93.184.216.34", "127.0.0.1")]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: result)
     assert "private network" in refusal("http://pictures.example/", HTTP)
 
 

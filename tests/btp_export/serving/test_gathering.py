@@ -72,7 +72,7 @@ class Asked:
             job(model.profile.name, encoded=one, room=12, send=events.append)
             for one, events in zip(encoded, self.events, strict=True)
         ]
-        self.alone = [one.text for one in model.generate(pictures, prompts)]
+        self.alone = [answer.text for answer in model.generate(pictures, prompts)]
 
     def run(self) -> None:
         queue = Gathering({self.model.profile.name: self.model.profile.batch}, wait=1, most=10)

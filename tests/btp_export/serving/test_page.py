@@ -15,7 +15,7 @@ from tests.btp_export.serving.conftest import KEY
 from tests.btp_export.serving.running import Server, data_uri
 
 BROWSER = next(
-    (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
+    (result for name in ("chromium", "chromium-browser", "google-chrome") if (result := shutil.which(name))), None
 )
 QUESTION = "what color is the circle ?"
 

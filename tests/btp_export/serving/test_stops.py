@@ -24,10 +24,10 @@ def test_one_stop_text(pieces: list[str], stop: str) -> None:
 def test_several(pieces: list[str], stops: list[str]) -> None:
     """The text ends before a stop text, holds none, and is the beginning of the whole."""
     whole = "".join(pieces)
-    text, found = passed(pieces, stops)
-    assert found == any(stop in whole for stop in stops)
+    text, result = passed(pieces, stops)
+    assert result == any(stop in whole for stop in stops)
     assert not any(stop in text for stop in stops) and whole.startswith(text)
-    assert any(whole[len(text) :].startswith(stop) for stop in stops) if found else text == whole
+    assert any(whole[len(text) :].startswith(stop) for stop in stops) if result else text == whole
 
 
 def test_nothing_is_held_back_that_is_certain() -> None:

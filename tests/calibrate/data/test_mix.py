@@ -32,19 +32,19 @@ def test_ink_is_on_every_part_of_the_picture(kind: str, size: tuple[int, int]) -
 
 
 def test_the_default_is_every_kind_that_fits_in_turns() -> None:
-    found = mixed_samples(24, seed=0, size=(336, 336))
-    kinds = [sample.kind for sample in found.samples]
+    result = mixed_samples(24, seed=0, size=(336, 336))
+    kinds = [sample.kind for sample in result.samples]
     assert set(kinds[:6]) == set(NAMES) and Counter(kinds) == dict.fromkeys(NAMES, 4)
-    assert "signs 0.167" in found.source
-    assert found.digest() == mixed_samples(24, seed=0, size=(336, 336)).digest()
-    assert found.digest() != mixed_samples(24, seed=1, size=(336, 336)).digest()
+    assert "signs 0.167" in result.source
+    assert result.digest() == mixed_samples(24, seed=0, size=(336, 336)).digest()
+    assert result.digest() != mixed_samples(24, seed=1, size=(336, 336)).digest()
 
 
 def test_a_small_picture_holds_scenes_alone() -> None:
     assert default_mix((96, 96)) == {SCENES: 1.0}
-    found, wanted = mixed_samples(9, seed=4, size=(96, 96)), scene_samples(9, seed=4, split="calibration")
-    assert found.digest() == wanted.digest() and [one.kind for one in found.samples] == [
-        one.kind for one in wanted.samples
+    result, wanted = mixed_samples(9, seed=4, size=(96, 96)), scene_samples(9, seed=4, split="calibration")
+    assert result.digest() == wanted.digest() and [sample.kind for sample in result.samples] == [
+        sample.kind for sample in wanted.samples
     ]
     with pytest.raises(InputError, match="--mix with pages at 96 x 96 pixels"):
         mixed_samples(4, seed=0, size=(96, 96), shares={"pages": 1.0})

@@ -26,10 +26,10 @@ def folder(tmp_path: Path) -> Path:
 def test_a_folder_is_read_in_a_seeded_order(folder: Path) -> None:
     first = samples.folder_samples(folder, count=5, seed=1)
     again, other = samples.folder_samples(folder, count=5, seed=1), samples.folder_samples(folder, count=5, seed=2)
-    assert [one.name for one in first.samples] == [one.name for one in again.samples]
-    assert [one.name for one in first.samples] != [one.name for one in other.samples]
+    assert [sample.name for sample in first.samples] == [sample.name for sample in again.samples]
+    assert [sample.name for sample in first.samples] != [sample.name for sample in other.samples]
     assert first.digest() == again.digest() != other.digest()
-    assert [one.prompt for one in first.samples[:2]] == list(samples.DEFAULT_PROMPTS[:2])
+    assert [sample.prompt for sample in first.samples[:2]] == list(samples.DEFAULT_PROMPTS[:2])
 
 
 def test_unreadable_pictures_are_named_and_skipped(folder: Path) -> None:
@@ -37,9 +37,9 @@ def test_unreadable_pictures_are_named_and_skipped(folder: Path) -> None:
     whole = (folder / "picture0.png").read_bytes()
     (folder / "cut.png").write_bytes(whole[: len(whole) // 2])
     notes: list[str] = []
-    found = samples.folder_samples(folder, count=8, seed=0, note=notes.append)
-    assert len(found.samples) == 6
-    assert sorted(found.skipped) == ["broken.jpg", "cut.png"]
+    result = samples.folder_samples(folder, count=8, seed=0, note=notes.append)
+    assert len(result.samples) == 6
+    assert sorted(result.skipped) == ["broken.jpg", "cut.png"]
     assert len(notes) == 2 and all("cannot read the picture" in text for text in notes)
 
 
@@ -63,16 +63,16 @@ def test_image_and_prompt_by_line(folder: Path) -> None:
     (folder / "broken.png").write_bytes(b"no picture")
     path.write_text("\n".join(json.dumps({"image": name, "prompt": f"about {name}?"}) for name in names))
     notes: list[str] = []
-    found = sources.calibration_samples(str(path), count=64, seed=0, note=notes.append)
-    assert sorted(found.skipped) == ["broken.png", "missing.png"] and len(notes) == 2
-    assert {(one.name, one.prompt) for one in found.samples} == {
-        (name, f"about {name}?") for name in names if name not in found.skipped
+    result = sources.calibration_samples(str(path), count=64, seed=0, note=notes.append)
+    assert sorted(result.skipped) == ["broken.png", "missing.png"] and len(notes) == 2
+    assert {(one.name, one.prompt) for one in result.samples} == {
+        (name, f"about {name}?") for name in names if name not in result.skipped
     }
-    assert found.source == "lines of samples.jsonl"
-    assert sources.calibration_samples(str(path), count=64, seed=0).digest() == found.digest()
+    assert result.source == "lines of samples.jsonl"
+    assert sources.calibration_samples(str(path), count=64, seed=0).digest() == result.digest()
     (folder / "prompts.txt").write_text("what else?\n")
     asked = sources.calibration_samples(str(path), prompts=folder / "prompts.txt", count=64, seed=0)
-    assert {one.prompt for one in asked.samples} == {"what else?"}
+    assert {sample.prompt for sample in asked.samples} == {"what else?"}
     path.write_text("\n".join(json.dumps({"image": name, "prompt": "?"}) for name in names[:3]))
     with pytest.raises(InputError, match=r"2 usable .* \(1 skipped, 3 found\)"):
         sources.calibration_samples(str(path), count=64, seed=0)
@@ -103,8 +103,8 @@ def test_jsonl(folder: Path) -> None:
     path = folder / "questions.jsonl"
     record = {"image": "picture0.png", "prompt": "What?", "answer": "noise", "kind": "what"}
     path.write_text("\n".join([json.dumps(record), "", json.dumps(record | {"answer": "snow"})]))
-    found = samples.jsonl_samples(path)
-    assert [(one.prompt, one.answer, one.kind) for one in found.samples] == [
+    result = samples.jsonl_samples(path)
+    assert [(one.prompt, one.answer, one.kind) for one in result.samples] == [
         ("What?", "noise", "what"),
         ("What?", "snow", "what"),
     ]
@@ -197,15 +197,15 @@ def test_a_picture_that_cannot_be_used_never_ends_a_calibration(folder: Path) ->
         for part in (9, 40, len(data) // 2):
             (bad / f"cut{part}.{suffix}").write_bytes(data[:part])
     notes: list[str] = []
-    found = sources.calibration_samples(str(folder), count=64, seed=0, note=notes.append, checks=CHECKS)
-    usable = {one.name for one in found.samples}
+    result = sources.calibration_samples(str(folder), count=64, seed=0, note=notes.append, checks=CHECKS)
+    usable = {sample.name for sample in result.samples}
     assert {name for name in usable if not name.startswith("bad/")} == {
         path.relative_to(folder).as_posix() for path in folder.rglob("picture*.png")
     }
-    assert "bad/narrow.png" in found.skipped and any("narrow.png is 900 x 3 pixels" in text for text in notes)
-    assert {"bad/bomb.png", "bad/text.jpg", "bad/empty.gif", "bad/gone.png"} <= set(found.skipped)
-    assert len(notes) == len(found.skipped)
-    assert all(any(name in text for text in notes) for name in found.skipped), "each is named"
+    assert "bad/narrow.png" in result.skipped and any("narrow.png is 900 x 3 pixels" in text for text in notes)
+    assert {"bad/bomb.png", "bad/text.jpg", "bad/empty.gif", "bad/gone.png"} <= set(result.skipped)
+    assert len(notes) == len(result.skipped)
+    assert all(any(name in text for text in notes) for name in result.skipped), "each is named"
 
 
 def test_prompts_that_the_model_cannot_take_name_their_line(folder: Path) -> None:

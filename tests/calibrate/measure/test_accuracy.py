@@ -15,11 +15,11 @@ HITS = st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=12
 def test_the_paired_test_is_the_share_of_sign_flips_as_extreme(pairs: list[tuple[bool, bool]]) -> None:
     """McNemar's exact test: under the null every disagreement falls either way with equal chance."""
     first, second = zip(*pairs, strict=True)
-    found = paired(first, second)
+    result = paired(first, second)
     signs = [a - b for a, b in pairs if a != b]
     flips = [abs(sum(flip)) >= abs(sum(signs)) for flip in itertools.product((-1, 1), repeat=len(signs))]
-    assert found.p_value == pytest.approx(sum(flips) / len(flips))
-    assert found.difference == pytest.approx(sum(signs) / len(pairs))
+    assert result.p_value == pytest.approx(sum(flips) / len(flips))
+    assert result.difference == pytest.approx(sum(signs) / len(pairs))
 
 
 def test_a_thousand_disagreements_do_not_overflow() -> None:

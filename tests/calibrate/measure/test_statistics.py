@@ -29,11 +29,11 @@ def test_changed_tokens_by_hand() -> None:
 def run(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder: Path = tmp_path_factory.mktemp("llava")
     model = make_llava(folder, layers=LAYERS, side=SIDE)
-    made = [make_input(model, text=3 + seed, seed=seed) for seed in range(3)]
-    inputs = [one for one, _ in made]
+    collected = [make_input(model, text=3 + seed, seed=seed) for seed in range(3)]
+    inputs = [one for one, _ in collected]
     reference = StreamedReference(checkpoint(folder))
-    found = measure(reference, inputs, SHAPE.plan(()), taus=(0.93, 0.5), dropped=2)
-    return {"model": model, "made": made, "inputs": inputs, "reference": reference, "found": found}
+    result = measure(reference, inputs, SHAPE.plan(()), taus=(0.93, 0.5), dropped=2)
+    return {"model": model, "made": collected, "inputs": inputs, "reference": reference, "found": result}
 
 
 def test_counts_and_attention_are_the_whole_models(run: dict[str, Any]) -> None:
@@ -92,17 +92,17 @@ def test_dropping_before_layer_0_is_no_picture_at_all(run: dict[str, Any]) -> No
 def test_dropping_is_measured_at_every_token_of_the_answer(run: dict[str, Any]) -> None:
     """The mean over the answer's tokens, and agreement only where all of them stay."""
     inputs = [replace(run["inputs"][0], new_tokens=(7, 9, 11)), replace(run["inputs"][1], new_tokens=(3,))]
-    found = measure(run["reference"], inputs, SHAPE.plan(()), taus=(0.93,), dropped=2)
-    assert found.lengths.tolist() == [4, 2] and [len(logits) for logits in found.logits_of()] == [4, 2]
-    assert found.answered([replace(one, new_tokens=()) for one in inputs])[0].new_tokens == (7, 9, 11)
+    result = measure(run["reference"], inputs, SHAPE.plan(()), taus=(0.93,), dropped=2)
+    assert result.lengths.tolist() == [4, 2] and [len(logits) for logits in result.logits_of()] == [4, 2]
+    assert result.answered([replace(one, new_tokens=()) for one in inputs])[0].new_tokens == (7, 9, 11)
     full = run["reference"].run(inputs, SHAPE.plan(()))
     for layer in (1, 3):
         dropped = run["reference"].run(inputs, SHAPE.plan((Stage(layer=layer, keep=0),)))
         for number in range(2):
             p, q = (torch.log_softmax(torch.tensor(r[number].logits).double(), -1) for r in (full, dropped))
             wanted = float((p.exp() * (p - q)).sum(-1).mean())
-            assert found.divergence[number, layer] == pytest.approx(wanted, abs=1e-6)
-            assert bool(found.agreement[number, layer]) == (full[number].next_tokens == dropped[number].next_tokens)
+            assert result.divergence[number, layer] == pytest.approx(wanted, abs=1e-6)
+            assert bool(result.agreement[number, layer]) == (full[number].next_tokens == dropped[number].next_tokens)
 
 
 def test_bootstrap_spread_shrinks_with_the_sample() -> None:

@@ -35,8 +35,8 @@ def test_what_is_kept_comes_back_bit_for_bit_and_is_said(tmp_path: Path, statist
     key, other = key_of({"model": "a"}), key_of({"model": "b"})
     assert store.get(key) is None and said == []
     store.put(key, statistics)
-    found = store.get(key)
-    assert found is not None and equal(found, statistics)
+    result = store.get(key)
+    assert result is not None and equal(result, statistics)
     assert said == ["statistics of 6 samples reused from the cache (--no-cache measures again)"]
     assert store.get(other) is None
     assert [path.name for path in (tmp_path / "new" / "folder").iterdir()] == [f"{key}.npz"]
@@ -67,8 +67,8 @@ def test_a_damaged_entry_is_ignored_said_and_replaced(damage: str, tmp_path: Pat
     assert store.get(key) is None
     assert len(said) == 1 and "are damaged" in said[0] and "measured again" in said[0]
     store.put(key, statistics)
-    found = store.get(key)
-    assert found is not None and equal(found, statistics)
+    result = store.get(key)
+    assert result is not None and equal(result, statistics)
 
 
 def test_an_entry_whose_arrays_do_not_fit_together_is_damaged(tmp_path: Path, statistics: Statistics) -> None:

@@ -16,28 +16,28 @@ PLAN = Recipe().plan(LLAVA, (3, 6, 14, 22), (288, 144, 48, 0))
 
 
 def variants(plan: PruningPlan) -> dict[str, PruningPlan]:
-    return {one.name: one.plan for one in ablations(plan)}
+    return {variant.name: variant.plan for variant in ablations(plan)}
 
 
 def test_each_switch_of_the_paper_is_turned() -> None:
-    found = variants(PLAN)
-    assert list(found) == [
+    result = variants(PLAN)
+    assert list(result) == [
         "full", "no-rebalance", "no-spatial", "manhattan", "equal-stages", "constant-balance", "falling-balance",
         "attention-only", "diversity-only", "mean-text", "similar-text",
     ]  # fmt: skip
-    assert found["full"] == PLAN
-    assert all(stage.pool == stage.attention_quota for stage in found["no-rebalance"].stages)
-    assert found["no-spatial"].stages[0].seeds == 0 < PLAN.stages[0].seeds
-    assert found["manhattan"].spatial_metric == "manhattan" and found["mean-text"].importance == "mean-text"
-    layers = [stage.layer for stage in found["equal-stages"].stages]
+    assert result["full"] == PLAN
+    assert all(stage.pool == stage.attention_quota for stage in result["no-rebalance"].stages)
+    assert result["no-spatial"].stages[0].seeds == 0 < PLAN.stages[0].seeds
+    assert result["manhattan"].spatial_metric == "manhattan" and result["mean-text"].importance == "mean-text"
+    layers = [stage.layer for stage in result["equal-stages"].stages]
     assert {b - a for a, b in zip([0, *layers], layers, strict=False)} == {layers[0]}
-    assert balance_of(found["constant-balance"]) == pytest.approx([0.7] * 3, abs=0.01)
-    assert balance_of(found["falling-balance"]) == pytest.approx([1.0, 0.7, 0.4], abs=0.01)
-    assert balance_of(found["attention-only"]) == (1, 1, 1) and balance_of(found["diversity-only"]) == (0, 0, 0)
+    assert balance_of(result["constant-balance"]) == pytest.approx([0.7] * 3, abs=0.01)
+    assert balance_of(result["falling-balance"]) == pytest.approx([1.0, 0.7, 0.4], abs=0.01)
+    assert balance_of(result["attention-only"]) == (1, 1, 1) and balance_of(result["diversity-only"]) == (0, 0, 0)
 
 
 @pytest.mark.parametrize(
-    "shape", [LLAVA, NEXT, Shape("qwen2_5_vl", 28, 1296, (36, 36))], ids=lambda one: one.model_type
+    "shape", [LLAVA, NEXT, Shape("qwen2_5_vl", 28, 1296, (36, 36))], ids=lambda shape: shape.model_type
 )
 def test_all_keep_the_average_tokens(shape: Shape) -> None:
     plan = Recipe().plan(shape, (3, 6, 14, 22), (*(shape.image_tokens // part for part in (2, 4, 12)), 0))
@@ -54,14 +54,14 @@ def test_each_rule_of_a_mixture_is_turned() -> None:
     stages = {"method": "stages", "samples": 24, "divergence": 0.1, "layers": [3, 6, 9, 11], "keep": [200, 80, 10, 0]}
     others = [stages | {"divergence": 0.2}, stages | {"method": "vtw", "divergence": 0.0}, stages | {"samples": 12}]
     plan = Shape("llava", 12, 576, (24, 24)).plan((first, later), calibration={"candidates": [stages, *others]})
-    found = variants(plan)
-    assert found["farthest"].stages[0] == first.model_copy(update={"diversity": "farthest", "weights": "none"})
-    assert found["raw-features"].stages[0].features == "raw" and found["unweighted"].stages[0].weights == "none"
-    assert [(stage.layer, stage.keep) for stage in found["before-the-decoder"].stages] == [(0, 126)]
-    assert [stage.keep for stage in found["inside-the-decoder"].stages] == [200, 80, 10, 0]
-    assert found["mean-text"].importance_of(1) == "mean-text" and found["mean-text"].importance_of(0) == "norm"
-    assert "manhattan" not in found and "attention-only" not in found, "it has no spatial set, and no layer before 0"
-    assert all(variant.stages[1:] == (later,) for name, variant in found.items() if name in ("farthest", "unweighted"))
+    result = variants(plan)
+    assert result["farthest"].stages[0] == first.model_copy(update={"diversity": "farthest", "weights": "none"})
+    assert result["raw-features"].stages[0].features == "raw" and result["unweighted"].stages[0].weights == "none"
+    assert [(stage.layer, stage.keep) for stage in result["before-the-decoder"].stages] == [(0, 126)]
+    assert [stage.keep for stage in result["inside-the-decoder"].stages] == [200, 80, 10, 0]
+    assert result["mean-text"].importance_of(1) == "mean-text" and result["mean-text"].importance_of(0) == "norm"
+    assert "manhattan" not in result and "attention-only" not in result, "it has no spatial set, and no layer before 0"
+    assert all(variant.stages[1:] == (later,) for name, variant in result.items() if name in ("farthest", "unweighted"))
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -70,10 +70,10 @@ def test_other_plans_have_those_ablations_that_change_them(name: str) -> None:
         name, model_type="llava", num_layers=32, image_tokens=576, grid=(24, 24), released=FAMILY.released,
         class_token=True,
     )  # fmt: skip
-    found = variants(plan)
-    digests = {variant.model_copy(update={"calibration": {}}).digest() for variant in found.values()}
-    assert len(digests) == len(found)
-    for variant in found.values():
+    result = variants(plan)
+    digests = {variant.model_copy(update={"calibration": {}}).digest() for variant in result.values()}
+    assert len(digests) == len(result)
+    for variant in result.values():
         assert PruningPlan.from_json(variant.to_json()) == variant
 
 

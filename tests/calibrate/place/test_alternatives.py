@@ -54,9 +54,9 @@ def test_all_kinds_are_there() -> None:
     without = {alternative.method for alternative in alternatives(SHAPE, final=22)}
     assert without == set(methods) - {"btp-paper", "btp-paper-corrected"}
     blind = replace(SHAPE, class_token=False)
-    made = [(each.method, each.make(5000)) for each in alternatives(blind, final=22, released=Llava.released)]
-    assert {method for method, _ in made} == set(methods) - {"coverage x vision-cls"}
-    assert dict(made)["visionzip-select"] is None, "a tower without a class token cannot do it"
+    collected = [(each.method, each.make(5000)) for each in alternatives(blind, final=22, released=Llava.released)]
+    assert {method for method, _ in collected} == set(methods) - {"coverage x vision-cls"}
+    assert dict(collected)["visionzip-select"] is None, "a tower without a class token cannot do it"
 
 
 def test_a_free_request_tries_them_and_a_chosen_one_does_not() -> None:
@@ -86,11 +86,11 @@ def test_visionzip_select_is_the_published_share() -> None:
 
 
 def test_the_corrected_paper_keeps_an_eighth_to_the_end() -> None:
-    made = {
+    collected = {
         name: preset(name, model_type="llava", num_layers=32, image_tokens=576, grid=(24, 24), released=Llava.released)
         for name in ("btp-paper", "btp-paper-corrected")
     }
-    paper, corrected = (made[name].stages for name in ("btp-paper", "btp-paper-corrected"))
+    paper, corrected = (collected[name].stages for name in ("btp-paper", "btp-paper-corrected"))
     assert paper[:2] == corrected[:2] and paper[-1] == Stage(layer=22, keep=0)
     assert (corrected[-1].layer, corrected[-1].keep) == (14, 72)
 

@@ -24,10 +24,10 @@ EVIDENCE = Evidence(COUNTS, DIVERGENCE)
 def test_a_share_is_met_and_nearly_used(share: float) -> None:
     """Unless the last stage comes so early that no counts use all of it."""
     for candidate in propose(EVIDENCE, SHAPE, Request(Budget(share=share)), COST, limit=2):
-        found = COST.share(candidate.plan)
-        assert found <= share + 1e-9
+        result = COST.share(candidate.plan)
+        assert result <= share + 1e-9
         most = candidate.plan.stages[-1].layer / 12
-        assert found > share - 0.02 or found > 0.9 * most
+        assert result > share - 0.02 or result > 0.9 * most
 
 
 def test_a_share_of_measured_time_needs_fewer_tokens() -> None:
@@ -72,13 +72,13 @@ def test_the_largest_counts_within_a_cost(share: float, keeps: tuple[int, int, i
     falling = sorted({*keeps}, reverse=True)
     placement = Placement((2, 5, 7)[: len(falling)], tuple(falling), 0.0)
     ceiling = share * COST.of(SHAPE.plan(()))
-    found = largest_within(placement, SHAPE, Recipe(), COST, ceiling)
-    if found is None:
+    result = largest_within(placement, SHAPE, Recipe(), COST, ceiling)
+    if result is None:
         assert share < 0.35
         return
-    assert COST.of(Recipe().plan(SHAPE, found.layers, found.keeps)) <= ceiling
-    more = tuple(min(keep + 2, 575 - n) for n, keep in enumerate(found.keeps))
-    assert found.keeps[0] > 570 or COST.of(Recipe().plan(SHAPE, found.layers, more)) > ceiling
+    assert COST.of(Recipe().plan(SHAPE, result.layers, result.keeps)) <= ceiling
+    more = tuple(min(keep + 2, 575 - n) for n, keep in enumerate(result.keeps))
+    assert result.keeps[0] > 570 or COST.of(Recipe().plan(SHAPE, result.layers, more)) > ceiling
 
 
 def test_shapes_of_blocks_have_candidates_too() -> None:

@@ -109,8 +109,8 @@ def test_every_method_has_equal_average_tokens_within_one_percent(shape: Shape, 
     own = Recipe().plan(shape, placed.layers, placed.keeps)
     assert own.average_tokens == pytest.approx((1 - compression) * shape.image_tokens, rel=0.01)
     for name in sorted(set(PRESETS) - {"none"} - (set() if shape.class_token else {"visionzip-select"})):
-        found = make(name, shape, average_tokens=own.average_tokens).average_tokens
-        assert found == pytest.approx(own.average_tokens, rel=0.01), name
+        result = make(name, shape, average_tokens=own.average_tokens).average_tokens
+        assert result == pytest.approx(own.average_tokens, rel=0.01), name
 
 
 @pytest.mark.parametrize("name", sorted(set(PRESETS) - {"none"}))
@@ -123,8 +123,8 @@ def test_equal_average_tokens_within_half_a_token_or_one_percent(
     if share * layers < 1.5 and name in ("fastv", "pyramiddrop", "btp-paper"):
         return  # their first stage comes after a layer that sees everything: nearly all of the budget
     wanted = share * tokens
-    found = make(name, shape, average_tokens=wanted).average_tokens
-    assert abs(found - wanted) <= max(0.5 + 1e-6, 0.01 * wanted)
+    result = make(name, shape, average_tokens=wanted).average_tokens
+    assert abs(result - wanted) <= max(0.5 + 1e-6, 0.01 * wanted)
 
 
 def test_vtw_between_two_layers_withdraws_a_fixed_part_early() -> None:

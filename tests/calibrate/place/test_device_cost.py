@@ -68,5 +68,5 @@ def test_spending_never_drops_more_and_gives_a_plan(free: int, counts: list[int]
     plan = SHAPE.plan([Stage(layer=2 + 3 * n, keep=keep, diversity_quota=keep) for n, keep in enumerate(keeps)])
     richer = spend_what_is_free(plan, free)
     assert PruningPlan.from_json(richer.to_json()) == richer
-    for mine, before in zip(richer.tokens_per_layer(), plan.tokens_per_layer(), strict=True):
-        assert mine == max(before, min(free, 576))
+    for tokens, before in zip(richer.tokens_per_layer(), plan.tokens_per_layer(), strict=True):
+        assert tokens == max(before, min(free, 576))

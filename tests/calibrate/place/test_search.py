@@ -41,9 +41,9 @@ DEFAULT = Recipe().plan(SHAPE, (1, 3, 5), (20, 10, 0))
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory):
     folder: Path = tmp_path_factory.mktemp("llava")
-    made = make_llava(folder, layers=LAYERS, side=SIDE)
-    inputs = [make_input(made, text=3 + seed % 4, seed=seed)[0] for seed in range(14)]
-    return made, StreamedReference(checkpoint(folder)), inputs
+    model = make_llava(folder, layers=LAYERS, side=SIDE)
+    inputs = [make_input(model, text=3 + seed % 4, seed=seed)[0] for seed in range(14)]
+    return model, StreamedReference(checkpoint(folder)), inputs
 
 
 def test_the_objective_is_that_of_a_plain_implementation(model) -> None:
@@ -52,19 +52,19 @@ def test_the_objective_is_that_of_a_plain_implementation(model) -> None:
     other = Recipe().plan(SHAPE, (1, 3, 5), (20, 12, 0))  # shares its past with DEFAULT until layer 3
     measured = measure_plans(reference, inputs[:2], [DEFAULT, other])
     tokens = SHAPE.image_tokens
-    for plan, found in zip((DEFAULT, other), measured, strict=True):
-        for number, one in enumerate(inputs[:2]):
+    for plan, result in zip((DEFAULT, other), measured, strict=True):
+        for number, sample in enumerate(inputs[:2]):
             with torch.no_grad():
-                full_logits, _, full = prefill(whole, one.input_ids, one.image_features, SHAPE.plan(()), PREFIX)
-                logits, kept, pruned = prefill(whole, one.input_ids, one.image_features, plan, PREFIX)
+                full_logits, _, full = prefill(whole, sample.input_ids, sample.image_features, SHAPE.plan(()), PREFIX)
+                logits, kept, pruned = prefill(whole, sample.input_ids, sample.image_features, plan, PREFIX)
             error = 0.0
             for alive, end in zip(kept, (2, 4, 5), strict=True):
-                at = [PREFIX + token for token in alive] + list(range(PREFIX + tokens, len(one.input_ids)))
+                at = [PREFIX + token for token in alive] + list(range(PREFIX + tokens, len(sample.input_ids)))
                 wanted, got = full[end][0, at], pruned[end][0, PREFIX:]
                 error += float(((got - wanted).norm(dim=1) / wanted.norm(dim=1)).mean())
-            assert found.error[number] == pytest.approx(error, rel=1e-4)
+            assert result.error[number] == pytest.approx(error, rel=1e-4)
             p, q = full_logits.double().log_softmax(0), logits.double().log_softmax(0)
-            assert found.divergence[number] == pytest.approx(float((p.exp() * (p - q)).sum()), rel=1e-3, abs=1e-6)
+            assert result.divergence[number] == pytest.approx(float((p.exp() * (p - q)).sum()), rel=1e-3, abs=1e-6)
     assert measured[0].error[0] > 0.01 and measured[0].error[0] != measured[1].error[0]
 
 
@@ -90,10 +90,12 @@ def test_only_what_may_change_does() -> None:
     start = Space(DEFAULT, Recipe(), COST, counts=True, shares=True).start
     rng = np.random.default_rng(0)
     counts_only = Space(DEFAULT, Recipe(), COST, counts=True, shares=False).polls(start, 1.0, rng)
-    assert {one.shares for one in counts_only} == {start.shares} and len({one.keeps for one in counts_only}) > 2
+    assert {setting.shares for setting in counts_only} == {start.shares} and len(
+        {setting.keeps for setting in counts_only}
+    ) > 2
     shares_only = Space(DEFAULT, Recipe(), COST, counts=False, shares=True)
     polled = shares_only.polls(start, 1.0, rng)
-    assert {one.keeps for one in polled} == {start.keeps} and len({one.shares for one in polled}) > 2
+    assert {setting.keeps for setting in polled} == {start.keeps} and len({setting.shares for setting in polled}) > 2
     for setting in polled:
         plan = shares_only.plan(setting)
         assert plan is None or [stage.keep for stage in plan.stages] == [20, 10, 0]
@@ -101,20 +103,20 @@ def test_only_what_may_change_does() -> None:
 
 def landscape(plans: Sequence[PruningPlan], *, samples: int = 10, best: float = 0.9) -> list[Measurement]:
     """Made-up objective: the first stage's share of attention should be `best`, and its count 26."""
-    made = []
+    collected = []
     for plan in plans:
         first = plan.stages[0]
         distance = abs(first.attention_quota / first.keep - best) + abs(first.keep - 26) / 26
-        made.append(Measurement(np.full(samples, 1.0 + distance), np.full(samples, 0.1 + distance)))
-    return made
+        collected.append(Measurement(np.full(samples, 1.0 + distance), np.full(samples, 0.1 + distance)))
+    return collected
 
 
 def test_the_search_finds_the_optimum_of_a_known_landscape() -> None:
     search = Search(Space(DEFAULT, Recipe(), COST, counts=True, shares=True), landscape, seed=0)
-    best, found, base = search.run(DEFAULT)
+    best, result, base = search.run(DEFAULT)
     assert abs(best.stages[0].attention_quota / best.stages[0].keep - 0.9) < 0.1
     assert abs(best.stages[0].keep - 26) <= 3
-    assert found.scores(base).mean() < 0.75 and search.passes <= tuning.PASSES
+    assert result.scores(base).mean() < 0.75 and search.passes <= tuning.PASSES
     again = Search(Space(DEFAULT, Recipe(), COST, counts=True, shares=True), landscape, seed=0).run(DEFAULT)[0]
     assert again == best, "the same seed searches the same way"
 

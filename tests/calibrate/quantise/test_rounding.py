@@ -79,36 +79,36 @@ def layer_of(hidden: int = 32, heads: int = 4, kv_heads: int = 2, middle: int = 
 
 def statistics_of(layer: LayerTensors) -> dict[str, InputStatistics]:
     """Inputs with a few loud channels."""
-    found = {}
+    collected = {}
     for place, (name, members) in enumerate(SHARED.items()):
         k = layer.weights[f"{members[0]}.weight"].shape[1]
         rows = drawn(200, k, seed=40 + place) * torch.exp(1.5 * drawn(k, seed=50 + place))
         grouped = rows.view(200, -1, GROUP).permute(1, 2, 0)
-        found[name] = InputStatistics(rows.abs().mean(dim=0), grouped @ grouped.transpose(1, 2), rows)
-    return found
+        collected[name] = InputStatistics(rows.abs().mean(dim=0), grouped @ grouped.transpose(1, 2), rows)
+    return collected
 
 
 def test_scales_are_folded_without_a_trace_and_lower_the_error() -> None:
     """Undoing what moved into norms and rows, the layer computes what it did; and nearer than plain rounding."""
     layer, half = layer_of(), torch.float16
     inputs = statistics_of(layer)
-    found, plain = search_layer(layer, inputs, GROUP, half, half), round_layer(layer, GROUP, half)
+    result, plain = search_layer(layer, inputs, GROUP, half, half), round_layer(layer, GROUP, half)
     w = layer.weights
     moved = {"self_attn.v_proj": 0.0, "mlp.up_proj": 0.0}
     for name, norm in (("qkv", "input_layernorm"), ("gate_up", "post_attention_layernorm")):
-        stored = found.others[f"{norm}.weight"]
+        stored = result.others[f"{norm}.weight"]
         assert stored.dtype == half
         factor = stored.float() / w[f"{norm}.weight"]  # of the input
         for module in SHARED[name]:
-            effective = found.matrices[module].numbers() * factor
+            effective = result.matrices[module].numbers() * factor
             if module not in moved:
                 _nearer(inputs[name].rows, w[f"{module}.weight"], effective, plain.matrices[module].numbers())
             else:
                 moved[module] = effective
-    rows = found.others["self_attn.v_proj.bias"] / w["self_attn.v_proj.bias"]
+    rows = result.others["self_attn.v_proj.bias"] / w["self_attn.v_proj.bias"]
     spread = rows.view(2, 1, -1).expand(2, 2, -1).reshape(-1)
     assert not torch.allclose(rows, torch.ones_like(rows)), "o's inputs are loud in some channels"
-    near = {"v": moved["self_attn.v_proj"] / rows[:, None], "o": found.matrices["self_attn.o_proj"].numbers() * spread}
+    near = {"v": moved["self_attn.v_proj"] / rows[:, None], "o": result.matrices["self_attn.o_proj"].numbers() * spread}
     for (name, matrix), read, factor in zip(near.items(), ("qkv", "o"), (1.1, 0.8), strict=True):
         module = f"self_attn.{name}_proj"
         _nearer(inputs[read].rows, w[f"{module}.weight"], matrix, plain.matrices[module].numbers(), factor)

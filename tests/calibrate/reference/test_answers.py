@@ -21,9 +21,9 @@ def setup(tmp_path_factory: pytest.TempPathFactory):
     folder: Path = tmp_path_factory.mktemp("llava")
     model = make_llava(folder, layers=LAYERS, side=SIDE)
     # Two lengths, so that batches of one length and of several samples both occur.
-    made = [make_input(model, text=3 + seed % 2, seed=seed) for seed in range(5)]
+    collected = [make_input(model, text=3 + seed % 2, seed=seed) for seed in range(5)]
     wanted = []
-    for prompt, pixels in made:
+    for prompt, pixels in collected:
         ids = prompt.input_ids[None]
         with torch.no_grad():
             out = model.generate(
@@ -31,7 +31,7 @@ def setup(tmp_path_factory: pytest.TempPathFactory):
                 max_new_tokens=TOKENS, do_sample=False, eos_token_id=None, pad_token_id=0,
             )  # fmt: skip
         wanted.append(tuple(out[0, ids.shape[1] :].tolist()))
-    return checkpoint(folder), [prompt for prompt, _ in made], wanted
+    return checkpoint(folder), [prompt for prompt, _ in collected], wanted
 
 
 def test_answers_are_generates(setup) -> None:

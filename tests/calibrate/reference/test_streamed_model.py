@@ -85,7 +85,7 @@ def test_pruned_runs_equal_a_second_implementation(
 def test_appended_tokens_change_nothing_before_them(model: tuple[Any, Path], reference: StreamedReference) -> None:
     given = make_input(model[0], text=6, seed=5)[0]
     more = ReferenceInput(given.input_ids, given.image_features, (7, 8, 9))
-    plain, appended = (reference.run([one], BALANCED, record_segments=True)[0] for one in (given, more))
+    plain, appended = (reference.run([sample], BALANCED, record_segments=True)[0] for sample in (given, more))
     for a, b in zip(plain.stages, appended.stages, strict=True):
         assert list(a.absolute) == list(b.absolute) and a.last == b.last
     for a, b in zip(plain.segments, appended.segments, strict=True):

@@ -119,9 +119,9 @@ class GpuHost:
         return ctypes.CFUNCTYPE(result)(address)(*given)
 
     def _callback(self, name: str, result: Any, arguments: tuple[Any, ...]) -> int:
-        made = ctypes.CFUNCTYPE(result, *arguments)(functools.partial(getattr(self, f"_api_{name}")))
-        self._callbacks.append(made)
-        return ctypes.cast(made, _POINTER).value or 0
+        built = ctypes.CFUNCTYPE(result, *arguments)(functools.partial(getattr(self, f"_api_{name}")))
+        self._callbacks.append(built)
+        return ctypes.cast(built, _POINTER).value or 0
 
     def _handle(self, value: Any) -> int:
         self._objects.append(value)

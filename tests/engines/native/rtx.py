@@ -35,5 +35,5 @@ def build(models: Mapping[str, ModelProto], folder: Path, plugins: str = "none")
     for name, file in files.items():
         file.write_bytes(models[name].SerializeToString())
     done = run(builds.TESTS / "rtx_build.py", plugins, *files.values())
-    found = json.loads(done.stdout.splitlines()[-1])
-    return {name: found[str(file)] for name, file in files.items()}, done.stdout + done.stderr
+    document = json.loads(done.stdout.splitlines()[-1])
+    return {name: document[str(file)] for name, file in files.items()}, done.stdout + done.stderr

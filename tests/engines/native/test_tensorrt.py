@@ -58,8 +58,8 @@ def test_the_static_library_touches_nothing_of_another_tensorrt(version: str) ->
     library, host = builds.plugin(folder, name="trt_static"), builds.static_host(folder)
     done = subprocess.run([host, library, version], capture_output=True, text=True, check=True)
     assert done.stdout == "registered 0\n"
-    found = f"{int(version) // 10000}.{int(version) // 100 % 100}"
-    assert re.search(rf"^libbtp_trt.so: it was built for TensorRT \d+, and this process has {found};", done.stderr)
+    result = f"{int(version) // 10000}.{int(version) // 100 % 100}"
+    assert re.search(rf"^libbtp_trt.so: it was built for TensorRT \d+, and this process has {result};", done.stderr)
 
 
 # --- TensorRT for RTX -------------------------------------------------------------------------------------------------

@@ -114,11 +114,11 @@ def test_a_tensorrt_that_does_not_import_is_one_error(tmp_path: Path, monkeypatc
 def test_versions_are_compared_number_by_number(
     flavour: installed.Flavour, version: str, wanted: str, fits: bool
 ) -> None:
-    found = installed.Library(flavour, version, None)
-    assert found.is_version(wanted) == fits and found.is_version(found.short_version)
+    library = installed.Library(flavour, version, None)
+    assert library.is_version(wanted) == fits and library.is_version(library.short_version)
     if fits:
-        installed.require_version(found, wanted)
+        installed.require_version(library, wanted)
         return
     with pytest.raises(UnavailableError) as caught:
-        installed.require_version(found, wanted)
-    assert wanted in caught.value.wanted and f"--tensorrt {found.short_version}" in caught.value.do
+        installed.require_version(library, wanted)
+    assert wanted in caught.value.wanted and f"--tensorrt {library.short_version}" in caught.value.do

@@ -20,13 +20,13 @@ def test_times(tmp_path: Path) -> None:
     values = [rng.uniform(3, 4) for _ in range(250)]
     path = tmp_path / "a.times.json"
     path.write_text(files.times(values))
-    found = trtexec.read_times(path)
+    result = trtexec.read_times(path)
     printed = [float(f"{value:g}") for value in values]  # a stream prints six significant digits
-    assert found.runs == 250
-    assert found.median_ms == pytest.approx(np.median(printed))
-    assert found.mean_ms == pytest.approx(np.mean(printed))
-    assert (found.min_ms, found.p99_ms) == (min(printed), pytest.approx(np.percentile(printed, 99)))
-    assert 0 < found.variation < 0.3
+    assert result.runs == 250
+    assert result.median_ms == pytest.approx(np.median(printed))
+    assert result.mean_ms == pytest.approx(np.mean(printed))
+    assert (result.min_ms, result.p99_ms) == (min(printed), pytest.approx(np.percentile(printed, 99)))
+    assert 0 < result.variation < 0.3
 
 
 def test_layers_with_names_that_break_json(tmp_path: Path) -> None:
@@ -36,8 +36,8 @@ def test_layers_with_names_that_break_json(tmp_path: Path) -> None:
     path.write_text(files.layers(layers))
     with pytest.raises(ValueError):
         json.loads(path.read_text())
-    found = trtexec.read_layers(path)
-    assert [(layer.name, layer.mean_ms, layer.median_ms) for layer in found] == [
+    result = trtexec.read_layers(path)
+    assert [(layer.name, layer.mean_ms, layer.median_ms) for layer in result] == [
         (name, sum(times) / 2, sum(times) / 2) for name, times in layers
     ]
     path.write_text(files.layers([("idle", [0.0, 0.0])]))  # its share of the time is printed as -nan
@@ -51,9 +51,9 @@ def test_layers_with_names_that_break_json(tmp_path: Path) -> None:
 def test_layers_of_any_name(tmp_path_factory: pytest.TempPathFactory, layers: list[tuple[str, list[float]]]) -> None:
     path = tmp_path_factory.mktemp("layers") / "a.json"
     path.write_text(files.layers(layers), encoding="utf-8")
-    found = trtexec.read_layers(path)
-    assert [layer.name for layer in found] == [name for name, _ in layers]
-    for layer, (_, times) in zip(found, layers, strict=True):
+    result = trtexec.read_layers(path)
+    assert [layer.name for layer in result] == [name for name, _ in layers]
+    for layer, (_, times) in zip(result, layers, strict=True):
         assert layer.mean_ms == pytest.approx(np.mean(times), rel=1e-5)
 
 

@@ -30,8 +30,10 @@ def test_options_between_and_beyond_known_versions() -> None:
 
 def test_precedence_of_functions_and_plugins() -> None:
     """Change log of the parser: 10.7 prefers plugins, 10.15 functions unless the node is marked."""
-    found = {version: traits("tensorrt", version).precedence for version in ("10.3", "10.6", "10.7", "10.14", "10.15")}
-    assert found == {"10.3": "function", "10.6": "function", "10.7": "plugin", "10.14": "plugin", "10.15": "marked"}
+    collected = {
+        version: traits("tensorrt", version).precedence for version in ("10.3", "10.6", "10.7", "10.14", "10.15")
+    }
+    assert collected == {"10.3": "function", "10.6": "function", "10.7": "plugin", "10.14": "plugin", "10.15": "marked"}
     assert traits("tensorrt", "11.4").precedence == traits("rtx", "1.7.1").precedence == "marked"
 
 

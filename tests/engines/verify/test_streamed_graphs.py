@@ -69,11 +69,11 @@ def test_parts_compute_what_the_whole_computes(name: str, tiny_bundle: Any) -> N
     assert parts.inputs == dict(whole.inputs) and parts.outputs == dict(whole.outputs)
     got: list[dict[str, Any]] = [{}, {}, {}]
     parts.run_each(feeds, lambda place, made: got[place].update(made))
-    for feed, mine in zip(feeds, got, strict=True):
+    for feed, outputs in zip(feeds, got, strict=True):
         wanted = whole.run(feed)
-        assert wanted.keys() == mine.keys()
+        assert wanted.keys() == outputs.keys()
         for output, value in wanted.items():
-            np.testing.assert_allclose(mine[output], value, atol=1e-5, rtol=1e-5)
+            np.testing.assert_allclose(outputs[output], value, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -36,8 +36,8 @@ def samples_for(bundle: Bundle, count: int = 3) -> list[VerifySample]:
     inputs = [replace(one.input, new_tokens=NEW) for one in prepared]
     runs = StreamedReference(checkpoint).run(inputs, bundle.plan, record_segments=True)
     return [
-        VerifySample(one.pixel_values, one.input.image_features.numpy(), run)
-        for one, run in zip(prepared, runs, strict=True)
+        VerifySample(sample.pixel_values, sample.input.image_features.numpy(), run)
+        for sample, run in zip(prepared, runs, strict=True)
     ]
 
 
@@ -169,23 +169,23 @@ def test_graphs_that_do_not_prune_are_found(bundle: Bundle, samples: list[Verify
 def free_runs(samples: list[VerifySample]) -> list[FreeRun]:
     """Free runs that are the reference."""
     return [
-        FreeRun([int(row.argmax()) for row in one.run.logits], [stage.absolute for stage in one.run.stages])
-        for one in samples
+        FreeRun([int(row.argmax()) for row in sample.run.logits], [stage.absolute for stage in sample.run.stages])
+        for sample in samples
     ]
 
 
 def test_equal_free_runs_hold(samples: list[VerifySample]) -> None:
     findings, free = CheckResults(), free_runs(samples)
-    assert verify_free(findings, PLAN, [one.run for one in samples], free)
+    assert verify_free(findings, PLAN, [sample.run for sample in samples], free)
     assert findings.failures == [] and findings.near_ties == []
-    assert all(same_kept(one.run, mine) for one, mine in zip(samples, free, strict=True))
+    assert all(same_kept(one.run, run) for one, run in zip(samples, free, strict=True))
 
 
 def test_another_token_is_a_failure_and_a_tie_is_named(samples: list[VerifySample]) -> None:
     free = free_runs(samples)
     order = np.argsort(samples[0].run.logits[0])
     other = [replace(free[0], tokens=[int(order[-2]), *free[0].tokens[1:]]), *free[1:]]
-    findings, runs = CheckResults(), [one.run for one in samples]
+    findings, runs = CheckResults(), [sample.run for sample in samples]
     assert not verify_free(findings, PLAN, runs, other)
     assert "the bundle gives" in findings.failures[0]
     logits = samples[0].run.logits.copy()
@@ -199,7 +199,7 @@ def test_a_free_run_that_keeps_everything_is_a_failure(samples: list[VerifySampl
     free = free_runs(samples)
     everything = [replace(free[0], kept=[np.arange(36)] * 3), *free[1:]]
     findings = CheckResults()
-    verify_free(findings, PLAN, [one.run for one in samples], everything)
+    verify_free(findings, PLAN, [sample.run for sample in samples], everything)
     assert any("stage 0 keeps 36 tokens, the plan says 18" in text for text in findings.failures)
 
 

@@ -273,7 +273,7 @@ def replaced(bundle: Bundle, graph: GraphRecord, content: bytes) -> None:
     """Another graph with its size and hash in the manifest."""
     (bundle.root / graph.file).write_bytes(content)
     entry = graph.model_copy(update=atomic.record(bundle.root, graph.file).model_dump())
-    sealed(bundle, graphs=[entry if one.file == graph.file else one for one in bundle.manifest.graphs])
+    sealed(bundle, graphs=[entry if record.file == graph.file else record for record in bundle.manifest.graphs])
 
 
 def test_a_bundle_that_is_replaced_while_it_is_opened(bundle: Bundle, tmp_path: Path) -> None:

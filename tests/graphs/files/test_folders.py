@@ -194,8 +194,8 @@ def test_a_system_without_exchange_says_so(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_a_lock_is_one_process_s_and_follows_no_link(tmp_path: Path) -> None:
-    with lock_file(tmp_path / "a.lock", wait=False) as mine, lock_file(tmp_path / "a.lock", wait=False) as other:
-        assert mine and not other
+    with lock_file(tmp_path / "a.lock", wait=False) as held, lock_file(tmp_path / "a.lock", wait=False) as other:
+        assert held and not other
     (tmp_path / "victim").write_text("theirs")
     (tmp_path / "b.lock").symlink_to(tmp_path / "victim")
     with pytest.raises(OSError, match="symbolic links"), lock_file(tmp_path / "b.lock", wait=False):

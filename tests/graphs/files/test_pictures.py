@@ -210,8 +210,8 @@ def test_a_file_is_the_same_picture_for_every_reader(tmp_path: Path) -> None:
     folder = samples.folder_samples(tmp_path, count=4, seed=0)
     calibration = calibration_samples(str(tmp_path / "lines.jsonl"), count=4)
     measured = samples.jsonl_samples(tmp_path / "lines.jsonl")
-    for found in (folder, calibration, measured):
-        assert {sample.name: sample.image.tobytes() for sample in found.samples} == wanted
+    for entry in (folder, calibration, measured):
+        assert {sample.name: sample.image.tobytes() for sample in entry.samples} == wanted
     opened, _ = _samples([tmp_path / name for name in names], "?")
     assert [picture.tobytes() for picture in opened] == list(wanted.values())
     Image.fromarray(np.full((8, 8), 7, np.float32)).save(tmp_path / "float.tif")

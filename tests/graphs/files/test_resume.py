@@ -120,11 +120,11 @@ def test_arrays_come_back_from_disk(tmp_path: Path, notes: list[str]) -> None:
 
 def test_digests_tell_things_apart() -> None:
     zeros = np.zeros(4, np.float32)
-    made = {
+    collected = {
         digest(zeros), digest(zeros.astype(np.float16)), digest(zeros.reshape(2, 2)), digest(zeros[:2], zeros[2:]),
         digest(b""), digest(), digest("a", "b"), digest("ab"), digest(["a", "b"]), digest({"a": 1}),
     }  # fmt: skip
-    assert len(made) == 10
+    assert len(collected) == 10
     assert digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1})
 
 

@@ -49,6 +49,6 @@ def _aligned(array: Any) -> Any:
     """The same array at an address that is a multiple of 256, as a device's allocator gives it."""
     room = np.empty(array.nbytes + 256, np.uint8)
     start = -room.ctypes.data % 256
-    made = room[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
-    made[...] = array
-    return made
+    built = room[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+    built[...] = array
+    return built

@@ -45,16 +45,18 @@ def test_layers_and_head_are_what_torch_counts(tokens: int) -> None:
 
 
 def test_segments_selection_and_caches_add_up() -> None:
-    made = operations.cost(SPEC, PLAN, PROFILE, "float16")
-    assert made.segments == tuple(operations.layer(SPEC, tokens) for tokens in (50, 32, 20, 14))
-    assert made.selection == (2 * 36 * 36 * 64 + 2 * 50 * 64, 2 * 32 * 64, 0)
-    assert made.head == 2 * 64 * 50
-    assert made.prefill == sum(made.segments) + sum(made.selection) + made.head == made.decoder + sum(made.selection)
+    built = operations.cost(SPEC, PLAN, PROFILE, "float16")
+    assert built.segments == tuple(operations.layer(SPEC, tokens) for tokens in (50, 32, 20, 14))
+    assert built.selection == (2 * 36 * 36 * 64 + 2 * 50 * 64, 2 * 32 * 64, 0)
+    assert built.head == 2 * 64 * 50
+    assert (
+        built.prefill == sum(built.segments) + sum(built.selection) + built.head == built.decoder + sum(built.selection)
+    )
     rows = sum(tokens + 6 for tokens in (50, 32, 20, 14))
-    assert made.cache_bytes == rows * 2 * 2 * 16 * 2
+    assert built.cache_bytes == rows * 2 * 2 * 16 * 2
     wide = operations.cost(SPEC, PLAN, PROFILE.model_copy(update={"batch": 3}), "float32")
-    assert wide.cache_bytes == 6 * made.cache_bytes
-    assert (wide.prefill, wide.decode) == (3 * made.prefill, 3 * made.decode)
+    assert wide.cache_bytes == 6 * built.cache_bytes
+    assert (wide.prefill, wide.decode) == (3 * built.prefill, 3 * built.decode)
 
 
 def test_rules_that_look_elsewhere() -> None:

@@ -228,11 +228,11 @@ def test_any_plan_rescales_to_a_valid_one(plan: PruningPlan, tokens: int) -> Non
         with pytest.raises(InputError, match=f"for {tokens} image tokens"):
             rescale(plan, image_tokens=tokens, grid=(1, tokens))
         return
-    made = rescale(plan, image_tokens=tokens, grid=(1, tokens))
-    assert PruningPlan.from_json(made.to_json()) == made
-    assert [stage.layer for stage in made.stages] == [stage.layer for stage in plan.stages]
+    rescaled = rescale(plan, image_tokens=tokens, grid=(1, tokens))
+    assert PruningPlan.from_json(rescaled.to_json()) == rescaled
+    assert [stage.layer for stage in rescaled.stages] == [stage.layer for stage in plan.stages]
     before = tokens
-    for number, (new, old) in enumerate(zip(made.stages, plan.stages, strict=True)):
+    for number, (new, old) in enumerate(zip(rescaled.stages, plan.stages, strict=True)):
         assert (new.keep == 0) == (old.keep == 0)
         exact = old.keep * tokens / plan.image_tokens
         # Counts must fall, and leave room to fall: 22 and 21 of 36 are both 5 of 8 when rounded.
@@ -247,9 +247,9 @@ def test_places_that_were_full_stay_full() -> None:
     stage = Stage(layer=1, keep=100, attention_quota=33, pool=90, boundary=100, diversity_quota=42, seeds=25)
     plan = RELEASED.model_copy(update={"stages": (stage,)})
     for tokens in range(40, 700, 7):
-        made = rescale(plan, image_tokens=tokens, grid=(1, tokens)).stages[0]
-        assert made.attention_quota + made.diversity_quota + made.seeds == made.keep
-        assert made.pool >= made.attention_quota
+        rescaled = rescale(plan, image_tokens=tokens, grid=(1, tokens)).stages[0]
+        assert rescaled.attention_quota + rescaled.diversity_quota + rescaled.seeds == rescaled.keep
+        assert rescaled.pool >= rescaled.attention_quota
 
 
 def test_all_plans_of_a_shape_are_one_without_stages() -> None:

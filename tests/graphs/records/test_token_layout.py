@@ -73,11 +73,11 @@ def test_seeds_are_spread_over_the_picture(
     blocks = ((down, right), (grid[0], grid[1] + newline))
     tokens = down * right + grid[0] * (grid[1] + newline)
     count = data.draw(st.integers(1, tokens - 1))
-    made = plan(blocks, grid, tokens, Stage(layer=1, keep=count, seeds=count))
-    seeds = stage_seeds(made, 0)
+    rescaled = plan(blocks, grid, tokens, Stage(layer=1, keep=count, seeds=count))
+    seeds = stage_seeds(rescaled, 0)
     assert seeds is not None
-    assert seeds.tolist() == block_seeds(made, count)
-    assert stage_pivots(made, 0).tolist() == block_seeds(made, min(8, count))
+    assert seeds.tolist() == block_seeds(rescaled, count)
+    assert stage_pivots(rescaled, 0).tolist() == block_seeds(rescaled, min(8, count))
 
 
 def test_positions_are_centres_of_cells() -> None:

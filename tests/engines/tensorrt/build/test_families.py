@@ -105,18 +105,18 @@ def bundles(demo_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     from btp_export.exporting import Options, export_bundle, make_profiles
     from btp_export.model.open_model import open_model
 
-    made: dict[tuple[str, int, str], Bundle] = {}
+    collected: dict[tuple[str, int, str], Bundle] = {}
 
     def make(family: str, opset: int, precision: str) -> Bundle:
         key = (family, opset, precision)
-        if key not in made:
+        if key not in collected:
             folder = tmp_path_factory.mktemp(family)
             MODELS[family](demo_checkpoint, folder / "model")
             model = open_model(str(folder / "model"))
             options = Options(opset=opset, precision=precision, text_tokens=16, new_tokens=12)  # type: ignore[arg-type]
             plan = staged(spec_at(model.spec, make_profiles(model, options)[0]))
-            made[key] = export_bundle(model, plan, folder / "bundle", options)
-        return made[key]
+            collected[key] = export_bundle(model, plan, folder / "bundle", options)
+        return collected[key]
 
     return make
 
@@ -186,16 +186,16 @@ def check_tensors(bundle: Bundle, graph: EngineGraph, variant: Variant) -> None:
 def check_plugins(bundle: Bundle, graph: EngineGraph, variant: Variant) -> None:
     """A plugin layer for every custom node that the bundle's own graph has, or none at all."""
     assert graph.engine is not None
-    found = Counter(layer.plugin for layer in graph.engine.layers if layer.plugin)
+    counts = Counter(layer.plugin for layer in graph.engine.layers if layer.plugin)
     if variant.plugins == "none":
-        assert not found
+        assert not counts
         return
     selects = [graph.name] if graph.name.startswith("select") else ["select_0", "select_1"] * (graph.name == "prefill")
     wanted: Counter[str] = Counter()
     for name in selects:
         model = onnx.load(bundle.graph_path(name), load_external_data=False)
         wanted += Counter(node.op_type for node in model.graph.node if node.domain == "btp")
-    assert found == wanted
+    assert counts == wanted
     assert graph.name not in ("select_0", "prefill") or wanted == {"BtpSelectTokens": 1, "BtpGatherTokens": 3}
 
 

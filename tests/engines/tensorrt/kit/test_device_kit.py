@@ -55,15 +55,15 @@ def copied(bundle: Bundle, folder: Path) -> Bundle:
 @pytest.fixture(scope="module")
 def kit(tiny_bundle: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """`kit(target, **wishes)`: the folder, made once for each."""
-    made: dict[str, Path] = {}
+    collected: dict[str, Path] = {}
 
     def make(target: str, **wishes: Any) -> Path:
         key = f"{target} {wishes}"
-        if key not in made:
+        if key not in collected:
             bundle = copied(staged_bundle(tiny_bundle), tmp_path_factory.mktemp("kit") / "bundle")
             plan = plan_build(bundle, find_target(target), Wishes(**wishes))
-            made[key] = prepared(plan, recorder=record_calibration)
-        return made[key]
+            collected[key] = prepared(plan, recorder=record_calibration)
+        return collected[key]
 
     return make
 

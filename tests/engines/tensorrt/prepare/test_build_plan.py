@@ -87,7 +87,7 @@ def test_weights_are_those_of_the_files(tiny_bundle: Any) -> None:
 def test_half_precision_constants_are_counted_in_their_own_type(tiny_bundle: Any) -> None:
     bundle = staged_bundle(tiny_bundle, precision="float16")
     graphs = {weights: prepare(bundle, Choices(18, weights=weights)) for weights in ("baked", "shared")}
-    baked, shared = ({g.name: estimate(g).weight_bytes for g in made} for made in graphs.values())
+    baked, shared = ({g.name: estimate(g).weight_bytes for g in built} for built in graphs.values())
     assert baked["head"] == pytest.approx(shared["head"], rel=0.01)
     full = {g.name: estimate(g).weight_bytes for g in prepare(staged_bundle(tiny_bundle), Choices(18))}
     assert baked["prefill_0"] == pytest.approx(full["prefill_0"] / 2, rel=0.05)
@@ -109,9 +109,9 @@ def test_shared_weights_are_chosen_and_said_where_both_copies_cannot_fit(tiny_bu
     baked, shared = sizes(bundle), sizes(bundle, weights="shared")
     assert shared.run_bytes < baked.run_bytes
     between = small(find_target("h100"), (baked.run_bytes + shared.run_bytes) // 2)
-    made = plan_build(bundle, between, Wishes())
-    assert made.choices.weights == "shared" and made.notes[0].startswith("engine weights shared: baked ones need")
-    assert made.summary().engine_weights == "shared"
+    planned = plan_build(bundle, between, Wishes())
+    assert planned.choices.weights == "shared" and planned.notes[0].startswith("engine weights shared: baked ones need")
+    assert planned.summary().engine_weights == "shared"
     roomy = plan_build(bundle, small(find_target("h100"), baked.run_bytes), Wishes())
     assert roomy.choices.weights == "baked" and "shared" not in "".join(roomy.notes)
 
@@ -142,11 +142,11 @@ def test_a_board_also_has_to_build_them(tiny_bundle: Any) -> None:
         plan_build(bundle, board, Wishes(assemble="whole", engine_weights="baked"))
     assert error.value.do == "--assemble segments"
     card = small(find_target("h100"), between)
-    made = plan_build(bundle, card, Wishes(assemble="whole", engine_weights="baked"))
+    planned = plan_build(bundle, card, Wishes(assemble="whole", engine_weights="baked"))
     with pytest.raises(InputError, match="building the largest engine") as error:
-        require_build_memory(made, between)
+        require_build_memory(planned, between)
     assert error.value.do == "--assemble segments"
-    require_build_memory(made, whole.build_peak_bytes)
+    require_build_memory(planned, whole.build_peak_bytes)
 
 
 def test_the_build_counts_constants_only(tiny_bundle: Any) -> None:
@@ -160,8 +160,8 @@ def test_the_build_counts_constants_only(tiny_bundle: Any) -> None:
 
 def test_the_users_memory_stands_in_for_the_targets(tiny_bundle: Any) -> None:
     bundle = staged_bundle(tiny_bundle)
-    made = plan_build(bundle, find_target("jetson-orin-jp6"), Wishes(memory_bytes=16 * GIB))
-    assert made.usable_bytes == 10 * GIB
+    planned = plan_build(bundle, find_target("jetson-orin-jp6"), Wishes(memory_bytes=16 * GIB))
+    assert planned.usable_bytes == 10 * GIB
     with pytest.raises(InputError, match="--memory"):
         plan_build(bundle, find_target("jetson-orin-jp6"), Wishes(memory_bytes=4 * GIB))
 

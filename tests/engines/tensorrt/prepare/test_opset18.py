@@ -35,8 +35,8 @@ def run(model: ir.Model, feeds: dict[str, Any]) -> Any:
 
 
 def drawn(inputs: dict[str, tuple[int, list[int]]]) -> dict[str, Any]:
-    made = {name: RNG.standard_normal(dims).astype(np.float32) for name, (kind, dims) in inputs.items()}
-    return {name: x > -0.5 if inputs[name][0] == TensorProto.BOOL else x for name, x in made.items()}
+    collected = {name: RNG.standard_normal(dims).astype(np.float32) for name, (kind, dims) in inputs.items()}
+    return {name: x > -0.5 if inputs[name][0] == TensorProto.BOOL else x for name, x in collected.items()}
 
 
 CASES = {

@@ -52,7 +52,7 @@ def write_engines(bundle: Bundle, folder: Path, choices: Choices, **built: Any) 
     weights.mkdir(parents=True)
     for file in bundle.weights.iterdir():
         (weights / file.name).hardlink_to(file)
-    made = EnginesRecord(
+    created = EnginesRecord(
         target=TARGET,
         flavour="tensorrt",
         tensorrt="10.3",
@@ -65,8 +65,8 @@ def write_engines(bundle: Bundle, folder: Path, choices: Choices, **built: Any) 
         bundle_sha256=bundle_digest(bundle),
         graphs=tuple(_graph(folder, graph, bundle, **built) for graph in prepare(bundle, choices)),
     )
-    made.save(folder)
-    return made
+    created.save(folder)
+    return created
 
 
 def _graph(folder: Path, graph: PreparedGraph, bundle: Bundle, **built: Any) -> EngineGraph:
