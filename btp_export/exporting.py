@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field
 
-from btp_export.model.check_processor import check_processor
+from btp_export.model.check_processor import check_processor, files_of_processor
 from btp_export.model.defaults import default_shapes
 from btp_export.model.open_model import Model
 from graphs import names
@@ -334,7 +334,9 @@ def _place_processor(model: Model, root: Path) -> list[FileRecord]:
     folder.mkdir()
     for path in model.processor_files:
         place(path, folder / path.name, "copy")
-    return [record(root, f"processor/{path.name}") for path in model.processor_files]
+    for name, text in files_of_processor(model).items():
+        (folder / name).write_text(text, encoding="utf-8")
+    return [record(root, f"processor/{path.name}") for path in sorted(folder.iterdir())]
 
 
 def _model_record(model: Model) -> ModelRecord:

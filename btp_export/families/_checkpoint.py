@@ -5,11 +5,9 @@ from typing import Any
 
 from pydantic import Field
 
-from btp_export.families._chat import conversation_text, writes_begin_token
 from btp_export.families._decoder import decoder_spec
 from btp_export.families._generation import end_tokens, generation_settings, read_generation_file
 from btp_export.families._keys import refuse_unknown_keys
-from btp_export.families._processor import load_processor, refusing_tokens
 from graphs import dtypes
 from graphs.files.checkpoint import Checkpoint
 from graphs.files.packed_weights import packed_linear
@@ -71,17 +69,18 @@ def count_prefix_tokens(folder: Path, image_token_id: int, *, system: str | None
     With `system` the conversation begins with that message. Raises InputError if there are no processor files, no chat
     template, or no image placeholder in it.
     """
-    processor = load_processor(folder)
-    text = conversation_text(processor, "?", system=system, folder=folder)
-    with refusing_tokens(folder):
-        ids = processor.tokenizer(text, add_special_tokens=not writes_begin_token(processor, text))["input_ids"]
+    from btp_export.families._chat import conversation_text
+    from btp_export.families._describe import checkpoint_processor
+
+    processor = checkpoint_processor(folder)
+    ids = processor.ids(conversation_text(processor, "?", system=system), 1)
     if image_token_id not in ids:
         raise InputError(
             f"the chat template of {folder} puts no image token {image_token_id} in a prompt with a picture",
             wanted="a template that places it",
             do="use the processor files of the same model",
         )
-    return int(ids.index(image_token_id))
+    return ids.index(image_token_id)
 
 
 def _pad_token(checkpoint: Checkpoint, ends: tuple[int, ...]) -> int:

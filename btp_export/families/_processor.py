@@ -135,6 +135,20 @@ def _is_installed(module: str) -> bool:
 
 
 def _loaded(folder: Path) -> Any:
+    """The processor with the image processor for Pillow; where torchvision is installed, transformers prefers one for
+    that, which gives other pixels.
+    """
+    from transformers import AutoImageProcessor
+
+    processor = _preferred(folder)
+    if getattr(getattr(processor, "image_processor", None), "backend", "pil") != "pil":
+        processor.image_processor = AutoImageProcessor.from_pretrained(
+            folder, backend="pil", local_files_only=True, trust_remote_code=False
+        )
+    return processor
+
+
+def _preferred(folder: Path) -> Any:
     from transformers import AutoProcessor
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES, processor_class_from_name
 

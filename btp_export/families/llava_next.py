@@ -26,6 +26,7 @@ from btp_export.families._vision import (
     vision_state,
 )
 from btp_export.families.llava import CONFIG, DUMMY, VICUNA_7B, Llava, counting, picture_size
+from btp_export.preprocess.sizes import best_size
 from graphs.files.checkpoint import Checkpoint
 from graphs.records.errors import InputError
 from graphs.records.shapes import ShapeProfile
@@ -213,9 +214,7 @@ def _pinpoints(config: dict[str, Any], side: int) -> tuple[tuple[int, int], ...]
 
 def _layout(picture: tuple[int, int], pinpoints: tuple[tuple[int, int], ...], side: int, patches: int) -> Layout:
     """What a picture (height, width) becomes, with squares of `side` pixels and `patches` x `patches` tokens."""
-    from transformers.image_processing_utils import select_best_resolution
-
-    best: tuple[int, int] = select_best_resolution(picture, list(pinpoints))
+    best = best_size(picture, pinpoints)
     tiles = (best[0] // side, best[1] // side)
     rows, columns = _unpadded(picture, (tiles[0] * patches, tiles[1] * patches))
     if min(rows, columns) < 1:

@@ -25,6 +25,7 @@ from btp_export.families._vision import (
     refuse_class_attention,
     vision_state,
 )
+from btp_export.preprocess.sizes import in_pixel_range
 from calibrate.place.presets import ReleasedSettings, ReleasedStage
 from graphs.files.checkpoint import Checkpoint
 from graphs.files.configuration import refusing_config
@@ -175,7 +176,7 @@ class Qwen2_5_VL:
     def layout(self, spec: ModelSpec, picture: tuple[int, int]) -> Layout:
         """The nearest size the processor scales to: its area within the model's bounds, about the picture's shape."""
         vision, cell = spec.vision, _cell(spec.vision)
-        height, width = _processor_size(picture, cell, vision.pixel_range or PIXEL_RANGE)
+        height, width = in_pixel_range(picture, cell, *(vision.pixel_range or PIXEL_RANGE))
         grid = (height // cell, width // cell)
         patches, values = vision.patches or (4, 1176)
         return Layout((height, width), grid, pixel_shape=(grid[0] * grid[1] * patches, values))
@@ -234,7 +235,7 @@ def _vision_spec(checkpoint: Checkpoint) -> VisionSpec:
     patch, merge, frames = vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size
     cell = patch * merge
     bounds = _pixel_range(checkpoint.folder, (patch, merge, frames))
-    size = _processor_size((DEFAULT_SIDE, DEFAULT_SIDE), cell, bounds)
+    size = in_pixel_range((DEFAULT_SIDE, DEFAULT_SIDE), cell, *bounds)
     return VisionSpec(
         image_size=size,
         grid=(size[0] // cell, size[1] // cell),
@@ -283,17 +284,3 @@ def _pixel_range(folder: Path, sizes: tuple[int, int, int]) -> tuple[int, int]:
 def _cell(vision: VisionSpec) -> int:
     """Pixels of a token's side."""
     return vision.image_size[0] // vision.grid[0]
-
-
-def _processor_size(picture: tuple[int, int], cell: int, bounds: tuple[int, int]) -> tuple[int, int]:
-    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
-
-    try:
-        height, width = smart_resize(*picture, factor=cell, min_pixels=bounds[0], max_pixels=bounds[1])
-    except ValueError as error:
-        raise InputError(
-            f"a picture of {picture[0]} x {picture[1]} pixels",
-            wanted="at most 200 times as long as wide, which is what the model takes",
-            do="cut the picture",
-        ) from error
-    return int(height), int(width)

@@ -1,8 +1,8 @@
 """From pictures and prompts to what the graphs take, through the model's own processor and chat template.
 
-The processor comes from transformers (the import takes two to three seconds, most of the time that a short
-`btp-export run` needs), because only that gives the same pixels and token ids for every model. Nothing is fetched from
-the network and no code from the model's folder is run.
+A bundle says in processor/preprocess.json what its processor does. A checkpoint, and a bundle of earlier versions, has
+transformers' files only, and transformers reads them. Nothing is fetched from the network and no code from the model's
+folder is run.
 """
 
 import shlex
@@ -14,10 +14,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from btp_export.families._chat import conversation_text, refuse_placeholders, writes_begin_token
-from btp_export.families._processor import load_processor, refusing_tokens
+from btp_export.families import family_of
+from btp_export.families._chat import conversation_text, refuse_placeholders
+from btp_export.preprocess.processor import Processor, read_processor
 from graphs.files.paths import require_text
-from graphs.records.errors import InputError
+from graphs.records.errors import InputError, UnavailableError
+from graphs.records.preprocess import PREPROCESS
 from graphs.records.shapes import ShapeProfile
 from graphs.records.spec import ModelSpec
 
@@ -106,16 +108,15 @@ class Encoded:
 
 
 class Prompter:
-    """A model's processor and chat template.
+    """A model's processor and chat template; the processor is what the folder says unless another one is given.
 
-    Raises InputError if the folder holds no usable processor.
+    Raises InputError if the folder holds no usable processor, UnavailableError if only transformers could read it.
     """
 
-    def __init__(self, processor_folder: Path, spec: ModelSpec) -> None:
-        self.folder, self.spec = processor_folder, spec
-        self.processor = load_processor(processor_folder)
-        self.tokenizer = self.processor.tokenizer
-        self.image_token: str = self.processor.image_token
+    def __init__(self, processor_folder: Path, spec: ModelSpec, processor: Processor | None = None) -> None:
+        self.spec = spec
+        self.processor = open_processor(processor_folder) if processor is None else processor
+        self.tokens, self.image_token = self.processor.tokens, self.processor.image_token
 
     def encode(
         self,
@@ -162,7 +163,7 @@ class Prompter:
         samples = [self._sample(image, text) for image, text in zip(images, texts, strict=True)]
         ids = tuple(sample[0] for sample in samples)
         image_tokens = self._span(ids, system)
-        unknown = getattr(self.tokenizer, "unk_token_id", None)
+        unknown = self.processor.steps.text.unknown_id
         encoded = Encoded(
             input_ids=ids,
             pixel_values=np.concatenate([sample[1] for sample in samples]).astype(np.float32, copy=False),
@@ -186,7 +187,7 @@ class Prompter:
             for said in (prompt, *later):
                 refuse_placeholders(self.processor, said)
             chosen = self.spec.system if system is None else system
-            return conversation_text(self.processor, prompt, later=later, system=chosen, folder=self.folder)
+            return conversation_text(self.processor, prompt, later=later, system=chosen)
         if system is not None:
             raise InputError("--system with --raw-prompt", wanted="one of them", do="write it into the raw prompt")
         if (count := prompt.count(self.image_token)) != 1:
@@ -200,28 +201,19 @@ class Prompter:
 
     def token_ids(self, text: str) -> list[int]:
         """The tokens of a text by itself, without begin or end."""
-        with refusing_tokens(self.folder):
-            return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return self.tokens.ids(text)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, without special ones."""
-        with refusing_tokens(self.folder):
-            return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+        return self.tokens.text(ids)
 
     def ids(self, image: Image.Image, prompt: str) -> np.ndarray[Any, np.dtype[np.int64]]:
         """Token ids of one sample (the picture in RGB), [P + V + t], not checked."""
         return self._sample(image, self.text(prompt))[0]
 
     def _sample(self, image: Image.Image, text: str) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-        with refusing_tokens(self.folder):
-            model_inputs = self.processor(
-                images=[image],
-                text=[text],
-                add_special_tokens=not writes_begin_token(self.processor, text),
-                input_data_format="channels_last",
-                return_tensors="np",
-            )
-            return model_inputs["input_ids"][0].astype(np.int64), np.asarray(model_inputs["pixel_values"])
+        tokens = family_of(self.spec).layout(self.spec, (image.height, image.width)).image_tokens
+        return np.array(self.processor.ids(text, tokens), np.int64), self.processor.pixels(image)
 
     def _span(self, ids: Sequence[np.ndarray[Any, Any]], system: str | None) -> int:
         """Image tokens V, after checking that they stand together, right after the prefix, with text behind them."""
@@ -254,6 +246,25 @@ class Prompter:
                 do="run them one by one",
             )
         return int(counts.pop())
+
+
+def open_processor(folder: Path) -> Processor:
+    """The processor of a bundle's folder, by transformers where an earlier version wrote no preprocess.json.
+
+    Raises InputError if it is not usable, UnavailableError if transformers is needed and not installed.
+    """
+    if (folder / PREPROCESS).is_file():
+        return read_processor(folder)
+    from btp_export.families._describe import checkpoint_processor
+
+    try:
+        return checkpoint_processor(folder)
+    except ModuleNotFoundError as error:
+        raise UnavailableError(
+            f"{folder} has no {PREPROCESS}, so an earlier version exported it, and {error.name} is not installed",
+            wanted=f"{PREPROCESS}, or transformers, which reads the other files",
+            do="export the bundle again, or pip install 'btp-export[export]'",
+        ) from error
 
 
 def _sizes(*shapes: tuple[int, ...]) -> Iterator[tuple[int, ...]]:

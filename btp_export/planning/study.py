@@ -169,6 +169,7 @@ def open_study(
     """
     check_settings(settings)
 
+    from btp_export.families._describe import checkpoint_processor
     from btp_export.model.prompting import Prompter
     from btp_export.planning.latency import prefill_cost
     from btp_export.planning.spread_reference import SpreadReference, measured
@@ -191,7 +192,7 @@ def open_study(
     cost = prefill_cost(settings.latency_from, settings.target, settings.weights, spec, profile)
     request = replace(request_of(settings), released=model.family.released)
     (check or type(request).check)(request, shape, cost)
-    prompter = Prompter(model.source.folder, spec)
+    prompter = Prompter(model.source.folder, spec, checkpoint_processor(model.source.folder))
     chosen = calibration_samples(settings, prompter, note, profile.image_size)
     _check_samples(model, profile, len(chosen.samples), settings)
     samples, resized = fitted_samples(chosen.samples, spec, profile)

@@ -1,9 +1,8 @@
 """Text from token ids as they come, in pieces that never have to be taken back."""
 
 import re
-from typing import Any
 
-from graphs.records.refusing import refusing
+from btp_export.preprocess.tokens import Tokens
 
 REPLACEMENT = "\ufffd"
 BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
@@ -13,16 +12,16 @@ CLEAN_UP_REACH = 19
 
 
 class Detokeniser:
-    """Gives text piece by piece; the pieces together are `tokenizer.decode` of all ids without special tokens.
+    """Gives text piece by piece; the pieces together are the text of all ids, without special tokens.
 
     A piece is held back while its end may still change: an unfinished UTF-8 character (it decodes to the replacement
     character), a run of single-byte tokens, which a byte-fallback tokenizer decodes only as a whole, and the last
     characters where the tokenizer takes spaces before punctuation away.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
-        self._reach = CLEAN_UP_REACH if getattr(tokenizer, "clean_up_tokenization_spaces", False) else 0
+    def __init__(self, tokens: Tokens) -> None:
+        self._tokens = tokens
+        self._reach = CLEAN_UP_REACH if tokens.clean_up else 0
         self._ids: list[int] = []
         self._given = ""
         self._byte_run = False
@@ -30,30 +29,24 @@ class Detokeniser:
     def add(self, token_id: int) -> str:
         """Take one more id; returns the text that is certain now, maybe empty."""
         self._ids.append(token_id)
-        token = self._tokenizer.convert_ids_to_tokens(token_id)
-        is_byte = isinstance(token, str) and BYTE_TOKEN.fullmatch(token) is not None
+        token = self._tokens.token(token_id)
+        is_byte = token is not None and BYTE_TOKEN.fullmatch(token) is not None
         # Within a run, bytes may still join over tokens that have no text: special ones, whether or not the tokenizer
         # lists them in `all_special_ids`.
-        self._byte_run = is_byte or (self._byte_run and self._decode([token_id]) == "")
+        self._byte_run = is_byte or (self._byte_run and self._tokens.text([token_id]) == "")
         if self._byte_run:
             return ""
-        text = self._decode(self._ids)
+        text = self._tokens.text(self._ids)
         return self._give(text[: len(text) - self._reach].rstrip(REPLACEMENT) if len(text) > self._reach else "")
 
     def finish(self) -> str:
         """What was held back."""
-        return self._give(self._decode(self._ids))
+        return self._give(self._tokens.text(self._ids))
 
     @property
     def text(self) -> str:
         """Everything given so far."""
         return self._given
-
-    def _decode(self, ids: list[int]) -> str:
-        with refusing(
-            "the tokenizer cannot write the answer", wanted="the model's own tokenizer", do="restore its files"
-        ):
-            return str(self._tokenizer.decode(ids, skip_special_tokens=True))
 
     def _give(self, text: str) -> str:
         if not text.startswith(self._given):  # a text that was cut shorter than before: its rest comes later

@@ -200,7 +200,7 @@ class BundleModel:
 
     @cached_property
     def prompter(self) -> Prompter:
-        """The model's processor; made at first use, because it imports transformers."""
+        """The model's processor, opened at first use."""
         return Prompter(self.bundle.processor, self.spec)
 
     @_alone
@@ -350,7 +350,7 @@ class BundleModel:
         part = encoded.part(samples)
         prefill = self.prefill(part)
         answers = answers_for(self.spec, part.input_ids, room=room, chosen_by=chosen_by, first=samples.start)
-        texts = [_Text(sample, Detokeniser(self.prompter.tokenizer), on_text) for sample in samples]
+        texts = [_Text(sample, Detokeniser(self.prompter.tokens), on_text) for sample in samples]
         for answer, text in zip(answers, texts, strict=True):
             answer.on_token = text.add
         times = self.complete(prefill, answers)

@@ -9,6 +9,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from btp_export.demo import checkpoint_path
+from btp_export.preprocess.tokens import Tokens
 from btp_export.running.detokenise import REPLACEMENT, Detokeniser
 
 
@@ -56,7 +57,8 @@ TOKENIZERS = {
 
 
 def stream(tokenizer: Any, ids: list[int]) -> tuple[list[str], str]:
-    detokeniser = Detokeniser(tokenizer)
+    clean_up = tokenizer.clean_up_tokenization_spaces and type(tokenizer.backend_tokenizer.model).__name__ != "BPE"
+    detokeniser = Detokeniser(Tokens(tokenizer.backend_tokenizer, clean_up=clean_up))
     pieces = [detokeniser.add(token) for token in ids] + [detokeniser.finish()]
     assert detokeniser.text == "".join(pieces)
     return pieces, tokenizer.decode(ids, skip_special_tokens=True)
