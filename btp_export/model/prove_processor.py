@@ -77,12 +77,9 @@ def _compare_texts(theirs: Any, ours: Processor) -> None:
     """Templates, token ids, and text from token ids."""
     generator = random.Random(0)
     for prompt in _prompts(ours, generator):
-        messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}]
-        for conversation in (messages, [{"role": "user", "content": f"{ours.image_token}\n{prompt}"}]):
-            mine, other = (
-                _outcome(ours.rendered, conversation),
-                _outcome(partial(_rendered, theirs, ours), conversation),
-            )
+        for conversation in _conversations(ours, prompt):
+            mine = _outcome(ours.rendered, conversation)
+            other = _outcome(partial(_rendered, theirs, ours), conversation)
             if mine != other:
                 _differ(ours, f"of the prompt {prompt!r} the text {mine!r}", repr(other))
         text = None if ours.steps.text.template is None else _outcome(partial(conversation_text, ours), prompt)
@@ -93,6 +90,15 @@ def _compare_texts(theirs: Any, ours: Processor) -> None:
         mine, other = ours.tokens.text(ids), theirs.tokenizer.decode(ids, skip_special_tokens=True)
         if mine != other:
             _differ(ours, f"of the tokens {ids} the text {mine!r}", repr(other))
+
+
+def _conversations(ours: Processor, prompt: str) -> Iterator[list[dict[str, Any]]]:
+    """A question, a question for templates that take text only, and one in a conversation of several turns."""
+    question = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}
+    said = [{"role": role, "content": [{"type": "text", "text": "well"}]} for role in ("system", "assistant")]
+    yield [question]
+    yield [{"role": "user", "content": f"{ours.image_token}\n{prompt}"}]
+    yield [said[0], question, said[1], {"role": "user", "content": [{"type": "text", "text": prompt}]}]
 
 
 def _prompts(ours: Processor, generator: random.Random) -> Iterator[str]:

@@ -34,7 +34,7 @@ PROCESSORS = {
         size={"shortest_edge": 28}, crop_size=SQUARE, image_grid_pinpoints=[[28, 56], [56, 28], [56, 56], [84, 28]]
     ),
     "tiles of another size": LlavaNextImageProcessorPil(
-        size={"height": 20, "width": 26}, crop_size={"height": 24, "width": 24}, image_grid_pinpoints=[[28, 56], [60, 5]]
+        size={"height": 20, "width": 26}, crop_size={"height": 24, "width": 24}, image_grid_pinpoints=[[28, 56], [6, 5]]
     ),
     "patches": Qwen2VLImageProcessorPil(size={"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 12}),
     "other patches": Qwen2VLImageProcessorPil(
