@@ -114,7 +114,7 @@ class Prompter:
     """
 
     def __init__(self, processor_folder: Path, spec: ModelSpec, processor: Processor | None = None) -> None:
-        self.spec = spec
+        self.folder, self.spec = processor_folder, spec
         self.processor = open_processor(processor_folder) if processor is None else processor
         self.tokens, self.image_token = self.processor.tokens, self.processor.image_token
 
