@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
 
+from btp_export.extras import CPU, DEVICE, EXPORT, naming
 from graphs.files.bundle import Bundle
 from graphs.records.errors import InputError
 from graphs.records.plan import PruningPlan
@@ -57,6 +58,7 @@ class Shape:
         return ",".join(f"{name}={value}" for name, value in parts.items() if value is not None)
 
 
+@naming(CPU)
 def load(
     bundle: Bundle | PathLike,
     *,
@@ -89,6 +91,7 @@ def load(
     )
 
 
+@naming(EXPORT)
 def export(
     model: str,
     *,
@@ -149,6 +152,7 @@ def export(
     return export_bundle(opened, chosen, folder, options, force=force, profiles=profiles, report=report, note=note)
 
 
+@naming(EXPORT)
 def calibrate(
     model: str,
     *,
@@ -221,6 +225,7 @@ def calibrate(
     return study.calibrate_model(opened, settings, profile=profile, report=report, note=note)
 
 
+@naming(EXPORT)
 def verify(
     bundle: Bundle | PathLike,
     *,
@@ -265,6 +270,7 @@ def verify(
     )
 
 
+@naming(EXPORT)
 def evaluate(
     bundle: Bundle | PathLike,
     *,
@@ -307,6 +313,7 @@ def evaluate(
     )
 
 
+@naming(EXPORT)
 def bench(
     bundle: Bundle | PathLike,
     *,
@@ -332,6 +339,7 @@ def bench(
     )
 
 
+@naming(DEVICE)
 def build(
     bundle: Bundle | PathLike,
     target: str,

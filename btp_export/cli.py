@@ -21,7 +21,7 @@ from typing import Any
 
 import typer
 
-from btp_export import commands, console
+from btp_export import commands, console, extras
 from btp_export.commands._groups import GroupedCommand, GroupedCommands, as_command
 from graphs.records.errors import BtpError, shortened
 
@@ -39,8 +39,11 @@ INTERRUPTED = 130
 PIPE_CLOSED = 141
 
 
-def make_app() -> typer.Typer:
-    """The typer application: one command for each module in btp_export/commands, `main` for no command."""
+def make_app(only: str | None = None) -> typer.Typer:
+    """The typer application: one command for each module in btp_export/commands, `main` for no command.
+
+    With `only` that command alone, which is quicker.
+    """
     app = typer.Typer(
         name="btp-export",
         cls=GroupedCommands,
@@ -48,9 +51,9 @@ def make_app() -> typer.Typer:
         rich_markup_mode=None,
         context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     )
-    for name in command_names():
+    for name in command_names() if only is None else [only]:
         module = importlib.import_module(f"{commands.__name__}.{name}")
-        command = as_command(module.command, console.stdout_for_results)
+        command = as_command(module.command, console.stdout_for_results, getattr(module, "EXTRA", extras.EXPORT))
         app.command(name, cls=GroupedCommand, short_help=_first_sentence(command.__doc__))(command)
     main_module = importlib.import_module(f"{commands.__name__}.main")
     app.callback(invoke_without_command=True)(as_command(main_module.command, console.stdout_for_results))
@@ -97,7 +100,8 @@ def _wants_debug(words: Sequence[str]) -> bool:
 
 def _run(arguments: list[str], debug: bool) -> int:
     try:
-        code = make_app()(arguments, prog_name="btp-export", standalone_mode=False)
+        known = "_BTP_EXPORT_COMPLETE" not in os.environ and arguments[:1] and arguments[0] in command_names()
+        code = make_app(arguments[0] if known else None)(arguments, prog_name="btp-export", standalone_mode=False)
         if code == INTERRUPTED:  # typer turns KeyboardInterrupt into this
             console.show_lines(["interrupted"], prefix="")
         return code if isinstance(code, int) else 0
@@ -129,7 +133,7 @@ def describe(error: BaseException) -> tuple[list[str], int]:
         path = context.command_path if context else "btp-export"
         return [shortened(_usage(error.format_message())), f"do this: {path} --help"], 2
     if isinstance(error, ModuleNotFoundError) and (error.name or "").split(".")[0] not in OURS:
-        return [f"{error.name} is not installed", "do this: btp-export doctor"], 3
+        return [f"{error.name} is not installed", "do this: btp-export doctor shows what belongs to btp-export"], 3
     surroundings = _describe_surroundings(error)
     if surroundings is not None:
         return surroundings
@@ -181,6 +185,7 @@ def _set_up_libraries(debug: bool) -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "1")  # it would look through every installed package for them
     if not debug:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         warnings.simplefilter("ignore")

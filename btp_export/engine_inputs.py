@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from btp_export import extras
 from engines.tensorrt.build.build import build
 from engines.tensorrt.build.machine import BuildMachine
 from engines.tensorrt.kit.sample_inputs import RecordingLoader, constant_bytes
@@ -47,12 +48,15 @@ def record_calibration(bundle: Bundle, profile: str, graphs: Mapping[str, Path],
     """Run graphs of a bundle on drawn scenes with questions and leave their inputs in `folder`/<graph>/<input>.bin.
 
     The scenes are those that `calibrate` begins with. The decode graph, the largest, is fed and not run. Raises
-    UnavailableError where this machine cannot run the graphs: no kernels for bfloat16, too little memory.
+    UnavailableError where this machine cannot run the graphs: no ONNX Runtime, no kernels for bfloat16, too little
+    memory.
     """
     from btp_export.model.pictures import fitted
     from btp_export.running.runtime import BundleModel
     from calibrate.data.samples import scene_samples
-    from engines.runners.onnxruntime import OrtLoader
+
+    with extras.naming(extras.CPU):
+        from engines.runners.onnxruntime import OrtLoader
 
     _require_kernels_and_memory(bundle, graphs)
     chosen = bundle.profile(profile)

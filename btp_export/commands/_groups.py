@@ -21,6 +21,7 @@ from typing import Annotated, Any, NamedTuple, get_args, get_type_hints
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from btp_export import extras
 from btp_export.console import note
 from graphs.files.paths import expanded
 from graphs.records.errors import InputError
@@ -43,11 +44,11 @@ class Formerly(NamedTuple):
 
 
 def as_command(
-    function: Callable[..., int | None], around: Callable[[], AbstractContextManager[None]]
+    function: Callable[..., int | None], around: Callable[[], AbstractContextManager[None]], extra: str = extras.EXPORT
 ) -> Callable[..., int | None]:
     """What typer takes in place of `function`: flat parameters, checked numbers, former names, `--debug`.
 
-    `around` is entered for the time that the function runs.
+    `around` is entered for the time that the function runs; `extra` is named where a library is missing.
     """
     hints = get_type_hints(function, include_extras=True)
     groups: dict[str, Any] = {}
@@ -63,7 +64,7 @@ def as_command(
     signature = inspect.Signature([*parameters, *map(_former_parameter, former.values())])
 
     def run(**values: Any) -> int | None:
-        with around():
+        with around(), extras.naming(extra):
             _take_former(values, former)
             for parameter in parameters:
                 _check_bounds(parameter, values)

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from btp_export import extras
 from btp_export.commands import _options as options
 from btp_export.commands._groups import Between
 from btp_export.console import JsonOption, emit, progress, table
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from btp_export.results.engines import BuildResult
 
 GIB = 2**30
+EXTRA = extras.DEVICE  # what is named where a library is missing
 
 
 def command(

@@ -7,6 +7,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from btp_export import extras
 from btp_export.console import JsonOption, emit, table
 
 if TYPE_CHECKING:
@@ -14,24 +15,27 @@ if TYPE_CHECKING:
 
 
 class Need(NamedTuple):
-    """A package, what it is for, and other packages that bring the same module."""
+    """A package, what it is for, the extra that brings it ("": it is required), and others with the same module."""
 
     package: str
     purpose: str
+    extra: str = ""
     alternatives: tuple[str, ...] = ()
 
 
 NEEDS = (
-    Need("torch", "vision capture and calibration"),
-    Need("transformers", "processors and the reference model"),
-    Need("onnx", "graphs"),
-    Need("onnx-ir", "building graphs"),
-    Need("onnxscript", "vision capture"),
-    Need("onnxruntime", "running graphs", ("onnxruntime-gpu",)),
-    Need("safetensors", "weights"),
-    Need("huggingface_hub", "fetching models"),
+    Need("numpy", "numbers"),
     Need("pillow", "pictures"),
-    Need("jinja2", "the report"),
+    Need("tokenizers", "prompts"),
+    Need("jinja2", "chat templates and the report"),
+    Need("onnxruntime", "running graphs", extras.CPU, ("onnxruntime-gpu",)),
+    Need("onnx", "preparing graphs", extras.DEVICE),
+    Need("onnx-ir", "preparing graphs", extras.DEVICE),
+    Need("polygraphy", "building engines", extras.DEVICE),
+    Need("torch", "vision capture and calibration", extras.EXPORT),
+    Need("transformers", "checkpoints and the reference model", extras.EXPORT),
+    Need("onnxscript", "vision capture", extras.EXPORT),
+    Need("huggingface_hub", "fetching models", extras.EXPORT),
 )
 
 
@@ -45,7 +49,7 @@ def command(as_json: JsonOption = False) -> None:
     packages = [find_package(need) for need in NEEDS]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     result = Doctor(
-        ok=all(package.version for package in packages),
+        ok=all(package.version or package.extra for package in packages),
         python=platform.python_version(),
         system=f"{platform.system()} {platform.machine()}",
         packages=tuple(packages),
@@ -69,8 +73,9 @@ def find_package(need: Need) -> "Package":
     versions = {name: _version(name) for name in (need.package, *need.alternatives)}
     package = next((name for name, version in versions.items() if version is not None), need.package)
     version = versions[package]
-    install = None if version else f"pip install {need.package}"
-    return Package(package=package, purpose=need.purpose, version=version, install=install)
+    missing = extras.install(need.extra) if need.extra else f"pip install {need.package}"
+    install = None if version else missing
+    return Package(package=package, purpose=need.purpose, extra=need.extra or None, version=version, install=install)
 
 
 def _version(package: str) -> str | None:

@@ -40,13 +40,10 @@ def command(
     emit(result.model_copy(update={"plot": _plot(result)}), as_json=as_json, render=show)
 
 
-def _plot(result: "Profile") -> Path | None:
-    """Draw it beside the document; None where the packages of the report are not installed."""
-    try:
-        from btp_export.profiling.plot import write_svg
-    except ModuleNotFoundError as error:
-        note(f'note: no plot, {error.name} is not installed: pip install "btp-export[report]"')
-        return None
+def _plot(result: "Profile") -> Path:
+    """Draw it beside the document."""
+    from btp_export.profiling.plot import write_svg
+
     assert result.file is not None, "profile_engines has written it"
     path = result.file.with_suffix(".svg")
     write_svg(result, path)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
 
+from btp_export import extras
 from btp_export.commands import _complete as complete
 from btp_export.commands import _options as options
 from btp_export.commands._groups import Between
@@ -55,6 +56,8 @@ class DrawingOptions:
         Path | None, typer.Option("--show", metavar="PNG", help="Draw the image tokens that each stage keeps.")
     ] = None
     force: Annotated[bool, typer.Option("--force", help="Replace the file of --show.")] = False
+
+EXTRA = extras.CPU  # what is named where a library is missing
 
 
 def command(

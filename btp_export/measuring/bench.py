@@ -19,8 +19,8 @@ from btp_export.results.timing import Bench, CacheBytes, DecodeTimes, Operations
 from btp_export.running.generation import answers_for
 from btp_export.running.memory_fit import check_fits_memory
 from btp_export.running.runtime import BundleModel, activations_in, load, open_graphs
-from graphs.building.derived_bundles import derive, scratch_folder
 from graphs.files.bundle import Bundle
+from graphs.files.folders import scratch_beside
 from graphs.pruning.operations import cost
 from graphs.records.errors import InputError
 from graphs.records.progress import Report
@@ -58,7 +58,7 @@ def measure(
         raise InputError(f"{rounds} rounds after {warm_up}", wanted="at least 1 round", do="--rounds 10")
     if target is None:
         check_fits_memory(bundle, profile, device, models=2, activations=activations)
-    with scratch_folder(bundle) as folder:
+    with scratch_beside(bundle.root) as folder:
         if target is None:
             models = _open_graphs(
                 bundle, folder, profile=profile, threads=threads, device=device, activations=activations
@@ -82,6 +82,8 @@ def measure(
 
 def _open_graphs(bundle: Bundle, folder: Path, **options: Any) -> dict[str, BundleModel]:
     """The bundle and the same model without pruning, derived into `folder`."""
+    from graphs.building.derived_bundles import derive
+
     bundles = {"full": derive(bundle, bundle.plan.without_stages(), folder / "full"), "pruned": bundle}
     if bundle.manifest.build.assemble == "whole":
         bundles["pruned"] = derive(bundle, bundle.plan, folder / "pruned")
@@ -92,7 +94,6 @@ def _open_engines(
     bundle: Bundle, target: str, *, profile: str | None, threads: int | None, device: str
 ) -> dict[str, BundleModel]:
     """The engines of a target and the unpruned ones beside them. Both use the same memory for shared weights."""
-    from engines.tensorrt.prepare.prepared_graphs import without_pruning
     from engines.tensorrt.records import UNPRUNED
 
     chosen = bundle.profile(profile)
@@ -103,7 +104,7 @@ def _open_engines(
             wanted="segments, so that selection can be told apart",
             do=f"btp-export build BUNDLE --target {target} --assemble segments --unpruned",
         )
-    without = without_pruning(bundle)
+    without = bundle.without_pruning()
     loader, graphs = open_graphs(without, chosen.name, device=device, target=target, part=UNPRUNED)
     return {"full": BundleModel(without, loader, profile=chosen.name, graphs=graphs), "pruned": model}
 

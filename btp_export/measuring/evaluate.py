@@ -13,8 +13,9 @@ from btp_export.measuring.answering import Answers, Questions, answer, ask
 from btp_export.planning.plan_files import CALIBRATED, plan_for
 from btp_export.results.evaluation import EvaluatedPlan, Evaluation, WeightsCost
 from btp_export.spreading import Cluster, connected
-from graphs.building.derived_bundles import derive, scratch_folder
+from graphs.building.derived_bundles import derive
 from graphs.files.bundle import Bundle
+from graphs.files.folders import scratch_beside
 from graphs.records.errors import InputError
 from graphs.records.match_plan import plan_for_profile, spec_at
 from graphs.records.plan import PruningPlan
@@ -142,7 +143,7 @@ def evaluate_plans(
     different = {unpruned: (FULL, full)}
     for digest, entry in zip(digests, planned, strict=True):
         different.setdefault(digest, entry)
-    with scratch_folder(bundle) as folder, connected(ray) as cluster:
+    with scratch_beside(bundle.root) as folder, connected(ray) as cluster:
         derived = {bundle.plan.digest(): bundle} | {
             digest: derive(bundle, plan, folder / digest, vision=vision_with_attention)
             for digest, (_, plan) in different.items()

@@ -24,8 +24,9 @@ from btp_export.model.pictures import fitted
 from btp_export.planning.plan_files import CALIBRATED
 from btp_export.running.generation import Answer
 from btp_export.running.runtime import BundleModel, load
-from graphs.building.derived_bundles import derive, scratch_folder
+from graphs.building.derived_bundles import derive
 from graphs.files.bundle import Bundle
+from graphs.files.folders import scratch_beside
 from graphs.files.pictures import to_rgb
 from graphs.records.errors import InputError
 
@@ -180,7 +181,7 @@ def _with_plan(bundle: Bundle, plan: str, compression: float | None, cleanup: co
     chosen = resolve_plans(bundle, [plan], compression)[plan]
     if chosen == bundle.plan:
         return bundle
-    folder = cleanup.enter_context(scratch_folder(bundle)) / "bundle"
+    folder = cleanup.enter_context(scratch_beside(bundle.root)) / "bundle"
     return derive(bundle, chosen, folder, vision=vision_with_attention)
 
 

@@ -9,18 +9,19 @@ graph needs inside is taken to stay on the chip, so the floor is a bound from be
 a device that keeps to its data sheet.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Literal
 
-import onnx_ir as ir
+from graphs.files.onnx_file import refusing_graph
+from graphs.files.onnx_wire import Node, read_graph_file
 
-from graphs.files.onnx_file import read_model, refusing_graph
-from graphs.ops import linear
+from graphs import ops
+from graphs.ops.domain import DOMAIN
 
-Shape = tuple[int, ...]
+Shapes = Mapping[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -41,62 +42,47 @@ class Roofline:
 
 def product_flops(path: Path) -> int:
     """Operations in matrix products of one run of an ONNX graph of static shapes. No weight is read."""
-    graph = read_model(path).graph
+    graph = read_graph_file(path)
     with refusing_graph(path):
-        return sum(_flops(node) for node in graph)
+        return sum(_flops(node, graph.shapes) for node in graph.nodes)
 
 
-def _flops(node: ir.Node) -> int:
-    if node.domain == linear.SCHEMA.domain and node.op_type.startswith(linear.NAME):  # bodies are told apart by endings
-        return _matmul(node)
-    return _COUNTS[node.op_type](node) if node.op_type in _COUNTS else 0
+def _flops(node: Node, shapes: Shapes) -> int:
+    if node.domain == DOMAIN and node.operator.startswith(ops.node_name("linear")):  # bodies are told apart by endings
+        return _matmul(node, shapes)
+    return _COUNTS[node.operator](node, shapes) if node.operator in _COUNTS else 0
 
 
-def _matmul(node: ir.Node) -> int:
+def _matmul(node: Node, shapes: Shapes) -> int:
     """[..., m, k] x [..., k, n]: k operations pairs for each element of the result."""
-    return 2 * prod(_output(node)) * _input(node, 0)[-1]
+    return 2 * prod(shapes[node.outputs[0]]) * shapes[node.inputs[0]][-1]
 
 
-def _gemm(node: ir.Node) -> int:
-    return 2 * prod(_output(node)) * _input(node, 0)[0 if node.attributes.get_int("transA", 0) else 1]
+def _gemm(node: Node, shapes: Shapes) -> int:
+    return 2 * prod(shapes[node.outputs[0]]) * shapes[node.inputs[0]][0 if node.integers.get("transA", 0) else 1]
 
 
-def _conv(node: ir.Node) -> int:
+def _conv(node: Node, shapes: Shapes) -> int:
     """weight [out, in / groups, *window]: one product of a window for each element of the result."""
-    return 2 * prod(_output(node)) * prod(_input(node, 1)[1:])
+    return 2 * prod(shapes[node.outputs[0]]) * prod(shapes[node.inputs[1]][1:])
 
 
-def _attention(node: ir.Node) -> int:
+def _attention(node: Node, shapes: Shapes) -> int:
     """query [B,H,S,D] or [B,S,H D], key and value with N rows and what the past holds: 2 B H S N (D + D')."""
-    query, key, value = (_input(node, place) for place in range(3))
-    past = _input(node, 4)[2] if len(node.inputs) > 4 and node.inputs[4] is not None else 0
+    query, key, value = (shapes[name] for name in node.inputs[:3])
+    past = shapes[node.inputs[4]][2] if len(node.inputs) > 4 and node.inputs[4] else 0
     rows = key[-2] + past
     if len(query) == 4:
         batch, heads, tokens, size = query
         return 2 * batch * heads * tokens * rows * (size + value[-1])
     batch, tokens, width = query
-    groups = node.attributes.get_int("q_num_heads", 1) // max(node.attributes.get_int("kv_num_heads", 1), 1)
+    groups = node.integers.get("q_num_heads", 1) // max(node.integers.get("kv_num_heads", 1), 1)
     return 2 * batch * tokens * rows * (width + value[-1] * groups)
 
 
-_COUNTS: dict[str, Callable[[ir.Node], int]] = {
+_COUNTS: dict[str, Callable[[Node, Shapes], int]] = {
     "MatMul": _matmul,
     "Gemm": _gemm,
     "Conv": _conv,
     "Attention": _attention,
 }
-
-
-def _input(node: ir.Node, place: int) -> Shape:
-    value = node.inputs[place]
-    assert value is not None
-    return _dims(value)
-
-
-def _output(node: ir.Node) -> Shape:
-    return _dims(node.outputs[0])
-
-
-def _dims(value: ir.Value) -> Shape:
-    assert value.shape is not None, f"{value.name} has no shape"
-    return tuple(int(size) for size in value.shape.numpy())

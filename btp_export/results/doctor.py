@@ -8,10 +8,11 @@ from graphs.records.record import Record
 
 
 class Package(Record):
-    """A Python package; `install` is what to type where it is missing."""
+    """A Python package; `extra` brings it (null: it is required), `install` is what to type where it is missing."""
 
     package: str
     purpose: str
+    extra: str | None
     version: str | None
     install: str | None
 
@@ -37,7 +38,7 @@ class EngineBuilderState(Record):
 
 
 class Doctor(Result):
-    """What is installed and what the machine has. `ok`: all that is needed is there; native and TensorRT are not."""
+    """What is installed and what the machine has. `ok`: all that is required is there; no extra and no library is."""
 
     format: Literal["btp-doctor/1"] = "btp-doctor/1"
     ok: bool

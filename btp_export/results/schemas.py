@@ -16,7 +16,7 @@ from btp_export.results.profile import Profile
 from btp_export.results.report import ReportDocument, ReportResult
 from btp_export.results.serving import Serve
 from btp_export.results.timing import Bench
-from btp_export.results.verification import Verification
+from btp_export.results.verification import FilesVerified, Verification
 
 # What prints or holds each document, in the order of docs/results-format.md.
 DOCUMENTS: dict[type[Result], str] = {
@@ -26,6 +26,7 @@ DOCUMENTS: dict[type[Result], str] = {
     Presets: "`plan --list`",
     Front: "`calibrate --pareto`, front.json",
     Verification: "`verify`",
+    FilesVerified: "`verify --files`",
     RunResult: "`run`",
     Evaluation: "`eval`",
     Bench: "`bench`",

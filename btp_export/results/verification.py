@@ -77,6 +77,15 @@ class Verification(Result):
     int8_rows: Int8Rows | None = None  # null too where one layer is open at a time
 
 
+class FilesVerified(Result):
+    """The files of a bundle, each hashed and found as it was exported; what differs is an error and no document."""
+
+    format: Literal["btp-files/1"] = "btp-files/1"
+    passed: Literal[True] = True
+    files: int
+    bytes: int
+
+
 def joined(verifications: Mapping[str, Verification]) -> Verification:
     """One document of verifications by profile: kept agreement is the least, of what differs otherwise the first's."""
     parts = list(verifications.values())

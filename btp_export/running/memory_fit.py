@@ -4,13 +4,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from engines.verify.streamed_graphs import PART_BYTES
-from graphs import names
-from graphs.building.graph_parts import has_bfloat16, packed_weights, wide_weights
+from graphs import dtypes, names
 from graphs.files.atomic import size_text
 from graphs.files.bundle import Bundle
-from graphs.files.memory import LIBRARIES, available_memory
-from graphs.files.onnx_file import read_graph
+from graphs.files.memory import LIBRARIES, PART_BYTES, available_memory
+from graphs.files.onnx_wire import read_graph_file
 from graphs.files.resume import INTERVAL
 from graphs.records.errors import InputError
 from graphs.records.quantization import Activations
@@ -35,17 +33,18 @@ def open_bytes(files: Mapping[str, Path], *, models: int = 1, shared: bool = Fal
 
     shared: packed weights are mapped from files that all sessions share, and count once.
     """
-    graphs = [read_graph(path) for path in files.values()]
+    graphs = [read_graph_file(path) for path in files.values()]
     packed: dict[str, int] = {}
     for graph in graphs if shared else ():
-        packed |= packed_weights(graph)
-    own = sum(wide_weights(graph) - (sum(packed_weights(graph).values()) if shared else 0) for graph in graphs)
+        packed |= graph.packed_weights()
+    own = sum(graph.wide_weights() - (sum(graph.packed_weights().values()) if shared else 0) for graph in graphs)
     return models * own + sum(packed.values())
 
 
 def must_stream(files: Mapping[str, Path], device: str, *, above: int = STREAM_ABOVE) -> bool:
     """Whether the graphs are too large to be open together, or of a type that this device has no kernels for."""
-    return open_bytes(files) > above or (device == "cpu" and has_bfloat16(read_graph(files[names.DECODE])))
+    bfloat16 = dtypes.BY_NAME["bfloat16"].onnx
+    return open_bytes(files) > above or (device == "cpu" and read_graph_file(files[names.DECODE]).has(bfloat16))
 
 
 def too_large(

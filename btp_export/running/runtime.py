@@ -26,7 +26,6 @@ from btp_export.running.memory_fit import check_fits_memory, shares_packed
 from btp_export.running.sampling import Sampling
 from engines.chain import Chain
 from engines.runners.interface import Loader
-from engines.runners.onnxruntime import OrtLoader
 from graphs import names
 from graphs.building.rope import token_tables
 from graphs.files.bundle import ROPE_WEIGHTS, Bundle, Check
@@ -140,6 +139,8 @@ def open_graphs(
     target's, such as the unpruned ones.
     """
     if target is None:
+        from engines.runners.onnxruntime import OrtLoader
+
         files = {graph.name: bundle.root / graph.file for graph in bundle.graphs(profile)}
         tf32 = allows_tf32(bundle.manifest.build.precision)
         packed = cache_folder("onnxruntime") if shares_packed(bundle, activations) else None

@@ -11,10 +11,11 @@ import numpy as np
 from btp_export.running.embedding import TokenEmbedding, filled
 from btp_export.running.generation import Answer, answers_for, generate
 from engines.verify.streamed_chain import StreamedChain
-from engines.verify.streamed_graphs import PART_BYTES, StreamedRunner
+from engines.verify.streamed_graphs import StreamedRunner
 from graphs.building.rope import token_tables
 from graphs.files.bundle import ROPE_WEIGHTS, Bundle
 from graphs.files.checkpoint import open_tensors
+from graphs.files.memory import PART_BYTES
 from graphs.files.resume import Sequence as Steps
 from graphs.pruning import kept_tokens
 from graphs.records.progress import Report

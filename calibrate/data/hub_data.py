@@ -78,7 +78,7 @@ def _library() -> Any:
         raise UnavailableError(
             "the library `datasets` is not installed",
             wanted="it, to read a Hugging Face data set",
-            do="pip install datasets",
+            do="pip install 'btp-export[data]'",
         ) from error
     return datasets
 

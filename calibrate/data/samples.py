@@ -12,19 +12,22 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-import torch
 from PIL import Image
 
 from calibrate.data import scenes
 from calibrate.data.folders import PICTURE_SUFFIXES, picture_files
 from calibrate.data.text_files import at, json_record, read_lines
-from calibrate.reference.records import ReferenceInput
 from graphs.files.pictures import open_picture
 from graphs.records.errors import InputError
 from graphs.records.progress import Note, Report
+
+if TYPE_CHECKING:  # recording inputs for engines draws samples where there is no torch
+    import torch
+
+    from calibrate.reference.records import ReferenceInput
 
 LEAST_PICTURES = 4
 DEFAULT_SAMPLES = 64
@@ -291,6 +294,10 @@ def prepare(
 
     A picture that occurs in several samples goes through the vision tower once.
     """
+    import torch
+
+    from calibrate.reference.records import ReferenceInput
+
     prepared: list[Prepared] = []
     seen: dict[bytes, tuple[torch.Tensor, torch.Tensor | None]] = {}
     for number, sample in enumerate(samples):

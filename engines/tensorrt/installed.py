@@ -29,6 +29,7 @@ from graphs.records.errors import UnavailableError
 
 TITLES: Final[dict[Flavour, str]] = {"tensorrt": "TensorRT", "rtx": "TensorRT for RTX"}
 MODULES: Final[dict[Flavour, str]] = {"tensorrt": "tensorrt", "rtx": "tensorrt_rtx"}
+INSTALL_BUILDER: Final = "pip install 'btp-export[device]'"
 INSTALL: Final[dict[Flavour, str]] = {
     "tensorrt": "pip install 'btp-export[tensorrt]'; a Jetson has it from JetPack (python3-libnvinfer)",
     "rtx": "pip install 'btp-export[rtx]'",
@@ -117,7 +118,7 @@ def survey() -> list[dict[str, Any]]:
             except UnavailableError as error:
                 entry |= {"problem": error.got, "do": error.do}
         if entry["version"] is not None and entry["problem"] is None and not has_polygraphy():
-            entry |= {"problem": "polygraphy, which builds the engines, is missing", "do": "pip install polygraphy"}
+            entry |= {"problem": "polygraphy, which builds the engines, is missing", "do": INSTALL_BUILDER}
         entries.append(entry)
     return entries
 

@@ -16,11 +16,10 @@ from engines.runners.interface import Runner, TensorSpec
 from engines.verify.protocol import Array
 from graphs import dtypes
 from graphs.building.graph_parts import Part, has_bfloat16, split, wide_weights, widen
+from graphs.files.memory import PART_BYTES
 from graphs.files.onnx_file import read_graph, refusing_graph
 from graphs.records.errors import InputError
 from graphs.records.progress import Report
-
-PART_BYTES = 2**30  # weights in float32 that are open at a time: one layer of a 7B
 
 STREAMED_TYPES = ("float32", "float16", "int32")  # what the parts of a graph compute in on a CPU
 

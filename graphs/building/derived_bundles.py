@@ -1,9 +1,6 @@
 """The graphs of a bundle as files, and a bundle derived from another one: the same model and shapes, another plan."""
 
-import contextlib
-import os
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +9,6 @@ from graphs.building.decoder_graphs import build_decoder_graphs
 from graphs.building.graph_builder import BuiltGraph, dims, dtype_of, serialize
 from graphs.files.atomic import link_or_copy, record, staged
 from graphs.files.bundle import Bundle, write_manifest, write_plans
-from graphs.files.folders import scratch
 from graphs.records.errors import InputError
 from graphs.records.manifest import GraphRecord, TensorRecord
 from graphs.records.match_plan import check_fits, plan_for_profile
@@ -100,18 +96,6 @@ def _vision_graph(
         )
     (made,) = write_graphs(root, [vision(bundle, profile)], profile.name, suffix=suffix)
     return made
-
-
-@contextlib.contextmanager
-def scratch_folder(bundle: Bundle) -> Iterator[Path]:
-    """A folder for derived bundles, removed at the end: beside the bundle, so that weights can be hard-linked.
-
-    In the system's temporary folder if the bundle's own place cannot be written.
-    """
-    beside = bundle.root.resolve().parent
-    place = beside if os.access(beside, os.W_OK) else None
-    with scratch(Path(tempfile.gettempdir()) if place is None else place) as folder:
-        yield folder
 
 
 def write_graphs(root: Path, built: Sequence[BuiltGraph], profile: str, *, suffix: str = "") -> list[GraphRecord]:

@@ -17,8 +17,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from graphs import dtypes, names
-
-WIDE_BYTES = 4  # of a weight in float32, in which a CPU computes
+from graphs.files.memory import WIDE_BYTES
 
 
 @dataclass(frozen=True)
@@ -34,11 +33,6 @@ class Part:
 def wide_weights(model: onnx.ModelProto) -> int:
     """Bytes of all weights of a graph with its floats in float32; packed ones stay packed."""
     return sum(_wide(tensor) for tensor in model.graph.initializer)
-
-
-def packed_weights(model: onnx.ModelProto) -> dict[str, int]:
-    """Bytes of the packed weights of a graph by name."""
-    return {t.name: _wide(t) for t in model.graph.initializer if t.data_type == TensorProto.UINT8}
 
 
 def _wide(tensor: TensorProto) -> int:

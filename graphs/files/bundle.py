@@ -8,7 +8,7 @@ Everything the manifest lists is hashed. engines/ and report/ are made from the 
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Literal
@@ -129,6 +129,12 @@ class Bundle:
     def plan_for(self, profile: str | None = None) -> PruningPlan:
         """The plan of the profile of that name, or of the first. Raises InputError for an unknown name."""
         return self.profile_plans.get(self.profile(profile).name, self.plan)
+
+    def without_pruning(self) -> "Bundle":
+        """The bundle as if its plans had no stages: what pruned engines are measured beside."""
+        profiles = [profile.name for profile in self.manifest.profiles]
+        bare = {name: self.plan_for(name).without_stages() for name in profiles}
+        return replace(self, plan=bare[profiles[0]], profile_plans=bare)
 
     def graphs(self, profile: str | None = None) -> list[GraphRecord]:
         """The graphs of one profile, in the order in which they run."""

@@ -12,15 +12,13 @@ import hashlib
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from graphs import dtypes
-from graphs.files.onnx_file import REMEDY, read_graph
+from graphs.files.onnx_file import REMEDY, refusing_graph
+from graphs.files.onnx_wire import Value, read_graph_file
 from graphs.records.errors import InputError
 from graphs.records.manifest import FileRecord, GraphRecord, Manifest, TensorRecord
-
-if TYPE_CHECKING:
-    import onnx
 
 CLOSED: Final = ("graphs", "processor")  # folders in which nothing but listed files may lie
 _DIGEST: Final = re.compile(rb'"manifest_sha256": "([0-9a-f]{64})"\n}\n\Z')
@@ -96,56 +94,27 @@ def check_graphs(root: Path, graphs: Sequence[GraphRecord], weights: Sequence[Fi
     """Raise InputError unless every graph has the recorded inputs and outputs, and external data in listed files."""
     files = {PurePosixPath(entry.file).relative_to("graphs").as_posix() for entry in weights}
     for graph in graphs:
-        model = read_graph(root / graph.file)
-        for recorded, values in ((graph.inputs, model.graph.input), (graph.outputs, model.graph.output)):
-            _check_values(root / graph.file, recorded, values)
-        for tensor in _tensors(model):
-            location = next((entry.value for entry in tensor.external_data if entry.key == "location"), None)
-            if location is not None and location not in files:
+        path = root / graph.file
+        found = read_graph_file(path)
+        for recorded, values in ((graph.inputs, found.inputs), (graph.outputs, found.outputs)):
+            _check_values(path, recorded, values)
+        with refusing_graph(path):
+            outside = found.outside()
+        for tensor in outside:
+            if tensor.location not in files:
                 raise InputError(
-                    f"{root / graph.file}: {tensor.name} lies in {location!r}",
+                    f"{path}: {tensor.name} lies in {tensor.location!r}",
                     wanted="weights that manifest.json lists",
                     do=REMEDY,
                 )
 
 
-def _check_values(path: Path, recorded: Sequence[TensorRecord], values: "Sequence[onnx.ValueInfoProto]") -> None:
-    got = [_described(value) for value in values]
+def _check_values(path: Path, recorded: Sequence[TensorRecord], values: Sequence[Value]) -> None:
+    known = {element.onnx: element.name for element in dtypes.TYPES}
+    got = [(value.name, known.get(value.element, f"type {value.element}"), value.shape) for value in values]
     wanted = [(tensor.name, tensor.dtype, tensor.shape) for tensor in recorded]
     if got != wanted:
         first, other = next(
             (pair for pair in zip(got, wanted, strict=False) if pair[0] != pair[1]), (f"{len(got)}", f"{len(wanted)}")
         )
         raise InputError(f"{path} has {first}", wanted=f"{other} as in manifest.json", do=REMEDY)
-
-
-def _described(value: "onnx.ValueInfoProto") -> tuple[str, str, tuple[int, ...]]:
-    tensor = value.type.tensor_type
-    known = {element.onnx: element.name for element in dtypes.TYPES}
-    shape = tuple(dim.dim_value if dim.HasField("dim_value") else -1 for dim in tensor.shape.dim)
-    return value.name, known.get(tensor.elem_type, f"type {tensor.elem_type}"), shape
-
-
-def _tensors(model: "onnx.ModelProto") -> "Iterator[onnx.TensorProto]":
-    """Every stored tensor, those in attributes, inner graphs and functions included."""
-    yield from _of_graph(model.graph)
-    for function in model.functions:
-        for node in function.node:
-            yield from _of_node(node)
-
-
-def _of_graph(graph: "onnx.GraphProto") -> "Iterator[onnx.TensorProto]":
-    yield from graph.initializer
-    for sparse in graph.sparse_initializer:
-        yield from (sparse.values, sparse.indices)
-    for node in graph.node:
-        yield from _of_node(node)
-
-
-def _of_node(node: "onnx.NodeProto") -> "Iterator[onnx.TensorProto]":
-    for attribute in node.attribute:
-        yield from (attribute.t, *attribute.tensors)
-        for sparse in (attribute.sparse_tensor, *attribute.sparse_tensors):
-            yield from (sparse.values, sparse.indices)
-        for graph in (attribute.g, *attribute.graphs):
-            yield from _of_graph(graph)

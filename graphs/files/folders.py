@@ -17,6 +17,7 @@ import os
 import re
 import secrets
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
@@ -96,6 +97,17 @@ def scratch(parent: Path, prefix: str = SCRATCH) -> Iterator[Path]:
             yield folder
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def scratch_beside(folder: Path) -> Iterator[Path]:
+    """A folder that is removed at the end, beside `folder`, so that its files can be hard-linked.
+
+    In the system's temporary folder where that place cannot be written.
+    """
+    beside = folder.resolve().parent
+    with scratch(beside if os.access(beside, os.W_OK) else Path(tempfile.gettempdir())) as made:
+        yield made
 
 
 def recover(destination: Path, is_ours: Callable[[Path], bool]) -> None:

@@ -13,6 +13,8 @@ from graphs.records.errors import InputError
 
 VARIABLE: Final = "BTP_MEMORY_GIB"
 LIBRARIES: Final = 700 * 2**20  # bytes that Python, torch, transformers and ONNX Runtime take by themselves
+WIDE_BYTES: Final = 4  # of a weight in float32, in which a CPU computes
+PART_BYTES: Final = 2**30  # weights in float32 that are open at a time where not all are: one layer of a 7B
 
 
 def available_memory(root: Path = Path("/")) -> int | None:

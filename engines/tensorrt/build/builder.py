@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from engines.tensorrt.build.engine_checks import custom_layer, require_plugins, require_tensors
-from engines.tensorrt.installed import Library, gpu_capability, load
+from engines.tensorrt.installed import INSTALL_BUILDER, Library, gpu_capability, load
 from engines.tensorrt.messages import Messages
 from engines.tensorrt.records import EngineLayer, Flavour, PluginForm
 from graphs import dtypes
@@ -172,7 +172,7 @@ def _create(library: Library, log: Messages, graph: str) -> tuple[Any, Any]:
         from polygraphy.logger import G_LOGGER
     except ImportError as error:
         raise UnavailableError(
-            "polygraphy is not installed", "polygraphy, which builds the engines", "pip install polygraphy"
+            "polygraphy is not installed", "polygraphy, which builds the engines", INSTALL_BUILDER
         ) from error
     G_LOGGER.module_severity = G_LOGGER.CRITICAL
     polygraphy_trt.TRT_LOGGER = log.logger  # what its get_trt_logger() gives

@@ -40,7 +40,9 @@ def machine_for(target: Target, wishes: Wishes) -> BuildMachine:
         return BuildMachine(None, f"{title} is not installed here; {installed.INSTALL[target.flavour]}", wishes)
     if not installed.has_polygraphy():
         return BuildMachine(
-            None, "polygraphy, which builds the engines, is not installed here; pip install polygraphy", wishes
+            None,
+            f"polygraphy, which builds the engines, is not installed here; {installed.INSTALL_BUILDER}",
+            wishes,
         )
     if target.flavour == "tensorrt":
         capability = installed.gpu_capability()

@@ -11,7 +11,7 @@ from typing import Literal
 from engines.targets import Target
 from engines.tensorrt.prepare.estimate import ORIGIN, Totals, estimate, totals, usable_memory
 from engines.tensorrt.prepare.lint import lint
-from engines.tensorrt.prepare.prepared_graphs import Choices, PreparedGraph, prepare, suited_opset, without_pruning
+from engines.tensorrt.prepare.prepared_graphs import Choices, PreparedGraph, prepare, suited_opset
 from engines.tensorrt.records import Assemble, EngineWeights, Estimate, PluginForm
 from engines.tensorrt.summaries import Finding, PlannedEngines, PlannedGraph, PlannedTotal
 from engines.tensorrt.versions import Traits, traits
@@ -132,7 +132,7 @@ def plan_build(bundle: Bundle, target: Target, wishes: Wishes) -> BuildPlan:
     beside = None
     if wishes.unpruned:
         same = Wishes(version.version, chosen.assemble, chosen.weights, "none", wishes.memory_bytes)
-        beside = plan_build(without_pruning(bundle), target, same)
+        beside = plan_build(bundle.without_pruning(), target, same)
     return BuildPlan(
         bundle=bundle,
         target=target,

@@ -120,13 +120,6 @@ def prepare(bundle: Bundle, choices: Choices, *, profiles: Sequence[str] | None 
     return prepared
 
 
-def without_pruning(bundle: Bundle) -> Bundle:
-    """The bundle as if its plans had no stages: what the pruned engines are measured beside."""
-    plans = {profile.name: bundle.plan_for(profile.name) for profile in bundle.manifest.profiles}
-    bare = {name: plan.without_stages() for name, plan in plans.items()}
-    return replace(bundle, plan=bare[bundle.manifest.profiles[0].name], profile_plans=bare)
-
-
 def _prepare_profile(bundle: Bundle, profile: ShapeProfile, choices: Choices) -> list[PreparedGraph]:
     built = _build(bundle, profile, bundle.plan_for(profile.name), choices)
     prepared = [PreparedGraph(graph.name, profile.name, graph.model, graph.layers) for graph in built]

@@ -10,7 +10,7 @@ from PIL import Image
 
 from btp_export.cli import main
 from btp_export.running.runtime import load
-from engines.tensorrt.prepare.prepared_graphs import Choices, without_pruning
+from engines.tensorrt.prepare.prepared_graphs import Choices
 from engines.tensorrt.records import UNPRUNED, engines_folder
 from graphs.files.bundle import Bundle
 from tests.engines.runners.host_cuda import HostCuda
@@ -38,7 +38,7 @@ def bundle(tiny_bundle: Any, tmp_path_factory: pytest.TempPathFactory) -> Bundle
     choices = Choices(opset=18, plugins=False, weights="shared")
     folder = engines_folder(made, TARGET)
     write_engines(made, folder, choices)
-    write_engines(without_pruning(made), folder / UNPRUNED, choices)
+    write_engines(made.without_pruning(), folder / UNPRUNED, choices)
     return made
 
 

@@ -38,7 +38,7 @@ def test_without_the_library_the_way_to_it_is_said(monkeypatch: pytest.MonkeyPat
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UnavailableError) as caught:
         sources.calibration_samples("hf:owner/name:train", count=4, seed=0)
-    assert "pip install datasets" in str(caught.value) and caught.value.exit_code == 3
+    assert "btp-export[data]" in str(caught.value) and caught.value.exit_code == 3
 
 
 @needs_datasets

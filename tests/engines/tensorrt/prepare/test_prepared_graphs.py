@@ -22,7 +22,6 @@ from engines.tensorrt.prepare.prepared_graphs import (
     exact_bodies,
     prepare,
     suited_opset,
-    without_pruning,
 )
 from engines.tensorrt.versions import traits
 from graphs.building.decoder_graphs import build_decoder_graphs
@@ -144,7 +143,7 @@ def test_names_do_not_depend_on_the_plan(tiny_bundle: Any) -> None:
     """So that the unpruned engines find the same buffers."""
     bundle = staged_bundle(tiny_bundle)
     choices = Choices(18, weights="shared")
-    pruned, full = prepare(bundle, choices), prepare(without_pruning(bundle), choices)
+    pruned, full = prepare(bundle, choices), prepare(bundle.without_pruning(), choices)
     assert [g.name for g in full] == ["vision", "prefill_0", "head", "decode"]
     assert {w for g in pruned for w in g.weight_inputs} == {w for g in full for w in g.weight_inputs}
     assert not any(g.custom_nodes for g in full) and bundle.plan.stages
