@@ -14,8 +14,14 @@ EXPORT: Final = "export"  # everything
 DEVICE: Final = "device"  # what building engines on a device needs
 CPU: Final = "cpu"  # ONNX Runtime
 
+SERVE: Final = "serve"
+
 # Libraries that an extra of their own brings, whatever else the command needs.
-OWN: Final = {"datasets": "data", "lmms_eval": "lmms-eval"}
+OWN: Final = {
+    "datasets": "data",
+    "lmms_eval": "lmms-eval",
+    **dict.fromkeys(("fastapi", "starlette", "uvicorn", "prometheus_client", "ray"), SERVE),
+}
 LIBRARIES: Final = frozenset(
     {"torch", "transformers", "huggingface_hub", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "polygraphy", *OWN}
 )
@@ -24,6 +30,7 @@ FOR: Final = {
     DEVICE: "prepares graphs and builds engines",
     CPU: "runs the graphs on this machine's processor; with --target NAME the engines of a device run without it",
     "data": "reads data sets of Hugging Face",
+    SERVE: "answers over HTTP and spreads work over several machines",
     "lmms-eval": "runs standard benchmarks",
 }
 

@@ -7,7 +7,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
-from btp_export.extra import extra_serve
+from btp_export.extras import SERVE, naming
 from graphs.records.errors import InputError, UnavailableError
 
 Result = TypeVar("Result")
@@ -72,7 +72,7 @@ def connected(address: str | None) -> Iterator[Cluster | None]:
         return
     if not address.strip():
         raise InputError("--ray without an address", wanted="auto, local or host:port", do="--ray auto")
-    with extra_serve():
+    with naming(SERVE):
         import ray
     own = not ray.is_initialized()
     if own:

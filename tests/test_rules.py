@@ -52,7 +52,7 @@ ROOMS = {
     "btp_export": [
         ["__init__"],  # the version, and names that are loaded when they are asked for: ON_REQUEST
         ["results"],
-        ["extra"],
+        ["extras"],
         ["console"],
         ["drawing", "preprocess", "spreading"],
         ["families"],

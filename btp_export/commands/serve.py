@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import typer
 
+from btp_export import extras
 from btp_export.commands import _complete as complete
 from btp_export.commands import _options as options
 from btp_export.commands._groups import Between
@@ -66,6 +67,8 @@ class PictureOptions:
             queue=queue,
         )
 
+EXTRA = extras.CPU  # what is named where a library is missing
+
 
 def command(
     bundle: options.BundleArgument,
@@ -121,9 +124,7 @@ def command(
     as_json: JsonOption = False,
 ) -> None:
     """Answer requests over HTTP, as OpenAI's chat completions."""
-    from btp_export.extra import extra_serve
-
-    with extra_serve():
+    with extras.naming(extras.SERVE):
         from btp_export.serving import server
     from btp_export.serving.service import Serving
     from graphs.files.bundle import Bundle

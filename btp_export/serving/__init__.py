@@ -28,8 +28,8 @@ def __getattr__(name: str) -> Any:
     """`ray_app`, which imports Ray and all that runs a bundle, when it is asked for."""
     if name != "ray_app":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from btp_export.extra import extra_serve
+    from btp_export.extras import SERVE, naming
 
-    with extra_serve():
+    with naming(SERVE):
         from btp_export.serving.ray_application import ray_app
     return ray_app

@@ -27,6 +27,7 @@ OPTIONS = {
 def test_domain_and_version() -> None:
     assert (ops.DOMAIN, ops.VERSION) == ("btp", 1)
     assert ops.names() == ["gather_tokens", "linear", "select_tokens"]
+    assert [ops.node_name(name) for name in ops.names()] == [ops.operator(name).NAME for name in ops.names()]
 
 
 @pytest.mark.parametrize("opset", [18, 23])
