@@ -57,6 +57,7 @@ class DrawingOptions:
     ] = None
     force: Annotated[bool, typer.Option("--force", help="Replace the file of --show.")] = False
 
+
 EXTRA = extras.CPU  # what is named where a library is missing
 
 
