@@ -17,7 +17,7 @@ from transformers.models.llava_next.image_processing_pil_llava_next import Llava
 from transformers.models.llava_next.modeling_llava_next import unpad_image
 
 from btp_export.demo import checkpoint_path
-from btp_export.exporting import Options, make_profiles
+from btp_export.exporting import Options, check_target, make_profiles
 from btp_export.families import family_for
 from btp_export.measuring.verify import verify_bundle
 from btp_export.model.open_model import open_model
@@ -376,6 +376,6 @@ def test_a_processor_that_counts_otherwise(subject: Subject, bundle: Bundle, cop
     processor = json.loads((copied / "processor_config.json").read_text())
     processor["patch_size"] = 8
     (copied / "processor_config.json").write_text(json.dumps(processor))
-    prompter = Prompter(copied, bundle.spec)
+    options = Options(image_sizes=(bundle.profile().image_size,), text_tokens=16)
     with pytest.raises(InputError, match=r"the processor makes 51 image tokens.*\nwanted: 192 tokens"):
-        prompter.encode([parity.picture(48, 48)], ["what ?"], profile=bundle.profile())
+        check_target(open_model(str(copied)), copied.parent / "out", options, force=False)

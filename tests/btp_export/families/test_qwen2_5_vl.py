@@ -168,10 +168,10 @@ def test_other_sizes_name_the_nearest(size, nearest, model):
 
 
 def test_layout_is_what_the_processor_makes(model, folder):
-    prompter = Prompter(folder, model.spec)
+    processor = load_processor(folder)
     for height, width in [(30, 30), (170, 250), (400, 90), (37, 512), (224, 224)]:
         layout = FAMILY.layout(model.spec, (height, width))
-        made = prompter.processor.image_processor(
+        made = processor.image_processor(
             images=[Image.new("RGB", (width, height))], return_tensors="np", input_data_format="channels_last"
         )
         assert made["image_grid_thw"].tolist() == [[1, 2 * layout.grid[0], 2 * layout.grid[1]]]
