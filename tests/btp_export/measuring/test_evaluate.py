@@ -104,13 +104,12 @@ def test_accuracy_counts_exact_answers(tiny_bundle: Any, pictures: list[Image.Im
         # An answer of n tokens lets n + 2 be generated: find the text the model gives for that length.
         text = "one"
         for _ in range(4):
-            length = len(model.prompter.tokenizer(text, add_special_tokens=False)["input_ids"])
+            length = len(model.prompter.tokens.ids(text))
             text = model.generate(picture, prompt, max_new_tokens=min(12, length + 2))[0].text
         lines.append({"image": f"{number}.png", "prompt": prompt, "answer": text})
     (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, lines)))
     result = evaluate_bundle(tiny_bundle(PLAN), plans=["btp", "none"], data=tmp_path / "q.jsonl", threads=1)
-    tokenizer = model.prompter.tokenizer
-    room = max(len(tokenizer(line["answer"], add_special_tokens=False)["input_ids"]) for line in lines) + 2
+    room = max(len(model.prompter.tokens.ids(line["answer"])) for line in lines) + 2
     pruned = btp_export.load(tiny_bundle(PLAN), threads=1)
     for name, loaded in (("none", model), ("btp", pruned)):
         answers = loaded.generate(pictures, PROMPTS, max_new_tokens=min(12, room))
