@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -22,11 +22,14 @@ from engines.native import libraries
 from engines.runners.binding import check_arrays, check_names, check_tensor
 from engines.runners.host import HostBuffer
 from engines.runners.interface import Array, Bound, Buffer, Dtype, TensorSpec
-from engines.runners.packed_files import FOLDER_OPTION, PackedFiles
+from engines.runners.session_options import FOLDER_OPTION
 from graphs import dtypes, ops
 from graphs.files.memory import total_memory
 from graphs.files.onnx_file import graph_bytes, parse_graph, refusing_graph
 from graphs.records.errors import BtpError, CheckError, InputError, UnavailableError
+
+if TYPE_CHECKING:
+    from engines.runners.packed_files import PackedFiles
 
 ORT_ERRORS: tuple[type[Exception], ...] = tuple(
     value for value in vars(ort_errors).values() if isinstance(value, type) and issubclass(value, Exception)
@@ -88,7 +91,7 @@ class OrtLoader:
                 _require_code_for_gpu(custom_ops, self._number)
         self.custom_ops = custom_ops
         self.accuracy_level = accuracy_level
-        self._packed = None if packed is None or self._kind != "cpu" else PackedFiles(packed)
+        self._packed = None if packed is None or self._kind != "cpu" else _packed_files(packed)
         self.tf32 = tf32
         self._settings = (threads or 0, custom_ops, prepack, log_severity)
 
@@ -238,6 +241,13 @@ class _OrtBound:
                 self._binding.synchronize_outputs()
         except RUN_ERRORS as error:
             raise explain(error, self._runner.path, "run") from error
+
+
+def _packed_files(folder: Path) -> "PackedFiles":
+    """Only bundles with four-bit weights have them, and only they need onnx."""
+    from engines.runners.packed_files import PackedFiles
+
+    return PackedFiles(folder)
 
 
 def explain(error: Exception, path: Path, doing: str) -> BtpError:

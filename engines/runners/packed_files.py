@@ -30,6 +30,7 @@ import onnx
 import onnxruntime as ort
 from onnx import NodeProto, TensorProto, helper
 
+from engines.runners.session_options import FOLDER_OPTION
 from graphs import dtypes
 from graphs.files.atomic import move
 from graphs.files.onnx_file import read_graph
@@ -38,7 +39,6 @@ NODE: Final = "MatMulNBits"
 PRODUCT: Final = "Gemm"
 WEIGHT: Final = 1  # which of their inputs is packed
 LARGE: Final = 2**25  # elements from which a plain product is shared: the output projection
-FOLDER_OPTION: Final = "session.model_external_initializers_file_folder_path"
 MODEL_FILE, DATA_FILE = "packed.onnx", "packed.bin"
 SMALLEST: Final = 2**20  # bytes of codes below which packing again costs less than a file
 UNUSED_DAYS: Final = 30  # after which a matrix is removed
