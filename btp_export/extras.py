@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Final
 
 from graphs.records.errors import UnavailableError
+from graphs.records.refusing import LIBRARIES
 
 EXPORT: Final = "export"  # everything
 DEVICE: Final = "device"  # what building engines on a device needs
@@ -22,9 +23,6 @@ OWN: Final = {
     "lmms_eval": "lmms-eval",
     **dict.fromkeys(("fastapi", "starlette", "uvicorn", "prometheus_client", "ray"), SERVE),
 }
-LIBRARIES: Final = frozenset(
-    {"torch", "transformers", "huggingface_hub", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "polygraphy", *OWN}
-)
 FOR: Final = {
     EXPORT: "opens checkpoints, calibrates, exports, verifies and evaluates",
     DEVICE: "prepares graphs and builds engines",
@@ -47,7 +45,7 @@ def naming(extra: str) -> Iterator[None]:
         yield
     except ModuleNotFoundError as error:
         library = (error.name or "").partition(".")[0]
-        if library not in LIBRARIES:
+        if library not in LIBRARIES | OWN.keys():
             raise
         wanted = OWN.get(library, extra)
         raise UnavailableError(

@@ -21,7 +21,8 @@ ROOT = Path(__file__).parents[1]
 # What the extras bring, and what those bring: no command of the runner may import any of it.
 HEAVY = (
     "torch", "transformers", "huggingface_hub", "safetensors", "onnx", "onnx_ir", "onnxscript", "onnxruntime",
-    "polygraphy", "tensorrt", "tensorrt_rtx", "datasets", "google.protobuf", "sympy",
+    "polygraphy", "tensorrt", "tensorrt_rtx", "datasets", "google.protobuf", "sympy", "fastapi", "uvicorn",
+    "prometheus_client", "ray",
 )  # fmt: skip
 RUN = """
 import contextlib, io, json, sys
@@ -89,6 +90,7 @@ def commands(bundle: Bundle, picture: str) -> dict[str, list[tuple[list[str], in
             (["plan", "--list"], 0, "btp-paper"),
             (["plan", "btp-paper", "--model", "demo"], 3, "[export]"),
         ],
+        "serve": [(["serve", root], 3, "[serve]")],
         "report": [(["report", root], 3, "[export]")],
         "doctor": [(["doctor"], 0, "everything required is installed")],
     }  # fmt: skip

@@ -67,6 +67,7 @@ class PictureOptions:
             queue=queue,
         )
 
+
 EXTRA = extras.CPU  # what is named where a library is missing
 
 

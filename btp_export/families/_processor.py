@@ -71,13 +71,6 @@ def check_files(folder: Path) -> None:
             require_file(path, noun="model's own file", most=MOST_BYTES)
 
 
-def refusing_tokens(folder: Path) -> contextlib.AbstractContextManager[None]:
-    """For calls of tokenizer and processor: what they raise over our texts and pictures comes from their files."""
-    return refusing(
-        f"the processor of {folder} fails", wanted="the model's own tokenizer and processor files", do="restore them"
-    )
-
-
 @contextlib.contextmanager
 def readable_folder(folder: Path) -> Iterator[Path]:
     """The folder, or a temporary one of links to its files with preprocessor_config.json in the form of today.

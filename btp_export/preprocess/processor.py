@@ -12,7 +12,10 @@ from btp_export.preprocess.template import render
 from btp_export.preprocess.tokens import Tokens
 from graphs.records.errors import InputError
 from graphs.records.preprocess import PREPROCESS, Preprocess
+from graphs.records.reading import read_file
 from graphs.records.record import parse_record
+
+MOST_BYTES = 16 * 2**20
 
 
 @dataclass(frozen=True)
@@ -60,12 +63,7 @@ class Processor:
 
 def read_processor(folder: Path) -> Processor:
     """The processor of a bundle's folder with preprocess.json. Raises InputError for files that are damaged."""
-    path = folder / PREPROCESS
-    try:
-        text = path.read_bytes()
-    except OSError as error:
-        raise InputError(
-            f"{path}: {error.strerror}", wanted="the file as exported", do="export the bundle again"
-        ) from error
-    steps = parse_record(Preprocess, text, source=path, noun="description of the processor")
+    path, noun = folder / PREPROCESS, "description of the processor"
+    text = read_file(path, noun=noun, do="export the bundle again", most=MOST_BYTES)
+    steps = parse_record(Preprocess, text, source=path, noun=noun)
     return Processor(steps, Tokens.open(folder / steps.text.tokenizer, steps.text), folder)

@@ -3,7 +3,7 @@
 A template is a program of a stranger. jinja2's sandbox keeps it from the rest of the process; here it also may not run
 longer than SECONDS, nor make a text longer than LONGEST in one operation:
 
-1. A trace function looks at the clock at every line and call of Python that the template runs.
+1. A trace function looks at the clock at every line and call of Python that the template runs (`at_most`).
 2. Operators, filters and methods whose result can be far longer than what goes in are asked for its length first.
 
 This is no bound on the memory of a determined template (docs/security.md), but none of the known ways goes through.
@@ -12,10 +12,7 @@ This is no bound on the memory of a determined template (docs/security.md), but 
 import functools
 import json
 import re
-import sys
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from types import FrameType
 from typing import Any, Final
@@ -27,6 +24,8 @@ from jinja2.parser import Parser
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
+
+from graphs.records.refusing import at_most, reason
 
 SECONDS: Final = 2.0  # of the processor, so that a busy machine stops no honest template
 LONGEST: Final = 1_000_000  # characters of a text, elements of a list
@@ -48,14 +47,16 @@ def render(template: str, messages: Sequence[Mapping[str, Any]], special: Mappin
     pieces, length = [], 0
     try:
         compiled = _compiled(template)
-        with _time_limit():
+        with at_most(SECONDS, _watch):
             for piece in compiled.generate(**values):
                 pieces.append(piece)
                 length += len(piece)
                 _require(length)
         return "".join(pieces)
+    except TimeoutError as error:
+        raise SecurityError(str(error)) from error
     except (RecursionError, MemoryError, ArithmeticError) as error:
-        raise SecurityError(f"it runs into {type(error).__name__}") from error
+        raise SecurityError(reason(error)) from error
 
 
 @functools.lru_cache(maxsize=8)
@@ -64,24 +65,11 @@ def _compiled(template: str) -> Template:
     return _environment().from_string(template)
 
 
-@contextmanager
-def _time_limit() -> Iterator[None]:
-    """Raise SecurityError in what this thread runs once SECONDS have passed; a trace that was set before comes back."""
-    deadline, before = time.thread_time() + SECONDS, sys.gettrace()
-
-    def look(frame: FrameType, event: str, argument: object) -> Any:
-        if time.thread_time() > deadline:
-            raise SecurityError(f"it takes longer than {SECONDS:g} seconds")
-        if event == "call" and frame.f_code.co_name in JOINS:
-            parts = frame.f_locals.get("seq")
-            _require(sum(map(_length, parts)) if isinstance(parts, (tuple, list)) else 0)
-        return look
-
-    sys.settrace(look)
-    try:
-        yield
-    finally:
-        sys.settrace(before)
+def _watch(frame: FrameType) -> None:
+    """What the operator ~ is going to make."""
+    if frame.f_code.co_name in JOINS:
+        parts = frame.f_locals.get("seq")
+        _require(sum(map(_length, parts)) if isinstance(parts, (tuple, list)) else 0)
 
 
 def _require(length: float, most: int = LONGEST) -> None:

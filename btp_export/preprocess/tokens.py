@@ -1,12 +1,16 @@
 """Texts to token ids and back, by the tokenizers library."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from graphs.records.errors import InputError
 from graphs.records.preprocess import TextSteps
+from graphs.records.reading import read_file
+from graphs.records.refusing import refusing
+
+MOST_BYTES = 512 * 2**20
 
 # What transformers' clean_up_tokenization takes out, one after another.
 CLEAN_UP = (
@@ -27,28 +31,33 @@ class Tokens:
     @staticmethod
     def open(path: Path, steps: TextSteps) -> "Tokens":
         """Read the tokenizer's file. Raises InputError if it is missing or damaged."""
-        try:
-            tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
-        except Exception as error:  # the library raises plain Exception for whatever is wrong with a file
-            raise InputError(
-                f"{path} is no readable tokenizer: {error}", wanted="the file as exported", do="restore it"
-            ) from error
+        content = read_file(path, noun="tokenizer as exported", do="restore it", most=MOST_BYTES)
+        with refusing(f"{path} is no readable tokenizer", wanted="the file as exported", do="restore it"):
+            tokenizer = Tokenizer.from_buffer(content)
         return Tokens(tokenizer, split_special=steps.split_special, clean_up=steps.clean_up)
 
     def ids(self, text: str, *, add_special: bool = False) -> list[int]:
         """Token ids of a text; with `add_special` those around it too, such as a begin token."""
-        found: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special).ids
+        with _refusing():
+            found: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special).ids
         return found
 
     def token(self, number: int) -> str | None:
         """The token of an id as the vocabulary has it."""
-        found: str | None = self._tokenizer.id_to_token(number)
+        with _refusing():
+            found: str | None = self._tokenizer.id_to_token(number)
         return found
 
     def text(self, ids: Sequence[int]) -> str:
         """The text of ids, special tokens left out."""
-        text: str = self._tokenizer.decode(list(ids), skip_special_tokens=True)
+        with _refusing():
+            text: str = self._tokenizer.decode(list(ids), skip_special_tokens=True)
         if self.clean_up:
             for spaced, plain in CLEAN_UP:
                 text = text.replace(spaced, plain)
         return text
+
+
+def _refusing() -> AbstractContextManager[None]:
+    """For calls of the tokenizer: what it raises over our texts comes from its file."""
+    return refusing("the tokenizer fails", wanted="the model's own tokenizer", do="restore its files")

@@ -15,10 +15,9 @@ from math import prod
 from pathlib import Path
 from typing import Literal
 
+from graphs import ops
 from graphs.files.onnx_file import refusing_graph
 from graphs.files.onnx_wire import Node, read_graph_file
-
-from graphs import ops
 from graphs.ops.domain import DOMAIN
 
 Shapes = Mapping[str, tuple[int, ...]]

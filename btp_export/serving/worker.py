@@ -90,7 +90,7 @@ class Row:
 
     def __init__(self, job: Job, model: BundleModel, prefill: Prefill, place: int, start: float) -> None:
         self._job, self._model, self._prefill, self._place = job, model, prefill, place
-        self._text, self._until = Detokeniser(model.prompter.tokenizer), Until(job.settings.stops)
+        self._text, self._until = Detokeniser(model.prompter.tokens), Until(job.settings.stops)
         self._start, self._chosen = start, time.monotonic()
         self._done = False
         ids = job.encoded.input_ids

@@ -9,7 +9,7 @@ import contextlib
 import errno
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any, Final
 
@@ -21,12 +21,18 @@ SURROUNDINGS: Final = {
 }  # fmt: skip
 
 
+# What is not part of the runner: btp_export/extras.py says what to install.
+LIBRARIES: Final = frozenset(
+    {"torch", "transformers", "huggingface_hub", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "polygraphy"}
+)
+
+
 @contextlib.contextmanager
 def refusing(got: str, *, wanted: str, do: str) -> Iterator[None]:
     """What a library raises over a file, as InputError with `got` and the reason.
 
-    Errors of ours, interruptions, and what the machine refuses pass as they are; but running out of memory is the
-    file's doing here: what is parsed is small.
+    Errors of ours, interruptions, a library that is not installed, and what the machine refuses pass as they are; but
+    running out of memory is the file's doing here: what is parsed is small.
     """
     try:
         yield
@@ -34,6 +40,8 @@ def refusing(got: str, *, wanted: str, do: str) -> Iterator[None]:
         raise
     except BaseException as error:  # PanicException of Rust's libraries is no Exception
         if isinstance(error, OSError) and (error.errno in SURROUNDINGS or _no_folder(error)):
+            raise
+        if isinstance(error, ModuleNotFoundError) and error.name in LIBRARIES:
             raise
         raise InputError(f"{got}: {reason(error)}", wanted=wanted, do=do) from error
 
@@ -44,16 +52,19 @@ def _no_folder(error: OSError) -> bool:
 
 
 @contextlib.contextmanager
-def at_most(seconds: float) -> Iterator[None]:
-    """Raise TimeoutError out of Python code of this thread that runs for longer.
+def at_most(seconds: float, called: Callable[[FrameType], None] = lambda frame: None) -> Iterator[None]:
+    """Raise TimeoutError out of Python code of this thread that takes more of a processor's time.
 
     For programs of strangers that are interpreted here, such as templates. A single operation of C is not interrupted.
+    `called` sees every function that begins, and what it raises is raised there. A busy machine ends nothing.
     """
-    end, before = time.monotonic() + seconds, sys.gettrace()
+    end, before = time.thread_time() + seconds, sys.gettrace()
 
     def trace(frame: FrameType, event: str, argument: object) -> Any:
-        if time.monotonic() > end:
-            raise TimeoutError(f"it takes more than {seconds:.0f} seconds")
+        if time.thread_time() > end:
+            raise TimeoutError(f"it takes more than {seconds:g} seconds")
+        if event == "call":
+            called(frame)
         return trace
 
     sys.settrace(trace)

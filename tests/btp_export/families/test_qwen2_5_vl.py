@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from btp_export.families import family_for
+from btp_export.families._processor import load_processor
 from btp_export.model.open_model import open_model
 from btp_export.model.prompting import Prompter
 from graphs.building.decoder_graphs import serialize

@@ -164,10 +164,10 @@ def test_a_padded_batch_of_transformers_gives_the_same_tokens(bundles, module):
     """transformers pads on the left, we on the right; positions count real tokens in both."""
     model = open_bundle(bundles("none"), PROFILES[2])
     images = some_pictures(PROFILES[2])[:2]
-    prompter = model.prompter
-    prompter.tokenizer.padding_side = "left"
-    texts = [prompter.text(prompt) for prompt in PROMPTS[:2]]
-    inputs = prompter.processor(images=images, text=texts, padding=True, return_tensors="pt")
+    processor = load_processor(model.bundle.processor)
+    processor.tokenizer.padding_side = "left"
+    texts = [model.prompter.text(prompt) for prompt in PROMPTS[:2]]
+    inputs = processor(images=images, text=texts, padding=True, return_tensors="pt")
     assert (inputs["attention_mask"] == 0).any()
     with torch.inference_mode():
         out = module.generate(**inputs, max_new_tokens=8, do_sample=False)
