@@ -7,6 +7,7 @@ file is no good. So only calls of libraries stand inside it, none of ours that c
 
 import contextlib
 import errno
+import importlib.util
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -41,7 +42,7 @@ def refusing(got: str, *, wanted: str, do: str) -> Iterator[None]:
     except BaseException as error:  # PanicException of Rust's libraries is no Exception
         if isinstance(error, OSError) and (error.errno in SURROUNDINGS or _no_folder(error)):
             raise
-        if isinstance(error, ModuleNotFoundError) and error.name in LIBRARIES:
+        if isinstance(error, ModuleNotFoundError) and _is_missing(error.name or ""):
             raise
         raise InputError(f"{got}: {reason(error)}", wanted=wanted, do=do) from error
 
@@ -49,6 +50,12 @@ def refusing(got: str, *, wanted: str, do: str) -> Iterator[None]:
 def _no_folder(error: OSError) -> bool:
     """Whether it says that the current folder was removed: that is the one file without a name."""
     return error.errno == errno.ENOENT and error.filename is None
+
+
+def _is_missing(module: str) -> bool:
+    """Whether it belongs to a library that is not installed; one that is there may lack a module that a file names."""
+    library = module.partition(".")[0]
+    return library in LIBRARIES and importlib.util.find_spec(library) is None
 
 
 @contextlib.contextmanager
