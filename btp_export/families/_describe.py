@@ -4,7 +4,6 @@ Only processors whose steps are known here are described; another one, or a sett
 refused. That the description is right is shown by comparing results (btp_export/model/prove_processor.py).
 """
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -112,7 +111,7 @@ def _is_own_file(theirs: Any, folder: Path) -> bool:
     own = Tokenizer.from_file(str(path))
     own.no_padding()
     own.no_truncation()
-    return bool(json.loads(own.to_str()) == json.loads(tokenizer_text(theirs)))
+    return bool(own.to_str() == tokenizer_text(theirs))
 
 
 # -- pictures --------------------------------------------------------------------------------------------------------

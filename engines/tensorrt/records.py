@@ -7,11 +7,13 @@ Paths are relative to that folder. Everything but the engines is there before Te
 """
 
 import json
+from math import prod
 from pathlib import Path
 from typing import Annotated, Final, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
+from graphs import dtypes
 from graphs.dtypes import Precision
 from graphs.files.atomic import sha256, write_text
 from graphs.files.bundle import Bundle
@@ -33,6 +35,11 @@ PluginForm = Literal["library", "python", "none"]
 # How a weight input's bytes are made of its sources: one source as it is, several one after another along axis 0, or
 # one whose bytes are read as little-endian words, with zero bytes up to a whole word at the end.
 Packing = Literal["none", "rows", "words"]
+
+
+def tensor_bytes(tensor: TensorRecord) -> int:
+    """Bytes of a tensor."""
+    return prod(tensor.shape) * dtypes.BY_NAME[tensor.dtype].nbytes
 
 
 class WeightSource(Record):

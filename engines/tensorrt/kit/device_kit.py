@@ -20,7 +20,6 @@ import onnx_ir as ir
 
 from engines.tensorrt.kit import scripts
 from engines.tensorrt.prepare.build_plan import BuildPlan
-from engines.tensorrt.prepare.estimate import tensor_bytes
 from engines.tensorrt.prepare.four_bits import SIGNED, signed_tensors, write_signed
 from engines.tensorrt.prepare.prepared_graphs import Choices, PreparedGraph, prepare
 from engines.tensorrt.records import (
@@ -31,6 +30,7 @@ from engines.tensorrt.records import (
     PluginRecord,
     WeightInput,
     bundle_digest,
+    tensor_bytes,
 )
 from engines.tensorrt.run.weights import packed
 from graphs.files.atomic import link_or_copy, move, record

@@ -8,8 +8,7 @@ import shlex
 from collections.abc import Sequence
 
 from engines.targets import Target
-from engines.tensorrt.prepare.estimate import tensor_bytes
-from engines.tensorrt.records import EngineGraph, EnginesRecord, WeightInput
+from engines.tensorrt.records import EngineGraph, EnginesRecord, WeightInput, tensor_bytes
 from engines.tensorrt.versions import Traits
 from graphs import names
 from graphs.tf32 import allows_tf32

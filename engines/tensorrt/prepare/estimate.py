@@ -17,11 +17,10 @@ import onnx_ir as ir
 from engines.targets import GIB, Target
 from engines.tensorrt.prepare.four_bits import nbytes_of
 from engines.tensorrt.prepare.prepared_graphs import PreparedGraph
-from engines.tensorrt.records import Estimate, WeightInput
+from engines.tensorrt.records import Estimate, WeightInput, tensor_bytes
 from graphs import dtypes, ops
 from graphs.building.graph_builder import BTP_DOMAIN, dims, dtype_of
 from graphs.ops.common.trt_python import Tensor
-from graphs.records.manifest import TensorRecord
 
 UNPACKED: Final = "DequantizeLinear"  # of four-bit constants: part of the product behind it
 ENGINE_BASE: Final = 500_000  # bytes of an engine beside its constants
@@ -84,11 +83,6 @@ def usable_memory(target: Target, memory_bytes: int | None = None) -> int:
     """Bytes for engines on the target, or on one of its kind with another memory: without what the system takes."""
     whole = target.memory_bytes if memory_bytes is None else memory_bytes
     return whole - (RESERVE_UNIFIED if target.unified_memory else RESERVE_DISCRETE)
-
-
-def tensor_bytes(tensor: TensorRecord) -> int:
-    """Bytes of a tensor."""
-    return prod(tensor.shape) * dtypes.BY_NAME[tensor.dtype].nbytes
 
 
 def weight_bytes(weight: WeightInput) -> int:
