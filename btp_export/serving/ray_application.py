@@ -37,6 +37,8 @@ TRIES = 5  # replicas that may end under one request
 class RayOptions(Record):
     """What an application is made of; on the command line of `serve run` as key=value.
 
+    surge: how many more replicas there may be while a new bundle takes over, in percent of them, at least one; with 0 a
+    replica ends before the one that replaces it begins.
     replicas: how many, or at least how many where max_replicas says that there may be more. gpus, cpus: of each
     replica; without, one GPU where the bundle runs on one, and one CPU. The others are options of `btp-export serve`.
     """
@@ -54,6 +56,7 @@ class RayOptions(Record):
     target: str | None = None
     threads: int | None = None
     activations: Activations = "int8"
+    surge: int = Field(default=25, ge=0, le=100)
     cpus: float = 1.0
     gpus: float | None = None
 
@@ -86,6 +89,7 @@ def ray_app(options: Mapping[str, Any] | RayOptions | None = None, /, **named: A
         ray_actor_options={"num_cpus": given.cpus, "num_gpus": on_gpu if given.gpus is None else given.gpus},
         health_check_period_s=5,
         graceful_shutdown_timeout_s=given.timeout,
+        max_surge_percent=given.surge,
         **_scale(given, batch),
     )
     place = os.path.abspath(given.bundle)
@@ -95,6 +99,7 @@ def ray_app(options: Mapping[str, Any] | RayOptions | None = None, /, **named: A
     front = serve.deployment(serve.ingress()(Front)).options(
         max_ongoing_requests=places + 16,  # so that one more is refused here, in OpenAI's form
         ray_actor_options={"num_cpus": 0},
+        max_surge_percent=100,
         graceful_shutdown_timeout_s=given.timeout,
     )
     return front.bind(

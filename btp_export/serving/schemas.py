@@ -95,12 +95,12 @@ class ChatRequest(Record):
     include_kept: bool = False
 
     # Taken with the values that change nothing
-    n: Literal[1] | None = None
+    n: Annotated[int, Field(ge=1, le=1)] | None = None  # as Literal[1] it would take true
     presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
     frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
     logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
     logprobs: Literal[False] | None = None
-    top_logprobs: Literal[0] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=0)] | None = None
     response_format: ResponseFormat | None = None
     tools: tuple[()] | None = None
     tool_choice: Literal["none", "auto"] | None = None

@@ -34,7 +34,7 @@ class Server:
     @contextlib.contextmanager
     def running(self) -> Iterator["Server"]:
         self._thread.start()
-        wait_until(lambda: len(self._servers) == len(self._keys) and all(one.started for one in self._servers), 60)
+        wait_until(lambda: len(self._servers) == len(self._keys) and all(one.started for one in self._servers), 240)
         try:
             yield self
         finally:

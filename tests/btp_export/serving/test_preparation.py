@@ -99,7 +99,7 @@ def test_hostile_templates(hostile: Bundle, square: Image.Image, capfd: pytest.C
 
         first = preparation.process_id
         assert "the bundle" in (await refusal("broken ?")).message
-        assert "takes too much memory" in (await refusal("memory ?")).message
+        assert "memory" in (await refusal("memory ?")).message
         await preparation.prepare(question("where is it ?"), png(square))
         assert preparation.process_id == first
         # One that waits behind the endless one gets its answer, from a new process.

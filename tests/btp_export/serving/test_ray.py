@@ -106,10 +106,10 @@ def test_a_replica_that_is_killed_loses_nothing_that_was_not_streaming(running: 
     before = {handle.process_id.remote().result() for _ in range(20)}
     assert len(before) == 2
     with Load(running, square) as load:
-        wait_until(lambda: len(load.whole) >= 6, 60)
+        wait_until(lambda: len(load.whole) >= 6, 120)
         os.kill(min(before), signal.SIGKILL)
         at = len(load.whole)
-        wait_until(lambda: len(load.whole) >= at + 12, 60)
+        wait_until(lambda: len(load.whole) >= at + 12, 120)
     assert {reply.status for reply in load.whole} == {200}
     assert len({reply.document["choices"][0]["message"]["content"] for reply in load.whole}) == 1
     assert all(reply.status in (200, 503) for reply in load.streamed)
@@ -120,10 +120,10 @@ def test_another_bundle_takes_over_without_a_gap(
 ) -> None:
     other = derive(served_bundle, served_bundle.plan.without_stages(), tmp_path / "other")
     with Load(running, square) as load:
-        wait_until(lambda: len(load.whole) >= 3, 60)
+        wait_until(lambda: len(load.whole) >= 3, 120)
         serve.run(ray_app(bundle=other.root, replicas=1, max_replicas=2, **OPTIONS), name="bundle")
         at = len(load.whole)
-        wait_until(lambda: len(load.whole) >= at + 4, 60)
+        wait_until(lambda: len(load.whole) >= at + 4, 120)
     assert {reply.status for reply in [*load.whole, *load.streamed]} == {200}
     kept = [reply.document["usage"]["prompt_tokens_details"]["tokens_kept"] for reply in load.whole]
     assert kept[0] == [stage.keep for stage in served_bundle.plan.stages] and kept[-1] == []
