@@ -25,7 +25,10 @@ SAMPLED_ROWS: Final = 512  # that output errors are computed on
 
 @dataclass
 class InputStatistics:
-    """Of rows [R,K]: their mean magnitudes [K], X^T X within each group [G,g,g], and some rows [r,K] themselves."""
+    """Of rows [R,K], each times the root of what it counts: X^T X within each group [G,g,g], and some rows [r,K].
+
+    `magnitude` [K]: the mean of the inputs' magnitudes, rows counted likewise.
+    """
 
     magnitude: torch.Tensor
     gram: torch.Tensor
@@ -39,41 +42,66 @@ class InputStatistics:
 
 
 class _Gatherer:
-    """Adds up one input's statistics; `step` is the distance of the rows that are kept."""
+    """Adds up one input's statistics; `parts` says what the rows of the run that is under way count."""
 
-    def __init__(self, group: int, step: int) -> None:
-        self._group, self._step = group, step
-        self._count = 0
+    def __init__(self, group: int, parts: _Parts) -> None:
+        self._group, self._parts = group, parts
         self._total: torch.Tensor | None = None
         self._gram: torch.Tensor | None = None
         self._rows: list[torch.Tensor] = []
 
     def __call__(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        rows = inputs[0].detach().float().reshape(-1, inputs[0].shape[-1])
-        grouped = rows.view(len(rows), -1, self._group).permute(1, 2, 0)  # [G,g,R]
-        gram, total = torch.bmm(grouped, grouped.transpose(1, 2)), rows.abs().sum(dim=0)
+        rows = inputs[0].detach().float()[0]
+        weights, taken, counts = self._parts.of_run
+        weighted = rows * weights.sqrt()[:, None]
+        grouped = weighted.view(len(rows), -1, self._group).permute(1, 2, 0)  # [G,g,R]
+        gram, total = torch.bmm(grouped, grouped.transpose(1, 2)), weights @ rows.abs()
         self._gram = gram if self._gram is None else self._gram.add_(gram)
         self._total = total if self._total is None else self._total.add_(total)
-        first = -self._count % self._step
-        self._rows.append(rows[first :: self._step].clone())
-        self._count += len(rows)
+        self._rows.append(weighted[taken] * counts.sqrt()[:, None])
 
     def statistics(self) -> InputStatistics:
         assert self._total is not None and self._gram is not None, "the layer was run"
-        return InputStatistics(self._total / self._count, self._gram, torch.cat(self._rows))
+        return InputStatistics(self._total / self._parts.total, self._gram, torch.cat(self._rows))
+
+
+class _Parts:
+    """How much rows count, and which are kept: those after the picture as much together as all before.
+
+    There are ten times as many image tokens as words, and the answer is made of the words' rows: with equal weights
+    scales follow the picture and the error of the words grows.
+    """
+
+    def __init__(self, rows: Sequence[Rows]) -> None:
+        self._before = sum(one.text for one in rows)
+        self._after = sum(one.hidden.shape[1] - one.text for one in rows)
+        self._weight = min(1.0, self._after / max(1, self._before))  # of a row before the end of the picture
+        self._steps = [max(1, count // (SAMPLED_ROWS // 2)) for count in (self._before, self._after)]
+        self.total = self._weight * self._before + self._after
+        self.of_run: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = (torch.empty(0),) * 3
+
+    def enter(self, run: Rows) -> None:
+        """The run that comes next: weights of its rows, which of them are kept, and for how many each stands."""
+        count = run.hidden.shape[1]
+        weights = torch.ones(count, device=run.hidden.device)
+        weights[: run.text] = self._weight
+        before, after = torch.arange(0, run.text, self._steps[0]), torch.arange(run.text, count, self._steps[1])
+        pairs = zip((before, after), self._steps, strict=True)
+        counts = torch.cat([torch.full((len(part),), float(step)) for part, step in pairs])
+        self.of_run = weights, torch.cat([before, after]), counts.to(weights)
 
 
 def gather_inputs(module: nn.Module, rows: Sequence[Rows], group: int) -> dict[str, InputStatistics]:
     """Run a loaded layer on all samples' rows and look at what its linear layers get, by the names in SHARED."""
-    count = sum(hidden.shape[1] for hidden, _, _ in rows)
-    step = max(1, count // SAMPLED_ROWS)
-    gatherers = {name: _Gatherer(group, step) for name in SHARED}
+    parts = _Parts(rows)
+    gatherers = {name: _Gatherer(group, parts) for name in SHARED}
     hooks = [
         module.get_submodule(members[0]).register_forward_pre_hook(gatherers[name]) for name, members in SHARED.items()
     ]
     try:
-        for hidden, cos, sin in rows:
-            forward(module, hidden, cos, sin)
+        for run in rows:
+            parts.enter(run)
+            forward(module, run.hidden, run.cos, run.sin)
     finally:
         for hook in hooks:
             hook.remove()

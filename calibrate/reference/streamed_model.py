@@ -84,7 +84,14 @@ class Observer(Protocol):
         """All layers are done; `head` maps hidden [..., C] to logits [..., vocabulary]."""
 
 
-Rows = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # hidden [1,S,C], cos and sin [1,S,D]
+@dataclass(frozen=True)
+class Rows:
+    """What one run brings to a layer: hidden [1,S,C], cos and sin [1,S,D]; its text begins at row `text`."""
+
+    hidden: torch.Tensor
+    cos: torch.Tensor
+    sin: torch.Tensor
+    text: int
 
 
 class LayerEdit(Protocol):
@@ -123,6 +130,11 @@ class _Run:
     def last(self) -> int:
         """Row of the prompt's last token in the present sequence."""
         return self.hidden.shape[1] - self.new_tokens - 1
+
+    @property
+    def rows(self) -> Rows:
+        """What it brings to the next layer."""
+        return Rows(self.hidden, self.cos, self.sin, text=self.image_start + len(self.kept))
 
     def follow(self, leader: _Run, layer: int) -> None:
         """Take over what `layer` made of a run with the same past."""
@@ -202,7 +214,7 @@ class StreamedReference:
                     if edit is not None:
                         for number, run in enumerate(runs):
                             self._enter(number, run, layer, recorder)
-                        edit(layer, module, [(run.hidden, run.cos, run.sin) for run in runs])
+                        edit(layer, module, [run.rows for run in runs])
                     for number, run in enumerate(runs):
                         past = number if recorder or observers else _past(run, layer)
                         if past in leaders:

@@ -1,0 +1,43 @@
+"""What is gathered of a layer's inputs equals sums over rows, words counting as much as all that is before them."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from calibrate.quantise import layer_inputs
+from calibrate.quantise.layer_inputs import gather_inputs
+from calibrate.reference.streamed_model import Rows, StreamedReference, forward
+from tests.calibrate.models import checkpoint, make_llava
+
+GROUP = 16
+
+
+def test_statistics_are_weighted_sums_over_all_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_llava(tmp_path, layers=1)
+    reference = StreamedReference(checkpoint(tmp_path))
+    generator = torch.Generator().manual_seed(0)
+    runs = []
+    for size, text in ((30, 24), (20, 13)):
+        cos, sin = reference.rotary_tables(torch.arange(size)[None])
+        runs.append(Rows(torch.randn(1, size, 64, generator=generator), cos, sin, text))
+    seen: list[torch.Tensor] = []
+    with torch.inference_mode(), reference.loaded(0) as module:
+        hook = module.get_submodule("mlp.down_proj").register_forward_pre_hook(
+            lambda _, given: seen.append(given[0][0])
+        )
+        for run in runs:
+            forward(module, run.hidden, run.cos, run.sin)
+        hook.remove()
+        found = gather_inputs(module, runs, GROUP)["down"]
+        monkeypatch.setattr(layer_inputs, "SAMPLED_ROWS", 20)
+        few = gather_inputs(module, runs, GROUP)["down"]
+    weight = 13 / 37  # 6 + 7 rows of words, 24 + 13 before them
+    rows, weights = torch.cat(seen), torch.tensor([weight] * 24 + [1.0] * 6 + [weight] * 13 + [1.0] * 7)
+    torch.testing.assert_close(found.magnitude, (weights[:, None] * rows.abs()).sum(dim=0) / (2 * 13))
+    for group in range(rows.shape[1] // GROUP):
+        part = rows[:, GROUP * group : GROUP * (group + 1)]
+        torch.testing.assert_close(found.gram[group], part.T @ (weights[:, None] * part), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found.rows, weights.sqrt()[:, None] * rows)
+    assert len(few.rows) == 8 + 5 + 6 + 7, "every third row before the words of each run, and every row of words"
+    assert float(few.rows.square().sum() / found.rows.square().sum()) == pytest.approx(1, rel=0.2)
