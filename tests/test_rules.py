@@ -33,6 +33,7 @@ ROOMS = {
     ],
     "engines": [
         ["__init__", "targets", "native"],
+        ["jetson"],
         ["runners"],
         ["cache_memory"],
         ["chain", "tensorrt"],  # tensorrt: the files beside its rooms, which its rooms share

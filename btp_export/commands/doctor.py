@@ -5,13 +5,16 @@ import platform
 import shutil
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from btp_export import extras
 from btp_export.console import JsonOption, emit, table
 
 if TYPE_CHECKING:
     from btp_export.results.doctor import Doctor, NativeLibraryState, Package
+
+
+ROOT: Final = "BTP_ROOT"  # where /proc, /sys, /etc and /usr are, for tests; profile.sh knows it too
 
 
 class Need(NamedTuple):
@@ -40,13 +43,18 @@ NEEDS = (
 
 
 def command(as_json: JsonOption = False) -> None:
-    """Show what is installed, how to install what is missing, and the cores, memory and disk of this machine."""
+    """Show what is installed, how to install what is missing, and what this machine has; of a Jetson its board, power
+    mode, clocks and known faults too.
+    """
     from btp_export.results.doctor import Doctor, EngineBuilderState, NativeLibraryState
+    from engines.jetson import outside_tensorrt, read_jetson, settings_advice
     from engines.native.libraries import survey
     from engines.tensorrt import installed
     from graphs.files.memory import available_memory
 
     packages = [find_package(need) for need in NEEDS]
+    root = Path(os.environ.get(ROOT, "/"))
+    board = read_jetson(root)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     result = Doctor(
         ok=all(package.version or package.extra for package in packages),
@@ -55,8 +63,10 @@ def command(as_json: JsonOption = False) -> None:
         packages=tuple(packages),
         # Without these the graphs' portable bodies run, and `build` prepares what a device needs.
         native=tuple(NativeLibraryState(**entry) for entry in survey()),
-        tensorrt=tuple(EngineBuilderState(**entry) for entry in installed.survey()),
+        tensorrt=tuple(EngineBuilderState(**entry) for entry in installed.survey(outside_tensorrt(root))),
         gpu_compute_capability=installed.gpu_capability(),
+        jetson=board,
+        advice=() if board is None else tuple(settings_advice(board)),
         onnxruntime_providers=tuple(_providers()),
         cores=cores,
         memory_bytes=available_memory(),
@@ -126,6 +136,7 @@ def show(result: "Doctor") -> Any:
         f"{result.cores} cores, {memory} memory available, {disk} free on this disk",
         f"ONNX Runtime runs on: {providers}",
         f"GPU: {_gpu(result.gpu_compute_capability)}",
+        *_jetson_lines(result),
         "demo model: installed" if result.demo_model else "demo model: missing, install the package again",
         "everything required is installed" if result.ok else "something required is missing, see above",
     ]
@@ -137,6 +148,28 @@ def show(result: "Doctor") -> Any:
         lines.append(f"build the native libraries: {how_to_build('btp_trt_dynamic')}")
     builders = table(["engine builder (optional)", "state", "purpose, or install"], _builder_rows(result), text=3)
     return Group(versions, libraries, builders, "\n".join(lines))
+
+
+def _jetson_lines(result: "Doctor") -> list[str]:
+    board = result.jetson
+    if board is None:
+        return []
+    clocks = [
+        f"{name} {'unknown' if hertz is None else f'{hertz / 1e6:.0f} MHz'}"
+        for name, hertz in (
+            ("GPU", board.gpu_clock_hz),
+            ("at most", board.gpu_clock_max_hz),
+            ("memory", board.memory_clock_hz),
+        )
+    ]
+    return [
+        f"Jetson: {board.model or 'unknown model'}"
+        + (f", --target {board.target}" if board.target else ", a board without a target of its own"),
+        f"L4T {board.l4t or 'unknown'}, CUDA {board.cuda or 'unknown'}, power mode {board.power_mode or 'unknown'}",
+        f"clocks: {', '.join(clocks)}",
+        *(f"advice: {text}" for text in result.advice),
+        *(f"known fault: {text}" for text in board.faults),
+    ]
 
 
 def _gpu(capability: str | None) -> str:

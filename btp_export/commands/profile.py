@@ -111,9 +111,9 @@ def _ratio(part: "WeightsMs") -> str:
 
 
 def _lines(result: "Profile") -> list[str]:
-    from btp_export.profiling.rows import break_even_line, summary_lines
+    from btp_export.profiling.rows import break_even_line, layer_line, summary_lines
 
-    lines = [*summary_lines(result), break_even_line(result)]
+    lines = [*summary_lines(result), break_even_line(result), *filter(None, [layer_line(result)])]
     if result.compare:
         faster = result.compare.faster
         lines.append(

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
+from btp_export.profiling.limits import CLOCK, clock_notes, device_limits, read_clock
 from btp_export.profiling.roofline import Roofline, product_flops
 from btp_export.profiling.sources import SYSTEM, Source, find_sources, graphs_of, measure, read_system
 from btp_export.profiling.totals import break_even_of, compared, speedup, totals
@@ -17,7 +18,7 @@ from btp_export.results.profile import DeviceLimits, LayerMs, Profile, ProfiledP
 from engines.targets import Target, find_target
 from engines.tensorrt import trtexec
 from engines.tensorrt.kit.scripts import stem
-from engines.tensorrt.records import EngineGraph, EnginesRecord, EngineWeights
+from engines.tensorrt.records import EngineGraph, EngineWeights
 from graphs import names
 from graphs.files.atomic import write_text
 from graphs.files.bundle import Bundle
@@ -76,7 +77,10 @@ def saved_profiles(bundle: Bundle) -> list[Profile]:
 
 def _document(sources: Mapping[str, Source], device: Target, profile: ShapeProfile, earlier: Profile | None) -> Profile:
     """What the sources' results say. `earlier` has the other kind of weights."""
-    pruned, *others = [_parts(source, profile, device) for source in sources.values()]
+    system = read_system(sources[""].results / SYSTEM)
+    clocks = _clocks(sources, profile)
+    limits = device_limits(device, sources[""].record.precision, system, clocks.values())
+    pruned, *others = [_parts(source, profile, limits) for source in sources.values()]
     full = others[0] if others else None
     record = sources[""].record
     document = Profile(
@@ -89,40 +93,51 @@ def _document(sources: Mapping[str, Source], device: Target, profile: ShapeProfi
         profile=profile.name,
         batch=profile.batch,
         image_tokens=profile.image_tokens,
-        roofline=_limits(device, record),
-        system=read_system(sources[""].results / SYSTEM),
+        roofline=limits,
+        system=system,
         parts=tuple(pruned),
         totals=totals(pruned),
         unpruned=None if full is None else UnprunedProfile(parts=tuple(full), totals=totals(full)),
         speedup=speedup(pruned, full),
-        break_even=break_even_of(sources[""].plan, profile, pruned, full),
+        break_even=break_even_of(sources[""].plan, profile, pruned, full, limits.bandwidth_bytes),
         compare=None,
         notes=(),
     )
     compare = compared(document, earlier, takes=device.engine_weights)
-    return document.model_copy(update={"compare": compare, "notes": _notes(document)})
+    notes = (*clock_notes(limits, device, clocks), *_notes(document))
+    return document.model_copy(update={"compare": compare, "notes": notes})
+
+
+def _clocks(sources: Mapping[str, Source], profile: ShapeProfile) -> dict[str, float]:
+    """The GPU's clock in Hz while each engine ran, by the engine's name, of those that were recorded."""
+    found = {}
+    for part, source in sources.items():
+        for graph in graphs_of(source, profile):
+            clock = read_clock(source.results / f"{stem(graph)}{CLOCK}")
+            if clock is not None:
+                found[f"{part}/{graph.name}" if part else graph.name] = clock
+    return found
 
 
 # -- parts -----------------------------------------------------------------------------------------------------------
 
 
-def _parts(source: Source, profile: ShapeProfile, target: Target) -> list[ProfiledPart]:
+def _parts(source: Source, profile: ShapeProfile, limits: DeviceLimits) -> list[ProfiledPart]:
     """One entry for each graph, in the order in which they run."""
     graphs = graphs_of(source, profile)
     if not graphs:
         raise InputError(
             f"{source.folder} has no graphs of profile {profile.name}", do="btp-export build BUNDLE --target TARGET"
         )
-    return [_part(source, graph, profile, target) for graph in graphs]
+    return [_part(source, graph, profile, limits) for graph in graphs]
 
 
-def _part(source: Source, graph: EngineGraph, profile: ShapeProfile, target: Target) -> ProfiledPart:
+def _part(source: Source, graph: EngineGraph, profile: ShapeProfile, limits: DeviceLimits) -> ProfiledPart:
     times = trtexec.read_times(source.results / f"{stem(graph)}{trtexec.TIMES}")
     layers_file = source.results / f"{stem(graph)}{trtexec.LAYER_TIMES}"
     layers = trtexec.read_layers(layers_file) if layers_file.is_file() else ()
     flops = product_flops(source.folder / graph.onnx.file)
     nbytes = graph.estimate.weight_bytes + graph.estimate.io_bytes
-    limits = _limits(target, source.record)
     roof = Roofline(limits.peak_flops, limits.bandwidth_bytes)
     floor = roof.floor_ms(flops, nbytes)
     slowest = sorted(layers, key=lambda layer: -layer.median_ms)[:3]
@@ -162,15 +177,6 @@ def _tokens(name: str, plan: PruningPlan, profile: ShapeProfile) -> int:
     return {"vision": profile.image_tokens, "whole": profile.total_tokens}.get(graph.kind, 1)
 
 
-def _limits(target: Target, record: EnginesRecord) -> DeviceLimits:
-    return DeviceLimits(
-        peak_flops=target.peak[record.precision],
-        bandwidth_bytes=target.bandwidth,
-        sources=target.sources,
-        measured_target=target.measured,
-    )
-
-
 def _notes(document: Profile) -> tuple[str, ...]:
     """What a reader of the numbers must know."""
     notes = []
@@ -183,7 +189,7 @@ def _notes(document: Profile) -> tuple[str, ...]:
         if part.variation > UNSTEADY:
             notes.append(f"{part.name} varies by {part.variation:.0%}: fix the clocks and measure again")
         if part.share_of_roofline is not None and part.share_of_roofline > ABOVE:
-            notes.append(f"{part.name} is faster than {document.title} can be: it ran on another device")
+            notes.append(f"{part.name} is faster than {document.roofline.device} can be: it ran on another device")
     if document.unpruned is None:
         notes.append("no engines without pruning: btp-export build --unpruned makes them")
     if document.assemble == "whole":

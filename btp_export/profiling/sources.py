@@ -9,8 +9,15 @@ from typing import Final
 from engines.native import libraries
 from engines.targets import Target
 from engines.tensorrt import trtexec
-from engines.tensorrt.kit.scripts import PLUGIN_LIBRARY, needs_plugins, profile_script, stem, weights_script
-from engines.tensorrt.records import UNPRUNED, EngineGraph, EnginesRecord, bundle_digest, engines_folder
+from engines.tensorrt.kit.scripts import needs_plugins, profile_script, stem, weights_script
+from engines.tensorrt.records import (
+    PLUGIN_LIBRARY,
+    UNPRUNED,
+    EngineGraph,
+    EnginesRecord,
+    bundle_digest,
+    engines_folder,
+)
 from engines.tensorrt.versions import traits
 from graphs.files.bundle import Bundle
 from graphs.records.errors import InputError, UnavailableError

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Literal
 
 from btp_export.results.base import Result
+from engines.jetson import Jetson
 from graphs.records.record import Record
 
 
@@ -29,7 +30,7 @@ class NativeLibraryState(Record):
 
 
 class EngineBuilderState(Record):
-    """A TensorRT."""
+    """A TensorRT; `problem` says why one that is there cannot be used, one outside this environment among them."""
 
     library: str
     version: str | None
@@ -48,6 +49,8 @@ class Doctor(Result):
     native: tuple[NativeLibraryState, ...]
     tensorrt: tuple[EngineBuilderState, ...]
     gpu_compute_capability: str | None
+    jetson: Jetson | None = None  # null where this is none
+    advice: tuple[str, ...] = ()  # what to do before measuring
     onnxruntime_providers: tuple[str, ...]
     cores: int
     memory_bytes: int | None

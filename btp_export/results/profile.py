@@ -68,8 +68,15 @@ class UnprunedProfile(Record):
 
 
 class DeviceLimits(Record):
-    """What the device can do. `measured_target`: whether the target's choices were confirmed on it."""
+    """What the device can do. `measured_target`: whether the target's choices were confirmed on it.
 
+    `device` is the board that was measured, where its marks tell, else the target's. The limits are those of
+    its data sheet (`sources`) times the measured clocks, null where they were not recorded.
+    """
+
+    device: str = ""
+    gpu_clock_hz: float | None = None
+    memory_clock_hz: float | None = None
     peak_flops: float
     bandwidth_bytes: float
     sources: tuple[str, ...]
@@ -85,7 +92,11 @@ class Speedup(Record):
 
 
 class BreakEven(Record):
-    """From how many image tokens pruning pays; `reason` where that cannot be stated."""
+    """From how many image tokens pruning pays; `reason` where that cannot be stated.
+
+    A layer takes `floor_ms_per_layer` up to `corner_tokens` and `ms_per_token_and_layer` for each token beyond them; null
+    on a side that was not measured.
+    """
 
     image_tokens: int | None = None
     pays_here: bool | None = None
@@ -93,6 +104,7 @@ class BreakEven(Record):
     select_ms: Milliseconds
     ms_per_token_and_layer: float | None = None
     floor_ms_per_layer: float | None = None  # of few rows: what reading a layer's weights takes
+    corner_tokens: float | None = None
     fit_error: float | None = None
     extrapolated: bool | None = None
     after_new_tokens: int | None = None

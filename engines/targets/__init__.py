@@ -16,6 +16,19 @@ TFLOPS: Final = 10**12
 
 
 @dataclass(frozen=True)
+class Board:
+    """How a board shows itself, and the clocks at which its target states peak and bandwidth.
+
+    `modules`: NVIDIA's part numbers, which /proc/device-tree/compatible has; () where none is public.
+    """
+
+    modules: tuple[str, ...]
+    multiprocessors: int
+    gpu_hz: int
+    memory_hz: int
+
+
+@dataclass(frozen=True)
 class Target:
     """A device. `peak` holds dense FLOP/s by the precision of the operands; float32 without TF32.
 
@@ -41,6 +54,7 @@ class Target:
     pack_weights: bool = True  # with shared weights: q/k/v and gate/up as one product each
     unsupported: Mapping[str, str] = field(default_factory=dict)  # TensorRT version -> why it is refused
     measured: bool = False
+    board: Board | None = None  # of a target that is one board and not a family or a card
 
     def version(self, asked: str | None = None) -> str:
         """The TensorRT version to prepare for: the default, or the one asked for. Raises InputError if it does not fit.
@@ -76,7 +90,8 @@ class Target:
 
 def known_targets() -> list[str]:
     """Names of all targets, sorted."""
-    return sorted(module.name.replace("_", "-") for module in pkgutil.iter_modules(__path__))
+    names = (module.name for module in pkgutil.iter_modules(__path__))
+    return sorted(name.replace("_", "-") for name in names if not name.startswith("_"))
 
 
 def find_target(name: str) -> Target:
@@ -89,3 +104,22 @@ def find_target(name: str) -> Target:
         )
     target: Target = importlib.import_module(f"{__name__}.{name.replace('-', '_')}").TARGET
     return target
+
+
+def board_of(
+    compute_capability: str, module: str, multiprocessors: int | None, memory_bytes: int | None
+) -> Target | None:
+    """The target that is the board with these marks; None where no mark tells.
+
+    `module`: the words of /proc/device-tree/compatible. A part number decides; several boards of one capability with as
+    many multiprocessors are told apart by their memory, of which the system shows less than there is.
+    """
+    boards = [target for target in map(find_target, known_targets()) if target.board is not None]
+    alike = [target for target in boards if target.compute_capability == compute_capability]
+    for target in alike:
+        if target.board is not None and any(number in module for number in target.board.modules):
+            return target
+    alike = [one for one in alike if one.board is not None and one.board.multiprocessors == multiprocessors]
+    if len(alike) > 1 and memory_bytes is not None:
+        alike = [one for one in alike if memory_bytes <= one.memory_bytes < 2 * memory_bytes]
+    return alike[0] if len(alike) == 1 else None

@@ -23,6 +23,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Final
 
+from engines.jetson import OutsideTensorRT, how_to_see
 from engines.tensorrt.records import Flavour
 from graphs.files.folders import scratch
 from graphs.records.errors import UnavailableError
@@ -102,15 +103,19 @@ def flavour_version(flavour: Flavour) -> str | None:
     return versions[0] if versions else "unknown" if present else None
 
 
-def survey() -> list[dict[str, Any]]:
+def survey(outside: OutsideTensorRT | None = None) -> list[dict[str, Any]]:
     """For `btp-export doctor`, one entry a flavour: library, version (None: not there), problem, and what to type.
 
-    Nothing is loaded: the two flavours cannot be loaded into one process.
+    `outside`: a TensorRT that this environment does not see. Nothing is loaded: the two flavours cannot be loaded into
+    one process.
     """
     entries = []
     for flavour, title in TITLES.items():
         entry: dict[str, Any] = {"library": title, "version": flavour_version(flavour), "problem": None, "do": None}
-        if entry["version"] is None:
+        if entry["version"] is None and flavour == "tensorrt" and outside is not None:
+            problem = f"{outside.version} is in {outside.folder}, outside this environment"
+            entry |= {"problem": problem, "do": how_to_see(outside)}
+        elif entry["version"] is None:
             entry["do"] = INSTALL[flavour]
         elif flavour == "rtx" and not _has(MODULES["rtx"]):
             try:

@@ -25,6 +25,9 @@ from graphs.records.record import Name, Record, parse_record
 
 FORMAT: Final = "btp-engines/1"
 FILE: Final = "engines.json"
+SCRIPTED_FORMAT: Final = "btp-engine/1"
+SCRIPTED_SUFFIX: Final = ".json"  # behind an engine's file name: what build.sh says of it
+PLUGIN_LIBRARY: Final = "plugins/libbtp_trt_dynamic.so"  # where plugins/build.sh puts it
 UNPRUNED: Final = "unpruned"  # folder inside engines/<target>/ with engines of the model without pruning
 
 Assemble = Literal["segments", "whole"]
@@ -93,7 +96,10 @@ class EngineLayer(Record):
 
 
 class BuiltEngine(FileRecord):
-    """An engine file and how it was built. `file` is relative to the folder of engines.json."""
+    """An engine file and how it was built. `file` is relative to the folder of engines.json.
+
+    One that build.sh made (`made_by`) was adopted: `seconds` and `options` are those of its own record.
+    """
 
     tensorrt_version: str
     compute_capability: str
@@ -102,6 +108,26 @@ class BuiltEngine(FileRecord):
     seconds: float
     peak_memory_bytes: int | None  # of the building process; None where the system does not say
     layers: tuple[EngineLayer, ...]
+    made_by: Literal["build", "build.sh"] = "build"
+    options: tuple[str, ...] = ()  # of trtexec, where build.sh called it
+
+
+class ScriptedEngine(Record):
+    """What build.sh writes beside an engine: the file, and what it was built from, with and how.
+
+    `tensorrt` is "" where the tool does not say its version.
+    """
+
+    format: Literal["btp-engine/1"] = "btp-engine/1"
+    engine: Name
+    bundle_sha256: Sha256  # of the bundle's manifest.json when the graphs were prepared
+    graph_sha256: Sha256
+    plugin_sha256: Sha256 | None
+    tensorrt: str
+    options: tuple[str, ...]
+    size: int
+    sha256: Sha256
+    seconds: int
 
 
 class EngineGraph(Record):

@@ -2,13 +2,24 @@
 
 import pytest
 
-from engines.targets import find_target, known_targets
+from engines.targets import board_of, find_target, known_targets
 from engines.tensorrt.versions import traits
 from graphs.records.errors import InputError
 
-NAMES = ["a100", "h100", "h200", "jetson-orin-jp6", "jetson-orin-jp7", "jetson-thor", "l4", "rtx-ada", "rtx-blackwell"]
 # NVIDIA's compute capabilities, https://developer.nvidia.com/cuda-gpus
-CAPABILITIES = dict(zip(NAMES, ["8.0", "9.0", "9.0", "8.7", "8.7", "11.0", "8.9", "8.9", "12.0"], strict=True))
+CAPABILITIES = {
+    "a100": "8.0", "h100": "9.0", "h200": "9.0",
+    "jetson-agx-orin-32": "8.7", "jetson-agx-orin-64": "8.7", "jetson-orin-jp6": "8.7", "jetson-orin-jp7": "8.7",
+    "jetson-orin-nano-8": "8.7", "jetson-orin-nx-16": "8.7", "jetson-orin-nx-8": "8.7",
+    "jetson-thor": "11.0", "jetson-thor-t4000": "11.0", "jetson-thor-t5000": "11.0",
+    "l4": "8.9", "rtx-ada": "8.9", "rtx-blackwell": "12.0",
+}  # fmt: skip
+NAMES = list(CAPABILITIES)
+# Dense float16 TFLOPS of NVIDIA's data sheets: a quarter of the GPU's sparse INT8 TOPS, an eighth of its sparse FP4.
+BOARDS = {
+    "jetson-agx-orin-64": 42.5, "jetson-agx-orin-32": 26.7, "jetson-orin-nx-16": 15.0, "jetson-orin-nx-8": 12.5,
+    "jetson-orin-nano-8": 16.7, "jetson-thor-t5000": 258.5, "jetson-thor-t4000": 150.0,
+}  # fmt: skip
 RTX_ACCEPTS = {"7.5", "8.0", "8.6", "8.9", "12.0", "12.1"}  # of TensorRT for RTX 1.7.1
 
 
@@ -24,12 +35,40 @@ def test_a_target_is_complete(name: str) -> None:
     assert target.flavour == "tensorrt" or target.compute_capability in RTX_ACCEPTS
     assert target.precision in target.peak and {"float32", "float16", "bfloat16"} == set(target.peak)
     assert target.peak["float32"] < target.peak["float16"] and target.sources
-    assert 10**10 < target.bandwidth < 10**13 and 2**33 < target.memory_bytes < 2**38
+    assert 10**10 < target.bandwidth < 10**13 and 2**33 <= target.memory_bytes < 2**38
     assert target.unified_memory == (target.machine == "aarch64")
     for version in target.tensorrt_versions:
         assert traits(target.flavour, version.replace(".x", ".16" if version.startswith("10") else ".1")).options
     assert target.version() == target.tensorrt_versions[0]
     assert not target.measured  # nothing has been run on any of them; changes with the first record in benchmarks/
+
+
+@pytest.mark.parametrize(("name", "teraflops"), BOARDS.items())
+def test_a_boards_peak_is_that_of_its_data_sheet(name: str, teraflops: float) -> None:
+    """It is computed of multiprocessors and clock; the data sheet states it by itself."""
+    target = find_target(name)
+    assert target.board is not None and target.peak["float16"] == pytest.approx(teraflops * 1e12, rel=0.01)
+    ratio = {"8.7": 8, "11.0": 32}[target.compute_capability]
+    assert target.peak["float32"] * ratio == target.peak["float16"] == target.peak["bfloat16"]
+
+
+def test_a_board_is_known_by_its_part_number_or_its_gpu() -> None:
+    nano, orin = "nvidia,p3768-0000+p3767-0005 nvidia,p3767-0005 nvidia,tegra234", "nvidia,tegra234"
+    for module, processors, memory, wanted in (
+        (nano, None, None, "jetson-orin-nano-8"),
+        (nano.replace("3767-0005", "3767-0000"), 8, 15 * 2**30, "jetson-orin-nx-16"),
+        ("nvidia,p3737-0000+p3701-0004", None, None, "jetson-agx-orin-32"),
+        (orin, 14, None, "jetson-agx-orin-32"),
+        (orin, 8, 15 * 2**30, "jetson-orin-nx-16"),
+        (orin, 8, 7 * 2**30, None),  # an NX or a Nano
+        (orin, None, None, None),
+        (orin, 10, None, None),
+    ):
+        found = board_of("8.7", module, processors, memory)
+        assert (None if found is None else found.name) == wanted
+    thor = board_of("11.0", "", 12, None)
+    assert thor is not None and thor.name == "jetson-thor-t4000"
+    assert board_of("9.0", nano, 8, None) is None
 
 
 def test_an_unknown_target_names_the_close_ones() -> None:

@@ -1,9 +1,10 @@
 """`btp-export build`: the folder engines/<target>/ is brought up to date, engine by engine.
 
 1. Everything is worked out and checked first (prepare/build_plan.py, machine.py): graphs, lint, memory, disk, TensorRT, plugins.
-2. The kit is written if it is not there as it would be now (kit/device_kit.py), atomically; engines that still stand move along,
+2. Engines that build.sh made are loaded, checked and taken over (adopt.py).
+3. The kit is written if it is not there as it would be now (kit/device_kit.py), atomically; engines that still stand move along,
    and so do files that are not ours (reuse.py, target_folder.py).
-3. Engines that are missing, or that something has changed for, are built in order, each in its own process. An engine
+4. Engines that are missing, or that something has changed for, are built in order, each in its own process. An engine
    appears under its name when it is whole and checked, and engines.json names it after that. So an interrupted build
    leaves complete engines only, and the next one continues from there.
 """
@@ -17,14 +18,25 @@ from pathlib import Path
 from typing import Final, Protocol
 
 from graphs.records.progress import Note, Report
-from engines.tensorrt.build.builder import Built, Job
+from engines.tensorrt.build.adopt import LOGS, adopt, plain
+from engines.tensorrt.build.job import Built, Job
 from engines.tensorrt.build.engine_checks import require_file
 from engines.tensorrt.kit.device_kit import NOUN, Recorder, disk_bytes, is_engines
 from engines.tensorrt.installed import Library
 from engines.tensorrt.prepare.lint import require_clean
 from engines.tensorrt.build.machine import Plugins, choose_plugins
 from engines.tensorrt.prepare.build_plan import BuildPlan, require_build_memory
-from engines.tensorrt.build.target_folder import SCRATCH, Part, only_one, settle, survey_parts, sweep, write_kit
+from engines.tensorrt.build.reuse import graph_digests
+from engines.tensorrt.build.target_folder import (
+    SCRATCH,
+    Part,
+    only_one,
+    set_aside,
+    settle,
+    survey_parts,
+    sweep,
+    write_kit,
+)
 from engines.tensorrt.summaries import BuiltEngines, engine_states
 from engines.tensorrt.records import (
     UNPRUNED,
@@ -32,16 +44,13 @@ from engines.tensorrt.records import (
     EngineGraph,
     EnginesRecord,
     PluginRecord,
-    WeightInput,
     engine_file,
     engines_folder,
 )
 from engines.tensorrt.build.worker import build_in_child
-from graphs.records.manifest import TensorRecord
 from graphs.files.memory import available_memory
 from graphs.files.atomic import check_destination, check_space, sha256, uninterrupted, move
 
-LOGS: Final = "logs"
 TIMING_CACHE: Final = "timing.cache"
 
 
@@ -56,6 +65,7 @@ class Result:
     kept: tuple[str, ...]  # engine files that still stood
     seconds: float
     not_built: str = ""
+    notes: tuple[str, ...] = ()  # on engines that are there and were not taken over
 
     def summary(self) -> BuiltEngines:
         """What was built, beside what BuildPlan.summary() says of the plan."""
@@ -69,7 +79,7 @@ class Result:
             kept=self.kept,
             not_built=self.not_built or None,
             seconds=self.seconds,
-            notes=self.record.notes,
+            notes=(*self.record.notes, *self.notes),
         )
 
 
@@ -101,6 +111,8 @@ def build(
     with only_one(folder):
         sweep(folder)
         parts = survey_parts(plan, folder, library, plugins, force=force, skip=skip)
+        if library is not None and not force:
+            parts = [adopt(part, graph_digests(part.plan), plugins, library) for part in parts]
         _require_means(plan, parts, build=library is not None)
         if not all(part.current for part in parts):
             write_kit(parts, recorder, say, carry=not force)
@@ -109,7 +121,10 @@ def build(
     files = [_file(folder, part, engine) for part in parts for engine in part.kept.values()]
     unpruned = records[1] if len(records) > 1 else None
     seconds = round(time.monotonic() - start, 3)
-    return Result(folder, records[0], unpruned, tuple(built), tuple(files), seconds, reason)
+    notes = [note for part in parts for note in part.notes]
+    if library is None and (left := [path.name for part in parts for path in part.strangers()]):
+        notes.append(f"{', '.join(left)}: not made here; the same command on the device takes over what build.sh made")
+    return Result(folder, records[0], unpruned, tuple(built), tuple(files), seconds, reason, tuple(notes))
 
 
 def _require_means(plan: BuildPlan, parts: Sequence[Part], *, build: bool) -> None:
@@ -156,6 +171,7 @@ def _build_pending(
             graphs[number] = graphs[number].model_copy(update={"engine": engine})
             records[index] = records[index].model_copy(update={"graphs": tuple(graphs)})
             with uninterrupted():
+                set_aside(part.folder / engine.file)
                 move(scratch / engine.file, part.folder / engine.file)
                 records[index].save(part.folder)
         built.append(_file(parts[0].folder, part, engine))
@@ -199,7 +215,7 @@ def _build_one(
         plugins=record.plugins.form,
         plugin_library=plugins.path,
         timing_cache=(folder / TIMING_CACHE).resolve() if library.flavour == "tensorrt" else None,
-        inputs=(*graph.inputs, *(_plain(weight) for weight in graph.weight_inputs)),
+        inputs=(*graph.inputs, *map(plain, graph.weight_inputs)),
         outputs=graph.outputs,
         custom_nodes=prepared.custom_nodes,
     )
@@ -221,8 +237,3 @@ def _engine_record(job: Job, built: Built, graph: EngineGraph, plugins: Plugins,
         peak_memory_bytes=built.peak_memory_bytes,
         layers=built.layers,
     )
-
-
-def _plain(weight: WeightInput) -> TensorRecord:
-    """The input without where its bytes come from."""
-    return TensorRecord(name=weight.name, dtype=weight.dtype, shape=weight.shape)

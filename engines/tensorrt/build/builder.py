@@ -3,68 +3,24 @@
 worker.py runs this in a process of its own, because TensorRT may abort, and because its memory is measured.
 """
 
+import mmap
 import os
 import re
-import sys
 import time
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 from engines.tensorrt.build.engine_checks import custom_layer, require_plugins, require_tensors
-from engines.tensorrt.installed import INSTALL_BUILDER, Library, gpu_capability, load
+from engines.tensorrt.build.job import Built, Job, Report, failure, sentence
+from engines.tensorrt.build.layers import layers_of_engine, read_layers
+from engines.tensorrt.installed import INSTALL_BUILDER, Library, load
 from engines.tensorrt.messages import Messages
-from engines.tensorrt.records import EngineLayer, Flavour, PluginForm
 from graphs import dtypes
-from graphs.records.errors import BtpError, CheckError, InputError, UnavailableError
+from graphs.records.errors import CheckError, InputError, UnavailableError
 from graphs.records.manifest import TensorRecord
-from graphs.records.record import Record
-from graphs.records.errors import BtpError, CheckError, InputError, UnavailableError
-from graphs.records.reading import parse_json
-from graphs.records.manifest import TensorRecord
-from graphs.dtypes import Precision
-from graphs.records.record import Record
 from graphs.tf32 import allows_tf32
 
-Report = Callable[[float], None]  # share of the build that is done, 0 to 1
-
-# What TensorRT says in the log when memory of the host or the GPU is used up.
-OUT_OF_MEMORY: Final = re.compile(r"out of memory|OutOfMemory|bad_alloc|insufficient memory", re.IGNORECASE)
 UNOPENED: Final = re.compile(r"Failed to open file: (.*?)(?:\s\S+\.cpp:\d+:|$)")
-CUDA_FAILURE: Final = re.compile(r"CUDA initialization failure with error: (\d+)")
-CUDA_REASONS: Final = {
-    "35": "the driver is older than the CUDA that this TensorRT was made with",
-    "100": "there is no GPU",
-    "999": "the driver does not answer",
-}
-
-
-class Job(Record):
-    """One engine to build. Paths are absolute; `inputs` holds the weights too where they are network inputs."""
-
-    graph: str
-    flavour: Flavour
-    onnx: Path
-    engine: Path  # where to write it
-    compute_capability: str
-    precision: Precision  # of the bundle
-    plugins: PluginForm
-    plugin_library: Path | None = None
-    timing_cache: Path | None = None
-    inputs: tuple[TensorRecord, ...]
-    outputs: tuple[TensorRecord, ...]
-    custom_nodes: dict[str, str]  # node name -> operator
-
-
-class Built(Record):
-    """What a build gave, beside the file."""
-
-    tensorrt_version: str
-    seconds: float
-    size: int
-    peak_memory_bytes: int | None
-    layers: tuple[EngineLayer, ...]
-    layers_from: Literal["engine", "log"]
 
 
 def build_engine(job: Job, report: Report) -> Built:
@@ -83,7 +39,7 @@ def build_engine(job: Job, report: Report) -> Built:
     engine = _build(library, builder, network, log, job, report)
     del builder, network
     size = _write(job.engine, engine)
-    layers, source = _layers(library.module, engine, log, job)
+    layers, source = read_layers(library.module, engine, log, job)
     del held
     if job.plugins != "none":
         require_plugins(job.graph, [layer.plugin for layer in layers if layer.plugin], job.custom_nodes)
@@ -98,6 +54,31 @@ def build_engine(job: Job, report: Report) -> Built:
     )
 
 
+def check_engine(job: Job) -> Built:
+    """Load the engine that is there already, and check its inputs, outputs and plugins; `seconds` are those of this.
+
+    Raises what build_engine raises, for an engine of another version, GPU or graph too.
+    """
+    start = time.monotonic()
+    library = load(job.flavour)
+    log = Messages(library.module, echo=True)
+    held = _register_plugins(library, job)
+    with job.engine.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        layers = layers_of_engine(library.module, data, log, job)
+        size = len(data)
+    del held
+    if job.plugins != "none":
+        require_plugins(job.graph, [layer.plugin for layer in layers if layer.plugin], job.custom_nodes)
+    return Built(
+        tensorrt_version=library.version,
+        seconds=round(time.monotonic() - start, 3),
+        size=size,
+        peak_memory_bytes=None,
+        layers=layers,
+        layers_from="engine",
+    )
+
+
 def peak_memory() -> int | None:
     """Largest resident memory of this process in bytes; None where the system does not say.
 
@@ -109,43 +90,6 @@ def peak_memory() -> int | None:
         return None
     match = re.search(r"^VmHWM:\s+(\d+) kB", status, re.MULTILINE)
     return int(match[1]) * 1024 if match else None
-
-
-# -- what TensorRT says ----------------------------------------------------------------------------------------------
-
-
-def failure(log: Messages, graph: str, what: str) -> BtpError:
-    """The error that TensorRT's messages amount to."""
-    text = " ".join(log.errors)
-    if OUT_OF_MEMORY.search(text):
-        return out_of_memory(graph)
-    if cuda := CUDA_FAILURE.search(text):
-        reason = CUDA_REASONS.get(cuda[1], "see the CUDA documentation")
-        return UnavailableError(
-            f"CUDA does not start: error {cuda[1]}, {reason}",
-            "a GPU and a driver that suit this TensorRT",
-            "nvidia-smi shows the driver; install the TensorRT of your CUDA version",
-        )
-    return CheckError(
-        f"{graph}: TensorRT {what}: {_sentence(log.errors[-1]) if log.errors else 'it does not say why'}",
-        "an engine",
-        "the log has more; --opset 18 exports primitives only, --plugins none takes the portable bodies",
-    )
-
-
-def out_of_memory(graph: str) -> UnavailableError:
-    """The error for a build that memory did not suffice for."""
-    return UnavailableError(
-        f"{graph}: the memory did not suffice for the build",
-        "more free memory; btp-export build --dry-run shows what each engine takes",
-        "close other programs, --engine-weights shared, --assemble segments, or export a smaller --shape",
-    )
-
-
-def _sentence(message: str) -> str:
-    """A message of TensorRT without where in its source it comes from."""
-    flat = " ".join(message.split())
-    return re.sub(r"^(?:[\w:~.]+: )?(?:ERROR: )?(?:\w+\.[ch]pp:\d+ In function \w+: )?(?:\[\d+\] )?", "", flat)[:300]
 
 
 # -- steps -----------------------------------------------------------------------------------------------------------
@@ -204,7 +148,7 @@ def _parse(trt: Any, network: Any, log: Messages, job: Job) -> None:
     others = len({error.node_name() for error in errors}) - 1
     more = f" and {others} other nodes" if others > 1 else " and another node" if others else ""
     raise CheckError(
-        f"{job.graph}: TensorRT refuses {node}{more}: {_sentence(first.desc())}",
+        f"{job.graph}: TensorRT refuses {node}{more}: {sentence(first.desc())}",
         f"operators that {trt.__version__} takes as they are",
         "btp-export build --dry-run names all; --opset 18 exports primitives only",
     )
@@ -304,52 +248,3 @@ def _write(path: Path, engine: Any) -> int:
         stream.flush()
         os.fsync(stream.fileno())
     return path.stat().st_size
-
-
-# -- layers ----------------------------------------------------------------------------------------------------------
-
-_LOGGED_LAYER = re.compile(r"^Name: (.*?), LayerType: ([^,\n]*)", re.MULTILINE)
-
-
-def _layers(trt: Any, engine: Any, log: Messages, job: Job) -> tuple[tuple[EngineLayer, ...], Literal["engine", "log"]]:
-    """The engine's layers: from the engine itself where its GPU is here, else from the build log."""
-    if gpu_capability() == job.compute_capability:
-        pairs, source = _deserialized(trt, engine, log, job), "engine"
-    else:
-        pairs, source = _LOGGED_LAYER.findall(log.layers.split("\nI/O Tensors:")[0]), "log"
-    layers = [EngineLayer(name=name, type=kind, plugin=_plugin(name, kind, job)) for name, kind in pairs]
-    return tuple(layers), source  # type: ignore[return-value]
-
-
-def _plugin(name: str, kind: str, job: Job) -> str | None:
-    """The custom operator of a layer; other layers may bear the name of a node of ours with something behind it."""
-    if kind.lower() == "custom_layer" or "plugin" in kind.lower():
-        return custom_layer(name, job.custom_nodes)
-    return None
-
-
-def _deserialized(trt: Any, engine: Any, log: Messages, job: Job) -> list[tuple[str, str]]:
-    """(name, type) of the layers of the engine as it will be loaded; its inputs and outputs are checked too."""
-    loaded = trt.Runtime(log.logger).deserialize_cuda_engine(engine)
-    if loaded is None:
-        raise failure(log, job.graph, "does not load the engine that it has just built")
-    tensors: dict[Any, list[TensorRecord]] = {trt.TensorIOMode.INPUT: [], trt.TensorIOMode.OUTPUT: []}
-    for number in range(loaded.num_io_tensors):
-        name = loaded.get_tensor_name(number)
-        dtype = loaded.get_tensor_dtype(name).name
-        shape = tuple(loaded.get_tensor_shape(name))
-        record = TensorRecord(name=name, dtype=dtypes.name_of_tensorrt(dtype), shape=shape)
-        tensors[loaded.get_tensor_mode(name)].append(record)
-    require_tensors(f"{job.graph}: inputs of the engine", job.inputs, tensors[trt.TensorIOMode.INPUT])
-    require_tensors(f"{job.graph}: outputs of the engine", job.outputs, tensors[trt.TensorIOMode.OUTPUT])
-    text = loaded.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
-    return described_layers(text)
-
-
-def described_layers(text: str) -> list[tuple[str, str]]:
-    """(name, type) of the layers in the JSON of TensorRT's engine inspector; a layer may be its name alone."""
-    entries: Sequence[Any] = parse_json(text)["Layers"]
-    return [
-        (entry, "unknown") if isinstance(entry, str) else (entry["Name"], entry.get("LayerType", "unknown"))
-        for entry in entries
-    ]

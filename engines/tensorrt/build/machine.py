@@ -1,5 +1,6 @@
 """What this machine has for building: TensorRT, the GPU, the plugins, memory. Asked for before any long work."""
 
+import os
 import platform
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,7 +11,7 @@ from engines.targets import Target
 from engines.tensorrt import installed as installed
 from engines.tensorrt.installed import Library
 from engines.tensorrt.prepare.build_plan import BuildPlan, Wishes
-from engines.tensorrt.records import PluginRecord
+from engines.tensorrt.records import PLUGIN_LIBRARY, PluginRecord, engines_folder
 from graphs.records.errors import UnavailableError
 from graphs.files.atomic import sha256
 
@@ -67,7 +68,7 @@ class Plugins:
 
 
 def choose_plugins(plan: BuildPlan, wish: str) -> Plugins:
-    """The C++ library where it is built and suits the target's GPU, else the Python plugins, else what was asked for.
+    """The C++ library (the one compiled in the engines' folder first) where it is built and suits the target's GPU, else the Python plugins, else what was asked for.
 
     Raises UnavailableError if the library was asked for and is missing or for another GPU.
     """
@@ -75,8 +76,9 @@ def choose_plugins(plan: BuildPlan, wish: str) -> Plugins:
         return Plugins(PluginRecord(form=plan.plugins))
     name = "btp_trt_dynamic"
     major, minor = (int(part) for part in plan.target.compute_capability.split("."))
+    own = engines_folder(plan.bundle, plan.target.name) / PLUGIN_LIBRARY  # compiled there by plugins/build.sh
     try:
-        path = libraries.find(name)
+        path = own if own.is_file() and libraries.VARIABLE not in os.environ else libraries.find(name)
         libraries.require_capability(libraries.inspect(name, path), (major, minor))
     except UnavailableError as error:
         if wish != "auto":

@@ -1,11 +1,17 @@
-"""The folder engines/<target>/ itself: one build at a time, the kit replaced as a whole, outdated engines gone."""
+"""The folder engines/<target>/ itself: one build at a time, the kit replaced as a whole, outdated engines gone.
+
+Deleted are engines that engines.json says this program made, as they were made. Any other engine, of build.sh or of
+nobody we know, stays, and is moved to set-aside/ when a build needs its name.
+"""
 
 import contextlib
 import fcntl
+import filecmp
+import itertools
 import os
 import shutil
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
@@ -15,13 +21,21 @@ from engines.tensorrt.kit.device_kit import NOUN, Recorder, fill_kit, is_engines
 from engines.tensorrt.installed import Library
 from engines.tensorrt.build.machine import INSTEAD, Plugins
 from engines.tensorrt.prepare.build_plan import BuildPlan
-from engines.tensorrt.records import UNPRUNED, BuiltEngine, EnginesRecord
+from engines.tensorrt.records import (
+    PLUGIN_LIBRARY,
+    SCRIPTED_SUFFIX,
+    UNPRUNED,
+    BuiltEngine,
+    EnginesRecord,
+    engine_file,
+)
 from graphs.records.errors import InputError
-from graphs.files.atomic import existing_parent, staged, link_or_copy
+from graphs.files.atomic import existing_parent, link_or_copy, move, sha256, staged
 from graphs.files.folders import recover
 
 SCRATCH: Final = ".building-"  # prefix of the folder in which an engine is made
 # What the kit writes; anything else in the folder, engines apart, is a measurement, a log or the user's own.
+SET_ASIDE: Final = "set-aside"
 WRITTEN: Final = {"graphs", "inputs", "plugins", "build.sh", "profile.sh", "weights.sh", "README.md", UNPRUNED}
 
 
@@ -30,7 +44,7 @@ class Part:
     """The engines of one plan: those in the target's folder, or those of the unpruned model in a folder inside it.
 
     `kept`: engines that stand; `current`: whether the kit is what would be written now; `skip`: graphs to be left
-    without an engine.
+    without an engine; `made`: file -> sha256 of the engines that an earlier build made; `notes`: on engines there.
     """
 
     plan: BuildPlan
@@ -38,6 +52,22 @@ class Part:
     kept: dict[Key, BuiltEngine]
     current: bool
     skip: frozenset[str] = frozenset()
+    made: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def file(self, number: int) -> str:
+        """The engine file of a graph."""
+        graph = self.plan.graphs[number]
+        return engine_file(graph.name, graph.profile, several=self.plan.several_profiles)
+
+    def strangers(self) -> list[Path]:
+        """Engines in the folder beside those that stand: after `settle` they are not ours."""
+        named = {engine.file for engine in self.kept.values()}
+        return [path for path in sorted(self.folder.glob("*.engine")) if path.name not in named]
+
+    def is_ours(self, path: Path) -> bool:
+        """Whether an engine in the folder is one that a build made, as it was made."""
+        return path.name in self.made and sha256(path) == self.made[path.name]
 
     @property
     def pending(self) -> list[int]:
@@ -54,11 +84,17 @@ def survey_parts(
     for of_plan, place in ((plan, folder), (plan.unpruned, folder / UNPRUNED)):
         if of_plan is None:
             continue
-        old, digests = None if force else earlier(place), graph_digests(of_plan)
+        there, digests = earlier(place), graph_digests(of_plan)
+        old = None if force else there
         kept = standing(old, of_plan, digests, library, plugins.record, place)
         current = old is not None and is_current(old, of_plan, digests, place)
-        parts.append(Part(of_plan, place, kept, current, frozenset(skip)))
+        parts.append(Part(of_plan, place, kept, current, frozenset(skip), _made(there)))
     return parts
+
+
+def _made(record: EnginesRecord | None) -> dict[str, str]:
+    engines = [graph.engine for graph in record.graphs if graph.engine is not None] if record is not None else []
+    return {engine.file: engine.sha256 for engine in engines if engine.made_by == "build"}
 
 
 @contextlib.contextmanager
@@ -86,7 +122,7 @@ def sweep(folder: Path) -> None:
 
 
 def write_kit(parts: Sequence[Part], recorder: Recorder | None, say: Note, *, carry: bool) -> None:
-    """Replace the folder by the kit and the engines that are kept; with `carry` also files in it that are not ours."""
+    """Replace the folder by the kit and the engines that are kept or not ours; with `carry` also other files in it."""
     plan, folder = parts[0].plan, parts[0].folder
     with staged(folder, force=True, is_ours=is_engines, noun=NOUN) as root:
         fill_kit(plan, root, recorder=recorder, say=say)
@@ -95,8 +131,11 @@ def write_kit(parts: Sequence[Part], recorder: Recorder | None, say: Note, *, ca
             for engine in part.kept.values():
                 link_or_copy(part.folder / engine.file, place / engine.file)
             _name_engines(part, EnginesRecord.load(place)).save(place)
-            if carry and part.folder.is_dir():
-                _carry(part.folder, place)
+            if part.folder.is_dir():
+                _carry_engines(part, place)
+                _carry_library(part.folder, place)
+                if carry:
+                    _carry(part.folder, place)
 
 
 def settle(part: Part, plugins: Plugins | None) -> EnginesRecord:
@@ -110,11 +149,24 @@ def settle(part: Part, plugins: Plugins | None) -> EnginesRecord:
         notes += [plugins.note] if plugins.note else []
         record = record.model_copy(update={"plugins": plugins.record, "notes": tuple(notes)})
     record.save(part.folder)
-    named = {engine.file for engine in part.kept.values()}
-    for path in part.folder.glob("*.engine"):
-        if path.name not in named:
+    for path in part.strangers():
+        if part.is_ours(path):
             path.unlink()
     return record
+
+
+def set_aside(path: Path) -> Path | None:
+    """Move an engine that is not ours out of the way, with what build.sh says of it; where it is now, None if none."""
+    if not path.exists():
+        return None
+    folder = path.parent / SET_ASIDE
+    folder.mkdir(exist_ok=True)
+    number = next(number for number in itertools.count(1) if not (folder / f"{path.stem}.{number}.engine").exists())
+    for suffix in ("", SCRIPTED_SUFFIX):
+        source = path.with_name(path.name + suffix)
+        if source.exists():
+            move(source, folder / f"{path.stem}.{number}.engine{suffix}")
+    return folder / f"{path.stem}.{number}.engine"
 
 
 def _name_engines(part: Part, record: EnginesRecord) -> EnginesRecord:
@@ -125,10 +177,33 @@ def _name_engines(part: Part, record: EnginesRecord) -> EnginesRecord:
     return record.model_copy(update={"graphs": tuple(graphs)})
 
 
+def _carry_engines(part: Part, root: Path) -> None:
+    """Engines that are not ours, with build.sh's records of them, and those that were set aside."""
+    for path in part.folder.glob("*.engine"):
+        if not (root / path.name).exists() and not path.is_symlink() and not part.is_ours(path):
+            link_or_copy(path, root / path.name)
+    for path in part.folder.glob(f"*.engine{SCRIPTED_SUFFIX}"):
+        if not path.is_symlink() and (root / path.name.removesuffix(SCRIPTED_SUFFIX)).exists():
+            link_or_copy(path, root / path.name)
+    if (part.folder / SET_ASIDE).is_dir():
+        shutil.copytree(part.folder / SET_ASIDE, root / SET_ASIDE, copy_function=_linked, symlinks=True)
+
+
+def _carry_library(folder: Path, root: Path) -> None:
+    """The plugin library that plugins/build.sh compiled, where its sources are still the same."""
+    compiled = folder / PLUGIN_LIBRARY
+    sources = [path.relative_to(root) for path in (root / PLUGIN_LIBRARY).parent.rglob("*") if path.is_file()]
+    same = all((folder / path).is_file() and filecmp.cmp(folder / path, root / path, False) for path in sources)
+    if sources and same and compiled.is_file() and not compiled.is_symlink():
+        link_or_copy(compiled, root / PLUGIN_LIBRARY)
+
+
 def _carry(folder: Path, root: Path) -> None:
+    """What is neither of the kit nor an engine."""
     for path in folder.iterdir():
         target = root / path.name
-        if path.name in WRITTEN or target.exists() or path.suffix in (".engine", ".partial") or path.is_symlink():
+        engine = path.suffix in (".engine", ".partial") or path.name.endswith(f".engine{SCRIPTED_SUFFIX}")
+        if path.name in WRITTEN or target.exists() or engine or path.is_symlink():
             continue
         if path.is_dir():
             shutil.copytree(path, target, copy_function=_linked, symlinks=True)

@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import IO, Any, Final
 
 import graphs
-from engines.tensorrt.build.builder import Built, Job, Report, build_engine, out_of_memory
+from engines.tensorrt.build.builder import build_engine, check_engine
+from engines.tensorrt.build.job import Built, Job, Report, out_of_memory
 from graphs.files.atomic import fresh
 from graphs.records.errors import BtpError, CheckError, InputError, UnavailableError
 from graphs.records.reading import parse_json
@@ -30,7 +31,7 @@ LOG_LINES: Final = 2  # of the log that an error quotes when the child could not
 
 
 def build_in_child(job: Job, scratch: Path, log: Path, report: Report) -> Built:
-    """Build one engine in a child process; `scratch` is a folder for its temporary files.
+    """Build one engine, or check one that is there, in a child process; `scratch` is a folder for its temporary files.
 
     Raises what build_engine raises, CheckError if the child crashes, UnavailableError if it was killed for its memory.
     The child never outlives this call.
@@ -92,7 +93,7 @@ def _died(job: Job, code: int, log: Path) -> BtpError:
     how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
     last_lines = f": {' '.join(lines[-LOG_LINES:])[:300]}" if lines else ""
     return CheckError(
-        f"{job.graph}: the process that builds it ended with {how}{last_lines}",
+        f"{job.graph}: the process that {'loads' if job.there else 'builds'} it ended with {how}{last_lines}",
         "an engine",
         f"see {log}; --engine-weights shared and --assemble segments make smaller builds",
     )
@@ -112,7 +113,7 @@ def main(parent: int) -> None:
 
     job = Job.model_validate_json(sys.stdin.buffer.read())
     try:
-        built = build_engine(job, lambda share: say({"progress": share}))
+        built = check_engine(job) if job.there else build_engine(job, lambda share: say({"progress": share}))
         say({"built": built.model_dump(mode="json")})
     except BtpError as error:
         say({"error": _fields(error)})

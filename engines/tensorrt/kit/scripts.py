@@ -8,12 +8,18 @@ import shlex
 from collections.abc import Sequence
 
 from engines.targets import Target
-from engines.tensorrt.records import EngineGraph, EnginesRecord, WeightInput, tensor_bytes
+from engines.tensorrt.records import (
+    PLUGIN_LIBRARY,
+    SCRIPTED_FORMAT,
+    EngineGraph,
+    EnginesRecord,
+    WeightInput,
+    tensor_bytes,
+)
 from engines.tensorrt.versions import Traits
 from graphs import names
 from graphs.tf32 import allows_tf32
 
-PLUGIN_LIBRARY = "plugins/libbtp_trt_dynamic.so"
 DECOMPOSABLE = "--decomposableAttentions"
 PLACES = {"trtexec": "/usr/src/tensorrt/bin/trtexec", "tensorrt_rtx": "/usr/local/bin/tensorrt_rtx"}
 
@@ -45,7 +51,7 @@ def build_script(record: EnginesRecord, target: Target, traits: Traits, *, inner
     lines = [
         *_head(target, traits, "Builds the engines in this folder", "./build.sh [graph ...]"),
         *(_PLUGIN.splitlines() if needs_plugins(record) else []),
-        *_BUILD.format(tool=traits.tool).splitlines(),
+        *_BUILD.format(tool=traits.tool, format=SCRIPTED_FORMAT, bundle=record.bundle_sha256).splitlines(),
         "",
     ]
     for graph in record.graphs:
@@ -182,12 +188,55 @@ _PLUGIN = '[ -f "$PLUGINS" ] || plugins/build.sh\n' + _NEEDS_PLUGIN
 
 _BUILD = """\
 
-# build NAME OPTION ...: an engine appears whole or not at all; one that is newer than its graph is kept.
+digest() {{ sha256sum < "$1" | cut -d' ' -f1; }}
+
+# json TEXT: as a JSON string.
+json() {{
+    local text=${{1//\\\\/\\\\\\\\}}
+    text=${{text//\\"/\\\\\\"}}
+    printf '"%s"' "${{text//[[:cntrl:]]/?}}"
+}}
+
+version=${{banner##*v}}
+[ -z "$version" ] || version=$((version / 10000)).$((version / 100 % 100)).$((version % 100))
+
+# facts GRAPH OPTION ...: lines of an engine's record that tell whether it is still what would be built.
+facts() {{
+    local graph=$1 option plugin=null options=
+    shift
+    for option in "$@"; do
+        case "$option" in
+            --dynamicPlugins=*)
+                plugin=$(json "$(digest "${{option#*=}}")")
+                option=--dynamicPlugins=${{option##*/}} # a record names no folder of this machine
+                ;;
+        esac
+        options+=${{options:+, }}$(json "$option")
+    done
+    printf ' "bundle_sha256": "{bundle}",\\n'
+    printf ' "graph_sha256": "%s",\\n "plugin_sha256": %s,\\n' "$(digest "$graph")" "$plugin"
+    printf ' "tensorrt": "%s",\\n "options": [%s],\\n' "$version" "$options"
+}}
+
+# current NAME FACTS: whether NAME.engine need not be built: its record says so, or `btp-export build` made it.
+current() {{
+    local engine=$1.engine record
+    [ -s "$engine" ] || return 1
+    if [ -f "$engine.json" ]; then
+        record=$(cat "$engine.json")
+        case "$record" in *"$2"*"\\"size\\": $(stat -c %s "$engine"),"*) return 0 ;; *) return 1 ;; esac
+    fi
+    [ "$engine" -nt "graphs/$1.onnx" ] && grep -q "\\"file\\": \\"$engine\\"" engines.json
+}}
+
+# build NAME OPTION ...: an engine appears whole or not at all, and after it NAME.engine.json, by which
+# `btp-export build` adopts it.
 build() {{
-    local name=$1 engine=$1.engine
+    local name=$1 engine=$1.engine known start=$SECONDS
     shift
     wanted "$name" || return 0
-    if [ -s "$engine" ] && [ "$engine" -nt "graphs/$name.onnx" ]; then
+    known=$(facts "graphs/$name.onnx" "$@")
+    if current "$name" "$known"; then
         echo "$name: up to date"
         return 0
     fi
@@ -199,9 +248,16 @@ build() {{
         die "{tool} could not build $name, the end of logs/$name.build.log:" "$(tail -n 5 "logs/$name.build.log")"
     fi
     [ -s "$engine.partial" ] || die "{tool} said it was done and wrote no engine for $name (out of memory?)"
+    rm -f "$engine.json"
     mv "$engine.partial" "$engine"
+    {{
+        printf '{{\\n "format": "{format}",\\n "engine": "%s",\\n%s\\n' "$engine" "$known"
+        printf ' "size": %s,\\n "sha256": "%s",\\n' "$(stat -c %s "$engine")" "$(digest "$engine")"
+        printf ' "seconds": %s\\n}}\\n' $((SECONDS - start))
+    }} > "$engine.json.partial"
+    mv "$engine.json.partial" "$engine.json"
 }}
-trap 'rm -f ./*.engine.partial' EXIT"""
+trap 'rm -f ./*.engine.partial ./*.engine.json.partial' EXIT"""
 
 _WEIGHTS = """\
 
@@ -236,9 +292,40 @@ profile() {{
     [ -z "$weights" ] || inputs=${{inputs:+$inputs,}}$weights
     mkdir -p logs profile
     echo "$name: measuring"
+    rm -f "profile/$name.clock"
+    [ -z "$GPU" ] || {{
+        clocks "$name" &
+        sampler=$!
+    }}
     "$TOOL" "$@" ${{inputs:+"--loadInputs=$inputs"}} > "logs/$name.profile.log" 2>&1 ||
         die "{tool} could not run $name, the end of logs/$name.profile.log:" "$(tail -n 5 "logs/$name.profile.log")"
+    [ -z "$sampler" ] || {{
+        kill "$sampler"
+        wait "$sampler" 2> /dev/null || true
+        sampler=
+        sort -n "profile/$name.clocks" | tail -n 1 > "profile/$name.clock" # the highest: it idles while files are read
+        rm -f "profile/$name.clocks"
+    }}
+    grep -q '^sms:' profile/system.txt ||
+        sed -n 's/.*Selected Device: /device: /p; s/.*SMs: /sms: /p' "logs/$name.profile.log" >> profile/system.txt
 }}
+
+# clocks NAME: the GPU's clock in Hz, twice a second until it is ended.
+clocks() {{
+    while cat "$GPU/cur_freq"; do sleep 0.5; done > "profile/$1.clocks"
+}}
+
+# words FILE: its text on one line; nothing where there is no such file, or only root may read it.
+words() {{
+    {{ tr '\\0\\n' '  ' < "$ROOT$1"; }} 2> /dev/null || true
+}}
+
+ROOT=${{BTP_ROOT:-}} # where /proc, /sys and /etc are
+GPU= sampler=
+for folder in "$ROOT"/sys/class/devfreq/*gpu* "$ROOT"/sys/class/devfreq/*ga10b*; do
+    if [ -r "$folder/cur_freq" ] && [ -z "$GPU" ]; then GPU=$folder; fi
+done
+trap '[ -z "$sampler" ] || kill "$sampler"; rm -f profile/*.clocks' EXIT
 
 # Power mode, clocks, driver and versions belong beside every number.
 mkdir -p profile
@@ -246,7 +333,12 @@ mkdir -p profile
     echo "date: $(date -u +%Y-%m-%dT%H:%M:%SZ)"
     echo "tool: $banner"
     echo "kernel: $(uname -srm)"
-    echo "l4t: $(head -n1 /etc/nv_tegra_release 2> /dev/null || true)"
+    echo "model: $(words /proc/device-tree/model)"
+    echo "module: $(words /proc/device-tree/compatible)"
+    echo "memory: $(words /proc/meminfo | sed 's/ kB.*/ kB/; s/.*: *//')"
+    echo "l4t: $(words /etc/nv_tegra_release | sed 's/, GCID.*//')"
+    [ -z "$GPU" ] || echo "gpu_clock_max_hz: $(words "${{GPU#"$ROOT"}}/max_freq")"
+    echo "memory_clock_hz: $(words /sys/kernel/debug/bpmp/debug/clk/emc/rate)"
     echo "nvpmodel: $(nvpmodel -q 2> /dev/null | tr '\\n' ' ' || true)"
     echo "jetson_clocks: $(jetson_clocks --show 2> /dev/null | tr '\\n' ' ' || true)"
     fields=name,driver_version,clocks.sm,clocks.mem,power.limit

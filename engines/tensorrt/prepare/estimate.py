@@ -27,7 +27,8 @@ ENGINE_BASE: Final = 500_000  # bytes of an engine beside its constants
 ENGINE_LAYER: Final = 200_000  # and for each decoder layer
 BUILD_BASE: Final = 350_000_000  # memory of a build without constants
 BUILD_FACTOR: Final = 4  # memory of a build, in units of the constants it bakes
-RESERVE_UNIFIED: Final = 6 * GIB  # the system's and the CUDA context's on a board that shares its memory
+RESERVE_UNIFIED: Final = 6 * GIB  # the system's and the CUDA context's on a board that shares its memory,
+RESERVE_SHARE: Final = 3 / 8  # but no more than this much of it
 RESERVE_DISCRETE: Final = 1 * GIB  # the CUDA context's
 ORIGIN: Final = (
     f"engine: its constants + {ENGINE_BASE / 1e6:.1f} MB + {ENGINE_LAYER / 1e6:.1f} MB a layer "
@@ -82,7 +83,7 @@ def totals(graphs: Sequence[PreparedGraph], estimates: Sequence[Estimate]) -> To
 def usable_memory(target: Target, memory_bytes: int | None = None) -> int:
     """Bytes for engines on the target, or on one of its kind with another memory: without what the system takes."""
     whole = target.memory_bytes if memory_bytes is None else memory_bytes
-    return whole - (RESERVE_UNIFIED if target.unified_memory else RESERVE_DISCRETE)
+    return whole - (min(RESERVE_UNIFIED, int(whole * RESERVE_SHARE)) if target.unified_memory else RESERVE_DISCRETE)
 
 
 def weight_bytes(weight: WeightInput) -> int:

@@ -20,7 +20,7 @@ from typing import Any, Final
 from engines.runners import cuda
 from engines.runners.binding import check_arrays, check_names, check_tensor
 from engines.runners.interface import Array, Buffer, Dtype, TensorSpec
-from engines.tensorrt.records import BuiltEngine, EngineGraph, EnginesRecord, bundle_digest
+from engines.tensorrt.records import SCRIPTED_SUFFIX, BuiltEngine, EngineGraph, EnginesRecord, bundle_digest
 from engines.tensorrt.run import session
 from engines.tensorrt.run.session import build_again, explain
 from graphs import dtypes, names
@@ -64,8 +64,10 @@ def _check_engine(folder: Path, record: EnginesRecord, graph: EngineGraph, check
     """The engine's own record, if its file is the one that was built from the prepared graph."""
     engine = graph.engine
     if engine is None:
+        scripted = next(folder.glob(f"{Path(graph.onnx.file).stem}.engine{SCRIPTED_SUFFIX}"), None)
+        what = "no engine was built of it" if scripted is None else "its engine by build.sh is not taken over yet"
         raise InputError(
-            f"graph {graph.name} in {folder} is prepared but no engine was built of it",
+            f"graph {graph.name} in {folder} is prepared but {what}",
             wanted="engines built on the device that runs them",
             do=build_again(record),
         )
@@ -91,7 +93,7 @@ class TrtLoader:
         number = _device_number(device)
         self.device = f"cuda:{number}"
         self.session = session.PROCESS.session(record.flavour, number)
-        self.session.require(record)
+        self.session.require(folder, record)
         self._graphs = {graph.engine.file: graph for graph in record.graphs if graph.engine is not None}
 
     def __call__(self, path: Path) -> "TrtRunner":

@@ -15,7 +15,7 @@ from engines.runners import cuda
 from engines.runners.interface import Buffer, Dtype
 from engines.tensorrt import installed
 from engines.tensorrt.messages import Messages
-from engines.tensorrt.records import BuiltEngine, EngineGraph, EnginesRecord, Flavour, PluginForm
+from engines.tensorrt.records import PLUGIN_LIBRARY, BuiltEngine, EngineGraph, EnginesRecord, Flavour, PluginForm
 from engines.tensorrt.run.weights import SharedWeights
 from graphs.files.atomic import sha256, size_text
 from graphs.records.errors import BtpError, CheckError, InputError, UnavailableError
@@ -93,13 +93,13 @@ class Session:
                 do="close other programs, build with --engine-weights shared, or export a smaller profile",
             )
 
-    def require(self, record: EnginesRecord) -> None:
-        """Raise UnavailableError unless engines of this record can run here; registers their plugins."""
+    def require(self, folder: Path, record: EnginesRecord) -> None:
+        """Raise UnavailableError unless engines of this record, in `folder`, can run here; registers their plugins."""
         for graph in record.graphs:
             if graph.engine is not None:
                 self._require_engine(record, graph.engine)
         if any(graph.custom_nodes for graph in record.graphs):
-            self._register(record)
+            self._register(folder, record)
 
     def _require_engine(self, record: EnginesRecord, engine: BuiltEngine) -> None:
         if _release(engine.tensorrt_version) != _release(self.library.version):
@@ -117,7 +117,7 @@ class Session:
                 do="btp-export build BUNDLE --target <this device>; btp-export build --help lists the targets",
             )
 
-    def _register(self, record: EnginesRecord) -> None:
+    def _register(self, folder: Path, record: EnginesRecord) -> None:
         """Register the plugins in the form the engines were built with, once for the process."""
         form, digest = record.plugins.form, record.plugins.sha256
         if form == "none":
@@ -129,7 +129,8 @@ class Session:
             return
         major, minor = (int(part) for part in self.compute_capability.split("."))
         name = "btp_trt_dynamic" if form == "library" else "btp_kernels"  # the Python plugins launch the kernels
-        path = libraries.find(name)
+        own = folder / PLUGIN_LIBRARY  # compiled by plugins/build.sh; taken if the engines were built with it
+        path = own if digest is not None and own.is_file() and sha256(own) == digest else libraries.find(name)
         libraries.require_capability(libraries.inspect(name, path), (major, minor))
         if form == "library" and digest is not None and sha256(path) != digest:
             raise UnavailableError(

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from graphs.files.bundle import Bundle
 from graphs.pruning.operations import cost
 from graphs.records.errors import InputError, UnavailableError
 from graphs.records.plan import Stage
+from tests.engines import jetson_files
 from tests.engines.tensorrt import trtexec_files
 from tests.engines.tensorrt.plans import prepared
 from tests.plans import tiny_plan
@@ -28,7 +28,7 @@ STAGES = (
     Stage(layer=4, keep=6, attention_quota=6, pool=6, boundary=6),
     Stage(layer=5, keep=0),
 )
-BASE, SLOPE = 0.25, 0.004  # milliseconds of a layer: BASE + SLOPE * tokens
+FLAT, SLOPE = 0.12, 0.004  # milliseconds of a layer: the larger of FLAT and SLOPE * tokens
 SELECT_MS = {"select_0": 0.2, "select_1": 0.1, "select_2": 0.02}
 OTHERS = {"vision": 3.0, "head": 0.4, "decode": 2.0}
 FULL_DECODE = 2.1
@@ -48,8 +48,8 @@ def bundle(pristine: Bundle, tmp_path: Path) -> Bundle:
     return Bundle.open(tmp_path / "bundle")
 
 
-def layer_ms(tokens: int) -> float:
-    return BASE + SLOPE * tokens
+def layer_ms(tokens: float) -> float:
+    return max(FLAT, SLOPE * tokens)
 
 
 def times(bundle: Bundle) -> dict[str, float]:
@@ -93,10 +93,7 @@ def device(bundle: Bundle, folder: Path, monkeypatch: pytest.MonkeyPatch, *, fai
     options = (Path(trtexec_files.__file__).parent / "trtexec" / "10.3.txt").read_text().split()
     settings = {"version": [10, 3], "options": options, "times": times(bundle), "fail": fail, "root": str(root)}
     (folder / "plan.json").write_text(json.dumps(settings))
-    standin = Path(__file__).with_name("trtexec_standin.py")
-    program = folder / "trtexec"
-    program.write_text(f'#!/bin/sh\nPLAN={folder / "plan.json"} exec {sys.executable} -S -E {standin} "$@"\n')
-    program.chmod(0o755)
+    trtexec_files.put_program(folder)
     monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
     return root
 
@@ -132,6 +129,48 @@ def test_every_part_beside_its_limits(bundle: Bundle, tmp_path: Path, monkeypatc
     assert (root / "profile.baked.json").is_file() and found.system["tool"].startswith("TensorRT v100300")
 
 
+def a_board(root: Path, *, hertz: Mapping[str, int], module: str = "p3767-0000") -> None:
+    """What profile.sh records on a Jetson Orin NX, or another board, in a folder of results."""
+    lines = ["model: NVIDIA Jetson Orin NX", f"module: nvidia,p3768-0000+{module} nvidia,tegra234", "sms: 8"]
+    (root / "profile" / "system.txt").write_text("\n".join([*lines, "nvpmodel: NV Power Mode: 25W"]))
+    for name, clock in hertz.items():
+        (root / "profile" / f"{name}.clock").write_text(f"{clock}\n")
+
+
+def test_limits_are_those_of_the_board_that_was_measured(bundle: Bundle) -> None:
+    root = measured(bundle)
+    assert profile_engines(bundle, TARGET, results=root).roofline.device == find_target(TARGET).title
+    a_board(root, hertz={"prefill_0": 612_000_000, "decode": 612_000_000, "head": 459_000_000})
+    found = profile_engines(bundle, TARGET, results=root)
+    board = find_target("jetson-orin-nx-16")
+    limits = found.roofline
+    assert (limits.device, limits.gpu_clock_hz) == (board.title, 612e6)
+    assert limits.peak_flops == pytest.approx(board.peak["float32"] * 612 / 918)
+    assert limits.bandwidth_bytes == board.bandwidth  # its clock can only be read by root
+    decode = found.parts[-1]
+    assert decode.floor_ms == pytest.approx(1e3 * max(decode.flops / limits.peak_flops, decode.bytes / board.bandwidth))
+    text = " ".join(found.notes)
+    assert "measured on Jetson Orin NX 16 GB" in text and "612 MHz" in text and "459 MHz in head" in text
+    with (root / "profile" / "system.txt").open("a") as file:
+        file.write("\nmemory_clock_hz: 2133000000\n")
+    limits = profile_engines(bundle, TARGET, results=root).roofline
+    assert limits.bandwidth_bytes == pytest.approx(board.bandwidth * 2133 / 3199)
+
+
+def test_the_script_records_the_board_and_its_clocks(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device(bundle, tmp_path / "bin", monkeypatch)
+    jetson_files.write(tmp_path / "root", jetson_files.ORIN_NX)
+    monkeypatch.setenv("BTP_ROOT", str(tmp_path / "root"))
+    found = profile_engines(bundle, TARGET)
+    system = found.system
+    assert system["model"] == "NVIDIA Jetson Orin NX Engineering Reference Developer Kit"
+    assert "p3767-0000" in system["module"] and system["l4t"] == "# R36 (release), REVISION: 4.3"
+    assert (system["memory"], system["gpu_clock_max_hz"], system["sms"]) == ("15655 kB", "918000000", "8")
+    assert (found.roofline.device, found.roofline.gpu_clock_hz) == ("Jetson Orin NX 16 GB", 918e6)
+
+
 def test_totals_speedup_and_break_even(bundle: Bundle) -> None:
     found = profile_engines(bundle, TARGET, results=measured(bundle))
     lengths = [bundle.profile().tokens_with(kept) for kept in (36, 36, 18, 18, 6, 0)]
@@ -144,10 +183,18 @@ def test_totals_speedup_and_break_even(bundle: Bundle) -> None:
     assert found.speedup.prefill == pytest.approx((full + 0.4) / (prefill + select + 0.4), rel=0.02)
     assert found.speedup.decode == pytest.approx(2.1 / 2.0, rel=0.02)
     even = found.break_even
-    dropped = 2 * (1 - 18 / 36) + 1 * (1 - 6 / 36) + 1
-    assert even.ms_per_token_and_layer == pytest.approx(SLOPE, rel=0.05)
-    assert even.image_tokens == pytest.approx(select / (SLOPE * dropped), rel=0.06)
-    assert even.fit_error < 0.02
+    others = bundle.profile().tokens_with(0)
+
+    def saved_with(tokens: int) -> float:
+        kept = [tokens * count / 36 for count in bundle.plan.tokens_per_layer()]
+        return sum(layer_ms(others + tokens) - layer_ms(others + count) for count in kept)
+
+    assert even.ms_per_token_and_layer == pytest.approx(SLOPE, rel=0.03)
+    assert even.flat_ms_per_layer == pytest.approx(FLAT, rel=0.03)
+    assert even.image_tokens == pytest.approx(
+        next(tokens for tokens in range(1, 10_000) if saved_with(tokens) >= select), abs=2
+    )
+    assert even.fit_error < 0.03
     saved = full - prefill - select
     assert even.saved_ms == pytest.approx(saved, abs=0.05) and even.pays_here == (saved > 0)
 

@@ -5,7 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.engines.jetson_files import write
 from tests.engines.native import builds
+
+HEADERS = "usr/include/aarch64-linux-gnu"  # of JetPack
 
 
 @pytest.mark.parametrize("operator", [path.parent.name for path in builds.of_operators("kernel.cu")])
@@ -47,6 +50,18 @@ def test_cmake_without_headers_builds_the_kernels_alone(tmp_path: Path) -> None:
     assert "btp: btp_kernels will be built" in said
     for target in ("btp_trt_dynamic", "btp_trt"):
         assert f"btp: {target} is left out: no NvInferRuntime.h in TENSORRT_INCLUDE_DIR=''" in said
+
+
+@pytest.mark.parametrize(("chip", "architecture"), [("tegra234", "87"), ("tegra264", "110")])
+def test_cmake_on_a_jetson_needs_no_options(chip: str, architecture: str, tmp_path: Path) -> None:
+    """Its GPU is known by its device tree, and JetPack's headers by their place."""
+    nvcc = builds.nvcc()
+    tree = "proc/device-tree/compatible"
+    write(tmp_path, {tree: f"nvidia,p3768-0000+p3767-0000\0nvidia,{chip}\0", f"{HEADERS}/NvInferRuntime.h": ""})
+    said = configure(tmp_path / "build", f"-DCMAKE_CUDA_COMPILER={nvcc}", f"-DBTP_ROOT={tmp_path}")
+    cache = (tmp_path / "build" / "CMakeCache.txt").read_text()
+    assert f"CMAKE_CUDA_ARCHITECTURES:STRING={architecture}\n" in cache
+    assert f"TENSORRT_INCLUDE_DIR:PATH={tmp_path}/{HEADERS}\n" in cache and "btp: btp_trt_dynamic will be built" in said
 
 
 def test_our_onnx_runtime_declarations_match_the_real_header() -> None:

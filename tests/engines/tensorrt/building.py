@@ -9,7 +9,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from engines.tensorrt import installed
-from engines.tensorrt.build.builder import Job
+from engines.tensorrt.build.job import Job
 from graphs.records.manifest import TensorRecord
 
 NAMES = {TensorProto.FLOAT: "float32", TensorProto.FLOAT16: "float16", TensorProto.INT32: "int32"}

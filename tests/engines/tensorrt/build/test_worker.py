@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from engines.tensorrt.build.builder import Built, Job, described_layers
+from engines.tensorrt.build.job import Built, Job
+from engines.tensorrt.build.layers import described_layers
 from engines.tensorrt.build.worker import build_in_child
 from graphs.records.errors import BtpError, CheckError, InputError, UnavailableError
 from tests.engines.native import builds
@@ -145,7 +146,7 @@ def test_the_child_dies_with_its_parent(number: signal.Signals, tmp_path: Path) 
     writes = f'FILE* f = std::fopen("{pid_file}", "w"); std::fprintf(f, "%d\\n", getpid()); std::fclose(f); pause();'
     job = building.job(building.product(tmp_path), **plugin_that(writes, tmp_path))
     script = (
-        "import sys; from pathlib import Path; from engines.tensorrt.build.builder import Job\n"
+        "import sys; from pathlib import Path; from engines.tensorrt.build.job import Job\n"
         "from btp_export.cli import _signals_interrupt; from engines.tensorrt.build.worker import build_in_child\n"
         "job = Job.model_validate_json(sys.argv[1]); folder = job.onnx.parent\n"
         "with _signals_interrupt(): build_in_child(job, folder, folder / 'build.log', lambda share: None)\n"

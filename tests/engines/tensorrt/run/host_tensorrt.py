@@ -50,8 +50,17 @@ class ILogger:
         raise NotImplementedError
 
 
+class LayerInformationFormat(enum.Enum):
+    ONELINE, JSON = 0, 1
+
+
+ENUMS = (
+    "DataType", "TensorIOMode", "TensorLocation", "ExecutionContextAllocationStrategy", "LayerInformationFormat"
+)  # fmt: skip
+
+
 def write_engine(path: Path, graph: Path, *, version: str, capability: str, capturable: bool = True) -> bytes:
-    """An engine file for a graph; its bytes."""
+    """An engine file for a graph; its bytes. tests/engines/tensorrt/trtexec_standin.py writes the same."""
     head = {"graph": str(graph), "version": version, "capability": capability, "capturable": capturable}
     path.write_bytes(MAGIC + json.dumps(head).encode())
     return path.read_bytes()
@@ -80,7 +89,7 @@ def module(cuda: HostCuda, version: str = "10.3.0.26") -> SimpleNamespace:
                     "The engine plan file is generated on an incompatible device, expecting compute "
                     f"{got} got compute {head['capability']}, please rebuild."
                 )
-            return Engine(cuda, self.logger, Path(head["graph"]), head["capturable"])
+            return Engine(cuda, self.logger, Path(head["graph"]), head["capturable"], head.get("layers", []))
 
         def _refuse(self, text: str) -> None:
             self.logger.log(ILogger.Severity.ERROR, f"IRuntime::deserializeCudaEngine: Error Code 1: {text}")
@@ -92,6 +101,7 @@ def module(cuda: HostCuda, version: str = "10.3.0.26") -> SimpleNamespace:
         TensorIOMode=TensorIOMode,
         TensorLocation=TensorLocation,
         ExecutionContextAllocationStrategy=ExecutionContextAllocationStrategy,
+        LayerInformationFormat=LayerInformationFormat,
         ILogger=ILogger,
         Runtime=Runtime,
         get_plugin_registry=lambda: registry,
@@ -99,12 +109,14 @@ def module(cuda: HostCuda, version: str = "10.3.0.26") -> SimpleNamespace:
 
 
 class Engine:
-    def __init__(self, cuda: HostCuda, logger: ILogger, graph: Path, capturable: bool) -> None:
+    def __init__(
+        self, cuda: HostCuda, logger: ILogger, graph: Path, capturable: bool, layers: list[dict[str, Any]]
+    ) -> None:
         options = ort.SessionOptions()
         options.intra_op_num_threads = 1
         options.log_severity_level = 3
         self.session = ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
-        self.cuda, self.logger, self.capturable = cuda, logger, capturable
+        self.cuda, self.logger, self.capturable, self.layers = cuda, logger, capturable, layers
         self.tensors = {node.name: (node, TensorIOMode.INPUT) for node in self.session.get_inputs()}
         self.inputs = list(self.tensors)
         self.tensors |= {node.name: (node, TensorIOMode.OUTPUT) for node in self.session.get_outputs()}
@@ -132,9 +144,20 @@ class Engine:
     def get_tensor_dtype(self, name: str) -> DataType:
         return NAMES[dtypes.BY_ONNXRUNTIME[self.tensors[name][0].type].name]
 
+    def create_engine_inspector(self) -> "Inspector":
+        return Inspector(self.layers)
+
     def create_execution_context(self, strategy: Any = ExecutionContextAllocationStrategy.STATIC) -> "Context":
         assert strategy is ExecutionContextAllocationStrategy.USER_MANAGED
         return Context(self)
+
+
+class Inspector:
+    def __init__(self, layers: list[dict[str, Any]]) -> None:
+        self.layers = layers
+
+    def get_engine_information(self, format: LayerInformationFormat) -> str:
+        return json.dumps({"Layers": self.layers, "Bindings": []})
 
 
 class Context:

@@ -472,12 +472,19 @@ def test_the_stand_in_has_no_names_of_its_own(real: Any) -> None:
         (module.Runtime, real.Runtime),
         (host_tensorrt.Engine, real.ICudaEngine),
         (host_tensorrt.Context, real.IExecutionContext),
+        (host_tensorrt.Inspector, real.EngineInspector),
         (host_tensorrt.ILogger, real.ILogger),
     ]
     for mine, theirs in pairs:
         public = {name for name, value in vars(mine).items() if not name.startswith("_") and value is not None}
         assert public <= set(dir(theirs)), (mine, public - set(dir(theirs)))
-    for kind in ("DataType", "TensorIOMode", "TensorLocation", "ExecutionContextAllocationStrategy"):
+    for kind in (
+        "DataType",
+        "TensorIOMode",
+        "TensorLocation",
+        "ExecutionContextAllocationStrategy",
+        "LayerInformationFormat",
+    ):
         assert set(getattr(module, kind).__members__) <= set(getattr(real, kind).__members__)
     log = real.ILogger.Severity
     assert {"INTERNAL_ERROR", "ERROR"} <= set(log.__members__)

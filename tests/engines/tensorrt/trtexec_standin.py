@@ -1,13 +1,15 @@
-"""A program in trtexec's place, for profile.sh: takes the options of its version, writes results as trtexec does.
+"""A program in trtexec's place, for the scripts of a kit: takes the options of its version, writes what trtexec does.
 
 PLAN names a file: {"version": [10, 3], "options": [...], "times": {engine: milliseconds}, "fail": engine or "", "root":
-folder}. An engine is named by its path in the folder of engines.
+folder, "engine": {...}}. An engine is named by its path in the folder of engines. `engine` is what is written of one
+that is built (host_tensorrt.engine_bytes), but for its graph.
 """
 
 import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
@@ -24,6 +26,9 @@ def main() -> int:
         return 1
     if "--help" in options:
         return 0
+    if "--saveEngine" in options:
+        return build(options, plan["engine"])
+    print("[I] Selected Device: Orin\n[I] Compute Capability: 8.7\n[I] SMs: 8")
     engine = Path(options["--loadEngine"])
     name = str(engine.resolve().relative_to(Path(plan["root"]).resolve()))
     if name == plan["fail"]:
@@ -40,6 +45,14 @@ def main() -> int:
         f"{prefix}.layers.json",
     )
     files.write_results(prefix, plan["times"][name])
+    print("&&&& PASSED TensorRT.trtexec")
+    return 0
+
+
+def build(options: dict[str, str], engine: dict[str, Any]) -> int:
+    """An engine that tests/engines/tensorrt/run/host_tensorrt.py runs."""
+    head = {"graph": str(Path(options["--onnx"]).resolve()), **engine}
+    Path(options["--saveEngine"]).write_bytes(b"host-engine\n" + json.dumps(head).encode())
     print("&&&& PASSED TensorRT.trtexec")
     return 0
 
