@@ -348,6 +348,7 @@ def build(
     assemble: Literal["segments", "whole"] | None = None,
     engine_weights: Literal["baked", "shared"] | None = None,
     plugins: Literal["auto", "library", "python", "none"] = "auto",
+    accumulate: Literal["auto", "float32", "native"] = "auto",
     memory_bytes: int | None = None,
     unpruned: bool = False,
     dry_run: bool = False,
@@ -360,6 +361,7 @@ def build(
         bundle: its folder, or an opened Bundle.
         target: the device, e.g. "jetson-orin-jp6", "h100", "rtx-ada".
         tensorrt: its version; the target's without, as for the next three.
+        accumulate: the sums in float16 products: in float32 (auto), or as TensorRT likes.
         memory_bytes: of the device.
         unpruned: also engines without pruning, to measure beside.
         dry_run: prepare, check and estimate; write nothing. What does not suit is in `findings`.
@@ -372,7 +374,7 @@ def build(
     from engines.tensorrt.prepare.build_plan import Wishes, plan_build
 
     device, opened = find_target(target), _opened(bundle)
-    wishes = Wishes(tensorrt, assemble, engine_weights, plugins, memory_bytes, unpruned)
+    wishes = Wishes(tensorrt, assemble, engine_weights, plugins, memory_bytes, unpruned, accumulate)
     if dry_run:
         return BuildResult.of(plan_build(opened, device, wishes).summary())
     machine = machine_for(device, wishes)

@@ -34,6 +34,10 @@ def command(
         Literal["auto", "library", "python", "none"],
         typer.Option("--plugins", help="Form of the custom operators; none: standard operators only."),
     ] = "auto",
+    accumulate: Annotated[
+        Literal["auto", "float32", "native"],
+        typer.Option("--accumulate", help="Sums in float16 products; native leaves them to TensorRT."),
+    ] = "auto",
     memory: Annotated[
         float | None,
         typer.Option("--memory", metavar="GIB", help="Memory of the device.  [default: the target's]"),
@@ -62,6 +66,7 @@ def command(
         plugins=plugins,
         memory_bytes=None if memory is None else int(memory * GIB),
         unpruned=unpruned,
+        accumulate=accumulate,
     )
     opened = Bundle.open(bundle)
     if dry_run:
@@ -132,6 +137,7 @@ def show_built(result: "BuildResult") -> Any:
         f"{result.target}: TensorRT {result.tensorrt}, opset {result.opset}, {result.precision}, "
         f"{result.assemble}, weights {result.engine_weights}, plugins {result.plugins}",
         *(f"note: {text}" for text in result.notes),
+        *(f"layers of {kind}{entry.name}: {text}" for kind, entry in entries for text in entry.findings),
     ]
     if result.not_built:
         lines.append(f"no engine was built: {result.not_built}")

@@ -6,7 +6,7 @@ machine, or earlier elsewhere, with its results in a folder. Beside each part st
 """
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -17,8 +17,9 @@ from btp_export.profiling.totals import break_even_of, compared, speedup, totals
 from btp_export.results.profile import DeviceLimits, LayerMs, Profile, ProfiledPart, UnprunedProfile
 from engines.targets import Target, find_target
 from engines.tensorrt import trtexec
+from engines.tensorrt.build.layer_checks import described_layers, findings
 from engines.tensorrt.kit.scripts import stem
-from engines.tensorrt.records import EngineGraph, EngineWeights
+from engines.tensorrt.records import EngineGraph, EngineWeights, Expected
 from graphs import names
 from graphs.files.atomic import write_text
 from graphs.files.bundle import Bundle
@@ -104,8 +105,30 @@ def _document(sources: Mapping[str, Source], device: Target, profile: ShapeProfi
         notes=(),
     )
     compare = compared(document, earlier, takes=device.engine_weights)
-    notes = (*clock_notes(limits, device, clocks), *_notes(document))
+    notes = (*clock_notes(limits, device, clocks), *_notes(document), *_findings(sources, profile))
     return document.model_copy(update={"compare": compare, "notes": notes})
+
+
+def _findings(sources: Mapping[str, Source], profile: ShapeProfile) -> Iterator[str]:
+    """In what the engines' layers differ from what was expected: as found by `build`, else in what trtexec exported."""
+    for part, source in sources.items():
+        for graph in graphs_of(source, profile):
+            exported = source.results / f"{stem(graph)}{trtexec.LAYERS}"
+            found = graph.engine.findings if graph.engine is not None else _exported_findings(exported, graph)
+            for text in found:
+                yield f"layers of {part}{' ' * bool(part)}{graph.name}: {text}"
+
+
+def _exported_findings(path: Path, graph: EngineGraph) -> tuple[str, ...]:
+    """Of an engine that build.sh made: whether anything but products reads its weight inputs, and large copies."""
+    try:
+        layers = described_layers(json.loads(path.read_text(encoding="utf-8")))
+    except OSError:
+        return ()
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
+        return (f"{path.name} is cut off or damaged",)
+    weights: dict[str, tuple[str, ...]] = {weight.name: () for weight in graph.weight_inputs}
+    return findings(layers, Expected(weights=weights, scratch=graph.estimate.activation_bytes), None)
 
 
 def _clocks(sources: Mapping[str, Source], profile: ShapeProfile) -> dict[str, float]:

@@ -21,7 +21,8 @@ import numpy as np
 
 from engines.runners.host import check_rows
 from engines.runners.interface import Array, Buffer, Dtype
-from graphs.records.errors import CheckError, UnavailableError
+from graphs.files.memory import available_memory
+from graphs.records.errors import BtpError, CheckError, UnavailableError
 
 LIBRARIES: Final = ("libcudart.so.13", "libcudart.so.12", "libcudart.so.11.0", "cudart64_13.dll", "cudart64_12.dll")
 ALIGNMENT: Final = 256  # bytes: what cudaMalloc gives and TensorRT wants of every address
@@ -92,7 +93,7 @@ class Stream:
         call("cudaStreamCreateWithFlags", ctypes.byref(handle), NON_BLOCKING)
         self.handle = handle.value
         self._kept: list[object] = []
-        _free_with(self, "cudaStreamDestroy", self.handle)
+        free_with(self, "cudaStreamDestroy", self.handle)
 
     def copy(self, target: int, source: int, count: int, *, keep: object = None) -> None:
         self._keep(keep)
@@ -144,7 +145,7 @@ class Graph:
         finally:
             try_call("cudaGraphDestroy", captured)
         self.handle = executable.value
-        _free_with(self, "cudaGraphExecDestroy", self.handle)
+        free_with(self, "cudaGraphExecDestroy", self.handle)
 
 
 class DeviceMemory:
@@ -154,17 +155,10 @@ class DeviceMemory:
         use_device(device)
         pointer = ctypes.c_size_t()
         code = try_call("cudaMalloc", ctypes.byref(pointer), size)
-        if code == OUT_OF_MEMORY:
-            try_call("cudaGetLastError")
-            free, total = memory(device)
-            raise UnavailableError(
-                f"the GPU has no {size / 2**20:.0f} MiB more: {free / 2**20:.0f} of {total / 2**20:.0f} MiB are free",
-                wanted="more free GPU memory",
-                do="close other programs, take a smaller profile, or build with --engine-weights shared",
-            )
-        _check("cudaMalloc", code)
+        if code:
+            raise refused(code, size, device)
         self._pointer, self.size = pointer.value, size
-        _free_with(self, "cudaFree", self._pointer)
+        free_with(self, "cudaFree", self._pointer)
         call("cudaMemset", self._pointer, 0, size)
         call("cudaDeviceSynchronize")  # setting memory does not wait, and other streams do not wait for it
 
@@ -255,6 +249,32 @@ def memory(device: int) -> tuple[int, int]:
     return free.value, total.value
 
 
+def room(device: int) -> int:
+    """Bytes that can be had. Where the GPU uses the system's memory, file pages that can be dropped count too."""
+    free, total = memory(device)
+    available = available_memory() if shares_memory(device) else None
+    return free if available is None else min(max(free, available), total)
+
+
+def refused(code: int, size: int, device: int) -> BtpError:
+    """The error for a cudaMalloc that failed: there is not that much memory, or there is and it was refused."""
+    if code != OUT_OF_MEMORY:
+        return CudaError("cudaMalloc", code, error_text(code))
+    try_call("cudaGetLastError")
+    there, total = room(device) / 2**20, memory(device)[1] / 2**20
+    if size / 2**20 <= there and shares_memory(device):
+        return UnavailableError(
+            f"the GPU refuses {size / 2**20:.0f} MiB although {there:.0f} of {total:.0f} MiB are available",
+            wanted="one piece of memory: L4T 36.4.7 and later are known to refuse it (NvMap error 12)",
+            do="reboot the board, close other programs, or see docs/jetson.md",
+        )
+    return UnavailableError(
+        f"the GPU has no {size / 2**20:.0f} MiB more: {there:.0f} of {total:.0f} MiB are free",
+        wanted="more free GPU memory",
+        do="close other programs, take a smaller profile, or build with --engine-weights shared",
+    )
+
+
 def compute_capability(device: int) -> str:
     """Such as "8.7". Raises UnavailableError without a GPU."""
     return f"{_attribute(MAJOR_ATTRIBUTE, device)}.{_attribute(MINOR_ATTRIBUTE, device)}"
@@ -326,7 +346,7 @@ def _check(name: str, code: int) -> None:
         raise CudaError(name, code, error_text(code))
 
 
-def _free_with(owner: object, function: str, handle: int) -> None:
+def free_with(owner: object, function: str, handle: int) -> None:
     """Have a function of the runtime called on `handle` when `owner` is gone; its error would help nobody then."""
     weakref.finalize(owner, getattr(library(), function), _WIDE(handle))
 
@@ -369,6 +389,7 @@ def _version_problem(runtime: int, driver: int) -> str:
 def _places() -> Iterator[str]:
     """Names that the loader looks for, then files in packages that carry the library."""
     yield from LIBRARIES
+    yield from map(str, sorted(Path("/usr/local/cuda/lib64").glob("libcudart.so.*")))  # JetPack's
     for package, pattern in (("nvidia", "*/lib/libcudart.so.*"), ("onnxruntime_ep_nv_tensorrt_rtx", "libcudart.so.*")):
         spec = find_spec(package)
         for folder in (spec.submodule_search_locations or ()) if spec is not None else ():

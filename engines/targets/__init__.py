@@ -54,6 +54,7 @@ class Target:
     pack_weights: bool = True  # with shared weights: q/k/v and gate/up as one product each
     unsupported: Mapping[str, str] = field(default_factory=dict)  # TensorRT version -> why it is refused
     measured: bool = False
+    system_bytes: int = 6 * GIB  # of unified memory: the system's and the CUDA context's
     board: Board | None = None  # of a target that is one board and not a family or a card
 
     def version(self, asked: str | None = None) -> str:

@@ -41,6 +41,7 @@ def orin(name: str, title: str, board: Board, *, gibibytes: int, bandwidth: floa
         sources=sources,
         # One copy of the weights for prefill and decode: the system shares the memory. Not measured yet.
         engine_weights="shared",
+        system_bytes=(6 if gibibytes > 8 else 3) * GIB,  # the small boards run without a desktop
         board=board,
     )
 

@@ -32,6 +32,8 @@ UNPRUNED: Final = "unpruned"  # folder inside engines/<target>/ with engines of 
 
 Assemble = Literal["segments", "whole"]
 EngineWeights = Literal["baked", "shared"]
+# The type in which products of float16 add up: as TensorRT likes, or float32 (prepare/accumulate.py).
+Accumulate = Literal["native", "float32"]
 Flavour = Literal["tensorrt", "rtx"]
 # How the custom operators get into an engine: the C++ library, the Python plugins, or the graphs' portable bodies.
 PluginForm = Literal["library", "python", "none"]
@@ -87,6 +89,19 @@ class Estimate(Record):
     build_peak_bytes: Bytes  # memory of the building process
 
 
+class Expected(Record):
+    """What a prepared graph is to become in an engine (build/layer_checks.py).
+
+    `weights`: each weight input with the nodes that read it; `widened`: products between casts to float32 and back;
+    `attentions`: attention nodes in half precision; `scratch`: bytes to compute in, as estimated.
+    """
+
+    weights: dict[str, tuple[str, ...]] = Field(default_factory=dict)
+    widened: tuple[str, ...] = ()
+    attentions: tuple[str, ...] = ()
+    scratch: int
+
+
 class EngineLayer(Record):
     """One layer of a built engine; `plugin` is the custom operator's name where it is one."""
 
@@ -110,6 +125,7 @@ class BuiltEngine(FileRecord):
     layers: tuple[EngineLayer, ...]
     made_by: Literal["build", "build.sh"] = "build"
     options: tuple[str, ...] = ()  # of trtexec, where build.sh called it
+    findings: tuple[str, ...] = ()  # in what its layers differ from what the graph was prepared for
 
 
 class ScriptedEngine(Record):
@@ -165,6 +181,7 @@ class EnginesRecord(Record):
     precision: Precision
     weights: EngineWeights
     assemble: Assemble
+    accumulate: Accumulate = "native"
     plugins: PluginRecord
     bundle_sha256: Sha256  # of the bundle's manifest.json
     graphs: tuple[EngineGraph, ...]

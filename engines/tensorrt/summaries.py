@@ -6,7 +6,16 @@ engines.json (records.py) is what the folder holds; these are what a reader of t
 from pathlib import Path
 from typing import Literal
 
-from engines.tensorrt.records import Assemble, EngineGraph, EnginesRecord, EngineWeights, Estimate, Flavour, PluginForm
+from engines.tensorrt.records import (
+    Accumulate,
+    Assemble,
+    EngineGraph,
+    EnginesRecord,
+    EngineWeights,
+    Estimate,
+    Flavour,
+    PluginForm,
+)
 from graphs.dtypes import Precision
 from graphs.records.record import Record
 
@@ -51,6 +60,7 @@ class PlannedEngines(Record):
     opset: int
     precision: Precision
     assemble: Assemble
+    accumulate: Accumulate
     engine_weights: EngineWeights
     plugins: PluginForm
     graphs: tuple[PlannedGraph, ...]
@@ -74,6 +84,7 @@ class EngineState(Record):
     peak_memory_bytes: int | None = None
     layers: int | None = None
     plugin_layers: int | None = None
+    findings: tuple[str, ...] = ()  # in what its layers differ from what the graph was prepared for
 
 
 class BuiltEngines(Record):
@@ -112,4 +123,5 @@ def _state(graph: EngineGraph, built: tuple[str, ...], place: str) -> EngineStat
         peak_memory_bytes=engine.peak_memory_bytes,
         layers=len(engine.layers),
         plugin_layers=sum(layer.plugin is not None for layer in engine.layers),
+        findings=engine.findings,
     )

@@ -22,7 +22,7 @@ from graphs.records.reading import parse_json, read_text
 
 PLACES: Final = (Path("/usr/src/tensorrt/bin"), Path("/usr/local/tensorrt/bin"), Path("/opt/tensorrt/bin"))
 TAIL: Final = 12  # last lines of a failed run that are kept
-TIMES, LAYER_TIMES = ".times.json", ".profile.json"  # behind an engine's name
+TIMES, LAYER_TIMES, LAYERS = ".times.json", ".profile.json", ".layers.json"  # behind an engine's name
 
 _NUMBER: Final = r"([-+]?(?:\d+(?:\.\d*)?(?:[eE][-+]?\d+)?|nan|inf))"
 MOST_MS: Final = 1e12  # of a run: sums of them stay finite

@@ -79,6 +79,7 @@ def _adopted(part: Part, number: int, digest: str, plugins: Plugins, library: Li
         layers=built.layers,
         made_by="build.sh",
         options=known.options,
+        findings=built.findings,
     )
 
 
@@ -109,6 +110,7 @@ def check_job(part: Part, number: int, plugins: Plugins, library: Library) -> Jo
         inputs=(*graph.inputs, *map(plain, graph.weight_inputs)),
         outputs=graph.outputs,
         custom_nodes=graph.custom_nodes,
+        expected=graph.expected(part.plan.estimates[number].activation_bytes),
         there=True,
     )
 

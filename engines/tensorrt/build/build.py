@@ -218,6 +218,7 @@ def _build_one(
         inputs=(*graph.inputs, *map(plain, graph.weight_inputs)),
         outputs=graph.outputs,
         custom_nodes=prepared.custom_nodes,
+        expected=prepared.expected(part.plan.estimates[number].activation_bytes),
     )
     built = build_in_child(job, scratch.resolve(), log, progress)
     require_file(scratch / file, built.size)
@@ -236,4 +237,5 @@ def _engine_record(job: Job, built: Built, graph: EngineGraph, plugins: Plugins,
         seconds=built.seconds,
         peak_memory_bytes=built.peak_memory_bytes,
         layers=built.layers,
+        findings=built.findings,
     )

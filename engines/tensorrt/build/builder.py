@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from engines.tensorrt.build.engine_checks import custom_layer, require_plugins, require_tensors
 from engines.tensorrt.build.job import Built, Job, Report, failure, sentence
-from engines.tensorrt.build.layers import layers_of_engine, read_layers
+from engines.tensorrt.build.layers import EngineLayers, layers_of_engine, read_layers
 from engines.tensorrt.installed import INSTALL_BUILDER, Library, load
 from engines.tensorrt.messages import Messages
 from graphs import dtypes
@@ -39,18 +39,18 @@ def build_engine(job: Job, report: Report) -> Built:
     engine = _build(library, builder, network, log, job, report)
     del builder, network
     size = _write(job.engine, engine)
-    layers, source = read_layers(library.module, engine, log, job)
+    found = read_layers(library.module, engine, log, job)
     del held
-    if job.plugins != "none":
-        require_plugins(job.graph, [layer.plugin for layer in layers if layer.plugin], job.custom_nodes)
+    _require_plugins(job, found)
     seconds = round(time.monotonic() - start, 3)
     return Built(
         tensorrt_version=library.version,
         seconds=seconds,
         size=size,
         peak_memory_bytes=peak_memory(),
-        layers=layers,
-        layers_from=source,
+        layers=found.layers,
+        layers_from=found.source,
+        findings=found.findings,
     )
 
 
@@ -64,19 +64,24 @@ def check_engine(job: Job) -> Built:
     log = Messages(library.module, echo=True)
     held = _register_plugins(library, job)
     with job.engine.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        layers = layers_of_engine(library.module, data, log, job)
+        found = layers_of_engine(library.module, data, log, job)
         size = len(data)
     del held
-    if job.plugins != "none":
-        require_plugins(job.graph, [layer.plugin for layer in layers if layer.plugin], job.custom_nodes)
+    _require_plugins(job, found)
     return Built(
         tensorrt_version=library.version,
         seconds=round(time.monotonic() - start, 3),
         size=size,
         peak_memory_bytes=None,
-        layers=layers,
-        layers_from="engine",
+        layers=found.layers,
+        layers_from=found.source,
+        findings=found.findings,
     )
+
+
+def _require_plugins(job: Job, found: EngineLayers) -> None:
+    if job.plugins != "none":
+        require_plugins(job.graph, [layer.plugin for layer in found.layers if layer.plugin], job.custom_nodes)
 
 
 def peak_memory() -> int | None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Final, Literal
 
 from engines.tensorrt.messages import Messages
-from engines.tensorrt.records import EngineLayer, Flavour, PluginForm
+from engines.tensorrt.records import EngineLayer, Expected, Flavour, PluginForm
 from graphs.dtypes import Precision
 from graphs.records.errors import BtpError, CheckError, UnavailableError
 from graphs.records.manifest import TensorRecord
@@ -39,6 +39,7 @@ class Job(Record):
     inputs: tuple[TensorRecord, ...]
     outputs: tuple[TensorRecord, ...]
     custom_nodes: dict[str, str]  # node name -> operator
+    expected: Expected | None = None  # what the layers are checked for
     there: bool = False  # `engine` was built elsewhere: it is loaded and checked, not built
 
 
@@ -51,6 +52,7 @@ class Built(Record):
     peak_memory_bytes: int | None
     layers: tuple[EngineLayer, ...]
     layers_from: Literal["engine", "log"]
+    findings: tuple[str, ...] = ()
 
 
 def failure(log: Messages, graph: str, what: str) -> BtpError:

@@ -1,37 +1,48 @@
 """The layers of a built engine: read from the engine where its GPU is here, else from the build's log."""
 
 import json
-import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from engines.tensorrt.build.engine_checks import custom_layer, require_tensors
 from engines.tensorrt.build.job import Job, failure
+from engines.tensorrt.build.layer_checks import LayerDetail, described_layers, findings, logged_layers
 from engines.tensorrt.installed import gpu_capability
 from engines.tensorrt.messages import Messages
 from engines.tensorrt.records import EngineLayer
 from graphs import dtypes
 from graphs.records.manifest import TensorRecord
 
-_LOGGED_LAYER = re.compile(r"^Name: (.*?), LayerType: ([^,\n]*)", re.MULTILINE)
+
+@dataclass(frozen=True)
+class EngineLayers:
+    """The layers of an engine, where they were read, and in what they differ from what was expected."""
+
+    layers: tuple[EngineLayer, ...]
+    source: Literal["engine", "log"]
+    findings: tuple[str, ...]
 
 
-def read_layers(
-    trt: Any, engine: Any, log: Messages, job: Job
-) -> tuple[tuple[EngineLayer, ...], Literal["engine", "log"]]:
+def read_layers(trt: Any, engine: Any, log: Messages, job: Job) -> EngineLayers:
     """The layers of an engine that was just built: from the engine itself where its GPU is here, else from the log."""
     if gpu_capability() == job.compute_capability:
-        return layers_of_engine(trt, engine, log, job), "engine"
-    return _named(_LOGGED_LAYER.findall(log.layers.split("\nI/O Tensors:")[0]), job), "log"
+        return layers_of_engine(trt, engine, log, job)
+    return _named(logged_layers(log.layers), "log", None, job)
 
 
-def layers_of_engine(trt: Any, engine: Any, log: Messages, job: Job) -> tuple[EngineLayer, ...]:
+def layers_of_engine(trt: Any, engine: Any, log: Messages, job: Job) -> EngineLayers:
     """The layers of a serialized engine, which is loaded; its inputs and outputs are checked too."""
-    return _named(_deserialized(trt, engine, log, job), job)
+    details, scratch = _deserialized(trt, engine, log, job)
+    return _named(details, "engine", scratch, job)
 
 
-def _named(pairs: Sequence[tuple[str, str]], job: Job) -> tuple[EngineLayer, ...]:
-    return tuple(EngineLayer(name=name, type=kind, plugin=_plugin(name, kind, job)) for name, kind in pairs)
+def _named(
+    details: Sequence[LayerDetail], source: Literal["engine", "log"], scratch: int | None, job: Job
+) -> EngineLayers:
+    layers = [EngineLayer(name=one.name, type=one.kind, plugin=_plugin(one.name, one.kind, job)) for one in details]
+    found = () if job.expected is None else findings(details, job.expected, scratch)
+    return EngineLayers(tuple(layers), source, found)
 
 
 def _plugin(name: str, kind: str, job: Job) -> str | None:
@@ -41,8 +52,8 @@ def _plugin(name: str, kind: str, job: Job) -> str | None:
     return None
 
 
-def _deserialized(trt: Any, engine: Any, log: Messages, job: Job) -> list[tuple[str, str]]:
-    """(name, type) of the layers of the engine as it will be loaded; its inputs and outputs are checked too."""
+def _deserialized(trt: Any, engine: Any, log: Messages, job: Job) -> tuple[list[LayerDetail], int]:
+    """The layers of the engine as it will be loaded, and the bytes it computes in; inputs and outputs are checked."""
     loaded = trt.Runtime(log.logger).deserialize_cuda_engine(engine)
     if loaded is None:
         raise failure(log, job.graph, "does not load the engine" + " that it has just built" * (not job.there))
@@ -56,13 +67,4 @@ def _deserialized(trt: Any, engine: Any, log: Messages, job: Job) -> list[tuple[
     require_tensors(f"{job.graph}: inputs of the engine", job.inputs, tensors[trt.TensorIOMode.INPUT])
     require_tensors(f"{job.graph}: outputs of the engine", job.outputs, tensors[trt.TensorIOMode.OUTPUT])
     text = loaded.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
-    return described_layers(text)
-
-
-def described_layers(text: str) -> list[tuple[str, str]]:
-    """(name, type) of the layers in the JSON of TensorRT's engine inspector; a layer may be its name alone."""
-    entries: Sequence[Any] = json.loads(text)["Layers"]
-    return [
-        (entry, "unknown") if isinstance(entry, str) else (entry["Name"], entry.get("LayerType", "unknown"))
-        for entry in entries
-    ]
+    return described_layers(json.loads(text)), int(loaded.device_memory_size_v2)

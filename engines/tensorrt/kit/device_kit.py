@@ -90,6 +90,7 @@ def fill_kit(
         precision=plan.bundle.manifest.build.precision,
         weights=plan.choices.weights,
         assemble=plan.choices.assemble,
+        accumulate=plan.choices.accumulate,
         plugins=PluginRecord(form=form),
         bundle_sha256=bundle_digest(plan.bundle),
         graphs=tuple(

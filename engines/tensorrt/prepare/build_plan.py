@@ -12,7 +12,7 @@ from engines.targets import Target
 from engines.tensorrt.prepare.estimate import ORIGIN, Totals, estimate, totals, usable_memory
 from engines.tensorrt.prepare.lint import lint
 from engines.tensorrt.prepare.prepared_graphs import Choices, PreparedGraph, prepare, suited_opset
-from engines.tensorrt.records import Assemble, EngineWeights, Estimate, PluginForm
+from engines.tensorrt.records import Accumulate, Assemble, EngineWeights, Estimate, PluginForm
 from engines.tensorrt.summaries import Finding, PlannedEngines, PlannedGraph, PlannedTotal
 from engines.tensorrt.versions import Traits, traits
 from graphs import names
@@ -40,6 +40,7 @@ class Wishes:
     plugins: PluginForm | Literal["auto"] = "auto"
     memory_bytes: int | None = None
     unpruned: bool = False  # also engines of the model without pruning, to be measured beside
+    accumulate: Accumulate | Literal["auto"] = "auto"
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,7 @@ class BuildPlan:
             opset=self.choices.opset,
             precision=self.bundle.manifest.build.precision,
             assemble=self.choices.assemble,
+            accumulate=self.choices.accumulate,
             engine_weights=self.choices.weights,
             plugins=self.plugins,
             graphs=tuple(
@@ -120,6 +122,7 @@ def plan_build(bundle: Bundle, target: Target, wishes: Wishes) -> BuildPlan:
         weights=wishes.engine_weights or _weights_for(bundle, target, plugins=form != "none"),
         pack=target.pack_weights,
         plugins=form != "none",
+        accumulate=_accumulate(bundle, wishes),
     )
     usable = usable_memory(target, wishes.memory_bytes)
     if usable <= 0:
@@ -131,7 +134,10 @@ def plan_build(bundle: Bundle, target: Target, wishes: Wishes) -> BuildPlan:
     graphs, needed, chosen, notes = _fitting(bundle, target, wishes, choices, usable)
     beside = None
     if wishes.unpruned:
-        same = Wishes(version.version, chosen.assemble, chosen.weights, "none", wishes.memory_bytes)
+        same = replace(
+            wishes, tensorrt=version.version, assemble=chosen.assemble, engine_weights=chosen.weights, plugins="none",
+            accumulate=chosen.accumulate, unpruned=False,
+        )  # fmt: skip
         beside = plan_build(bundle.without_pruning(), target, same)
     return BuildPlan(
         bundle=bundle,
@@ -176,6 +182,13 @@ def _plugin_form(wishes: Wishes, version: Traits) -> PluginForm:
     if wishes.plugins != "auto":
         return wishes.plugins
     return "library" if version.plugins_documented else "none"
+
+
+def _accumulate(bundle: Bundle, wishes: Wishes) -> Accumulate:
+    """float32 for float16 bundles; bfloat16 products add up in float32 anyway."""
+    if bundle.manifest.build.precision != "float16":
+        return "native"
+    return "float32" if wishes.accumulate == "auto" else wishes.accumulate
 
 
 # -- memory ----------------------------------------------------------------------------------------------------------
@@ -262,6 +275,11 @@ def _notes(bundle: Bundle, target: Target, version: Traits, choices: Choices, fo
         notes.append(f"opset {choices.opset} in place of {build.opset}, which TensorRT {version.version} {why}")
     if target.peak[build.precision] < target.peak[target.precision]:
         notes.append(f"the bundle is {build.precision}; {target.name} is at its best with {target.precision}")
+    if choices.accumulate == "float32" and target.flavour == "tensorrt":
+        notes.append(
+            "float16 products add up in float32, by casts that TensorRT for RTX was seen to take into the product; "
+            "whether this TensorRT does is found in the engine's layers"
+        )
     single = any(profile.batch == 1 for profile in bundle.manifest.profiles)
     if version.number[:2] == FUSION_FAULT and build.precision == "float16" and choices.weights == "baked" and single:
         notes.append(

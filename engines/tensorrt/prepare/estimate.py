@@ -15,6 +15,7 @@ from typing import Final
 import onnx_ir as ir
 
 from engines.targets import GIB, Target
+from engines.tensorrt.prepare.accumulate import is_narrowing, is_widening
 from engines.tensorrt.prepare.four_bits import nbytes_of
 from engines.tensorrt.prepare.prepared_graphs import PreparedGraph
 from engines.tensorrt.records import Estimate, WeightInput, tensor_bytes
@@ -27,8 +28,6 @@ ENGINE_BASE: Final = 500_000  # bytes of an engine beside its constants
 ENGINE_LAYER: Final = 200_000  # and for each decoder layer
 BUILD_BASE: Final = 350_000_000  # memory of a build without constants
 BUILD_FACTOR: Final = 4  # memory of a build, in units of the constants it bakes
-RESERVE_UNIFIED: Final = 6 * GIB  # the system's and the CUDA context's on a board that shares its memory,
-RESERVE_SHARE: Final = 3 / 8  # but no more than this much of it
 RESERVE_DISCRETE: Final = 1 * GIB  # the CUDA context's
 ORIGIN: Final = (
     f"engine: its constants + {ENGINE_BASE / 1e6:.1f} MB + {ENGINE_LAYER / 1e6:.1f} MB a layer "
@@ -83,7 +82,7 @@ def totals(graphs: Sequence[PreparedGraph], estimates: Sequence[Estimate]) -> To
 def usable_memory(target: Target, memory_bytes: int | None = None) -> int:
     """Bytes for engines on the target, or on one of its kind with another memory: without what the system takes."""
     whole = target.memory_bytes if memory_bytes is None else memory_bytes
-    return whole - (min(RESERVE_UNIFIED, int(whole * RESERVE_SHARE)) if target.unified_memory else RESERVE_DISCRETE)
+    return whole - (target.system_bytes if target.unified_memory else RESERVE_DISCRETE)
 
 
 def weight_bytes(weight: WeightInput) -> int:
@@ -96,7 +95,7 @@ def _constant_bytes(graph: ir.Graph) -> int:
     total = 0
     for value in graph.initializers.values():
         users = value.consumers()
-        cast = len(users) == 1 and users[0].op_type == "Cast"
+        cast = len(users) == 1 and users[0].op_type == "Cast" and not is_widening(users[0])
         dtype = dtype_of(users[0].outputs[0]) if cast else dtype_of(value)
         total += nbytes_of(dtype, dims(value))
     return total
@@ -111,7 +110,7 @@ def _peak_activations(nodes: Sequence[ir.Node], by_plugin: Container[str]) -> in
     alive = peak = 0
     for node in nodes:
         for value in node.outputs:
-            if not value.is_graph_output() and value.uses() and node.op_type != UNPACKED:
+            if not value.is_graph_output() and value.uses() and not _in_kernel(node, value):
                 remaining[value] = len(value.consumers())
                 alive += _value_bytes(value)
         peak = max(peak, alive + (_scratch_bytes(node, by_plugin) if node.domain == BTP_DOMAIN else 0))
@@ -121,6 +120,11 @@ def _peak_activations(nodes: Sequence[ir.Node], by_plugin: Container[str]) -> in
                 alive -= _value_bytes(value)
                 del remaining[value]
     return peak
+
+
+def _in_kernel(node: ir.Node, value: ir.Value) -> bool:
+    """Whether a product's kernel takes the value in: a cast or unpacked constant, or the sum that the cast behind reads."""
+    return node.op_type == UNPACKED or is_widening(node) or any(is_narrowing(user) for user in value.consumers())
 
 
 def _value_bytes(value: ir.Value) -> int:

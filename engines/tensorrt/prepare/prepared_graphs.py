@@ -10,10 +10,10 @@ What is then changed:
    TensorRT has no missing inputs: those between others are left out, of the node and of its body.
 2. `shared` weights: the matrices of the projections become network inputs, with a record of where their bytes lie.
    Those that are multiplied with the same rows (q, k and v; gate and up) can be packed into one product.
-3. Attention loses its attribute softmax_precision, which no TensorRT imports (seen on RTX 1.7.1: "Setting softmax
+3. Four-bit weights: four_bits.py.
+4. float16 products add up in float32 where that is asked for (accumulate.py).
+5. Attention loses its attribute softmax_precision, which no TensorRT imports (seen on RTX 1.7.1: "Setting softmax
    precision is not supported"): its kernels choose. With --opset 18 the softmax is in float32, as written in the graph.
-
-4. Four-bit weights: engines/tensorrt/prepare/four_bits.py.
 
 Everything is strongly typed as built: each value's type is in the graph. The results stay valid ONNX graphs with the
 inputs and outputs of graphs/interfaces.md, and run in ONNX Runtime.
@@ -28,9 +28,10 @@ import numpy as np
 import onnx_ir as ir
 from onnx import FunctionProto
 
+from engines.tensorrt.prepare.accumulate import BEHIND, accumulate_in_float32, is_narrowing, is_widening
 from engines.tensorrt.prepare.four_bits import bake_packed, share_packed, source_of
 from engines.tensorrt.prepare.opset18 import lower_to_primitives
-from engines.tensorrt.records import Assemble, EngineWeights, WeightInput, WeightSource
+from engines.tensorrt.records import Accumulate, Assemble, EngineWeights, Expected, WeightInput, WeightSource
 from engines.tensorrt.versions import Traits
 from graphs import dtypes, names, ops
 from graphs.building.decoder_graphs import build_decoder_graphs
@@ -57,6 +58,7 @@ class Choices:
     pack: bool = True  # with shared weights
     plugins: bool = True  # False: the portable bodies
     keep_packed: bool = False  # four-bit weights as in the bundle, for ONNX Runtime
+    accumulate: Accumulate = "native"  # of float16 products
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,27 @@ class PreparedGraph:
             for node in self.model.graph
             if node.domain == BTP_DOMAIN and (node.domain, node.op_type) not in has_body
         }
+
+    def expected(self, scratch: int) -> Expected:
+        """What the layers of its engine are checked for; `scratch`: bytes to compute in, as estimated."""
+        readers: dict[str, list[str]] = {weight.name: [] for weight in self.weight_inputs}
+        attentions, widened = [], []
+        for node in self.model.graph:
+            for value in node.inputs:
+                while value is not None and (producer := value.producer()) is not None and is_widening(producer):
+                    value = producer.inputs[0]
+                if value is not None and value.name in readers:
+                    readers[str(value.name)].append(str(node.name))
+            if node.op_type == "Attention" and dtype_of(node.outputs[0]) != ir.DataType.FLOAT:
+                attentions.append(str(node.name))
+            if is_narrowing(node):
+                widened.append(str(node.name).removesuffix(BEHIND))
+        return Expected(
+            weights={name: tuple(nodes) for name, nodes in readers.items()},
+            widened=tuple(widened),
+            attentions=tuple(attentions),
+            scratch=scratch,
+        )
 
     def serialize(self) -> bytes:
         """The .onnx file's bytes; the same graph gives the same bytes."""
@@ -136,9 +159,12 @@ def _prepare_profile(bundle: Bundle, profile: ShapeProfile, choices: Choices) ->
         else:
             exact_bodies(graph.model, choices.opset)
         drop_softmax_precision(graph.model)
-    if choices.weights == "baked":
-        return prepared
-    return [replace(graph, weight_inputs=_shared(graph.model, choices)) for graph in prepared]
+    if choices.weights == "shared":
+        prepared = [replace(graph, weight_inputs=_shared(graph.model, choices)) for graph in prepared]
+    if choices.accumulate == "float32":
+        for graph in prepared:
+            accumulate_in_float32(graph.model, {weight.name for weight in graph.weight_inputs})
+    return prepared
 
 
 def _shared(model: ir.Model, choices: Choices) -> tuple[WeightInput, ...]:
@@ -379,7 +405,7 @@ def _remove_unused(graph: ir.Graph) -> None:
             del graph.initializers[name]
 
 
-# -- 3. attention ----------------------------------------------------------------------------------------------------
+# -- 5. attention ----------------------------------------------------------------------------------------------------
 
 
 def drop_softmax_precision(model: ir.Model) -> None:

@@ -26,6 +26,7 @@ from engines.tensorrt.run.session import build_again, explain
 from graphs import dtypes, names
 from graphs.files.atomic import SMALL_FILE, sha256
 from graphs.files.bundle import Bundle, Check
+from graphs.files.page_cache import release
 from graphs.records.errors import BtpError, InputError
 from graphs.records.manifest import TensorRecord
 
@@ -57,6 +58,7 @@ def open_engines(
     files = {name: folder / _check_engine(folder, record, graph, check).file for name, graph in graphs.items()}
     loader = TrtLoader(folder, record, device=device)
     loader.session.require_room(folder, list(graphs.values()))
+    loader.session.weights.reserve(folder, graphs.values())
     return loader, files
 
 
@@ -106,6 +108,8 @@ class TrtLoader:
         shared.log.clear()
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             engine = shared.runtime.deserialize_cuda_engine(data)
+            if cuda.shares_memory(shared.device):
+                release(file.fileno())  # baked weights are on the device by now
         if engine is None:
             raise explain(shared.log.errors, path, "open", self.record)
         return TrtRunner(engine, path, graph, weights, self)

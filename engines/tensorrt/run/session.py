@@ -12,6 +12,7 @@ from typing import Any, Final
 
 from engines.native import libraries, plugins
 from engines.runners import cuda
+from engines.runners.arena import Arena
 from engines.runners.interface import Buffer, Dtype
 from engines.tensorrt import installed
 from engines.tensorrt.messages import Messages
@@ -58,7 +59,11 @@ class Session:
         process.loggers.append(self.log.logger)
         self.runtime = self._start()
         self.scratch = Scratch(device)
-        self.weights = SharedWeights(partial(_allocate, device, self.stream), self.stream.finish)
+        self.weights = SharedWeights(
+            partial(Arena, device=device, transfers=self.stream),
+            self.stream.finish,
+            give_back=cuda.shares_memory(device),
+        )
 
     def _start(self) -> Any:
         try:
@@ -79,13 +84,12 @@ class Session:
 
         Counted are the engine files, shared weights that are not there yet, and the largest need of memory to compute
         in, as estimated; inputs, outputs and caches come on top. On a board that shares its memory with the system,
-        what is free does not tell (files that were read count as used), so all of it is compared.
+        file pages that can be dropped count as free.
         """
         files = sum(graph.engine.size for graph in graphs if graph.engine is not None)
         scratch = max((graph.estimate.activation_bytes for graph in graphs), default=0)
         needed = files + self.weights.missing_bytes(folder, graphs) + scratch
-        free, total = cuda.memory(self.device)
-        room = total if cuda.shares_memory(self.device) else free
+        room = cuda.room(self.device)
         if needed > room:
             raise UnavailableError(
                 f"the engines need about {size_text(needed)}, GPU {self.device} has {size_text(room)} for them",

@@ -13,6 +13,7 @@ from btp_export.cli import main
 from btp_export.profiling.profile import profile_engines, saved_profiles
 from engines.targets import find_target
 from engines.tensorrt.prepare.build_plan import Wishes, plan_build
+from engines.tensorrt.records import EnginesRecord
 from graphs.files.bundle import Bundle
 from graphs.pruning.operations import cost
 from graphs.records.errors import InputError, UnavailableError
@@ -155,6 +156,20 @@ def test_limits_are_those_of_the_board_that_was_measured(bundle: Bundle) -> None
         file.write("\nmemory_clock_hz: 2133000000\n")
     limits = profile_engines(bundle, TARGET, results=root).roofline
     assert limits.bandwidth_bytes == pytest.approx(board.bandwidth * 2133 / 3199)
+
+
+def test_layers_that_cost_more_than_they_should_are_named(bundle: Bundle) -> None:
+    """Of engines by build.sh, from what trtexec exported; of engines by `build` as engines.json has it."""
+    root = measured(bundle, engine_weights="shared")
+    weight = next(w for g in EnginesRecord.load(root).graphs if g.name == "decode" for w in g.weight_inputs)
+    tensor = {"Name": weight.name, "Dimensions": [4096, 4096], "Format/Datatype": "Row major linear FP32"}
+    copy = {"Name": "Reformatting CopyNode for x", "LayerType": "Reformat", "Inputs": [tensor], "Outputs": [tensor]}
+    trtexec_files.write_results(str(root / "profile" / "decode"), 2.0, **copy)
+    notes = profile_engines(bundle, TARGET, results=root).notes
+    assert any(note.startswith("layers of decode: 1 weight inputs do not go straight") for note in notes)
+    assert any("64.0 MiB a run" in note for note in notes)
+    (root / "profile" / "decode.layers.json").write_text("{")
+    assert any("decode.layers.json is cut off" in note for note in profile_engines(bundle, TARGET, results=root).notes)
 
 
 def test_the_script_records_the_board_and_its_clocks(

@@ -37,6 +37,7 @@ class HostCuda:
         self.capturing: int | None = None
         self.broken = False  # the capture that is going on met work that cannot be captured
         self.integrated = False
+        self.largest: int | None = None  # cudaMalloc refuses more in one piece, whatever is free
         self.calls: list[str] = []
         self._handles = iter(range(1000, 1 << 30))
 
@@ -87,7 +88,7 @@ class HostCuda:
         return 0
 
     def Malloc(self, pointer: Any, size: int) -> int:
-        if self.used + size > self.total:
+        if self.used + size > self.total or (self.largest is not None and size > self.largest):
             return OUT_OF_MEMORY
         raw = (ctypes.c_uint8 * (size + 256))()
         ctypes.memset(raw, 0xFF, size + 256)  # NaN in every float type: what is not zeroed shows
@@ -181,3 +182,69 @@ def _copy_rows(target: int, pitch: int, source: int, source_pitch: int, width: i
     assert width <= pitch and width <= source_pitch
     for row in range(height):
         ctypes.memmove(target + row * pitch, source + row * source_pitch, width)
+
+
+class HostDriver:
+    """Virtual memory management of the CUDA driver, over the memory of a HostCuda.
+
+    A range of addresses is host memory from the beginning; `mapped` says which of it may be used. `pieces` is how many
+    pieces of physical memory can be had.
+    """
+
+    GRANULARITY = 1 << 21
+
+    def __init__(self, machine: HostCuda, *, pieces: int = 1 << 20) -> None:
+        self.machine, self.pieces = machine, pieces
+        self.ranges: dict[int, Any] = {}
+        self.handles: dict[int, int] = {}  # handle -> bytes
+        self.mapped: dict[int, int] = {}  # address -> handle
+        self.usable: set[int] = set()
+        self._handles = iter(range(1, 1 << 30))
+
+    def __getattr__(self, name: str) -> Any:
+        if not name.startswith("cuMem"):
+            raise AttributeError(name)
+        return Function(getattr(self, name.removeprefix("cuMem")))
+
+    def GetAllocationGranularity(self, granularity: Any, properties: Any, kind: int) -> int:
+        assert (properties.type, properties.location.type, properties.location.id) == (1, 1, 0)
+        granularity.value = self.GRANULARITY
+        return 0
+
+    def AddressReserve(self, address: Any, size: int, alignment: int, wish: int, flags: int) -> int:
+        assert size % self.GRANULARITY == 0
+        raw = (ctypes.c_uint8 * (size + 256))()
+        address.value = ctypes.addressof(raw) + -ctypes.addressof(raw) % 256
+        self.ranges[address.value] = raw
+        return 0
+
+    def AddressFree(self, address: int, size: int) -> int:
+        assert not self.mapped, "memory is still mapped"
+        del self.ranges[address]
+        return 0
+
+    def Create(self, handle: Any, size: int, properties: Any, flags: int) -> int:
+        assert size % self.GRANULARITY == 0 and size <= 64 * 2**20
+        if len(self.handles) >= self.pieces:
+            return OUT_OF_MEMORY
+        handle.value = next(self._handles)
+        self.handles[handle.value] = size
+        return 0
+
+    def Release(self, handle: int) -> int:
+        del self.handles[handle]
+        return 0
+
+    def Map(self, address: int, size: int, offset: int, handle: int, flags: int) -> int:
+        assert self.handles[handle] == size and not offset
+        self.mapped[address] = handle
+        return 0
+
+    def Unmap(self, address: int, size: int) -> int:
+        assert self.handles[self.mapped.pop(address)] == size
+        return 0
+
+    def SetAccess(self, address: int, size: int, access: Any, count: int) -> int:
+        assert access.flags == 3 and count == 1
+        self.usable |= set(range(address, address + size, self.GRANULARITY))
+        return 0

@@ -51,6 +51,11 @@ def job(path: Path, **changes: Any) -> Job:
     return Job(**fields | changes)
 
 
+def plain(weight: TensorRecord) -> TensorRecord:
+    """A weight input as a record of the graph's inputs."""
+    return TensorRecord(name=weight.name, dtype=weight.dtype, shape=weight.shape)
+
+
 def product(folder: Path, operator: str = "MatMul") -> Path:
     """y = x @ w with w [64, 64], saved as `product.onnx`; another operator for wrong graphs."""
     weight = numpy_helper.from_array(np.eye(64, dtype=np.float32), "w")

@@ -21,64 +21,16 @@ from engines.tensorrt.installed import Library
 from engines.tensorrt.records import EnginesRecord
 from graphs.records.errors import CheckError
 from tests.engines.runners.host_cuda import HostCuda
-from tests.engines.tensorrt import trtexec_files
 from tests.engines.tensorrt.building import job, product
+from tests.engines.tensorrt.jetson_device import Device, prepare
 from tests.engines.tensorrt.run import host_tensorrt
 from tests.engines.tensorrt.run.engine_folders import CAPABILITY, STAGES, TARGET, VERSION, machine_with_gpu, new_process
 from tests.plans import tiny_plan
 
-BUILD = ("--target", TARGET, "--plugins", "none", "--json")
-
-
 @pytest.fixture(scope="module")
 def prepared(tiny_bundle: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle with the kit that a machine without TensorRT writes."""
-    root = tmp_path_factory.mktemp("host") / "bundle"
-    shutil.copytree(tiny_bundle(tiny_plan(*STAGES)).root, root)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(installed, "is_installed", lambda flavour: False)
-        patch.setattr("btp_export.engine_inputs.record_calibration", None)
-        assert main(["build", str(root), *BUILD]) == 0
-    return root
-
-
-class Device:
-    """The Jetson: a copy of the bundle, trtexec on PATH, the module `tensorrt` for this process and its children."""
-
-    def __init__(self, prepared: Path, folder: Path, patch: pytest.MonkeyPatch, capture: Any) -> None:
-        self.root, self.capture = folder / "copy", capture
-        shutil.copytree(prepared, self.root)
-        self.engines = self.root / "engines" / TARGET
-        tool = folder / "bin"
-        tool.mkdir()
-        options = (Path(trtexec_files.__file__).parent / "trtexec" / "10.3.txt").read_text().split()
-        self.plan = tool / "plan.json"
-        self.settings: dict[str, Any] = {"version": [10, 3], "options": options, "fail": "", "root": str(self.engines)}
-        self.settings["engine"] = {"version": VERSION, "capability": CAPABILITY, "capturable": True}
-        self.plan.write_text(json.dumps(self.settings))
-        trtexec_files.put_program(tool)
-        patch.setenv("PATH", f"{tool}{os.pathsep}{os.environ['PATH']}")
-        patch.setenv("PYTHONPATH", str(Path(trtexec_files.__file__).parent / "standin"))
-        patch.setattr("platform.machine", lambda: "aarch64")
-        patch.setattr(installed, "is_installed", lambda flavour: flavour == "tensorrt")
-        patch.setattr(installed, "gpu_capability", lambda: CAPABILITY)
-        patch.setattr("btp_export.engine_inputs.record_calibration", None)
-        machine_with_gpu(patch)
-        new_process(patch)
-
-    def build_sh(self, *graphs: str) -> str:
-        done = subprocess.run(
-            [self.engines / "build.sh", *graphs], capture_output=True, text=True, check=False, timeout=60
-        )
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    def build(self, *more: str, code: int = 0) -> Any:
-        assert main(["build", str(self.root), *BUILD, *more]) == code
-        return json.loads(self.capture.readouterr().out)
-
-    def record(self) -> EnginesRecord:
-        return EnginesRecord.load(self.engines)
+    return prepare(tiny_bundle(tiny_plan(*STAGES)), tmp_path_factory.mktemp("host") / "bundle")
 
 
 @pytest.fixture

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 
 from engines.tensorrt.build.job import Built, Job
-from engines.tensorrt.build.layers import described_layers
 from engines.tensorrt.build.worker import build_in_child
 from graphs.records.errors import BtpError, CheckError, InputError, UnavailableError
 from tests.engines.native import builds
@@ -176,9 +175,3 @@ def _runs(pid: int) -> bool:
     except OSError:
         return False
     return re.search(r"^State:\s+Z", status, re.MULTILINE) is None
-
-
-def test_layers_of_the_engine_inspector() -> None:
-    """Both forms of its JSON: detailed, and names alone."""
-    text = '{"Layers": [{"Name": "a", "LayerType": "PluginV3", "Inputs": []}, "b"], "Bindings": ["x"]}'
-    assert described_layers(text) == [("a", "PluginV3"), ("b", "unknown")]
