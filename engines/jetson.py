@@ -4,7 +4,6 @@ Everything is read from files that need no rights: /proc/device-tree, /etc/nv_te
 keeps. `root` is where they are, so that tests and images of boards can be read too.
 """
 
-import json
 import re
 import sys
 from pathlib import Path
@@ -12,6 +11,8 @@ from typing import Final
 
 from engines.targets import board_of
 from graphs.files.memory import available_memory
+from graphs.records.errors import InputError
+from graphs.records.reading import read_json
 from graphs.records.record import Record
 
 SOC: Final = {"tegra234": "8.7", "tegra264": "11.0"}  # in /proc/device-tree/compatible -> compute capability
@@ -113,9 +114,8 @@ def _l4t(root: Path) -> str:
 
 def _cuda(root: Path) -> str:
     try:
-        versions = json.loads((root / "usr/local/cuda/version.json").read_text(encoding="utf-8"))
-        return str(versions["cuda"]["version"])
-    except (OSError, ValueError, KeyError, TypeError):
+        return str(read_json(root / "usr/local/cuda/version.json")["cuda"]["version"])
+    except (InputError, LookupError, TypeError):
         return ""
 
 

@@ -123,7 +123,7 @@ def show_built(result: "BuildResult") -> Any:
     rows = [
         [
             f"{kind}{entry.name}" + (f" {entry.profile}" if several else ""),
-            entry.state,
+            entry.state if entry.made_by == "build" else f"{entry.state}, by {entry.made_by}",
             _size(entry.size or 0),
             f"{entry.seconds or 0.0:.1f} s",
             "unknown" if entry.peak_memory_bytes is None else _size(entry.peak_memory_bytes),

@@ -26,7 +26,7 @@ from graphs.files.bundle import Bundle
 from graphs.records.errors import InputError
 from graphs.records.plan import PruningPlan
 from graphs.records.progress import Report
-from graphs.records.reading import parse_json, read_file
+from graphs.records.reading import UnreadableError, parse_json, read_file, read_json
 from graphs.records.record import parse_record
 from graphs.records.shapes import ShapeProfile
 
@@ -122,10 +122,10 @@ def _findings(sources: Mapping[str, Source], profile: ShapeProfile) -> Iterator[
 def _exported_findings(path: Path, graph: EngineGraph) -> tuple[str, ...]:
     """Of an engine that build.sh made: whether anything but products reads its weight inputs, and large copies."""
     try:
-        layers = described_layers(json.loads(path.read_text(encoding="utf-8")))
-    except OSError:
+        layers = described_layers(read_json(path))
+    except UnreadableError:
         return ()
-    except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
+    except (InputError, TypeError, LookupError, AttributeError):
         return (f"{path.name} is cut off or damaged",)
     weights: dict[str, tuple[str, ...]] = {weight.name: () for weight in graph.weight_inputs}
     return findings(layers, Expected(weights=weights, scratch=graph.estimate.activation_bytes), None)

@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any, Final
 
-from engines.runners import Dtype, cuda
+from engines.runners import cuda
+from engines.runners.interface import Dtype
 from graphs.files.atomic import size_text
 from graphs.records.errors import UnavailableError
 

@@ -84,6 +84,7 @@ class EngineState(Record):
     peak_memory_bytes: int | None = None
     layers: int | None = None
     plugin_layers: int | None = None
+    made_by: Literal["build", "build.sh"] | None = None
     findings: tuple[str, ...] = ()  # in what its layers differ from what the graph was prepared for
 
 
@@ -123,5 +124,6 @@ def _state(graph: EngineGraph, built: tuple[str, ...], place: str) -> EngineStat
         peak_memory_bytes=engine.peak_memory_bytes,
         layers=len(engine.layers),
         plugin_layers=sum(layer.plugin is not None for layer in engine.layers),
+        made_by=engine.made_by,
         findings=engine.findings,
     )

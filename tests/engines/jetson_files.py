@@ -14,6 +14,8 @@ ORIN_NX: Final = {
     f"{TREE}/model": "NVIDIA Jetson Orin NX Engineering Reference Developer Kit\0",
     f"{TREE}/compatible": "nvidia,p3768-0000+p3767-0000\0nvidia,p3767-0000\0nvidia,tegra234\0",
     "etc/nv_tegra_release": RELEASE.format(major=36, revision="4.3"),
+    "var/lib/nvpmodel/status": "pmode:0003 fmode:quiet\n",
+    "etc/nvpmodel.conf": "< POWER_MODEL ID=0 NAME=MAXN >\n< POWER_MODEL ID=3 NAME=25W >\n",
     "proc/meminfo": "MemTotal:          15655 kB\nMemFree:            1000 kB\nMemAvailable:      12000 kB\n",
     f"{GPU}/cur_freq": "918000000\n",
     f"{GPU}/max_freq": "918000000\n",

@@ -14,6 +14,7 @@ from engines.tensorrt.build.machine import Plugins
 from engines.tensorrt.build.target_folder import Part
 from engines.tensorrt.build.worker import build_in_child
 from engines.tensorrt.installed import Library
+from engines.tensorrt.prepare.expected import expected
 from engines.tensorrt.records import (
     SCRIPTED_SUFFIX,
     BuiltEngine,
@@ -110,7 +111,7 @@ def check_job(part: Part, number: int, plugins: Plugins, library: Library) -> Jo
         inputs=(*graph.inputs, *map(plain, graph.weight_inputs)),
         outputs=graph.outputs,
         custom_nodes=graph.custom_nodes,
-        expected=graph.expected(part.plan.estimates[number].activation_bytes),
+        expected=expected(graph, part.plan.estimates[number].activation_bytes),
         there=True,
     )
 

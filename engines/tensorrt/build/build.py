@@ -38,6 +38,7 @@ from engines.tensorrt.build.target_folder import (
     write_kit,
 )
 from engines.tensorrt.summaries import BuiltEngines, engine_states
+from engines.tensorrt.prepare.expected import expected
 from engines.tensorrt.records import (
     UNPRUNED,
     BuiltEngine,
@@ -218,7 +219,7 @@ def _build_one(
         inputs=(*graph.inputs, *map(plain, graph.weight_inputs)),
         outputs=graph.outputs,
         custom_nodes=prepared.custom_nodes,
-        expected=prepared.expected(part.plan.estimates[number].activation_bytes),
+        expected=expected(prepared, part.plan.estimates[number].activation_bytes),
     )
     built = build_in_child(job, scratch.resolve(), log, progress)
     require_file(scratch / file, built.size)

@@ -1,6 +1,5 @@
 """The layers of a built engine: read from the engine where its GPU is here, else from the build's log."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -13,6 +12,7 @@ from engines.tensorrt.messages import Messages
 from engines.tensorrt.records import EngineLayer
 from graphs import dtypes
 from graphs.records.manifest import TensorRecord
+from graphs.records.reading import parse_json
 
 
 @dataclass(frozen=True)
@@ -67,4 +67,4 @@ def _deserialized(trt: Any, engine: Any, log: Messages, job: Job) -> tuple[list[
     require_tensors(f"{job.graph}: inputs of the engine", job.inputs, tensors[trt.TensorIOMode.INPUT])
     require_tensors(f"{job.graph}: outputs of the engine", job.outputs, tensors[trt.TensorIOMode.OUTPUT])
     text = loaded.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
-    return described_layers(json.loads(text)), int(loaded.device_memory_size_v2)
+    return described_layers(parse_json(text)), int(loaded.device_memory_size_v2)

@@ -34,8 +34,8 @@ from graphs.files.atomic import existing_parent, link_or_copy, move, sha256, sta
 from graphs.files.folders import recover
 
 SCRATCH: Final = ".building-"  # prefix of the folder in which an engine is made
-# What the kit writes; anything else in the folder, engines apart, is a measurement, a log or the user's own.
 SET_ASIDE: Final = "set-aside"
+# What the kit writes; anything else in the folder, engines apart, is a measurement, a log or the user's own.
 WRITTEN: Final = {"graphs", "inputs", "plugins", "build.sh", "profile.sh", "weights.sh", "README.md", UNPRUNED}
 
 
@@ -67,7 +67,7 @@ class Part:
 
     def is_ours(self, path: Path) -> bool:
         """Whether an engine in the folder is one that a build made, as it was made."""
-        return path.name in self.made and sha256(path) == self.made[path.name]
+        return _is_made(path, self.made)
 
     @property
     def pending(self) -> list[int]:
@@ -90,6 +90,10 @@ def survey_parts(
         current = old is not None and is_current(old, of_plan, digests, place)
         parts.append(Part(of_plan, place, kept, current, frozenset(skip), _made(there)))
     return parts
+
+
+def _is_made(path: Path, made: Mapping[str, str]) -> bool:
+    return path.name in made and sha256(path) == made[path.name]
 
 
 def _made(record: EnginesRecord | None) -> dict[str, str]:
@@ -136,6 +140,8 @@ def write_kit(parts: Sequence[Part], recorder: Recorder | None, say: Note, *, ca
                 _carry_library(part.folder, place)
                 if carry:
                     _carry(part.folder, place)
+        if plan.unpruned is None:
+            _keep_unpruned(folder / UNPRUNED, root)
 
 
 def settle(part: Part, plugins: Plugins | None) -> EnginesRecord:
@@ -155,18 +161,20 @@ def settle(part: Part, plugins: Plugins | None) -> EnginesRecord:
     return record
 
 
-def set_aside(path: Path) -> Path | None:
-    """Move an engine that is not ours out of the way, with what build.sh says of it; where it is now, None if none."""
-    if not path.exists():
-        return None
-    folder = path.parent / SET_ASIDE
+def set_aside(path: Path) -> None:
+    """Move an engine that is not ours, if there is one, out of the way, with what build.sh says of it."""
+    if path.exists():
+        for source, target in _aside(path, path.parent, path.stem):
+            move(source, target)
+
+
+def _aside(path: Path, root: Path, stem: str) -> list[tuple[Path, Path]]:
+    """An engine and its record, and free names for both in the folder of what is set aside below `root`."""
+    folder = root / SET_ASIDE
     folder.mkdir(exist_ok=True)
-    number = next(number for number in itertools.count(1) if not (folder / f"{path.stem}.{number}.engine").exists())
-    for suffix in ("", SCRIPTED_SUFFIX):
-        source = path.with_name(path.name + suffix)
-        if source.exists():
-            move(source, folder / f"{path.stem}.{number}.engine{suffix}")
-    return folder / f"{path.stem}.{number}.engine"
+    number = next(number for number in itertools.count(1) if not (folder / f"{stem}.{number}.engine").exists())
+    pairs = [(path.with_name(path.name + end), folder / f"{stem}.{number}.engine{end}") for end in ("", SCRIPTED_SUFFIX)]
+    return [(source, target) for source, target in pairs if source.is_file()]
 
 
 def _name_engines(part: Part, record: EnginesRecord) -> EnginesRecord:
@@ -187,6 +195,15 @@ def _carry_engines(part: Part, root: Path) -> None:
             link_or_copy(path, root / path.name)
     if (part.folder / SET_ASIDE).is_dir():
         shutil.copytree(part.folder / SET_ASIDE, root / SET_ASIDE, copy_function=_linked, symlinks=True)
+
+
+def _keep_unpruned(folder: Path, root: Path) -> None:
+    """Engines without pruning that are not ours, where the new kit has none: they are set aside."""
+    made = _made(earlier(folder))
+    for path in folder.glob("*.engine"):
+        if not path.is_symlink() and not _is_made(path, made):
+            for source, target in _aside(path, root, f"{UNPRUNED}.{path.stem}"):
+                link_or_copy(source, target)
 
 
 def _carry_library(folder: Path, root: Path) -> None:

@@ -255,7 +255,7 @@ mv libbtp_trt_dynamic.so.partial libbtp_trt_dynamic.so
 _README = """\
 Engines for {title} (sm_{sm}), TensorRT {version}; graphs prepared by `btp-export build`, weights {weights}, {assemble}.
 1. Copy this folder to the device as it is (`rsync -aH`); no Python is needed there.
-2. `./build.sh` makes the engines{plugins}; logs are in logs/.
+2. `./build.sh` makes the engines{plugins}; logs are in logs/. `btp-export build` there takes them over.
 3. `./profile.sh` measures them into profile/; set power mode and clocks first (nvpmodel, jetson_clocks).
 4. Copy profile/ back and look at it: `btp-export profile BUNDLE --target {target} --from DIR`. Not yet run on a device.
 """

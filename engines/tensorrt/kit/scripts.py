@@ -320,6 +320,16 @@ words() {{
     {{ tr '\\0\\n' '  ' < "$ROOT$1"; }} 2> /dev/null || true
 }}
 
+# mode: the power mode, asked of nvpmodel or read from its files, which need no rights.
+mode() {{
+    local number modes=$ROOT/etc/nvpmodel.conf
+    if nvpmodel -q 2> /dev/null | tr '\\n' ' ' | grep .; then return; fi
+    number=$(words /var/lib/nvpmodel/status | sed -n 's/.*pmode:0*\\([0-9][0-9]*\\).*/\\1/p')
+    [ -z "$number" ] ||
+        sed -n "s/.*POWER_MODEL ID=$number NAME=\\([^ >]*\\).*/NV Power Mode: \\1/p" "$modes" 2> /dev/null ||
+            echo "$number"
+}}
+
 ROOT=${{BTP_ROOT:-}} # where /proc, /sys and /etc are
 GPU= sampler=
 for folder in "$ROOT"/sys/class/devfreq/*gpu* "$ROOT"/sys/class/devfreq/*ga10b*; do
@@ -339,7 +349,7 @@ mkdir -p profile
     echo "l4t: $(words /etc/nv_tegra_release | sed 's/, GCID.*//')"
     [ -z "$GPU" ] || echo "gpu_clock_max_hz: $(words "${{GPU#"$ROOT"}}/max_freq")"
     echo "memory_clock_hz: $(words /sys/kernel/debug/bpmp/debug/clk/emc/rate)"
-    echo "nvpmodel: $(nvpmodel -q 2> /dev/null | tr '\\n' ' ' || true)"
+    echo "nvpmodel: $(mode)"
     echo "jetson_clocks: $(jetson_clocks --show 2> /dev/null | tr '\\n' ' ' || true)"
     fields=name,driver_version,clocks.sm,clocks.mem,power.limit
     echo "nvidia_smi: $(nvidia-smi --query-gpu=$fields --format=csv,noheader 2> /dev/null || true)"

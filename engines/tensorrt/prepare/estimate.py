@@ -123,7 +123,7 @@ def _peak_activations(nodes: Sequence[ir.Node], by_plugin: Container[str]) -> in
 
 
 def _in_kernel(node: ir.Node, value: ir.Value) -> bool:
-    """Whether a product's kernel takes the value in: a cast or unpacked constant, or the sum that the cast behind reads."""
+    """Whether a product's kernel takes the value in: a cast, an unpacked constant, or the sum before a cast."""
     return node.op_type == UNPACKED or is_widening(node) or any(is_narrowing(user) for user in value.consumers())
 
 

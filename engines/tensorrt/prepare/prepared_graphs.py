@@ -28,10 +28,10 @@ import numpy as np
 import onnx_ir as ir
 from onnx import FunctionProto
 
-from engines.tensorrt.prepare.accumulate import BEHIND, accumulate_in_float32, is_narrowing, is_widening
+from engines.tensorrt.prepare.accumulate import accumulate_in_float32
 from engines.tensorrt.prepare.four_bits import bake_packed, share_packed, source_of
 from engines.tensorrt.prepare.opset18 import lower_to_primitives
-from engines.tensorrt.records import Accumulate, Assemble, EngineWeights, Expected, WeightInput, WeightSource
+from engines.tensorrt.records import Accumulate, Assemble, EngineWeights, WeightInput, WeightSource
 from engines.tensorrt.versions import Traits
 from graphs import dtypes, names, ops
 from graphs.building.decoder_graphs import build_decoder_graphs
@@ -91,27 +91,6 @@ class PreparedGraph:
             for node in self.model.graph
             if node.domain == BTP_DOMAIN and (node.domain, node.op_type) not in has_body
         }
-
-    def expected(self, scratch: int) -> Expected:
-        """What the layers of its engine are checked for; `scratch`: bytes to compute in, as estimated."""
-        readers: dict[str, list[str]] = {weight.name: [] for weight in self.weight_inputs}
-        attentions, widened = [], []
-        for node in self.model.graph:
-            for value in node.inputs:
-                while value is not None and (producer := value.producer()) is not None and is_widening(producer):
-                    value = producer.inputs[0]
-                if value is not None and value.name in readers:
-                    readers[str(value.name)].append(str(node.name))
-            if node.op_type == "Attention" and dtype_of(node.outputs[0]) != ir.DataType.FLOAT:
-                attentions.append(str(node.name))
-            if is_narrowing(node):
-                widened.append(str(node.name).removesuffix(BEHIND))
-        return Expected(
-            weights={name: tuple(nodes) for name, nodes in readers.items()},
-            widened=tuple(widened),
-            attentions=tuple(attentions),
-            scratch=scratch,
-        )
 
     def serialize(self) -> bytes:
         """The .onnx file's bytes; the same graph gives the same bytes."""

@@ -184,6 +184,7 @@ def test_the_script_records_the_board_and_its_clocks(
     assert "p3767-0000" in system["module"] and system["l4t"] == "# R36 (release), REVISION: 4.3"
     assert (system["memory"], system["gpu_clock_max_hz"], system["sms"]) == ("15655 kB", "918000000", "8")
     assert (found.roofline.device, found.roofline.gpu_clock_hz) == ("Jetson Orin NX 16 GB", 918e6)
+    assert system["nvpmodel"] == "NV Power Mode: 25W"
 
 
 def test_totals_speedup_and_break_even(bundle: Bundle) -> None:

@@ -12,9 +12,13 @@ import pytest
 
 from btp_export.cli import main
 from engines.tensorrt import installed
+from engines.tensorrt.build import adopt, builder
+from engines.tensorrt.installed import Library
 from engines.tensorrt.records import EnginesRecord
 from graphs.files.bundle import Bundle
+from tests.engines.runners.host_cuda import HostCuda
 from tests.engines.tensorrt import trtexec_files
+from tests.engines.tensorrt.run import host_tensorrt
 from tests.engines.tensorrt.run.engine_folders import CAPABILITY, TARGET, VERSION, machine_with_gpu, new_process
 
 BUILD = ("--target", TARGET, "--plugins", "none")
@@ -71,6 +75,12 @@ class Device:
     def build(self, *more: str, code: int = 0) -> Any:
         assert main(["build", str(self.root), *BUILD, "--json", *more]) == code
         return json.loads(self.capture.readouterr().out)
+
+    def check_here(self, patch: pytest.MonkeyPatch) -> None:
+        """Engines of build.sh are checked in this process: a child for each takes seconds."""
+        module = host_tensorrt.module(HostCuda(), VERSION)
+        patch.setattr(builder, "load", lambda flavour: Library(flavour, VERSION, module))
+        patch.setattr(adopt, "build_in_child", lambda job, scratch, log, report: builder.check_engine(job))
 
     def record(self) -> EnginesRecord:
         return EnginesRecord.load(self.engines)

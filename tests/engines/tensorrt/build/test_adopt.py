@@ -33,6 +33,13 @@ def prepared(tiny_bundle: Any, tmp_path_factory: pytest.TempPathFactory) -> Path
     return prepare(tiny_bundle(tiny_plan(*STAGES)), tmp_path_factory.mktemp("host") / "bundle")
 
 
+@pytest.fixture(scope="module")
+def prepared_whole(tiny_bundle: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same as two engines."""
+    root = tmp_path_factory.mktemp("host") / "bundle"
+    return prepare(tiny_bundle(tiny_plan(*STAGES)), root, "--assemble", "whole")
+
+
 @pytest.fixture
 def device(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> Device:
     return Device(prepared, tmp_path, monkeypatch, capsys)
@@ -44,8 +51,14 @@ def answer(root: Path, picture: Path, capture: Any, *more: str) -> Any:
 
 
 def test_from_here_to_an_answer_there(
-    device: Device, prepared: Path, tmp_path: Path, pictures: list[Image.Image], capsys: pytest.CaptureFixture[str]
+    prepared_whole: Path,
+    tmp_path: Path,
+    pictures: list[Image.Image],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    """Engines are loaded in child processes, as on the device; two, so that it takes no longer than it must."""
+    device = Device(prepared_whole, tmp_path, monkeypatch, capsys)
     picture = tmp_path / "a.png"
     pictures[0].save(picture)
     device.build_sh()
@@ -53,7 +66,7 @@ def test_from_here_to_an_answer_there(
     assert main(command) == 2
     assert "by build.sh is not taken over yet" in (said := capsys.readouterr().err) and "btp-export build" in said
     before = {path.name: path.read_bytes() for path in device.engines.glob("*.engine")}
-    result = device.build()
+    result = device.build("--assemble", "whole")
     assert result["built"] == [] and sorted(result["kept"]) == sorted(before)
     for graph in device.record().graphs:
         assert graph.engine is not None and graph.engine.made_by == "build.sh"
@@ -61,9 +74,9 @@ def test_from_here_to_an_answer_there(
         assert f"--onnx={graph.onnx.file}" in graph.engine.options and "--stronglyTyped" in graph.engine.options
         assert "--noTF32" in graph.engine.options  # a float32 bundle
     assert {path.name: path.read_bytes() for path in device.engines.glob("*.engine")} == before
-    here, there = answer(prepared, picture, capsys), answer(device.root, picture, capsys, "--target", TARGET)
+    here, there = answer(prepared_whole, picture, capsys), answer(device.root, picture, capsys, "--target", TARGET)
     assert (here["text"], here["token_ids"]) == (there["text"], there["token_ids"])
-    assert device.build()["kept"] == result["kept"]
+    assert device.build("--assemble", "whole")["kept"] == result["kept"]
     assert device.build_sh().count("up to date") == len(before)
 
 
@@ -129,6 +142,7 @@ def test_what_does_not_fit_is_not_taken_and_not_deleted(device: Device, monkeypa
         return Built(size=size, layers=(), **said)  # type: ignore[arg-type]
 
     monkeypatch.setattr("engines.tensorrt.build.build.build_in_child", build_in_child)
+    device.check_here(monkeypatch)
     result = device.build()
     assert built == list(there) and result["kept"] == []
     for name, (_, message) in WRONG.items():
@@ -146,7 +160,13 @@ def test_a_machine_without_tensorrt_leaves_them(device: Device, monkeypatch: pyt
     monkeypatch.setattr(installed, "is_installed", lambda flavour: False)
     result = device.build()
     assert any(note.startswith("decode.engine, head.engine: not made here") for note in result["notes"])
+    unpruned = device.engines / "unpruned"  # of a kit before, built by a script there
+    unpruned.mkdir()
+    for name in ("head.engine", "head.engine.json"):
+        shutil.copy(device.engines / name, unpruned / name)
     result = device.build("--engine-weights", "baked")  # another kit
+    aside = sorted(path.name for path in (device.engines / "set-aside").iterdir())
+    assert aside == ["unpruned.head.1.engine", "unpruned.head.1.engine.json"]
     assert (device.engines / "head.engine").is_file() and (device.engines / "head.engine.json").is_file()
     assert device.record().weights == "baked"
 

@@ -17,6 +17,7 @@ from engines.tensorrt.build.layer_checks import (
     moves_only,
 )
 from engines.tensorrt.build.worker import build_in_child
+from engines.tensorrt.prepare.expected import expected as of_graph
 from engines.tensorrt.prepare.prepared_graphs import Choices, prepare
 from engines.tensorrt.records import Expected
 from graphs.files.bundle import Bundle
@@ -135,7 +136,7 @@ def test_products_that_add_up_in_float32_are_one_kernel(weights: Any, tiny_bundl
     for accumulate in ("native", "float32"):
         choices = Choices(23, weights=weights, plugins=False, accumulate=accumulate)  # type: ignore[arg-type]
         graph = next(graph for graph in prepare(bundle, choices) if graph.name == "prefill_0")
-        wanted = graph.expected(MIB)
+        wanted = of_graph(graph, MIB)
         assert len(wanted.widened) == (0 if accumulate == "native" else 4 * 6 if weights == "shared" else 7 * 6)
         assert len(wanted.attentions) == 6 and all(wanted.weights.values())
         path = bundle.root / "graphs" / f".{weights}.{accumulate}.onnx"
