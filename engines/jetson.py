@@ -12,7 +12,7 @@ from typing import Final
 from engines.targets import board_of
 from graphs.files.memory import available_memory
 from graphs.records.errors import InputError
-from graphs.records.reading import read_json
+from graphs.records.reading import read_file, read_json
 from graphs.records.record import Record
 
 SOC: Final = {"tegra234": "8.7", "tegra264": "11.0"}  # in /proc/device-tree/compatible -> compute capability
@@ -149,8 +149,8 @@ def _number(path: Path) -> int | None:
 def _words(path: Path) -> str:
     """A file's text on one line; "" where it cannot be read. The device tree ends its words with zeros."""
     try:
-        return " ".join(path.read_bytes().decode("utf-8", errors="replace").replace("\0", " ").split())
-    except OSError:
+        return " ".join(read_file(path).decode("utf-8", errors="replace").replace("\0", " ").split())
+    except InputError:
         return ""
 
 

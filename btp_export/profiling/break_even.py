@@ -1,8 +1,8 @@
 """From how many image tokens pruning pays on a device, from measured parts.
 
-The time of one decoder layer on S tokens is tau(S) = max(w, a + b S), fitted over the measured segments (layer_fit.py; the
-unpruned one among them if it was measured), each divided by its layers. With V image tokens among S0 others, of which
-segment i sees the share r_i, pruning saves
+The time of one decoder layer on S tokens is tau(S) = max(w, a + b S), fitted over the measured segments (layer_fit.py;
+the unpruned one among them if it was measured), each divided by its layers. With V image tokens among S0 others, of
+which segment i sees the share r_i, pruning saves
 
     saved(V) = sum_i layers_i (tau(S0 + V) - tau(S0 + r_i V))
 

@@ -1,10 +1,10 @@
 """The time of one decoder layer on S tokens as a device behaves: tau(S) = max(w, a + b S).
 
-Few tokens take w whatever their number: the layer's weights must be read. From the corner (w - a) / b on the time grows
-with the tokens: operations count, and a is what does not depend on them, 0 on an ideal device. Each side is fitted by
-least squares of the relative errors. Which sizes are on the flat side is known (a device's limits tell what memory
-bounds), or found where the whole fits best. Sides that were not measured stay open: noise of a few percent must not make a
-corner, so both sides are only taken where one alone fits clearly worse.
+Few tokens take w whatever their number: the layer's weights must be read. From the corner (w - a) / b on the time
+grows with the tokens: operations count, and a is what does not depend on them, 0 on an ideal device. Each side is
+fitted by least squares of the relative errors. Which sizes are on the flat side is known (a device's limits tell what
+memory bounds), or found where the whole fits best. Sides that were not measured stay open: noise of a few percent must
+not make a corner, so both sides are only taken where one alone fits clearly worse.
 """
 
 from collections.abc import Collection, Sequence

@@ -14,6 +14,8 @@ from typing import Final
 from btp_export.results.profile import DeviceLimits
 from engines.targets import Target, board_of
 from graphs.dtypes import Precision
+from graphs.records.errors import InputError
+from graphs.records.reading import read_text
 
 CLOCK: Final = ".clock"  # behind an engine's name: Hz
 UNSTEADY_CLOCK: Final = 0.02  # spread of the clocks of a profile above which it is said
@@ -57,8 +59,8 @@ def measured_board(target: Target, system: Mapping[str, str]) -> Target | None:
 def read_clock(path: Path) -> float | None:
     """The clock in a `<engine>.clock` file; None where there is none."""
     try:
-        return _number(path.read_text(encoding="ascii"))
-    except (OSError, UnicodeDecodeError):
+        return _number(read_text(path))
+    except InputError:
         return None
 
 

@@ -100,7 +100,7 @@ def _document(sources: Mapping[str, Source], device: Target, profile: ShapeProfi
         totals=totals(pruned),
         unpruned=None if full is None else UnprunedProfile(parts=tuple(full), totals=totals(full)),
         speedup=speedup(pruned, full),
-        break_even=break_even_of(sources[""].plan, profile, pruned, full, limits.bandwidth_bytes),
+        break_even=break_even_of(sources[""].plan, profile, pruned, full),
         compare=None,
         notes=(),
     )

@@ -102,7 +102,7 @@ def break_even_line(profile: Profile) -> str:
 def layer_line(profile: Profile) -> str:
     """How the time of a layer goes with its tokens, "" where it was not measured."""
     even = profile.break_even
-    flat = None if even.flat_ms_per_layer is None else f"{even.flat_ms_per_layer:.3g} ms"
+    flat = None if even.floor_ms_per_layer is None else f"{even.floor_ms_per_layer:.3g} ms"
     slope = None if even.ms_per_token_and_layer is None else f"{even.ms_per_token_and_layer * 1000:.3g} us a token"
     if flat and slope and even.corner_tokens is not None:
         return f"a layer takes {flat} up to about {even.corner_tokens:.0f} tokens, then {slope}"

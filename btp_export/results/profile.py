@@ -94,7 +94,7 @@ class Speedup(Record):
 class BreakEven(Record):
     """From how many image tokens pruning pays; `reason` where that cannot be stated.
 
-    A layer takes `floor_ms_per_layer` up to `corner_tokens` and `ms_per_token_and_layer` for each token beyond them; null
+    A layer takes `floor_ms_per_layer` up to `corner_tokens`, `ms_per_token_and_layer` for each token beyond them; null
     on a side that was not measured.
     """
 

@@ -25,6 +25,7 @@ from engines.tensorrt.records import (
 from graphs.files.atomic import sha256
 from graphs.records.errors import BtpError, CheckError, InputError
 from graphs.records.manifest import TensorRecord
+from graphs.records.reading import read_file
 from graphs.records.record import parse_record
 
 LOGS: Final = "logs"
@@ -89,7 +90,7 @@ def _scripted(folder: Path, file: str) -> ScriptedEngine:
     path = folder / f"{file}{SCRIPTED_SUFFIX}"
     if not path.is_file():
         raise InputError(f"build.sh wrote no {path.name}")
-    known = parse_record(ScriptedEngine, path.read_bytes(), source=path.name, noun="record of an engine")
+    known = parse_record(ScriptedEngine, read_file(path), source=path.name, noun="record of an engine")
     if known.engine != file:
         raise CheckError(f"{path.name} speaks of {known.engine}", file, "./build.sh again")
     return known

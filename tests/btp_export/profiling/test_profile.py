@@ -206,7 +206,7 @@ def test_totals_speedup_and_break_even(bundle: Bundle) -> None:
         return sum(layer_ms(others + tokens) - layer_ms(others + count) for count in kept)
 
     assert even.ms_per_token_and_layer == pytest.approx(SLOPE, rel=0.03)
-    assert even.flat_ms_per_layer == pytest.approx(FLAT, rel=0.03)
+    assert even.floor_ms_per_layer == pytest.approx(FLAT, rel=0.03)
     assert even.image_tokens == pytest.approx(
         next(tokens for tokens in range(1, 10_000) if saved_with(tokens) >= select), abs=2
     )
