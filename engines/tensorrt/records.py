@@ -89,6 +89,10 @@ class Estimate(Record):
     build_peak_bytes: Bytes  # memory of the building process
 
 
+# Behind the name of a product: the casts of its operands, with a number each, and the cast of its result.
+BEFORE, BEHIND = "/float32", "/float16"
+
+
 class Expected(Record):
     """What a prepared graph is to become in an engine (build/layer_checks.py).
 

@@ -16,8 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from engines.tensorrt.prepare.accumulate import BEFORE, BEHIND
-from engines.tensorrt.records import Expected
+from engines.tensorrt.records import BEFORE, BEHIND, Expected
 from graphs.files.atomic import size_text
 
 LARGE: Final = 10**6  # bytes that a layer may move without computing

@@ -14,10 +14,8 @@ from collections.abc import Collection
 
 import onnx_ir as ir
 
+from engines.tensorrt.records import BEFORE, BEHIND
 from graphs.building.graph_builder import dtype_of
-
-# Behind the name of a product: the casts of its operands, with a number each, and the cast of its result.
-BEFORE, BEHIND = "/float32", "/float16"
 
 
 def accumulate_in_float32(model: ir.Model, weights: Collection[str]) -> None:

@@ -2,9 +2,9 @@
 
 import onnx_ir as ir
 
-from engines.tensorrt.prepare.accumulate import BEHIND, is_narrowing, is_widening
+from engines.tensorrt.prepare.accumulate import is_narrowing, is_widening
 from engines.tensorrt.prepare.prepared_graphs import PreparedGraph
-from engines.tensorrt.records import Expected
+from engines.tensorrt.records import BEHIND, Expected
 from graphs.building.graph_builder import dtype_of
 
 

@@ -11,9 +11,10 @@ import onnxruntime
 import pytest
 
 from engines.targets import find_target
-from engines.tensorrt.prepare.accumulate import BEHIND, is_narrowing, is_widening
+from engines.tensorrt.prepare.accumulate import is_narrowing, is_widening
 from engines.tensorrt.prepare.build_plan import Wishes, plan_build
 from engines.tensorrt.prepare.prepared_graphs import Choices, PreparedGraph, prepare
+from engines.tensorrt.records import BEHIND
 from graphs.files.bundle import Bundle
 
 
