@@ -18,6 +18,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from graphs import dtypes, names
 from graphs.files.memory import WIDE_BYTES
+from graphs.records.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,13 @@ def wide_weights(model: onnx.ModelProto) -> int:
 
 
 def _wide(tensor: TensorProto) -> int:
-    kind = dtypes.BY_ONNX[tensor.data_type]
+    kind = dtypes.BY_ONNX.get(tensor.data_type)
+    if kind is None or min(tensor.dims, default=0) < 0:
+        raise InputError(
+            f"the weight {tensor.name} is of type {tensor.data_type} and shape {list(tensor.dims)}",
+            wanted="graphs as exported",
+            do="export the bundle again",
+        )
     return int(prod(tensor.dims)) * (WIDE_BYTES if kind.is_precision else kind.nbytes)
 
 

@@ -62,7 +62,7 @@ def lint(graphs: Sequence[PreparedGraph], traits: Traits, *, folder: Path, plugi
         with refusing_graph(f"the graph {label}"):
             model = ir.serde.serialize_model(graph.model)
             findings += lint_model(model, traits, name=label, folder=folder, plugins=plugins)
-        findings += _weight_inputs(graph, label, folder)
+            findings += _weight_inputs(graph, label, folder)
     return findings
 
 

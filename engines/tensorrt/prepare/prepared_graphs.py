@@ -168,6 +168,8 @@ def _captured(path: Path) -> ir.Model:
     model = read_model(path)
     for value in (*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()):
         require_name(str(value.name), "a tensor", path)
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        tensor(value)  # of a known type and a static shape
     return model
 
 
