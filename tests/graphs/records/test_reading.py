@@ -128,7 +128,7 @@ def test_no_reader_waits_or_reads_for_ever(reader: str, kind: str, tmp_path: Pat
 
 
 @pytest.mark.parametrize("content", ["deep lists", "deep objects", "twice", "5,000 digits", "not UTF-8", "cut off"])
-@pytest.mark.parametrize("reader", set(READERS) - {"system", "samples", "is it a kit"})
+@pytest.mark.parametrize("reader", sorted(set(READERS) - {"system", "samples", "is it a kit"}))
 def test_every_reader_of_json_refuses_it(reader: str, content: str, tmp_path: Path) -> None:
     name, read = READERS[reader]
     (tmp_path / name).write_bytes(BAD[content])
