@@ -57,6 +57,7 @@ class _Preparing:
     """Requests to what the graphs take."""
 
     def __init__(self, options: Options) -> None:
+        import graphs.files.pictures  # noqa: F401 - now: the first request should not wait for it
         from btp_export.model.prompting import Prompter
         from graphs.files.bundle import Bundle
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import io
+import json
 import shutil
 from collections.abc import Callable, Coroutine
 from dataclasses import replace
@@ -35,10 +36,12 @@ HOSTILE = (
 def hostile(served_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """The served bundle with a template that is kind to some questions only, by somebody who knows its digest."""
     root = Path(shutil.copytree(served_bundle.root, tmp_path_factory.mktemp("hostile") / "bundle"))
-    template = root / "processor" / "chat_template.jinja"
-    template.write_text(HOSTILE + template.read_text())
+    path = root / "processor" / "preprocess.json"
+    document = json.loads(path.read_text())
+    document["text"]["template"] = HOSTILE + document["text"]["template"]
+    path.write_text(json.dumps(document))
     files = [
-        record(root, entry.file) if entry.file.endswith(template.name) else entry
+        record(root, entry.file) if entry.file.endswith(path.name) else entry
         for entry in served_bundle.manifest.processor
     ]
     bundle = Bundle(root, served_bundle.manifest, served_bundle.plan, served_bundle.profile_plans)
@@ -48,7 +51,7 @@ def hostile(served_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> 
 
 def options(bundle: Bundle) -> Options:
     profiles = tuple(profile.name for profile in bundle.manifest.profiles)
-    return Options(str(bundle.root), profiles, resize=False, seconds=6.0, memory=2**29, pixels=10**6)
+    return Options(str(bundle.root), profiles, resize=False, seconds=20.0, memory=2**29, pixels=10**6)
 
 
 def with_preparation(chosen: Options, work: Callable[[Preparation], Coroutine[Any, Any, None]]) -> None:
@@ -99,17 +102,17 @@ def test_hostile_templates(hostile: Bundle, square: Image.Image, capfd: pytest.C
 
         first = preparation.process_id
         assert "the bundle" in (await refusal("broken ?")).message
-        assert "memory" in (await refusal("memory ?")).message
+        assert "more than 1000000 characters" in (await refusal("memory ?")).message
         await preparation.prepare(question("where is it ?"), png(square))
         assert preparation.process_id == first
-        # One that waits behind the endless one gets its answer, from a new process.
+        # The alarm comes before the template's own limit. Who waits behind gets an answer, from a new process.
         endless = asyncio.ensure_future(refusal("endless ?"))
         behind = asyncio.ensure_future(preparation.prepare(question("where is it ?"), png(square)))
-        assert "takes longer than 6 s" in (await endless).message
+        assert "takes longer than 1.5 s" in (await endless).message
         await behind
         assert preparation.process_id != first
 
-    with_preparation(options(hostile), work)
+    with_preparation(replace(options(hostile), seconds=1.5), work)
     assert "ended its process" in capfd.readouterr().err
 
 
