@@ -109,4 +109,4 @@ def test_without_the_extra(tmp_path: Path, served_bundle: Bundle) -> None:
         [sys.executable, "-m", "btp_export", "serve", str(served_bundle.root)],
         env=environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
-    assert done.returncode == 3 and 'pip install "btp-export[serve]"' in done.stderr
+    assert done.returncode == 3 and "pip install 'btp-export[serve]'" in done.stderr
