@@ -17,8 +17,10 @@ from engines.tensorrt.prepare.lint import lint
 from engines.tensorrt.prepare.prepared_graphs import Choices, prepare
 from engines.tensorrt.versions import traits
 from engines.verify.streamed_graphs import StreamedRunner
+from graphs.files.bundle_checks import check_graphs
 from graphs.files.onnx_file import read_graph, read_model
 from graphs.records.errors import InputError
+from graphs.records.manifest import GraphRecord, TensorRecord
 
 
 def _graph(name: str = "x") -> onnx.ModelProto:
@@ -103,6 +105,20 @@ def test_more_memory_than_any_machine_has_is_the_graph_s_fault(inside: bool, tmp
     with pytest.raises(InputError, match=r"requested buff|4096\.0 GiB") as caught:
         OrtLoader(custom_ops=None)(tmp_path / "g.onnx").run({})
     assert "close other programs" not in str(caught.value)
+
+
+def test_a_weight_of_an_unknown_type_is_refused_at_opening(tmp_path: Path) -> None:
+    model = _graph()
+    model.graph.initializer[0].data_type = 99
+    content = model.SerializeToString()
+    (tmp_path / "head.onnx").write_bytes(content)
+    tensors = [[TensorRecord(name=name, dtype="float32", shape=(2, 2))] for name in ("x", "y")]
+    record = GraphRecord(
+        file="head.onnx", size=len(content), sha256="0" * 64, name="head", profile="b1", inputs=tuple(tensors[0]),
+        outputs=tuple(tensors[1]), layers=None,
+    )  # fmt: skip
+    with pytest.raises(InputError, match=r"head\.onnx is no readable ONNX graph"):
+        check_graphs(tmp_path, [record], [])
 
 
 @pytest.mark.parametrize("damage", ["cut off", "no protobuf", "a name that is not UTF-8", "an unknown type"])
