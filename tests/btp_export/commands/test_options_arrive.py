@@ -58,6 +58,7 @@ VALUES = {
     "--system": Given("look"), "--mix": Given("scenes=1"), "--answer-tokens": Given("3"), "--kind-bound": Given("2"),
     "--weights": Given("int4", ("--target", "h100")),
     "--unpruned": Given(None, ("--dry-run",)), "--assemble": Given("whole"), "--plugins": Given("none", ("--dry-run",)),
+    "--accumulate": Given("native", ("--dry-run",)),
     "--engine-weights": Given("shared", ("--dry-run",)), "--precision": Given("float16"), "--link": Given("hard"),
     "--importance": Given("mean-text"), "--spatial-metric": Given("manhattan"), "--maths": Given("float16"),
     "--dummy-weights": Given(None, ("--model", "llava-1.5-7b")),
