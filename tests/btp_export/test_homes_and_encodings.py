@@ -108,7 +108,7 @@ def test_text_and_paths_that_are_not_utf_8(
         ([*run, "--prompt", "?", "--system", odd], r"the system message 'caf\udce9' is not UTF-8"),
         (
             ["eval", str(bundle.root), "--data", str(tmp_path / "data.jsonl")],
-            r"data.jsonl line 1: the prompt '\ud800 ?'",
+            r"data.jsonl line 1: not a JSON object: half a character in the text '\ud800 ?'",
         ),
         (["verify", str(tmp_path / odd)], r"caf\xe9 is not UTF-8"),
         (["export", "--model", str(tmp_path / odd), "--plan", "none"], r"caf\xe9 is not UTF-8"),
