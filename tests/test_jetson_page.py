@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from btp_export.cli import main
+from engines.native import libraries
 from graphs.records.plan import Stage
 from tests.engines import jetson_files
 from tests.engines.tensorrt.jetson_device import Device, prepare
@@ -60,6 +61,8 @@ def test_the_page_shows_what_the_stand_ins_print(
     jetson_files.write(tmp_path / "root", jetson_files.AGX_ORIN)
     monkeypatch.setenv("BTP_ROOT", str(tmp_path / "root"))
     monkeypatch.setenv("COLUMNS", "120")
+    (tmp_path / "none").mkdir()
+    monkeypatch.setenv(libraries.VARIABLE, str(tmp_path / "none"))  # what was compiled here is not for an Orin
     device.plan_times({f"{name}.engine": ms for name, ms in TIMES.items()})
     device.check_here(monkeypatch)
     picture = tmp_path / "a.png"
