@@ -12,6 +12,8 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from tests.engines.native import builds
+
 Array = npt.NDArray[Any]
 _POINTER, _SIZE = ctypes.c_void_p, ctypes.c_size_t
 _PLACES: Final = {  # function -> place, types of its arguments
@@ -49,6 +51,12 @@ class _Allocator(ctypes.Structure):
 
 def _store(address: int, value: int) -> None:
     ctypes.c_size_t.from_address(address).value = value
+
+
+@functools.cache
+def gpu_host() -> "GpuHost":
+    """The one host of this process: the library makes its domain of operators once, for the first that asks."""
+    return GpuHost(builds.ort_cuda_library())
 
 
 class GpuHost:

@@ -1,6 +1,5 @@
 """The selection kernel beside its indices (see tests/graphs/ops): waiting, workspace, seeds that are no tokens."""
 
-import functools
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 from graphs.ops import select_tokens
 from graphs.ops.select_tokens.cases import Case, cases
 from tests.engines.native import builds
-from tests.engines.native.ort_host import GpuHost
+from tests.engines.native.ort_host import gpu_host
 from tests.graphs.ops.native_backends import backend
 
 
@@ -56,11 +55,6 @@ def test_coverage_of_more_tokens_than_a_thread_has_room_for_in_its_small_form() 
     np.testing.assert_array_equal(backend("cuda-kernel-emulated").select(inputs, attributes), wanted)
 
 
-@functools.cache
-def host() -> GpuHost:
-    return GpuHost(builds.ort_cuda_library())
-
-
 SMALL = [case for case in cases() if case.scores.shape[1] <= 48]
 
 
@@ -69,16 +63,16 @@ def test_onnx_runtime_on_cuda_equals_the_reference_and_takes_memory_of_its_strea
     """KernelContext_GetAllocator's Alloc carries no stream: two runs at once could be given the same workspace."""
     tensors = {name: torch.from_numpy(array.copy()) for name, array in case.inputs.items()}
     wanted = select_tokens.reference(**tensors, **case.attributes).numpy()
-    np.testing.assert_array_equal(host().select(case.inputs, case.attributes), wanted)
-    assert host().without_stream == 0
-    assert not host().scratch, "all of it was given back"
+    np.testing.assert_array_equal(gpu_host().select(case.inputs, case.attributes), wanted)
+    assert gpu_host().without_stream == 0
+    assert not gpu_host().scratch, "all of it was given back"
 
 
 def test_onnx_runtime_on_cuda_refuses_attributes_in_words() -> None:
     case = next(case for case in SMALL if case.name == "all-picks")
     with pytest.raises(RuntimeError, match='diversity_rule is "nearest", wanted "farthest" or "coverage"'):
-        host().select(case.inputs, case.attributes | {"diversity_rule": "nearest"})
+        gpu_host().select(case.inputs, case.attributes | {"diversity_rule": "nearest"})
     with pytest.raises(RuntimeError, match="weighted is 2, wanted 0 or 1"):
-        host().select(case.inputs, case.attributes | {"weighted": 2})
+        gpu_host().select(case.inputs, case.attributes | {"weighted": 2})
     with pytest.raises(RuntimeError, match="BtpSelectTokens: attribute keep is missing"):
-        host().select(case.inputs, {name: value for name, value in case.attributes.items() if name != "keep"})
+        gpu_host().select(case.inputs, {name: value for name, value in case.attributes.items() if name != "keep"})

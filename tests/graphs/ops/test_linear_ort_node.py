@@ -130,7 +130,7 @@ def test_the_loader_leaves_other_graphs_as_they_are() -> None:
 
 def test_a_damaged_graph_is_refused(tmp_path: Path) -> None:
     (tmp_path / "graph.onnx").write_bytes(b"\xff BtpLinear \xff")
-    with pytest.raises(InputError, match=r"graph\.onnx is no ONNX graph"):
+    with pytest.raises(InputError, match=r"graph\.onnx is no readable ONNX graph"):
         OrtLoader(custom_ops=None)(tmp_path / "graph.onnx")
 
 

@@ -1,6 +1,5 @@
 """BtpLinear: the CUDA kernels (their source, emulated) and the ONNX Runtime operator agree with the reference."""
 
-import functools
 from typing import Any
 
 import numpy as np
@@ -13,8 +12,7 @@ from graphs.ops.common.trt_python import Tensor
 from graphs.ops.linear.cases import Case, cases, make
 from graphs.ops.linear.trt_python import Linear
 from graphs.records.errors import InputError
-from tests.engines.native import builds
-from tests.engines.native.ort_host import GpuHost
+from tests.engines.native.ort_host import gpu_host
 from tests.graphs.ops.agreement import assert_agree
 from tests.graphs.ops.linear_backends import custom_op, emulated, kernels
 from tests.graphs.ops.test_linear import reference
@@ -142,15 +140,10 @@ def test_the_custom_operator_refuses_wrong_shapes(changes: dict[str, Any], messa
         custom_op(Case("wrong", *(given[name] for name in GOOD.inputs), GOOD.attributes))
 
 
-@functools.cache
-def host() -> GpuHost:
-    return GpuHost(builds.ort_cuda_library())
-
-
 @pytest.mark.parametrize("name", ["zeros-and-bias", "bias", "odd-float16", "few-rows-bfloat16", "long-k-rows-float16"])
 def test_onnx_runtime_on_cuda_agrees_and_gives_its_memory_back(name: str) -> None:
     case = CASES[name]
     aligned = {key: np.ascontiguousarray(array) for key, array in case.inputs.items()}
-    assert_agree(host().linear(aligned, case.attributes), reference(case))
-    assert host().without_stream == 0
-    assert not host().scratch, "all of it was given back"
+    assert_agree(gpu_host().linear(aligned, case.attributes), reference(case))
+    assert gpu_host().without_stream == 0
+    assert not gpu_host().scratch, "all of it was given back"
