@@ -147,9 +147,9 @@ def has_class_token(config: dict[str, Any]) -> bool:
     tower = (config.get("vision_config") or {}).get("model_type", "clip_vision_model")
     if not HAS_CLASS_TOKEN.get(tower, False):
         return False
-    features = PatchFeatures(whole_config(config))
-    states = whole_config(config).vision_config.num_hidden_layers + 1
-    return any(layer % states for layer in features.layers)
+    whole = whole_config(config)
+    states = whole.vision_config.num_hidden_layers + 1
+    return any(layer % states for layer in PatchFeatures(whole).layers)
 
 
 def refuse_class_attention(name: str) -> InputError:

@@ -73,9 +73,9 @@ def _run(
     progress: Report | None,
 ) -> list[list[Candidate]]:
     """Every candidate on every input, in as few streamed passes as memory allows."""
-    waiting = iter([candidate for group in groups for candidate in group])
-    parts = passes([candidate.plan for group in groups for candidate in group], inputs, reference.vocab_size)
-    judged: list[Candidate] = []
+    candidates = [candidate for group in groups for candidate in group]
+    parts = passes([candidate.plan for candidate in candidates], inputs, reference.vocab_size)
+    waiting, judged = iter(candidates), []
     for number, plans in enumerate(parts):
         pruned = reference.logits(inputs, plans, progress=part_of(progress, number, len(parts)))
         for first in range(0, len(pruned), len(inputs)):  # now: the logits of one pass are what memory has room for
@@ -88,9 +88,9 @@ def _judged(candidate: Candidate, pruned: Sequence[np.ndarray], logits: Sequence
     changes = [change(full, part) for full, part in zip(logits, pruned, strict=True)]
     return replace(
         candidate,
-        divergence=np.array([change.divergence for change in changes]),
-        agreement=np.array([change.agreement for change in changes]),
-        exact=np.array([float(change.exact) for change in changes]),
+        divergence=np.array([each.divergence for each in changes]),
+        agreement=np.array([each.agreement for each in changes]),
+        exact=np.array([float(each.exact) for each in changes]),
     )
 
 
@@ -103,7 +103,7 @@ def passes(
     hidden = inputs[0].image_features.shape[1]
     text = max(len(sample.input_ids) + len(sample.new_tokens) for sample in inputs) - plans[0].image_tokens
     kept = max((plan.stages[0].keep for plan in plans if plan.stages), default=0)
-    answer = 1 + max(len(one.new_tokens) for one in inputs)
+    answer = 1 + max(len(sample.new_tokens) for sample in inputs)
     each = 4 * len(inputs) * ((text + kept) * hidden * _ROWS_A_TOKEN + answer * vocab_size)
     room = max(1, PASS_BYTES // max(1, each))
     return [plans[first : first + room] for first in range(0, len(plans), room)]

@@ -104,7 +104,7 @@ def _select_graph(
 
 def _class_attention(b: GraphBuilder, plan: PruningPlan, number: int, profile: ShapeProfile) -> ir.Value | None:
     """class_attention [B,V] as an input of stage `number`, if it scores by it."""
-    if plan.stages[number].keep == 0 or plan.importance_of(number) != "vision-cls":
+    if not plan.uses_class_attention(number):
         return None
     return b.input(names.CLASS_ATTENTION, (profile.batch, profile.image_tokens), ir.DataType.FLOAT)
 

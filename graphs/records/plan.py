@@ -166,8 +166,12 @@ class PruningPlan(Record):
 
     @property
     def needs_class_attention(self) -> bool:
-        """Whether a stage scores by the vision tower's class token: the vision graph must give its attention then."""
-        return any(stage.keep > 0 and self.importance_of(n) == "vision-cls" for n, stage in enumerate(self.stages))
+        """Whether any stage scores by the vision tower's class token: the vision graph must give its attention then."""
+        return any(map(self.uses_class_attention, range(len(self.stages))))
+
+    def uses_class_attention(self, stage: int) -> bool:
+        """Whether stage number `stage` scores by it."""
+        return self.stages[stage].keep > 0 and self.importance_of(stage) == "vision-cls"
 
     @property
     def average_tokens(self) -> float:
