@@ -49,9 +49,8 @@ class Cluster:
         except self._ray.exceptions.RayTaskError as error:
             raise error.cause from error
         except self._ray.exceptions.RayError as error:
-            first = (str(error).splitlines() or [type(error).__name__])[0]
             raise UnavailableError(
-                f"the Ray cluster lost a part of the work: {first}",
+                f"the Ray cluster lost a part of the work: {_first_line(error)}",
                 wanted="machines that stay",
                 do="run it again: what is done is kept",
             ) from error
@@ -79,9 +78,8 @@ def connected(address: str | None) -> Iterator[Cluster | None]:
         try:
             ray.init(address=address, log_to_driver=False, configure_logging=False, include_dashboard=False)
         except (ConnectionError, OSError, ValueError, RuntimeError) as error:
-            first = (str(error).splitlines() or [type(error).__name__])[0]
             raise UnavailableError(
-                f"no Ray cluster at {address}: {first}",
+                f"no Ray cluster at {address}: {_first_line(error)}",
                 wanted="the address of one that runs",
                 do="ray start --head starts one; --ray local uses this machine",
             ) from error
@@ -90,3 +88,8 @@ def connected(address: str | None) -> Iterator[Cluster | None]:
     finally:
         if own:
             ray.shutdown()
+
+
+def _first_line(error: Exception) -> str:
+    """Ray's errors go on with its logs."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from graphs.files.packed_weights import QWEIGHT, SCALES
+from graphs.packing import qweight_shape
 from graphs.records.errors import InputError
 from graphs.records.quantization import Quantization
 
@@ -34,7 +35,7 @@ def packed_shapes(shapes: Mapping[str, Shape], group: int) -> dict[str, Shape]:
         (rows, width), module = shape, name.removesuffix(".weight")
         if width % group:
             raise InputError(f"groups of {group}", wanted=f"a size that divides {width}, the rows of {name}", do="32")
-        packed[f"{module}.{QWEIGHT}"] = (rows, width // group, group // 2)
+        packed[f"{module}.{QWEIGHT}"] = qweight_shape(rows, width, group)
         packed[f"{module}.{SCALES}"] = (rows, width // group)
     return packed
 

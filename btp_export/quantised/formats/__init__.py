@@ -9,9 +9,8 @@ import importlib
 import json
 import pkgutil
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn, Protocol, TypeAlias
 
 from graphs.files.checkpoint import PACKED, TensorRef
 from graphs.files.packed_weights import PackedMatrix
@@ -26,12 +25,7 @@ OTHERS = {
 READ = "take one in AWQ (gemm), GPTQ, compressed-tensors (pack-quantized) or ModelOpt W4A16_AWQ, or the 16-bit one"
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What a checkpoint says of its codes. `fields` are the format's own words."""
-
-    fields: Mapping[str, Any]
-    group: int | None = None  # None: each module's shapes say
+Settings: TypeAlias = Mapping[str, Any]  # what a checkpoint says of its codes, in the format's own words
 
 
 class Format(Protocol):

@@ -43,7 +43,7 @@ class Awq:
         require_value({"version": version}, "version", ("gemm",), "AWQ")
         require_value(fields, "bits", (4,), "AWQ")
         require_value(fields, "w_bit", (4,), "AWQ")
-        return Settings(fields)
+        return fields
 
     def shape(self, parts: Mapping[str, TensorRef], settings: Settings) -> tuple[int, int, int]:
         """Of qweight and scales."""

@@ -62,7 +62,7 @@ class CompressedTensors:
             require_value(weights, "type", ("int",), where)
             require_value(weights, "strategy", ("group", "channel"), where)
             require_value(weights, "dynamic", (False,), where)
-        return Settings(fields)
+        return fields
 
     def shape(self, parts: Mapping[str, TensorRef], settings: Settings) -> tuple[int, int, int]:
         """weight_shape has K, which need not fill its last word."""

@@ -45,7 +45,7 @@ class Gptq:
         require_value(fields, "is_marlin_format", (False,), "GPTQ")
         for key, change in (fields.get("dynamic") or {}).items():
             require_value(change, "bits", (4,), f"GPTQ ({key})")
-        return Settings(fields)
+        return fields
 
     def shape(self, parts: Mapping[str, TensorRef], settings: Settings) -> tuple[int, int, int]:
         """Of all; g_idx tells codes of other bits, whose words are more."""
@@ -71,7 +71,7 @@ class Gptq:
         scales = parts["scales"].read()
         codes = nibbles(parts["qweight"].read()).transpose(0, 2, 1).reshape(k, n).T
         zeros = nibbles(parts["qzeros"].read()).reshape(len(scales), -1)[:, :n].astype(np.int64)
-        if settings.fields.get("checkpoint_format", "gptq") == "gptq":
+        if settings.get("checkpoint_format", "gptq") == "gptq":
             zeros += 1
             if zeros.max(initial=0) > LARGEST:
                 ref = parts["qzeros"]

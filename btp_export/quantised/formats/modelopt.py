@@ -48,7 +48,7 @@ class ModelOpt:
         require_value(fields, "quant_algo", ("W4A16_AWQ",), FORM)
         require_value(fields, "kv_cache_quant_algo", (None,), FORM)
         require_value(fields, "has_zero_point", (False,), FORM)
-        return Settings(fields)
+        return fields
 
     def shape(self, parts: Mapping[str, TensorRef], settings: Settings) -> tuple[int, int, int]:
         """Two rows lie in one of the stored matrix."""

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from btp_export.quantised.formats import Format, Settings, find_format, known_formats
+from btp_export.quantised.formats import Format, find_format, known_formats
 from graphs.files.checkpoint import TensorRef, open_tensors
 from graphs.files.safetensors_file import write_tensors
 from graphs.records.errors import InputError
@@ -55,7 +55,7 @@ def parts_of(folder: Path, tensors: dict[str, np.ndarray]) -> dict[str, TensorRe
 
 
 def read(folder: Path, form: Format, tensors: dict[str, np.ndarray], fields: dict[str, Any] | None = None) -> Any:
-    parts, chosen = parts_of(folder, tensors), Settings(fields or {})
+    parts, chosen = parts_of(folder, tensors), fields or {}
     matrix = form.matrix(parts, chosen)
     n, k, group = form.shape(parts, chosen)
     assert matrix.qweight.shape == (n, k // group, group // 2)
