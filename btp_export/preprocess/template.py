@@ -1,12 +1,12 @@
 """Chat templates, rendered as transformers renders them, within limits on time and memory.
 
 A template is a program of a stranger. jinja2's sandbox keeps it from the rest of the process; here it also may not run
-longer than SECONDS, nor make a text longer than LONGEST in one operation:
+longer than SECONDS, make a text longer than LONGEST in one operation, nor let memory grow by more than GROWTH:
 
-1. A trace function looks at the clock at every line and call of Python that the template runs (`at_most`).
-2. Operators, filters and methods whose result can be far longer than what goes in are asked for its length first.
-
-This is no bound on the memory of a determined template (docs/security.md), but none of the known ways goes through.
+1. A trace function looks at the clock at every line and call of Python that the template runs, and at the memory of the
+   process every few of them (`at_most`).
+2. Operators, filters and methods whose result can be far longer than what goes in are asked for its length first, so
+   that memory does not grow by much between two looks at it.
 """
 
 import functools
@@ -28,6 +28,7 @@ from jinja2.utils import Namespace
 from graphs.records.refusing import at_most, reason
 
 SECONDS: Final = 2.0  # of the processor, so that a busy machine stops no honest template
+GROWTH: Final = 256 * 2**20  # bytes of the whole process: other threads have some of it, a conversation little
 LONGEST: Final = 1_000_000  # characters of a text, elements of a list
 WIDEST: Final = 10_000  # numbers that say how wide something is written
 BITS: Final = 4096  # of an integer
@@ -47,7 +48,7 @@ def render(template: str, messages: Sequence[Mapping[str, Any]], special: Mappin
     pieces, length = [], 0
     try:
         compiled = _compiled(template)
-        with at_most(SECONDS, _watch):
+        with at_most(SECONDS, _watch, growth=GROWTH):
             for piece in compiled.generate(**values):
                 pieces.append(piece)
                 length += len(piece)
@@ -55,7 +56,9 @@ def render(template: str, messages: Sequence[Mapping[str, Any]], special: Mappin
         return "".join(pieces)
     except TimeoutError as error:
         raise SecurityError(str(error)) from error
-    except (RecursionError, MemoryError, ArithmeticError) as error:
+    except MemoryError as error:
+        raise SecurityError(f"it takes more than {GROWTH // 2**20} MB of memory") from error
+    except (RecursionError, ArithmeticError) as error:
         raise SecurityError(reason(error)) from error
 
 

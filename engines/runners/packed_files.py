@@ -18,7 +18,6 @@ import json
 import os
 import platform
 import shutil
-import tempfile
 import time
 from collections.abc import Mapping
 from math import prod
@@ -33,6 +32,7 @@ from onnx import NodeProto, TensorProto, helper
 from engines.runners.session_options import FOLDER_OPTION
 from graphs import dtypes
 from graphs.files.atomic import move
+from graphs.files.folders import scratch
 from graphs.files.onnx_file import read_graph
 
 NODE: Final = "MatMulNBits"
@@ -199,8 +199,7 @@ def _processor() -> list[str]:
 
 def _make(small: onnx.ModelProto, path: Path, place: Path) -> None:
     """Write the packed matrix beside the place and rename it there; whoever else made it first is as good."""
-    folder = Path(tempfile.mkdtemp(prefix=".making-", dir=place.parent))
-    try:
+    with scratch(place.parent, ".making-") as folder:
         options = ort.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = 1
@@ -215,8 +214,6 @@ def _make(small: onnx.ModelProto, path: Path, place: Path) -> None:
         ort.InferenceSession(small.SerializeToString(), options, providers=["CPUExecutionProvider"])
         if not place.is_dir():
             move(folder, place)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _point(model: onnx.ModelProto, places: Mapping[str, Path]) -> None:

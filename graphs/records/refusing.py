@@ -8,6 +8,7 @@ file is no good. So only calls of libraries stand inside it, none of ours that c
 import contextlib
 import errno
 import importlib.util
+import mmap
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -20,8 +21,9 @@ from graphs.records.errors import BtpError, InputError
 SURROUNDINGS: Final = {
     errno.EMFILE, errno.ENFILE, errno.ENOSPC, errno.EDQUOT, errno.ENOMEM, errno.EIO
 }  # fmt: skip
-
-
+MEMORY_EVERY: Final = (
+    16  # events of the interpreter between two looks at the memory: a look takes as long as ten of them
+)
 # What is not part of the runner: btp_export/extras.py says what to install.
 LIBRARIES: Final = frozenset(
     {"torch", "transformers", "huggingface_hub", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "polygraphy"}
@@ -59,17 +61,25 @@ def _is_missing(module: str) -> bool:
 
 
 @contextlib.contextmanager
-def at_most(seconds: float, called: Callable[[FrameType], None] = lambda frame: None) -> Iterator[None]:
+def at_most(
+    seconds: float, called: Callable[[FrameType], None] = lambda frame: None, *, growth: int | None = None
+) -> Iterator[None]:
     """Raise TimeoutError out of Python code of this thread that takes more of a processor's time.
 
     For programs of strangers that are interpreted here, such as templates. A single operation of C is not interrupted.
     `called` sees every function that begins, and what it raises is raised there. A busy machine ends nothing.
+    growth: bytes by which the memory of the process may grow meanwhile, else MemoryError; where the system tells.
     """
-    end, before = time.thread_time() + seconds, sys.gettrace()
+    end, before, events = time.thread_time() + seconds, sys.gettrace(), 0
+    most = None if growth is None or (now := anonymous_memory()) is None else now + growth
 
     def trace(frame: FrameType, event: str, argument: object) -> Any:
+        nonlocal events
+        events += 1
         if time.thread_time() > end:
             raise TimeoutError(f"it takes more than {seconds:g} seconds")
+        if most is not None and events % MEMORY_EVERY == 0 and (anonymous_memory() or 0) > most:
+            raise MemoryError
         if event == "call":
             called(frame)
         return trace
@@ -79,6 +89,16 @@ def at_most(seconds: float, called: Callable[[FrameType], None] = lambda frame: 
         yield
     finally:
         sys.settrace(before)
+
+
+def anonymous_memory() -> int | None:
+    """Bytes in memory of this process that no file holds; None where the system does not tell."""
+    try:
+        with open("/proc/self/statm", "rb") as file:
+            _, resident, shared = map(int, file.read().split()[:3])
+    except (OSError, ValueError):
+        return None
+    return (resident - shared) * mmap.PAGESIZE
 
 
 def reason(error: BaseException) -> str:

@@ -1,6 +1,7 @@
 """Chat templates give the text that transformers gives, and one that would take all time or memory is stopped."""
 
 import itertools
+import subprocess
 import sys
 import threading
 import time
@@ -11,6 +12,7 @@ from jinja2 import TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from btp_export.preprocess import template
+from graphs.records import refusing
 
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>"}
 CONTENTS = (
@@ -90,6 +92,11 @@ HOSTILE = {
     "date": "{{ strftime_now('%1000000000Y') }}",
     "recursion": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
     "output": "{% for a in range(90000) %}{{ 'a' * 900 }}{% endfor %}",
+    "keeping texts": "{% set ns = namespace(l=[]) %}{% for i in range(90000) %}"
+    "{% set ns.l = ns.l + ['a' * (900000 + i)] %}{% endfor %}",
+    "keeping slices": "{% set ns = namespace(l=[]) %}{% set s = 'a' * 900000 %}{% for i in range(90000) %}"
+    "{% set ns.l = (ns.l, s[1:]) %}{% endfor %}",
+    "a filter's texts": "{{ (range(90000) | map('string') | map('center', 9000) | list) | length }}",
     "escape": "{{ ''.__class__.__mro__ }}{{ messages.append(1) }}",
 }
 
@@ -102,6 +109,22 @@ def test_a_hostile_template_is_stopped(name: str, monkeypatch: pytest.MonkeyPatc
         template.render(HOSTILE[name], [{"role": "user", "content": "?"}], SPECIAL)
     assert time.thread_time() - start < 5
     assert sys.gettrace() is before
+
+
+@pytest.mark.skipif(refusing.anonymous_memory() is None, reason="this system does not tell the memory of a process")
+@pytest.mark.parametrize("name", ["keeping texts", "keeping slices"])
+def test_memory_that_a_template_keeps_is_bounded(name: str) -> None:
+    script = (
+        "import resource, sys\nfrom jinja2 import TemplateError\nfrom btp_export.preprocess import template\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "try:\n    template.render(sys.argv[1], [], {})\n"
+        "except TemplateError as error:\n    print(error)\n"
+        "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)\n"
+    )
+    run = subprocess.run([sys.executable, "-c", script, HOSTILE[name]], capture_output=True, text=True, check=True)
+    message, grown = run.stdout.splitlines()
+    assert "256 MB of memory" in message
+    assert int(grown) < 2 * template.GROWTH
 
 
 def test_limits_hold_in_every_thread(monkeypatch: pytest.MonkeyPatch) -> None:
