@@ -22,8 +22,9 @@ from btp_export.measuring.evaluate import ScoredEvaluation, evaluate_plans
 from btp_export.model.defaults import default_profile, fitted_samples
 from btp_export.model.open_model import Model, open_model
 from btp_export.model.prompting import Prompter
+from btp_export.planning.calibration_settings import CalibrationSettings
 from btp_export.planning.choose_plan import choose_plan
-from btp_export.planning.study import CalibrationSettings, calibration_samples, model_inputs
+from btp_export.planning.study import calibration_samples, model_inputs
 from btp_export.quantising import quantise_model
 from calibrate.measure.accuracy import paired
 from calibrate.measure.divergence import divergence

@@ -32,7 +32,8 @@ def measure(samples: int, seed: int, threads: int | None) -> dict[str, Any]:
     from btp_export.exporting import Options, export_bundle
     from btp_export.measuring.evaluate import evaluate_plans
     from btp_export.model.open_model import open_model
-    from btp_export.planning.study import CalibrationSettings, calibrate_model
+    from btp_export.planning.calibration_settings import CalibrationSettings
+    from btp_export.planning.study import calibrate_model
     from calibrate.place.ablations import ablations
 
     model = open_model("demo")

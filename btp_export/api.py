@@ -128,8 +128,8 @@ def export(
     """
     from btp_export.exporting import Options, check_plan, check_target, export_bundle
     from btp_export.model.open_model import open_model
+    from btp_export.planning.calibration_settings import CalibrationSettings
     from btp_export.planning.choose_plan import choose_plan, files_read
-    from btp_export.planning.study import CalibrationSettings
     from btp_export.quantising import check_weights, quantise_model
 
     options = Options(
@@ -208,10 +208,11 @@ def calibrate(
     """
     from btp_export.model.defaults import default_profile
     from btp_export.model.open_model import open_model
-    from btp_export.planning import study
+    from btp_export.planning import calibration_settings as chosen
+    from btp_export.planning.study import calibrate_model
 
-    usual = study.TUNED_SAMPLES if tune else study.DEFAULT_SAMPLES
-    settings = study.CalibrationSettings(
+    usual = chosen.TUNED_SAMPLES if tune else chosen.DEFAULT_SAMPLES
+    settings = chosen.CalibrationSettings(
         images=images, mix=mix, prompts=_path(prompts), samples=usual if samples is None else samples,
         compression=compression, keep=_tuple(keep), latency_share=latency_share, latency_from=_path(latency_from),
         target=target, weights=weights, answer_tokens=answer_tokens, kind_bound=kind_bound,
@@ -219,10 +220,10 @@ def calibrate(
         rebalance=rebalance, spatial=spatial, drop_bound=drop_bound, tune=tune, tau=tau, cache=cache, seed=seed,
         device=device, maths=maths, ray=ray,
     )  # fmt: skip
-    study.check_settings(settings)
+    chosen.check_settings(settings)
     opened = open_model(model, system=system, report=report)
     profile = default_profile(opened, image_size)
-    return study.calibrate_model(opened, settings, profile=profile, report=report, note=note)
+    return calibrate_model(opened, settings, profile=profile, report=report, note=note)
 
 
 @naming(EXPORT)

@@ -10,7 +10,7 @@ import numpy as np
 from pydantic import Field
 
 from btp_export.model.check_processor import check_processor, files_of_processor
-from btp_export.model.defaults import default_shapes
+from btp_export.model.defaults import default_shapes, parse_profile
 from btp_export.model.open_model import Model
 from graphs import names
 from graphs.building.decoder_graphs import build_decoder_graphs
@@ -105,7 +105,7 @@ def make_profiles(model: Model, options: Options) -> list[ShapeProfile]:
         "image_size": None,
     }
     chosen = []
-    for named in [_parse_profile(text) for text in options.profiles] or [{}]:
+    for named in [parse_profile(text) for text in options.profiles] or [{}]:
         sizes = [named["image_size"]] if "image_size" in named else options.image_sizes or [None]
         chosen += [defaults | named | {"image_size": size} for size in sizes]
     profiles = [model.family.profile(model.spec, **fields) for fields in chosen]
@@ -356,29 +356,6 @@ def _made_bytes(model: Model, profiles: int) -> int:
     values = sum(int(np.prod(ref.shape)) for ref in vision)
     tables = 8 * model.spec.decoder.max_positions * model.spec.decoder.head_dim
     return 4 * values + tables + GRAPH_BYTES * profiles
-
-
-def _parse_profile(text: str) -> dict[str, Any]:
-    """Keyword arguments of Family.profile from "batch=2,text=64,new=128,image=336x336"."""
-    keys = {"batch": "batch", "text": "text_tokens", "new": "new_tokens", "image": "image_size"}
-    fields: dict[str, Any] = {}
-    for part in text.split(","):
-        key, _, value = part.strip().partition("=")
-        numbers = value.split("x") if key == "image" else [value]
-        if key not in keys or not all(n.isascii() and n.isdigit() and int(n) > 0 for n in numbers):
-            raise _bad_profile(text)
-        if key == "image" and len(numbers) != 2:
-            raise _bad_profile(text)
-        fields[keys[key]] = (int(numbers[0]), int(numbers[1])) if key == "image" else int(value)
-    return fields
-
-
-def _bad_profile(text: str) -> InputError:
-    return InputError(
-        f"profile {text!r}",
-        wanted="batch, text, new and image (height x width), each a positive number",
-        do="--shape batch=2,text=64,new=128",
-    )
 
 
 class _Steps:

@@ -13,8 +13,8 @@ from pathlib import Path
 from btp_export import console
 from btp_export.exporting import Options, check_plan, check_target, export_into, note_generation, note_links
 from btp_export.model.open_model import DummyWeights, Model, open_model
+from btp_export.planning.calibration_settings import CalibrationSettings
 from btp_export.planning.choose_plan import choose_plan, files_read
-from btp_export.planning.study import CalibrationSettings
 from btp_export.quantising import check_weights, quantise_model
 from btp_export.report.collect import Settings, collect
 from btp_export.report.write import write_report

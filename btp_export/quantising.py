@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 
 from btp_export.model.open_model import Model
-from btp_export.planning.study import CalibrationSettings, calibration_samples, model_inputs
+from btp_export.planning.calibration_settings import CalibrationSettings
+from btp_export.planning.study import calibration_samples, model_inputs
 from btp_export.quantised.packed_folder import (
     DECODER,
     PackedWriter,
@@ -182,7 +183,8 @@ class _Job:
         from btp_export.model.defaults import fitted_samples
         from btp_export.model.prompting import Prompter
         from calibrate.quantise.layer_edit import QuantisingEdit
-        from calibrate.reference.streamed_model import StreamedReference, torch_device
+        from calibrate.reference.decoder import torch_device
+        from calibrate.reference.streamed_model import StreamedReference
 
         assert self.pictures is not None
         spec, decoder = self.model.spec, self.model.spec.decoder

@@ -19,7 +19,7 @@ from graphs.records.quantization import GROUP_OF, Weights
 if TYPE_CHECKING:
     from btp_export.exporting import Options
     from btp_export.model.open_model import DummyWeights, Model
-    from btp_export.planning.study import CalibrationSettings
+    from btp_export.planning.calibration_settings import CalibrationSettings
 
 Importance = Literal["last-token", "mean-text", "similar-text"]
 Metric = Literal["euclidean", "manhattan"]
@@ -163,7 +163,7 @@ class PlanOptions:
 
     def settings(self) -> "CalibrationSettings":
         """The calibration's settings. Raises InputError for settings out of range."""
-        from btp_export.planning.study import CalibrationSettings, check_settings, parse_keep
+        from btp_export.planning.calibration_settings import CalibrationSettings, check_settings, parse_keep
 
         settings = CalibrationSettings(
             images=self.images,

@@ -16,7 +16,7 @@ from graphs.records.errors import InputError
 
 if TYPE_CHECKING:
     from btp_export.model.open_model import Model
-    from btp_export.planning.study import CalibrationSettings
+    from btp_export.planning.calibration_settings import CalibrationSettings
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ def command(
     as_json: JsonOption = False,
 ) -> None:
     """Measure on a few pictures where image tokens can be pruned, and make the balanced plan."""
-    from btp_export.planning.study import check_settings, parse_shares
+    from btp_export.planning.calibration_settings import check_settings, parse_shares
 
     settings = replace(
         _settings(budget, method),
@@ -189,7 +189,7 @@ def command(
 
 def _settings(budget: BudgetOptions, method: MethodOptions) -> "CalibrationSettings":
     """What the two groups set. Raises InputError for lists that are none."""
-    from btp_export.planning.study import (
+    from btp_export.planning.calibration_settings import (
         DEFAULT_SAMPLES,
         TUNED_SAMPLES,
         CalibrationSettings,

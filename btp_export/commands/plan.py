@@ -66,8 +66,8 @@ def command(
     as_json: JsonOption = False,
 ) -> None:
     """Show a plan: its stages, the tokens each layer sees and what it saves. Presets are scaled to --model."""
+    from btp_export.planning.calibration_settings import parse_shares, parse_stages
     from btp_export.planning.plan_files import show, write_plan_file
-    from btp_export.planning.study import parse_shares, parse_stages
     from btp_export.results.plans import PlanSummary
 
     if list_presets:

@@ -68,18 +68,74 @@ class PictureOptions:
         )
 
 
+@dataclass(frozen=True)
+class AddressOptions:
+    """Where the server listens, and whom it answers."""
+
+    heading: ClassVar[str] = "Address"
+    host: Annotated[
+        str, typer.Option("--host", metavar="ADDRESS", help="Address to listen on; 0.0.0.0: other machines may ask.")
+    ] = "127.0.0.1"
+    port: Annotated[
+        int, typer.Option("--port", metavar="N", help="Port; 0: any free one."), Between(0, 65535, 8000)
+    ] = 8000
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option("--allow-host", metavar="NAME", help="Answer to this name too, besides localhost's; repeat."),
+    ] = None
+    api_key_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--api-key-file", metavar="FILE", help=f"Requests need the key in this file.  [default: ${KEY_VARIABLE}]"
+        ),
+    ] = None
+
+    def key(self) -> str | None:
+        """The API key of the file or the environment, None if neither has one. Raises InputError for an empty one."""
+        from graphs.records.errors import InputError
+        from graphs.records.reading import read_text
+
+        file = self.api_key_file
+        if file is None and KEY_VARIABLE not in os.environ:
+            return None
+        text = os.environ[KEY_VARIABLE] if file is None else read_text(file, noun="file with one line", most=2**16)
+        key = text.strip()
+        if not key or not key.isascii() or not key.isprintable():
+            where = KEY_VARIABLE if file is None else f"--api-key-file {file}"
+            raise InputError(f"{where} holds no key", wanted="one line of printable ASCII", do="write a key into it")
+        return key
+
+
+@dataclass(frozen=True)
+class QueueOptions:
+    """How requests are gathered into batches, and how long each may take."""
+
+    heading: ClassVar[str] = "Queue"
+    max_wait: Annotated[
+        float,
+        typer.Option("--max-wait", metavar="MS", help="A request waits this long for others to fill the batch."),
+        Between(0, 60_000, 5),
+    ] = 5.0
+    queue: Annotated[
+        int,
+        typer.Option("--queue", metavar="N", help="Requests that may wait; one more is refused (429)."),
+        Between(1, 100_000, 64),
+    ] = 64
+    timeout: Annotated[
+        float,
+        typer.Option("--timeout", metavar="S", help="Seconds that a request may take, waiting included."),
+        Between(1, 86_400, 120),
+    ] = 120.0
+
+
 EXTRA = extras.CPU  # what is named where a library is missing
 
 
 def command(
     bundle: options.BundleArgument,
+    address: AddressOptions,
+    waiting: QueueOptions,
     pictures: PictureOptions,
-    host: Annotated[
-        str, typer.Option("--host", metavar="ADDRESS", help="Address to listen on; 0.0.0.0: other machines may ask.")
-    ] = "127.0.0.1",
-    port: Annotated[
-        int, typer.Option("--port", metavar="N", help="Port; 0: any free one."), Between(0, 65535, 8000)
-    ] = 8000,
     name: Annotated[
         str | None, typer.Option("--name", metavar="NAME", help="The model's name in requests.  [default: its own]")
     ] = None,
@@ -92,32 +148,7 @@ def command(
             autocompletion=complete.profiles,
         ),
     ] = None,
-    max_wait: Annotated[
-        float,
-        typer.Option("--max-wait", metavar="MS", help="A request waits this long for others to fill the batch."),
-        Between(0, 60_000, 5),
-    ] = 5.0,
-    queue: Annotated[
-        int,
-        typer.Option("--queue", metavar="N", help="Requests that may wait; one more is refused (429)."),
-        Between(1, 100_000, 64),
-    ] = 64,
-    timeout: Annotated[
-        float,
-        typer.Option("--timeout", metavar="S", help="Seconds that a request may take, waiting included."),
-        Between(1, 86_400, 120),
-    ] = 120.0,
     resize: Annotated[bool, typer.Option("--resize", help="Scale pictures that fit no profile's size.")] = False,
-    api_key_file: Annotated[
-        Path | None,
-        typer.Option(
-            "--api-key-file", metavar="FILE", help=f"Requests need the key in this file.  [default: ${KEY_VARIABLE}]"
-        ),
-    ] = None,
-    allow_host: Annotated[
-        list[str] | None,
-        typer.Option("--allow-host", metavar="NAME", help="Answer to this name too, besides localhost's; repeat."),
-    ] = None,
     threads: options.ThreadsOption = None,
     activations: options.ActivationsOption = "int8",
     device: options.DeviceOption = "cpu",
@@ -130,50 +161,35 @@ def command(
     from btp_export.serving.service import Serving
     from graphs.files.bundle import Bundle
 
-    access, key = pictures.access(), _key(api_key_file)
+    access, key = pictures.access(), address.key()
     opened = Bundle.open(bundle)
-    listening = server.bind(host, port)
+    listening = server.bind(address.host, address.port)
     serving = Serving(
         name=opened.manifest.model.name if name is None else name,
         profiles=tuple(profile or ()),
-        wait=max_wait / 1000,
+        wait=waiting.max_wait / 1000,
         resize=resize,
         target=target,
         device=device,
         threads=threads,
         activations=activations,
-        limits=pictures.limits(seconds=timeout, queue=queue),
+        limits=pictures.limits(seconds=waiting.timeout, queue=waiting.queue),
         access=access,
     )
     for line in dummy_lines(opened.manifest.model.dummy_weights):
         note(line)
-    if key is None and not server.is_loopback(host):
+    if key is None and not server.is_loopback(address.host):
         note("note: other machines can send requests, and no API key is asked for")
-    address = server.address_of(listening)
+    shown = server.address_of(listening)
     server.serve_until_stopped(
         opened,
         serving,
         listening,
         api_key=key,
-        hosts=server.names_of(host, tuple(allow_host or ())),
-        ready=lambda service: emit(_document(service, address, keyed=key is not None), as_json=as_json, render=_render),
+        hosts=server.names_of(address.host, tuple(address.allow_host or ())),
+        ready=lambda service: emit(_document(service, shown, keyed=key is not None), as_json=as_json, render=_render),
     )
     note("stopped")
-
-
-def _key(file: Path | None) -> str | None:
-    """The API key of the file or the environment, None if neither has one. Raises InputError for one that is empty."""
-    from graphs.records.errors import InputError
-    from graphs.records.reading import read_text
-
-    if file is None and KEY_VARIABLE not in os.environ:
-        return None
-    text = os.environ[KEY_VARIABLE] if file is None else read_text(file, noun="file with one line", most=2**16)
-    key = text.strip()
-    if not key or not key.isascii() or not key.isprintable():
-        where = KEY_VARIABLE if file is None else f"--api-key-file {file}"
-        raise InputError(f"{where} holds no key", wanted="one line of printable ASCII", do="write a key into it")
-    return key
 
 
 def _document(service: "Service", address: str, *, keyed: bool) -> "Serve":

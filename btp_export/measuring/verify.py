@@ -68,7 +68,7 @@ def verify_bundle(
     from btp_export.model.check_spec import check_spec
     from btp_export.running.memory_fit import Streaming, must_stream, streaming_bytes
     from btp_export.running.runtime import open_graphs
-    from calibrate.reference.streamed_model import torch_device
+    from calibrate.reference.decoder import torch_device
     from engines.runners.onnxruntime import onnxruntime_device
     from graphs.files.memory import check_memory
 

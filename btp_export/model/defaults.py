@@ -1,12 +1,13 @@
-"""The shapes that a model is exported and calibrated for unless the user says others, and samples fitted to a shape."""
+"""The shapes that a model is exported and calibrated for, by default or as they are written; samples fitted to one."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from btp_export.model.pictures import fitted
+from graphs.records.errors import InputError
 
 if TYPE_CHECKING:
     from btp_export.model.open_model import Model
@@ -36,3 +37,29 @@ def fitted_samples(samples: Sequence[Sample], spec: ModelSpec, profile: ShapePro
     """The samples with pictures that fit the profile, and how many were scaled for it."""
     pictures, resized = fitted([sample.image for sample in samples], spec, profile)
     return [replace(sample, image=picture) for sample, picture in zip(samples, pictures, strict=True)], resized
+
+
+def parse_profile(text: str) -> dict[str, Any]:
+    """Keyword arguments of Family.profile from "batch=2,text=64,new=128,image=336x336".
+
+    Raises InputError for text that is none.
+    """
+    keys = {"batch": "batch", "text": "text_tokens", "new": "new_tokens", "image": "image_size"}
+    fields: dict[str, Any] = {}
+    for part in text.split(","):
+        key, _, value = part.strip().partition("=")
+        numbers = value.split("x") if key == "image" else [value]
+        if key not in keys or not all(n.isascii() and n.isdigit() and int(n) > 0 for n in numbers):
+            raise _bad_profile(text)
+        if key == "image" and len(numbers) != 2:
+            raise _bad_profile(text)
+        fields[keys[key]] = (int(numbers[0]), int(numbers[1])) if key == "image" else int(value)
+    return fields
+
+
+def _bad_profile(text: str) -> InputError:
+    return InputError(
+        f"profile {text!r}",
+        wanted="batch, text, new and image (height x width), each a positive number",
+        do="--shape batch=2,text=64,new=128",
+    )

@@ -4,8 +4,9 @@ from pathlib import Path
 
 from btp_export import console
 from btp_export.model.open_model import Model
+from btp_export.planning.calibration_settings import CalibrationSettings, check_settings
 from btp_export.planning.plan_files import CALIBRATED, plan_for
-from btp_export.planning.study import CalibrationSettings, calibrate_model, check_settings
+from btp_export.planning.study import calibrate_model
 from calibrate.place.presets import PRESETS
 from graphs.files.paths import expanded
 from graphs.records.errors import InputError

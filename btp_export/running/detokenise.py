@@ -1,8 +1,13 @@
 """Text from token ids as they come, in pieces that never have to be taken back."""
 
 import re
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from btp_export.preprocess.tokens import Tokens
+
+OnText = Callable[[int, str], None]
+"""(number of the sample, text that is certain by now)"""
 
 REPLACEMENT = "\ufffd"
 BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
@@ -54,3 +59,20 @@ class Detokeniser:
         piece = text[len(self._given) :]
         self._given = text
         return piece
+
+
+@dataclass
+class TextPieces:
+    """One sample's text while its tokens come."""
+
+    sample: int
+    detokeniser: Detokeniser
+    on_text: OnText | None
+
+    def add(self, token_id: int, is_last: bool) -> None:
+        """Take a token, and say the text that is certain by now."""
+        piece = self.detokeniser.add(token_id)
+        if is_last:
+            piece += self.detokeniser.finish()
+        if piece and self.on_text is not None:
+            self.on_text(self.sample, piece)

@@ -19,7 +19,7 @@ import numpy as np
 
 from btp_export.model.pictures import fitted, require_fit
 from btp_export.model.prompting import Encoded, Prompter
-from btp_export.running.detokenise import Detokeniser
+from btp_export.running.detokenise import Detokeniser, OnText, TextPieces
 from btp_export.running.embedding import TokenEmbedding, filled
 from btp_export.running.generation import Answer, answers_for, generate
 from btp_export.running.memory_fit import check_fits_memory, shares_packed
@@ -45,7 +45,6 @@ if TYPE_CHECKING:
 Array = np.ndarray[Any, np.dtype[Any]]
 P = ParamSpec("P")
 T = TypeVar("T")
-OnText = Callable[[int, str], None]
 LEVELS: Final[dict[Activations, Literal[1, 4]]] = {"float32": 1, "int8": 4}  # OrtLoader's accuracy_level
 
 
@@ -351,7 +350,7 @@ class BundleModel:
         part = encoded.part(samples)
         prefill = self.prefill(part)
         answers = answers_for(self.spec, part.input_ids, room=room, chosen_by=chosen_by, first=samples.start)
-        texts = [_Text(sample, Detokeniser(self.prompter.tokens), on_text) for sample in samples]
+        texts = [TextPieces(sample, Detokeniser(self.prompter.tokens), on_text) for sample in samples]
         for answer, text in zip(answers, texts, strict=True):
             answer.on_token = text.add
         times = self.complete(prefill, answers)
@@ -369,23 +368,6 @@ class BundleModel:
             )
             for place, (answer, text) in enumerate(zip(answers, texts, strict=True))
         ]
-
-
-@dataclass
-class _Text:
-    """One sample's text while its tokens come."""
-
-    sample: int
-    detokeniser: Detokeniser
-    on_text: OnText | None
-
-    def add(self, token_id: int, is_last: bool) -> None:
-        """Take a token, and say the text that is certain by now."""
-        piece = self.detokeniser.add(token_id)
-        if is_last:
-            piece += self.detokeniser.finish()
-        if piece and self.on_text is not None:
-            self.on_text(self.sample, piece)
 
 
 def _samples(images: "Pictures", prompts: Sequence[str] | str) -> "tuple[list[Image.Image], list[str]]":

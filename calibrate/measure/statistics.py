@@ -21,8 +21,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from calibrate.reference.decoder import forward
+from calibrate.reference.observers import LayerView
 from calibrate.reference.records import ReferenceInput
-from calibrate.reference.streamed_model import LayerView, StreamedReference, forward
+from calibrate.reference.streamed_model import StreamedReference
 from graphs.pruning.torch_scores import attention_weights
 from graphs.records.plan import PruningPlan
 from graphs.records.progress import Report

@@ -31,8 +31,9 @@ from calibrate.place.cost import PrefillCost
 from calibrate.place.counts import Shape
 from calibrate.place.rank_by_divergence import passes
 from calibrate.place.stages import Placement
+from calibrate.reference.observers import LayerView
 from calibrate.reference.records import ReferenceInput
-from calibrate.reference.streamed_model import LayerView, StreamedReference
+from calibrate.reference.streamed_model import StreamedReference
 from graphs.records.errors import InputError
 from graphs.records.plan import PruningPlan, Stage
 from graphs.records.progress import Report, part_of

@@ -12,7 +12,7 @@ from torch import nn
 from calibrate.quantise.layer_inputs import gather_inputs
 from calibrate.quantise.rounding import Rounded
 from calibrate.quantise.search import Found, LayerTensors, search_layer
-from calibrate.reference.streamed_model import Rows
+from calibrate.reference.observers import Rows
 from graphs import dtypes
 from graphs.files.packed_weights import PackedMatrix
 

@@ -12,7 +12,8 @@ from typing import Any, Final
 import torch
 from torch import nn
 
-from calibrate.reference.streamed_model import Rows, forward
+from calibrate.reference.decoder import forward
+from calibrate.reference.observers import Rows
 
 SHARED: Final = {
     "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),

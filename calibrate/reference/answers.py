@@ -18,9 +18,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from calibrate.reference.observers import LayerView
 from calibrate.reference.recording import read
 from calibrate.reference.records import ReferenceInput
-from calibrate.reference.streamed_model import LayerView, StreamedReference
+from calibrate.reference.streamed_model import StreamedReference
 from graphs.files.resume import KeptArray, Work
 from graphs.records.plan import PruningPlan
 from graphs.records.progress import Report

@@ -34,7 +34,7 @@ class Resumable(Protocol):
 
 
 class PassCheckpoints:
-    """Saves and restores the runs of one pass (`calibrate.reference.streamed_model._Run`) and its observers."""
+    """Saves and restores the runs of one pass (`calibrate.reference.runs.Run`) and its observers."""
 
     def __init__(self, work: Work, name: str, observers: Sequence[Any], device: torch.device) -> None:
         self._work, self._observers, self._device = work, observers, device

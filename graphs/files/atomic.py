@@ -17,7 +17,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -25,6 +24,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
 from graphs.files.folders import PARTIAL, locked_folder, new_file, put_in_place, recover, sweep_files, sync_folder
 from graphs.files.paths import require_utf8
+from graphs.files.signals import uninterrupted
 from graphs.records.errors import InputError
 from graphs.records.reading import read_object
 
@@ -365,30 +365,6 @@ def _cannot_write(folder: Path, error: OSError) -> InputError:
     return InputError(
         f"cannot write in {folder}: {error.strerror}", wanted="a writable folder", do="give another --out"
     )
-
-
-@contextlib.contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Hold back Ctrl-C, SIGTERM and SIGHUP for the few renames and removals inside; they take effect at the end.
-
-    The handlers are Python's and run in the main thread, so elsewhere there is nothing to hold back.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    held: list[int] = []
-    before = {}
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if callable(handler := signal.getsignal(number)):
-            before[number] = handler
-            signal.signal(number, lambda got, frame: held.append(got))
-    try:
-        yield
-    finally:
-        for number, saved in before.items():
-            signal.signal(number, saved)
-        if held:
-            signal.raise_signal(held[0])
 
 
 def _sync_tree(folder: Path) -> None:

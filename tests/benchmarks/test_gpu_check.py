@@ -12,7 +12,6 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -182,95 +181,6 @@ def test_the_layers_prune_with_the_kernels_as_the_reference_does(prepared: Path)
         assert on_torch.check_kept(prefill) == ["the kernel keeps other tokens than the reference at keep 288"]
     assert full.shape == (1, 35 + 576 + 64, 32) and pruned.shape == (1, 35 + 64, 32)
     assert bool(pruned.isfinite().all()) and [kept.shape[1] for kept in prefill.kept] == [288, 144, 48]
-
-
-# -- running -----------------------------------------------------------------------------------------------------------
-
-
-def python(code: str) -> tuple[str, ...]:
-    return (sys.executable, "-c", code.replace("{", "{{").replace("}", "}}"))
-
-
-def run(out: Path, *made: steps.Step, seconds: int = 30) -> dict[str, dict[str, Any]]:
-    """The records by step, as they lie in the file."""
-    runner.run_call(steps.Call("T", seconds, made), out, out)
-    lines = [json.loads(line) for line in (out / "T.jsonl").read_text().splitlines()]
-    return {line["step"]: line for line in lines}
-
-
-def test_a_step_that_hangs_costs_its_own_time_only(tmp_path: Path) -> None:
-    """Its children go with it, what it has said is kept, and the next step runs."""
-    mark = tmp_path / "alive"
-    child = f"import time, pathlib; time.sleep(3); pathlib.Path({str(mark)!r}).touch()"
-    start = f"subprocess.Popen([sys.executable, '-c', {child!r}])"
-    hang = f"import subprocess, sys, time; print('begun', flush=True); {start}; time.sleep(60)"
-    found = run(
-        tmp_path,
-        steps.Step("hangs", 1, python(hang)),
-        steps.Step("next", 9, python("print('noise'); print('{\"rows\": [1]}'); print('more noise')")),
-    )
-    assert (found["hangs"]["status"], found["hangs"]["tail"]) == ("timeout", "begun\n")
-    assert 1 <= found["hangs"]["seconds"] < 3
-    assert (found["next"]["status"], found["next"]["result"]) == ("done", {"rows": [1]})
-    import time
-
-    time.sleep(2.5)
-    assert not mark.exists(), "the grandchild outlived its step"
-
-
-def test_each_record_is_on_disk_before_the_next_step(tmp_path: Path) -> None:
-    lines = f"pathlib.Path({str(tmp_path / 'T.jsonl')!r}).read_text().count(chr(10))"
-    look = f"import pathlib, json; print(json.dumps({{'lines': {lines}}}))"
-    found = run(tmp_path, steps.Step("first", 9, python("pass")), steps.Step("second", 9, python(look)))
-    assert found["second"]["result"] == {"lines": 2}  # what was prepared, and the first step
-
-
-def test_failures_say_why_and_stop_nothing(tmp_path: Path) -> None:
-    found = run(
-        tmp_path,
-        steps.Step("fails", 9, python("raise SystemExit('it broke')")),
-        steps.Step("lacks", 9, python('print(\'{"missing": "a thing"}\'); raise SystemExit(3)')),
-        steps.Step("no-program", 9, ("{native}/no-such-file",)),
-        steps.Step("no-tool", 9, python("pass"), needs=("no-such-tool",)),
-        steps.Step("no-module", 9, python("pass"), modules=("json", "no_such_module")),
-        steps.Step("pointless", 9, python("pass"), after="fails"),
-        steps.Step("fine", 9, python("pass")),
-    )
-    states = {name: one["status"] for name, one in found.items()}
-    assert states == {
-        "prepared": "done", "fails": "failed", "lacks": "missing", "no-program": "missing", "no-tool": "missing",
-        "no-module": "missing", "pointless": "failed", "fine": "done",
-    }  # fmt: skip
-    assert runner.what_is_missing(found["fails"]) == "it broke"
-    assert runner.what_is_missing(found["lacks"]) == "a thing"
-    assert "no-such-file: No such file" in found["no-program"]["result"]["missing"]
-    assert found["no-tool"]["result"]["missing"].startswith("no-such-tool (of the CUDA toolkit)")
-    assert found["no-module"]["result"]["missing"].startswith("no_such_module (for Python)")
-    assert found["pointless"]["result"]["missing"] == "fails: it broke"
-
-
-def test_a_step_beside_runs_while_others_do_and_is_waited_for(tmp_path: Path) -> None:
-    wait = "import time; time.sleep(1.5); print('{\"made\": 1}')"
-    found = run(
-        tmp_path,
-        steps.Step("beside", 9, python(wait), beside=True),
-        steps.Step("quick", 9, python("pass")),
-        steps.Step("needs-it", 9, python("pass"), after="beside"),
-        seconds=30,
-    )
-    assert list(found) == ["prepared", "quick", "beside", "needs-it"]
-    assert found["beside"]["result"] == {"made": 1} and found["needs-it"]["status"] == "done"
-
-
-def test_when_the_time_is_over_the_rest_is_skipped(tmp_path: Path) -> None:
-    found = run(
-        tmp_path,
-        steps.Step("long", 9, python("import time; time.sleep(60)")),
-        steps.Step("late", 9, python("pass")),
-        seconds=2,
-    )
-    assert found["long"]["status"] == "timeout" and found["long"]["seconds"] < 4
-    assert found["late"]["status"] == "skipped"
 
 
 # -- both calls --------------------------------------------------------------------------------------------------------

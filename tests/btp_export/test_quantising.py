@@ -11,8 +11,8 @@ import torch
 
 from btp_export.model.defaults import default_profile
 from btp_export.model.open_model import Model, open_model
+from btp_export.planning.calibration_settings import CalibrationSettings
 from btp_export.planning.choose_plan import choose_plan
-from btp_export.planning.study import CalibrationSettings
 from btp_export.quantised.packed_folder import PackedWriter
 from btp_export.quantising import check_weights, quantise_model
 from calibrate.reference.records import ReferenceInput

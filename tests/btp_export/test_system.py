@@ -97,7 +97,8 @@ def test_verification_and_evaluation_begin_with_it(bundle: Path, capsys: pytest.
 
 def test_calibration_counts_it(checkpoint: Path, tmp_path: Path) -> None:
     """The statistics of another system message are not reused, also of one that is as long."""
-    from btp_export.planning.study import CalibrationSettings, calibrate_model
+    from btp_export.planning.calibration_settings import CalibrationSettings
+    from btp_export.planning.study import calibrate_model
 
     settings = CalibrationSettings(samples=4)
     notes: list[str] = []

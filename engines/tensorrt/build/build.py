@@ -1,9 +1,10 @@
 """`btp-export build`: the folder engines/<target>/ is brought up to date, engine by engine.
 
-1. Everything is worked out and checked first (prepare/build_plan.py, machine.py): graphs, lint, memory, disk, TensorRT, plugins.
+1. Everything is worked out and checked first (prepare/build_plan.py, machine.py): graphs, lint, memory, disk, TensorRT,
+   plugins.
 2. Engines that build.sh made are loaded, checked and taken over (adopt.py).
-3. The kit is written if it is not there as it would be now (kit/device_kit.py), atomically; engines that still stand move along,
-   and so do files that are not ours (reuse.py, target_folder.py).
+3. The kit is written if it is not there as it would be now (kit/device_kit.py), atomically; engines that still stand
+   move along, and so do files that are not ours (reuse.py, target_folder.py).
 4. Engines that are missing, or that something has changed for, are built in order, each in its own process. An engine
    appears under its name when it is whole and checked, and engines.json names it after that. So an interrupted build
    leaves complete engines only, and the next one continues from there.
@@ -15,17 +16,12 @@ import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Final
 
-from graphs.records.progress import Note, Report
 from engines.tensorrt.build.adopt import LOGS, adopt, plain
-from engines.tensorrt.build.job import Built, Job
 from engines.tensorrt.build.engine_checks import require_file
-from engines.tensorrt.kit.device_kit import NOUN, Recorder, disk_bytes, is_engines
-from engines.tensorrt.installed import Library
-from engines.tensorrt.prepare.lint import require_clean
+from engines.tensorrt.build.job import Built, Job
 from engines.tensorrt.build.machine import Plugins, choose_plugins
-from engines.tensorrt.prepare.build_plan import BuildPlan, require_build_memory
 from engines.tensorrt.build.reuse import graph_digests
 from engines.tensorrt.build.target_folder import (
     SCRATCH,
@@ -37,8 +33,12 @@ from engines.tensorrt.build.target_folder import (
     sweep,
     write_kit,
 )
-from engines.tensorrt.summaries import BuiltEngines, engine_states
+from engines.tensorrt.build.worker import build_in_child
+from engines.tensorrt.installed import Library
+from engines.tensorrt.kit.device_kit import NOUN, Recorder, disk_bytes, is_engines
+from engines.tensorrt.prepare.build_plan import BuildPlan, require_build_memory
 from engines.tensorrt.prepare.expected import expected
+from engines.tensorrt.prepare.lint import require_clean
 from engines.tensorrt.records import (
     UNPRUNED,
     BuiltEngine,
@@ -48,9 +48,11 @@ from engines.tensorrt.records import (
     engine_file,
     engines_folder,
 )
-from engines.tensorrt.build.worker import build_in_child
+from engines.tensorrt.summaries import BuiltEngines, engine_states
+from graphs.files.atomic import check_destination, check_space, move, sha256
 from graphs.files.memory import available_memory
-from graphs.files.atomic import check_destination, check_space, sha256, uninterrupted, move
+from graphs.files.signals import uninterrupted
+from graphs.records.progress import Note, Report
 
 TIMING_CACHE: Final = "timing.cache"
 

@@ -41,7 +41,7 @@ def custom_layer(layer: str, nodes: Mapping[str, str]) -> str | None:
 
 
 def require_file(path: Path, size: int) -> None:
-    """Raise CheckError unless the engine file exists with its size: builds have reported success and written nothing."""
+    """Raise CheckError unless the engine file has its size: builds have reported success and written nothing."""
     if not path.is_file():
         raise CheckError(f"{path.name} is not there after the build", f"a file of {size} bytes", AGAIN)
     if path.stat().st_size != size or size == 0:

@@ -12,8 +12,8 @@ from engines.tensorrt import installed as installed
 from engines.tensorrt.installed import Library
 from engines.tensorrt.prepare.build_plan import BuildPlan, Wishes
 from engines.tensorrt.records import PLUGIN_LIBRARY, PluginRecord, engines_folder
-from graphs.records.errors import UnavailableError
 from graphs.files.atomic import sha256
+from graphs.records.errors import UnavailableError
 
 INSTEAD: Final = "Python plugins in place of the C++ library"  # a note begins with it
 
@@ -68,8 +68,9 @@ class Plugins:
 
 
 def choose_plugins(plan: BuildPlan, wish: str) -> Plugins:
-    """The C++ library (the one compiled in the engines' folder first) where it is built and suits the target's GPU, else the Python plugins, else what was asked for.
+    """The C++ library where it is built and suits the target's GPU, else the Python plugins, else what was asked for.
 
+    A library that was compiled in the engines' folder goes first.
     Raises UnavailableError if the library was asked for and is missing or for another GPU.
     """
     if plan.plugins != "library":

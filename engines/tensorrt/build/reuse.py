@@ -7,8 +7,8 @@ from pathlib import Path
 from engines.tensorrt.installed import Library
 from engines.tensorrt.prepare.build_plan import BuildPlan
 from engines.tensorrt.records import FILE, BuiltEngine, EnginesRecord, PluginRecord, bundle_digest
-from graphs.records.errors import InputError
 from graphs.files.atomic import SMALL_FILE, sha256
+from graphs.records.errors import InputError
 
 Key = tuple[str, str]  # a graph's name and profile
 

@@ -15,11 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from graphs.records.progress import Note
-from engines.tensorrt.build.reuse import Key, earlier, graph_digests, is_current, standing
-from engines.tensorrt.kit.device_kit import NOUN, Recorder, fill_kit, is_engines
-from engines.tensorrt.installed import Library
 from engines.tensorrt.build.machine import INSTEAD, Plugins
+from engines.tensorrt.build.reuse import Key, earlier, graph_digests, is_current, standing
+from engines.tensorrt.installed import Library
+from engines.tensorrt.kit.device_kit import NOUN, Recorder, fill_kit, is_engines
 from engines.tensorrt.prepare.build_plan import BuildPlan
 from engines.tensorrt.records import (
     PLUGIN_LIBRARY,
@@ -29,9 +28,10 @@ from engines.tensorrt.records import (
     EnginesRecord,
     engine_file,
 )
-from graphs.records.errors import InputError
 from graphs.files.atomic import existing_parent, link_or_copy, move, sha256, staged
 from graphs.files.folders import recover
+from graphs.records.errors import InputError
+from graphs.records.progress import Note
 
 SCRATCH: Final = ".building-"  # prefix of the folder in which an engine is made
 SET_ASIDE: Final = "set-aside"
@@ -173,7 +173,9 @@ def _aside(path: Path, root: Path, stem: str) -> list[tuple[Path, Path]]:
     folder = root / SET_ASIDE
     folder.mkdir(exist_ok=True)
     number = next(number for number in itertools.count(1) if not (folder / f"{stem}.{number}.engine").exists())
-    pairs = [(path.with_name(path.name + end), folder / f"{stem}.{number}.engine{end}") for end in ("", SCRIPTED_SUFFIX)]
+    pairs = [
+        (path.with_name(path.name + end), folder / f"{stem}.{number}.engine{end}") for end in ("", SCRIPTED_SUFFIX)
+    ]
     return [(source, target) for source, target in pairs if source.is_file()]
 
 

@@ -5,6 +5,7 @@ the same kernels. Nothing here imports TensorRT: its module comes in as an argum
 RTX are served alike.
 """
 
+import functools
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -133,16 +134,35 @@ def _creator(trt: Any, operator: type[Operator], kernels: Callable[[], Launcher]
     return Creator()
 
 
-def _plugin_class(trt: Any, operator: type[Operator], kernels: Callable[[], Launcher]) -> type[Any]:
-    types = {name: getattr(trt.DataType, dtypes.BY_NAME[name].tensorrt) for name in OPERATOR_TYPES}
-    names = {value: name for name, value in types.items()}
+@dataclass(frozen=True)
+class _Surroundings:
+    """What a plugin's methods need beside its attributes: TensorRT's module, the operator, its kernels, type names."""
 
-    class Plugin(trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuild, trt.IPluginV3OneRuntime):  # type: ignore[misc]
+    trt: Any
+    operator: type[Operator]
+    kernels: Callable[[], Launcher]
+
+    @functools.cached_property
+    def types(self) -> dict[str, Any]:
+        """TensorRT's element types by our names."""
+        return {name: getattr(self.trt.DataType, dtypes.BY_NAME[name].tensorrt) for name in OPERATOR_TYPES}
+
+    @functools.cached_property
+    def names(self) -> dict[Any, str]:
+        """The reverse."""
+        return {value: name for name, value in self.types.items()}
+
+
+def _plugin_class(trt: Any, operator: type[Operator], kernels: Callable[[], Launcher]) -> type[Any]:
+    """`_Methods` as a class of TensorRT's interfaces, which exist only once its module is there."""
+    interfaces = (trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuild, trt.IPluginV3OneRuntime)
+
+    class Plugin(_Methods, *interfaces):  # type: ignore[misc]
+        around = _Surroundings(trt, operator, kernels)
+
         def __init__(self, op: Operator) -> None:
-            trt.IPluginV3.__init__(self)
-            trt.IPluginV3OneCore.__init__(self)
-            trt.IPluginV3OneBuild.__init__(self)
-            trt.IPluginV3OneRuntime.__init__(self)
+            for interface in interfaces:
+                interface.__init__(self)
             self.op = op
             self.inputs = 0  # of the node; the C++ form of the plugin wants to find it in engines
             self.plugin_name = operator.NAME
@@ -150,70 +170,85 @@ def _plugin_class(trt: Any, operator: type[Operator], kernels: Callable[[], Laun
             self.plugin_namespace = ""
             self.num_outputs = 1
 
-        def get_capability_interface(self, kind: Any) -> Any:
-            return self
-
-        def clone(self) -> Any:
-            copy = Plugin(self.op)
-            copy.inputs = self.inputs
-            return copy
-
-        def attach_to_context(self, context: Any) -> Any:
-            return self.clone()
-
-        def get_fields_to_serialize(self) -> Any:
-            pairs = [*zip(_names(operator), self.op.values, strict=True), ("inputs", self.inputs)]
-            # A collection copies the fields, not what they point to: the fields themselves hold that.
-            self.serialized = [_field(trt, name, value) for name, value in pairs]
-            return trt.PluginFieldCollection(self.serialized)
-
-        def get_output_data_types(self, input_types: Any) -> Any:
-            return [types[self.op.output_type([names.get(kind, "") for kind in input_types])]]
-
-        def get_output_shapes(self, inputs: Any, shape_inputs: Any, builder: Any) -> Any:
-            known = [[_constant(dims[axis]) for axis in range(len(dims))] for dims in inputs]
-            wanted = self.op.output_shape(known)
-            output = trt.DimsExprs(len(wanted))
-            for axis, dimension in enumerate(wanted):
-                output[axis] = _expression(trt, builder, inputs, dimension)
-            return [output]
-
-        def supports_format_combination(self, position: int, tensors: Any, inputs: int) -> bool:
-            described = tensors[position].desc
-            if described.format != trt.TensorFormat.LINEAR:
-                return False
-            kind = names.get(described.type, "")
-            if position < inputs:
-                return kind in operator.INPUT_TYPES[position]
-            return kind == self.op.output_type([names.get(tensors[i].desc.type, "") for i in range(inputs)])
-
-        def configure_plugin(self, inputs: Any, outputs: Any) -> None:
-            self.inputs = len(inputs)
-            self.op.output_shape([tuple(tensor.max) for tensor in inputs])
-
-        def on_shape_change(self, inputs: Any, outputs: Any) -> None:
-            self.op.output_shape([tuple(tensor.dims) for tensor in inputs])
-
-        def get_workspace_size(self, inputs: Any, outputs: Any) -> int:
-            largest = [Tensor(0, tuple(tensor.max), names[tensor.desc.type]) for tensor in inputs]
-            return self.op.workspace(largest)
-
-        def get_valid_tactics(self) -> list[int]:
-            return []
-
-        def set_tactic(self, tactic: int) -> None:
-            return None
-
-        def enqueue(
-            self, input_desc: Any, output_desc: Any, inputs: Any, outputs: Any, workspace: int, stream: int
-        ) -> None:
-            tensors = [
-                Tensor(address, tuple(described.dims), names[described.type])
-                for address, described in zip(inputs, input_desc, strict=True)
-            ]
-            self.op.launch(kernels(), tensors, outputs[0], workspace, stream)
-
     return Plugin
+
+
+class _Methods:
+    """What TensorRT asks of a plugin: its fields, its outputs and formats, its memory and its work."""
+
+    around: ClassVar[_Surroundings]
+    op: Operator
+    inputs: int
+
+    def __init__(self, op: Operator) -> None:
+        """As the class of TensorRT's interfaces does it."""
+
+    def get_capability_interface(self, kind: Any) -> Any:
+        return self
+
+    def clone(self) -> Any:
+        copy = type(self)(self.op)
+        copy.inputs = self.inputs
+        return copy
+
+    def attach_to_context(self, context: Any) -> Any:
+        return self.clone()
+
+    def get_fields_to_serialize(self) -> Any:
+        trt = self.around.trt
+        pairs = [*zip(_names(self.around.operator), self.op.values, strict=True), ("inputs", self.inputs)]
+        # A collection copies the fields, not what they point to: the fields themselves hold that.
+        self.serialized = [_field(trt, name, value) for name, value in pairs]
+        return trt.PluginFieldCollection(self.serialized)
+
+    def get_output_data_types(self, input_types: Any) -> Any:
+        names = self.around.names
+        return [self.around.types[self.op.output_type([names.get(kind, "") for kind in input_types])]]
+
+    def get_output_shapes(self, inputs: Any, shape_inputs: Any, builder: Any) -> Any:
+        trt = self.around.trt
+        known = [[_constant(dims[axis]) for axis in range(len(dims))] for dims in inputs]
+        wanted = self.op.output_shape(known)
+        output = trt.DimsExprs(len(wanted))
+        for axis, dimension in enumerate(wanted):
+            output[axis] = _expression(trt, builder, inputs, dimension)
+        return [output]
+
+    def supports_format_combination(self, position: int, tensors: Any, inputs: int) -> bool:
+        described, names = tensors[position].desc, self.around.names
+        if described.format != self.around.trt.TensorFormat.LINEAR:
+            return False
+        kind = names.get(described.type, "")
+        if position < inputs:
+            return kind in self.around.operator.INPUT_TYPES[position]
+        return kind == self.op.output_type([names.get(tensors[i].desc.type, "") for i in range(inputs)])
+
+    def configure_plugin(self, inputs: Any, outputs: Any) -> None:
+        self.inputs = len(inputs)
+        self.op.output_shape([tuple(tensor.max) for tensor in inputs])
+
+    def on_shape_change(self, inputs: Any, outputs: Any) -> None:
+        self.op.output_shape([tuple(tensor.dims) for tensor in inputs])
+
+    def get_workspace_size(self, inputs: Any, outputs: Any) -> int:
+        names = self.around.names
+        return self.op.workspace([Tensor(0, tuple(tensor.max), names[tensor.desc.type]) for tensor in inputs])
+
+    def get_valid_tactics(self) -> list[int]:
+        return []
+
+    def set_tactic(self, tactic: int) -> None:
+        return None
+
+    def enqueue(
+        self, input_desc: Any, output_desc: Any, inputs: Any, outputs: Any, workspace: int, stream: int
+    ) -> None:
+        names = self.around.names
+        tensors = [
+            Tensor(address, tuple(described.dims), names[described.type])
+            for address, described in zip(inputs, input_desc, strict=True)
+        ]
+        self.op.launch(self.around.kernels(), tensors, outputs[0], workspace, stream)
 
 
 def _expression(trt: Any, builder: Any, inputs: Any, dimension: Dimension) -> Any:

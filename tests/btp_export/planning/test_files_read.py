@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from btp_export.planning.calibration_settings import CalibrationSettings
 from btp_export.planning.choose_plan import files_read
-from btp_export.planning.study import CalibrationSettings
 from graphs.files.atomic import check_outside
 from graphs.records.errors import InputError
 

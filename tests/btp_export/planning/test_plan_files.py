@@ -7,8 +7,8 @@ import pytest
 
 from btp_export import cli
 from btp_export.model.open_model import open_model
+from btp_export.planning.calibration_settings import CalibrationSettings, check_settings, parse_keep
 from btp_export.planning.plan_files import plan_for
-from btp_export.planning.study import CalibrationSettings, check_settings, parse_keep
 from graphs.records.errors import InputError
 from graphs.records.plan import PruningPlan
 

@@ -7,7 +7,9 @@ import torch
 
 from calibrate.quantise import layer_inputs
 from calibrate.quantise.layer_inputs import gather_inputs
-from calibrate.reference.streamed_model import Rows, StreamedReference, forward
+from calibrate.reference.decoder import forward
+from calibrate.reference.observers import Rows
+from calibrate.reference.streamed_model import StreamedReference
 from tests.calibrate.models import checkpoint, make_llava
 
 GROUP = 16

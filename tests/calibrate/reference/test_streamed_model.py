@@ -11,8 +11,10 @@ import torch
 from btp_export.families.llava import FAMILY
 from calibrate.place.counts import Shape
 from calibrate.place.presets import preset
+from calibrate.reference.observers import LayerView
 from calibrate.reference.records import ReferenceInput
-from calibrate.reference.streamed_model import LayerView, StreamedReference, image_start
+from calibrate.reference.runs import image_start
+from calibrate.reference.streamed_model import StreamedReference
 from graphs.records.errors import InputError
 from graphs.records.plan import PruningPlan, Stage
 from tests.calibrate.models import IMAGE_TOKEN, PREFIX, checkpoint, make_input, make_llava

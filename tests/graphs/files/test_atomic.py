@@ -16,11 +16,11 @@ from graphs.files.atomic import (
     replacing,
     sha256,
     staged,
-    uninterrupted,
     write_json,
     write_text,
     write_texts,
 )
+from graphs.files.signals import uninterrupted
 from graphs.records.errors import InputError
 
 

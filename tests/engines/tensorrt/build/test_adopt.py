@@ -5,7 +5,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,14 +17,14 @@ from engines.tensorrt import installed
 from engines.tensorrt.build import builder
 from engines.tensorrt.build.job import Built, Job
 from engines.tensorrt.installed import Library
-from engines.tensorrt.records import EnginesRecord
 from graphs.records.errors import CheckError
 from tests.engines.runners.host_cuda import HostCuda
 from tests.engines.tensorrt.building import job, product
 from tests.engines.tensorrt.jetson_device import Device, prepare
 from tests.engines.tensorrt.run import host_tensorrt
-from tests.engines.tensorrt.run.engine_folders import CAPABILITY, STAGES, TARGET, VERSION, machine_with_gpu, new_process
+from tests.engines.tensorrt.run.engine_folders import CAPABILITY, STAGES, TARGET, VERSION
 from tests.plans import tiny_plan
+
 
 @pytest.fixture(scope="module")
 def prepared(tiny_bundle: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:

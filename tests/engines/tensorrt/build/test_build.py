@@ -23,8 +23,8 @@ from engines.native import libraries
 from engines.targets import find_target
 from engines.tensorrt import installed
 from engines.tensorrt.build.build import Result, build
+from engines.tensorrt.build.machine import choose_plugins, machine_for
 from engines.tensorrt.installed import Library
-from engines.tensorrt.build.machine import machine_for, choose_plugins
 from engines.tensorrt.prepare.build_plan import BuildPlan, Wishes, plan_build
 from engines.tensorrt.prepare.prepared_graphs import Choices, prepare
 from engines.tensorrt.records import EnginesRecord
@@ -33,8 +33,8 @@ from graphs.files.bundle import Bundle
 from graphs.records.errors import CheckError, InputError, UnavailableError
 from graphs.records.plan import Stage
 from tests.btp_export.results.examples import verification
-from tests.engines.tensorrt import building
 from tests.engines.native import rtx
+from tests.engines.tensorrt import building
 from tests.engines.tensorrt.plans import RULES, STAGES, staged_bundle, staged_plan
 
 WHOLE = Wishes(assemble="whole")

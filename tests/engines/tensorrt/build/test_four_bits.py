@@ -86,9 +86,7 @@ def test_estimates_count_packed_bytes(bundle: Bundle) -> None:
                for name in bundle.checkpoint().tensors if name.endswith(".qweight")]  # fmt: skip
     stored = sum(one.n * one.k // 2 + 2 * one.n * one.k // one.group for one in linears if one is not None)
     target = find_target("jetson-orin-jp7")
-    baked, shared = (
-        plan_build(bundle, target, Wishes(engine_weights=weights)) for weights in ("baked", "shared")
-    )
+    baked, shared = (plan_build(bundle, target, Wishes(engine_weights=weights)) for weights in ("baked", "shared"))
     (of_decode,) = (e for graph, e in zip(baked.graphs, baked.estimates, strict=True) if graph.name == "decode")
     head = 2 * bundle.spec.decoder.vocab_size * 64
     assert stored + head <= of_decode.weight_bytes < 1.05 * (stored + head) + 5000

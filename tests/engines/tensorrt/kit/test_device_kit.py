@@ -5,7 +5,7 @@ import re
 import shlex
 import shutil
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,24 +26,11 @@ from engines.tensorrt.versions import traits
 from graphs.files.bundle import Bundle
 from graphs.records.errors import CheckError, InputError, UnavailableError
 from tests.engines.native import builds
+from tests.engines.tensorrt.kit.fake_trtexec import calls, fake_tool, run
 from tests.engines.tensorrt.plans import prepared, staged_bundle
 
 LISTS = Path(__file__).parents[1] / "trtexec"
 VERSIONS = {"jetson-orin-jp6": "10.3", "jetson-orin-jp7": "10.16", "h100": "11.1"}
-# A stand-in for trtexec: says its version, notes its arguments, checks the files it is to read, writes those it is to.
-FAKE = """#!/usr/bin/env bash
-echo "&&&& RUNNING TensorRT.trtexec [TensorRT v{digits}] # $*"
-[ "$1" != --help ] || exit 0
-printf '%s\\n' "$@" >> "{log}"
-echo -- >> "{log}"
-[ -z "${{FAIL:-}}" ] || {{ echo "something went wrong"; exit 1; }}
-for argument in "$@"; do
-    case "$argument" in
-        --onnx=* | --loadEngine=*) [ -s "${{argument#*=}}" ] || {{ echo "cannot read $argument"; exit 1; }} ;;
-        --saveEngine=* | --export*=*) [ -n "${{NO_FILE:-}}" ] || echo made > "${{argument#*=}}" ;;
-    esac
-done
-"""
 
 
 def copied(bundle: Bundle, folder: Path) -> Bundle:
@@ -66,26 +53,6 @@ def kit(tiny_bundle: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[
         return collected[key]
 
     return make
-
-
-def fake_tool(folder: Path, digits: str = "100300", name: str = "trtexec") -> dict[str, str]:
-    """An environment whose trtexec is the stand-in; its log is `folder`/log."""
-    folder.mkdir(exist_ok=True)
-    tool = folder / name
-    tool.write_text(FAKE.format(digits=digits, log=folder / "log"))
-    tool.chmod(0o755)
-    return {"PATH": f"{folder}{os.pathsep}{os.environ['PATH']}"}
-
-
-def calls(folder: Path) -> list[list[str]]:
-    """The arguments of each call of the stand-in."""
-    return [call.splitlines() for call in (folder / "log").read_text().split("\n--\n") if call]
-
-
-def run(script: Path, environment: Mapping[str, str], *arguments: str) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run(
-        [script, *arguments], env=environment, capture_output=True, text=True, check=False, timeout=60
-    )
 
 
 def options_of(folder: Path) -> set[str]:

@@ -19,6 +19,7 @@ from engines.tensorrt.records import (
     engine_file,
 )
 from engines.tensorrt.run import session
+from engines.tensorrt.run.runner import TrtLoader, open_engines
 from graphs.files.atomic import record
 from graphs.files.bundle import Bundle
 from graphs.records.plan import Stage
@@ -67,6 +68,11 @@ def write_engines(bundle: Bundle, folder: Path, choices: Choices, **built: Any) 
     )
     created.save(folder)
     return created
+
+
+def engines(bundle: Bundle, folder: Path, **options: Any) -> tuple[TrtLoader, dict[str, Path]]:
+    """What opens the engines in a folder, and their files by graph."""
+    return open_engines(bundle, folder, profile=bundle.profile().name, **options)
 
 
 def _graph(folder: Path, graph: PreparedGraph, bundle: Bundle, **built: Any) -> EngineGraph:
