@@ -128,7 +128,7 @@ OWN_FILES = {
     "btp_export/api_reference.py",
     "btp_export/report/machine.py",
     "btp_export/serving/page.py",
-    "btp_export/serving/preparing.py",
+    "btp_export/serving/preparing_process.py",
     "engines/native/compile_ort.py",
     "engines/native/libraries.py",
     "engines/runners/packed_files.py",

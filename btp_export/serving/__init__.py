@@ -5,7 +5,7 @@
     schemas            requests, as OpenAI's clients send them
     questions          what a request asks of the model
     addresses          the picture at the address that a request names
-    preparation        a process of its own that opens pictures and writes prompts; `preparing` is what runs in it
+    preparing_client   asks a process of its own, `preparing_process`, which opens pictures and writes prompts
     gathering          the queue that gathers requests into the profile's static batch
     worker             the one thread that runs the models;  stops  texts that end an answer
     service            all of these together: a request in, events out

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from btp_export.serving.addresses import picture_bytes
 from btp_export.serving.gathering import Event, Finish, Gathering, Job
 from btp_export.serving.limits import Access, Limits
-from btp_export.serving.preparation import Preparation
-from btp_export.serving.preparing import Options
+from btp_export.serving.preparing_client import PreparingClient
+from btp_export.serving.preparing_process import Options
 from btp_export.serving.questions import Settings, question_of, settings_of
 from btp_export.serving.refusals import Refusal, full
 from btp_export.serving.schemas import ChatRequest
@@ -61,7 +61,7 @@ class Service:
             {profile.name: profile.batch for profile in self.profiles}, wait=serving.wait, most=limits.queue
         )
         self._worker = Worker(self._models, self._gathering)
-        self._preparation = Preparation(
+        self._preparing = PreparingClient(
             Options(
                 bundle=str(bundle.root),
                 profiles=tuple(profile.name for profile in self.profiles),
@@ -90,7 +90,7 @@ class Service:
 
     async def start(self) -> None:
         """Begin to answer. Raises BtpError if the bundle's processor cannot be used."""
-        await self._preparation.start()
+        await self._preparing.start()
         self._worker.start()
 
     def hurry(self) -> None:
@@ -101,7 +101,7 @@ class Service:
         """Answer what waits, for `grace` seconds at most, and end."""
         self._gathering.close()
         await asyncio.to_thread(self._worker.join, grace)
-        await self._preparation.stop()
+        await self._preparing.stop()
 
     @property
     def name(self) -> str:
@@ -167,7 +167,7 @@ class Service:
         question, settings = question_of(request), settings_of(request)
         limits, access = self.serving.limits, self.serving.access
         picture = await self._in_time(asyncio.to_thread(picture_bytes, question.picture, access, limits), deadline)
-        profile, encoded = await self._in_time(self._preparation.prepare(question, picture), deadline)
+        profile, encoded = await self._in_time(self._preparing.prepare(question, picture), deadline)
         events: asyncio.Queue[Event] = asyncio.Queue()
         loop = asyncio.get_running_loop()
         job = Job(profile, encoded, settings, self._room(profile, settings), _sender(loop, events))

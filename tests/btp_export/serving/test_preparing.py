@@ -14,8 +14,8 @@ import pytest
 from PIL import Image
 
 from btp_export.running.runtime import BundleModel
-from btp_export.serving.preparation import Preparation
-from btp_export.serving.preparing import Options
+from btp_export.serving.preparing_client import PreparingClient
+from btp_export.serving.preparing_process import Options
 from btp_export.serving.questions import Question
 from btp_export.serving.refusals import Refusal
 from graphs.files.atomic import record
@@ -54,14 +54,14 @@ def options(bundle: Bundle) -> Options:
     return Options(str(bundle.root), profiles, resize=False, seconds=20.0, memory=2**29, pixels=10**6)
 
 
-def with_preparation(chosen: Options, work: Callable[[Preparation], Coroutine[Any, Any, None]]) -> None:
+def with_process(chosen: Options, work: Callable[[PreparingClient], Coroutine[Any, Any, None]]) -> None:
     async def whole() -> None:
-        preparation = Preparation(chosen)
-        await preparation.start()
+        client = PreparingClient(chosen)
+        await client.start()
         try:
-            await work(preparation)
+            await work(client)
         finally:
-            await preparation.stop()
+            await client.stop()
 
     asyncio.run(whole())
 
@@ -79,9 +79,9 @@ def question(text: str) -> Question:
 def test_what_it_takes_is_what_the_model_takes(
     served_bundle: Bundle, alone: dict[str, BundleModel], square: Image.Image, wide: Image.Image
 ) -> None:
-    async def work(preparation: Preparation) -> None:
+    async def work(client: PreparingClient) -> None:
         for picture in (square, wide):
-            profile, encoded = await preparation.prepare(question("where is it ?"), png(picture))
+            profile, encoded = await client.prepare(question("where is it ?"), png(picture))
             wanted = alone[profile].encode([picture], ["where is it ?"])
             assert alone[profile].profile.image_size == (picture.height, picture.width)
             np.testing.assert_array_equal(encoded.input_ids[0], wanted.input_ids[0])
@@ -89,48 +89,48 @@ def test_what_it_takes_is_what_the_model_takes(
             rest = [(one.prefix_tokens, one.image_tokens, one.unknown) for one in (encoded, wanted)]
             assert rest[0] == rest[1]
 
-    with_preparation(options(served_bundle), work)
+    with_process(options(served_bundle), work)
 
 
 def test_hostile_templates(hostile: Bundle, square: Image.Image, capfd: pytest.CaptureFixture[str]) -> None:
-    async def work(preparation: Preparation) -> None:
+    async def work(client: PreparingClient) -> None:
         async def refusal(text: str) -> Refusal:
             with pytest.raises(Refusal) as caught:
-                await preparation.prepare(question(text), png(square))
+                await client.prepare(question(text), png(square))
             assert caught.value.status == 400 and str(hostile.root) not in caught.value.message
             return caught.value
 
-        first = preparation.process_id
+        first = client.process_id
         assert "the bundle" in (await refusal("broken ?")).message
         assert "more than 1000000 characters" in (await refusal("memory ?")).message
-        await preparation.prepare(question("where is it ?"), png(square))
-        assert preparation.process_id == first
+        await client.prepare(question("where is it ?"), png(square))
+        assert client.process_id == first
         # The alarm comes before the template's own limit. Who waits behind gets an answer, from a new process.
         endless = asyncio.ensure_future(refusal("endless ?"))
-        behind = asyncio.ensure_future(preparation.prepare(question("where is it ?"), png(square)))
+        behind = asyncio.ensure_future(client.prepare(question("where is it ?"), png(square)))
         assert "takes longer than 1.5 s" in (await endless).message
         await behind
-        assert preparation.process_id != first
+        assert client.process_id != first
 
-    with_preparation(replace(options(hostile), seconds=1.5), work)
+    with_process(replace(options(hostile), seconds=1.5), work)
     assert "ended its process" in capfd.readouterr().err
 
 
 def test_a_caller_that_goes_away_leaves_nothing_half_done(served_bundle: Bundle, square: Image.Image) -> None:
-    async def work(preparation: Preparation) -> None:
-        leaving = asyncio.ensure_future(preparation.prepare(question("is there a star ?"), png(square)))
+    async def work(client: PreparingClient) -> None:
+        leaving = asyncio.ensure_future(client.prepare(question("is there a star ?"), png(square)))
         await asyncio.sleep(0)
         leaving.cancel()
-        _, encoded = await preparation.prepare(question("where ?"), png(square))
-        _, again = await preparation.prepare(question("where ?"), png(square))
+        _, encoded = await client.prepare(question("where ?"), png(square))
+        _, again = await client.prepare(question("where ?"), png(square))
         np.testing.assert_array_equal(encoded.input_ids[0], again.input_ids[0])
 
-    with_preparation(options(served_bundle), work)
+    with_process(options(served_bundle), work)
 
 
 def test_a_broken_processor_is_said_at_the_start(served_bundle: Bundle, tmp_path: Path) -> None:
     async def start() -> None:
-        await Preparation(replace(options(served_bundle), bundle=str(tmp_path / "nowhere"))).start()
+        await PreparingClient(replace(options(served_bundle), bundle=str(tmp_path / "nowhere"))).start()
 
     with pytest.raises(InputError, match="the bundle"):
         asyncio.run(start())

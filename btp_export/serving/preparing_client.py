@@ -1,4 +1,4 @@
-"""The server's side of the process that opens pictures and writes prompts (btp_export/serving/preparing.py)."""
+"""The server's side of the process that opens pictures and writes prompts (btp_export/serving/preparing_process.py)."""
 
 import asyncio
 import json
@@ -12,7 +12,8 @@ import numpy as np
 
 from btp_export.console import note
 from btp_export.model.prompting import Encoded
-from btp_export.serving.preparing import LENGTHS, Options, frame
+from btp_export.serving import preparing_process
+from btp_export.serving.preparing_process import LENGTHS, Options, frame
 from btp_export.serving.questions import Question
 from btp_export.serving.refusals import Refusal
 from graphs.records.errors import BtpError, CheckError, InputError, UnavailableError
@@ -22,7 +23,7 @@ SLACK = 5.0  # seconds after which a process that its own alarm did not end is k
 ERRORS: dict[int, type[BtpError]] = {1: CheckError, 2: InputError, 3: UnavailableError}
 
 
-class Preparation:
+class PreparingClient:
     """Requests go through one at a time. A request that ends the process is refused, and the next gets a new one."""
 
     def __init__(self, options: Options) -> None:
@@ -32,7 +33,7 @@ class Preparation:
     async def start(self) -> None:
         """Start the process. Raises BtpError if the bundle's processor cannot be used."""
         self._process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", __name__.replace("preparation", "preparing"), json.dumps(asdict(self._options)),
+            sys.executable, "-m", preparing_process.__name__, json.dumps(asdict(self._options)),
             stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
             env={**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
         )  # fmt: skip

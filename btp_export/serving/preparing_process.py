@@ -1,8 +1,9 @@
-"""The process that opens pictures and writes prompts for a server:  python -m btp_export.serving.preparing OPTIONS.
+"""The process that opens pictures and writes prompts for a server: `python -m btp_export.serving.preparing_process`.
 
 A picture or a chat template can take all time and memory, or end the process that reads it. So it is this one: with a
-limit on its memory, an alarm for each request that ends it, and started again by btp_export/serving/preparation.py.
-Frames go in by standard input and out by standard output (both lengths, a JSON head, bytes).
+limit on its memory, and an alarm for each request that ends it; btp_export/serving/preparing_client.py starts it again.
+Its argument is `Options` as JSON. Frames go in by standard input and out by standard output: both lengths, a JSON head,
+bytes.
 """
 
 import json
