@@ -93,8 +93,11 @@ def _wants_debug(words: Sequence[str]) -> bool:
     if not places:
         return False
     main_command: Any = typer.main.get_command(make_app())
-    parameters = [*main_command.params, *(one for command in main_command.commands.values() for one in command.params)]
-    takes = {name for one in parameters if not getattr(one, "is_flag", False) for name in one.opts}
+    parameters = [
+        *main_command.params,
+        *(each for command in main_command.commands.values() for each in command.params),
+    ]
+    takes = {name for parameter in parameters if not getattr(parameter, "is_flag", False) for name in parameter.opts}
     return any(at == 0 or words[at - 1] not in takes for at in places)
 
 

@@ -120,11 +120,11 @@ def make_profiles(model: Model, options: Options) -> list[ShapeProfile]:
     return profiles
 
 
-def _same_graphs(model: Model, one: ShapeProfile, other: ShapeProfile) -> bool:
+def _same_graphs(model: Model, first: ShapeProfile, second: ShapeProfile) -> bool:
     """Picture sizes may differ and yet become the same tokens."""
     rest = {"name": "", "image_size": (0, 0)}
-    layouts = [model.family.layout(model.spec, profile.image_size) for profile in (one, other)]
-    return one.model_copy(update=rest) == other.model_copy(update=rest) and layouts[0] == layouts[1]
+    layouts = [model.family.layout(model.spec, profile.image_size) for profile in (first, second)]
+    return first.model_copy(update=rest) == second.model_copy(update=rest) and layouts[0] == layouts[1]
 
 
 def check_target(

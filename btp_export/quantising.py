@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     import torch
 
     from calibrate.data.samples import SampleSet
-    from calibrate.quantise.search import Found
+    from calibrate.quantise.search import QuantisedLayer
 
 Method = Literal["awq", "rtn"]
 VERSION = 2  # of what is made; raise it when the same model gives other bytes
@@ -59,14 +59,15 @@ def check_weights(model: Model, weights: Weights) -> None:
         raise InputError(f"--weights {weights}", wanted=", ".join(get_args(Weights)), do="--weights int4")
     if weights == "model":
         return
-    made = model.checkpoint.quantization
-    if made is not None and not _made_up_so(model, weights):
+    quantization = model.checkpoint.quantization
+    if quantization is not None and not _made_up_so(model, weights):
         raise InputError(
-            f"--weights {weights}, but {model.spec.name} has four-bit weights already ({made.method}, {made.source})",
+            f"--weights {weights}, but {model.spec.name} has four-bit weights already "
+            f"({quantization.method}, {quantization.source})",
             wanted="a model in 16 or 32 bits",
             do="leave --weights out, or take the model that it was made of",
         )
-    if made is not None:
+    if quantization is not None:
         return
     sizes = _inner_sizes(model.spec)
     for k in sizes:
@@ -83,8 +84,8 @@ def check_weights(model: Model, weights: Weights) -> None:
 
 def _made_up_so(model: Model, weights: Weights) -> bool:
     """Whether the model's weights are random codes of this kind, which are made without full weights."""
-    made = model.checkpoint.quantization
-    return model.source.is_dummy and made is not None and set(made.groups) == {GROUP_OF.get(weights)}
+    quantization = model.checkpoint.quantization
+    return model.source.is_dummy and quantization is not None and set(quantization.groups) == {GROUP_OF.get(weights)}
 
 
 def _inner_sizes(spec: ModelSpec) -> tuple[int, ...]:
@@ -114,9 +115,9 @@ def quantise_model(
     if weights == "model" or _made_up_so(model, weights):
         return model
     chosen: Method = method or ("rtn" if model.source.is_dummy else "awq")
-    told = note or (lambda text: None)
-    pictures = None if chosen == "rtn" else _pictures(model, settings, profile, told)
-    job = _Job(model, plan, settings, GROUP_OF[weights], chosen, profile, pictures, told)
+    say = note or (lambda text: None)
+    pictures = None if chosen == "rtn" else _pictures(model, settings, profile, say)
+    job = _Job(model, plan, settings, GROUP_OF[weights], chosen, profile, pictures, say)
     place = packed_place(model.source.name, job.key())
     if not is_whole(place):
         job.check_memory()
@@ -257,16 +258,16 @@ class _KeptLayers:
         weights = {name.removeprefix(start): dtypes.torch_of_numpy(ref.read()).float() for name, ref in refs.items()}
         return LayerTensors(weights, decoder.num_heads, decoder.num_kv_heads)
 
-    def keep(self, layer: int, found: Found) -> None:
+    def keep(self, layer: int, quantised: QuantisedLayer) -> None:
         """Codes in place of the matrices, what changed with them, and the rest as it was."""
         from calibrate.quantise.layer_edit import packed
 
         start = f"{DECODER}{layer}."
-        gone = {f"{start}{module}.weight" for module in found.matrices}
+        gone = {f"{start}{module}.weight" for module in quantised.matrices}
         refs = layer_tensors(self._model.checkpoint, layer)
         tensors: dict[str, np.ndarray] = {name: ref.read() for name, ref in refs.items() if name not in gone}
-        tensors |= {f"{start}{name}": dtypes.numpy_of_torch(tensor) for name, tensor in found.others.items()}
-        for module, rounded in found.matrices.items():
+        tensors |= {f"{start}{name}": dtypes.numpy_of_torch(tensor) for name, tensor in quantised.others.items()}
+        for module, rounded in quantised.matrices.items():
             tensors |= packed(rounded).named(f"{start}{module}")
         self._writer.write(layer, tensors)
 
@@ -275,5 +276,7 @@ class _KeptLayers:
         refs = self._writer.read(layer)
         whole = replace(self._model.checkpoint, tensors=refs)
         modules = {name.rpartition(".")[0] for name in refs}
-        names = {name for name in refs if name.endswith((".weight", ".bias"))} | {f"{one}.weight" for one in modules}
+        names = {name for name in refs if name.endswith((".weight", ".bias"))} | {
+            f"{module}.weight" for module in modules
+        }
         return {name: read_tensor(whole, name) for name in names}

@@ -113,9 +113,10 @@ def check_full_weights(bundle: Bundle, full_weights: Bundle) -> None:
 
 
 def _weights_text(bundle: Bundle) -> str:
-    made = bundle.manifest.quantization
-    assert made is not None, "check_full_weights"
-    return f"{made.source if made.method == 'read' else made.method}, groups of {made.group_text}"
+    quantization = bundle.manifest.quantization
+    assert quantization is not None, "check_full_weights"
+    origin = quantization.source if quantization.method == "read" else quantization.method
+    return f"{origin}, groups of {quantization.group_text}"
 
 
 def evaluate_plans(

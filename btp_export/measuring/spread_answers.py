@@ -69,8 +69,8 @@ def answered(
 
 def answer(root: str, settings: tuple[tuple[str, Any], ...], encoded: Encoded, room: int) -> Part:
     """One part, on whichever machine."""
-    found = answering.answer(_model(root, settings), answering.Questions(encoded, room, {}, 0), None)
-    return found.texts, dict(found.attention_kept)
+    answers = answering.answer(_model(root, settings), answering.Questions(encoded, room, {}, 0), None)
+    return answers.texts, dict(answers.attention_kept)
 
 
 @functools.lru_cache(maxsize=1)

@@ -73,10 +73,10 @@ def _check_prefix(prompter: Prompter, ids: Any) -> None:
 
 def _check_counts(model: Model, theirs: Any, picture: Image.Image, encoded: Encoded, profile: ShapeProfile) -> None:
     """The number of image tokens and the shape of the pixels, as transformers' processor counts them."""
-    made = theirs(images=[picture], text=[theirs.image_token], return_tensors="np")
-    count = int(np.count_nonzero(made["input_ids"][0] == model.spec.image_token_id))
+    prepared = theirs(images=[picture], text=[theirs.image_token], return_tensors="np")
+    count = int(np.count_nonzero(prepared["input_ids"][0] == model.spec.image_token_id))
     try:
-        replace(encoded, image_tokens=count, pixel_values=made["pixel_values"]).check_picture(profile)
+        replace(encoded, image_tokens=count, pixel_values=prepared["pixel_values"]).check_picture(profile)
     except InputError as error:
         wanted = counting_of(model.checkpoint.config)
         got = {name: getattr(theirs, name, None) for name in COUNTING}

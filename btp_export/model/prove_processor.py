@@ -78,18 +78,18 @@ def _compare_texts(theirs: Any, ours: Processor) -> None:
     generator = random.Random(0)
     for prompt in _prompts(ours, generator):
         for conversation in _conversations(ours, prompt):
-            mine = _outcome(ours.rendered, conversation)
-            other = _outcome(partial(_rendered, theirs, ours), conversation)
-            if mine != other:
-                _differ(ours, f"of the prompt {prompt!r} the text {mine!r}", repr(other))
+            got = _outcome(ours.rendered, conversation)
+            wanted = _outcome(partial(_rendered, theirs, ours), conversation)
+            if got != wanted:
+                _differ(ours, f"of the prompt {prompt!r} the text {got!r}", repr(wanted))
         text = None if ours.steps.text.template is None else _outcome(partial(conversation_text, ours), prompt)
         _compare_ids(theirs, ours, text or prompt)
     size = len(theirs.tokenizer)
     for _ in range(RANDOM_ANSWERS):
         ids = [generator.randrange(size) for _ in range(LENGTH)]
-        mine, other = ours.tokens.text(ids), theirs.tokenizer.decode(ids, skip_special_tokens=True)
-        if mine != other:
-            _differ(ours, f"of the tokens {ids} the text {mine!r}", repr(other))
+        got, wanted = ours.tokens.text(ids), theirs.tokenizer.decode(ids, skip_special_tokens=True)
+        if got != wanted:
+            _differ(ours, f"of the tokens {ids} the text {got!r}", repr(wanted))
 
 
 def _conversations(ours: Processor, prompt: str) -> Iterator[list[dict[str, Any]]]:
@@ -129,10 +129,10 @@ def _outcome(run: Callable[[Any], str], given: Any) -> str | None:
 def _compare_ids(theirs: Any, ours: Processor, text: str) -> None:
     begin = theirs.tokenizer.bos_token
     expanded = text.replace(ours.image_token, ours.image_token * 3)
-    other = theirs.tokenizer(expanded, add_special_tokens=not (begin and text.startswith(begin)))["input_ids"]
-    mine = ours.ids(text, 3)
-    if mine != other:
-        _differ(ours, f"of {text!r} the tokens {mine}", str(other))
+    wanted = theirs.tokenizer(expanded, add_special_tokens=not (begin and text.startswith(begin)))["input_ids"]
+    got = ours.ids(text, 3)
+    if got != wanted:
+        _differ(ours, f"of {text!r} the tokens {got}", str(wanted))
 
 
 # -- pictures --------------------------------------------------------------------------------------------------------
@@ -151,16 +151,16 @@ def _compare_pictures(
         noise = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
         smooth = Image.fromarray(rng.integers(0, 256, (2, 3, 3), dtype=np.uint8)).resize((width, height))
         for picture in (noise, smooth):
-            made = theirs(
+            reference = theirs(
                 images=[picture], text=[ours.image_token], input_data_format="channels_last", return_tensors="np"
             )
-            mine, other = ours.pixels(picture), np.asarray(made["pixel_values"], np.float32)
+            got, wanted = ours.pixels(picture), np.asarray(reference["pixel_values"], np.float32)
             what = f"of a picture of {height} x {width}"
-            if mine.shape != other.shape:
-                _differ(ours, f"{what} the pixels {list(mine.shape)}", str(list(other.shape)))
-            if not np.array_equal(mine, other):
-                _differ(ours, f"{what} pixels that are off by up to {np.abs(mine - other).max():.3g}", "the same")
-            ids = made["input_ids"][0]
+            if got.shape != wanted.shape:
+                _differ(ours, f"{what} the pixels {list(got.shape)}", str(list(wanted.shape)))
+            if not np.array_equal(got, wanted):
+                _differ(ours, f"{what} pixels that are off by up to {np.abs(got - wanted).max():.3g}", "the same")
+            ids = reference["input_ids"][0]
             if ours.ids(ours.image_token, tokens) != ids.tolist():
                 _differ(ours, f"{what} {tokens} image tokens", str(np.count_nonzero(ids == spec.image_token_id)))
 

@@ -44,13 +44,13 @@ class SpreadReference(StreamedReference):
         self, inputs: Sequence[ReferenceInput], plans: Sequence[PruningPlan], *, progress: Report | None = None
     ) -> list[np.ndarray]:
         parts = self.spread(_logits, _parts(inputs), (list(plans),), progress)
-        each = [[found[str(number)] for number in range(len(found))] for found in parts]
+        each = [[arrays[str(number)] for number in range(len(arrays))] for arrays in parts]
         sizes = [len(part) for part in _parts(inputs)]
         return [
             logits
             for plan in range(len(plans))
-            for found, size in zip(each, sizes, strict=True)
-            for logits in found[plan * size : (plan + 1) * size]
+            for arrays, size in zip(each, sizes, strict=True)
+            for logits in arrays[plan * size : (plan + 1) * size]
         ]
 
     def spread(
@@ -62,13 +62,13 @@ class SpreadReference(StreamedReference):
     ) -> list[Mapping[str, np.ndarray]]:
         """function(reference's making, part, *more) of each part, in order; what an interrupted run left is taken."""
         names = [f"{function.__name__.strip('_')}-{_identity(part, more)[:16]}" for part in parts]
-        done = {number: found for number, name in enumerate(names) if (found := self._kept(name)) is not None}
+        done = {number: arrays for number, name in enumerate(names) if (arrays := self._kept(name)) is not None}
         left = [number for number in range(len(parts)) if number not in done]
         asked = [(self._opens, parts[number], *more) for number in left]
-        for place, found in self._cluster.results(function, asked, cpus=self._opens[-1]):
-            done[left[place]] = found
+        for place, arrays in self._cluster.results(function, asked, cpus=self._opens[-1]):
+            done[left[place]] = arrays
             if self.work is not None:
-                self.work.sequence(names[left[place]]).save(1, found, None)
+                self.work.sequence(names[left[place]]).save(1, arrays, None)
             if progress is not None:
                 progress(len(done), len(parts))
         return [done[number] for number in range(len(parts))]
@@ -90,11 +90,11 @@ def measured(
     if not isinstance(reference, SpreadReference):
         return measure_statistics(reference, inputs, shape, progress=progress, **settings)
     parts = [(part, max(0, DROPPED_SAMPLES - PART * number)) for number, part in enumerate(_parts(inputs))]
-    found: list[Mapping[str, np.ndarray]] = []
+    statistics: list[Mapping[str, np.ndarray]] = []
     for dropped in (PART, 0):  # parts that measure what dropping does, and those behind them
         some = [part for part, count in parts if min(count, PART) == dropped]
-        found += reference.spread(_statistics, some, (shape, settings | {"dropped": dropped}), progress)
-    return Statistics.joined([_of_arrays(arrays) for arrays in found])
+        statistics += reference.spread(_statistics, some, (shape, settings | {"dropped": dropped}), progress)
+    return Statistics.joined([_of_arrays(arrays) for arrays in statistics])
 
 
 def _of_arrays(arrays: Mapping[str, np.ndarray]) -> Statistics:
@@ -110,11 +110,11 @@ def _identity(part: Sequence[ReferenceInput], more: tuple[Any, ...]) -> str:
     """What decides a part's results beside the model, which decides the work folder."""
     arrays = [
         array.cpu().float().numpy()
-        for one in part
-        for array in (one.input_ids, one.image_features, one.class_attention, one.position_ids)
+        for sample in part
+        for array in (sample.input_ids, sample.image_features, sample.class_attention, sample.position_ids)
         if array is not None
     ]
-    return digest([list(one.new_tokens) for one in part], repr(more), *arrays)
+    return digest([list(sample.new_tokens) for sample in part], repr(more), *arrays)
 
 
 # What runs on the machines

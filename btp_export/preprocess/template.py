@@ -231,9 +231,11 @@ def _guarded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
 @functools.lru_cache(maxsize=1)
 def _environment() -> _Environment:
     """What transformers gives templates. Nothing is computed while one is compiled, where no guard would see it."""
-    made = _Environment(trim_blocks=True, lstrip_blocks=True, optimized=False, extensions=[_Generation, loopcontrols])
-    made.filters["tojson"] = _to_json
-    for name, function in made.filters.items():
-        made.filters[name] = _guarded(name, function)
-    made.globals |= {"raise_exception": _raise, "strftime_now": _now, "dict": _Dictionary(), "namespace": _Names}
-    return made
+    environment = _Environment(
+        trim_blocks=True, lstrip_blocks=True, optimized=False, extensions=[_Generation, loopcontrols]
+    )
+    environment.filters["tojson"] = _to_json
+    for name, function in environment.filters.items():
+        environment.filters[name] = _guarded(name, function)
+    environment.globals |= {"raise_exception": _raise, "strftime_now": _now, "dict": _Dictionary(), "namespace": _Names}
+    return environment

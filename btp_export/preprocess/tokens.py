@@ -39,14 +39,14 @@ class Tokens:
     def ids(self, text: str, *, add_special: bool = False) -> list[int]:
         """Token ids of a text; with `add_special` those around it too, such as a begin token."""
         with _refusing():
-            found: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special).ids
-        return found
+            ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special).ids
+        return ids
 
     def token(self, number: int) -> str | None:
         """The token of an id as the vocabulary has it."""
         with _refusing():
-            found: str | None = self._tokenizer.id_to_token(number)
-        return found
+            token: str | None = self._tokenizer.id_to_token(number)
+        return token
 
     def text(self, ids: Sequence[int]) -> str:
         """The text of ids, special tokens left out."""

@@ -26,8 +26,8 @@ def device_limits(
 ) -> DeviceLimits:
     """The limits for engines of `target`; `system` is profile.sh's record, `clocks` those of the engines."""
     board = measured_board(target, system) or target
-    found = list(clocks)
-    gpu = median(found) if found else _number(system.get("gpu_clock_max_hz"))
+    measured = list(clocks)
+    gpu = median(measured) if measured else _number(system.get("gpu_clock_max_hz"))
     memory = _number(system.get("memory_clock_hz"))
     peak, bandwidth = board.peak[precision], float(board.bandwidth)
     if board.board is not None:

@@ -114,8 +114,8 @@ def _findings(sources: Mapping[str, Source], profile: ShapeProfile) -> Iterator[
     for part, source in sources.items():
         for graph in graphs_of(source, profile):
             exported = source.results / f"{stem(graph)}{trtexec.LAYERS}"
-            found = graph.engine.findings if graph.engine is not None else _exported_findings(exported, graph)
-            for text in found:
+            differences = graph.engine.findings if graph.engine is not None else _exported_findings(exported, graph)
+            for text in differences:
                 yield f"layers of {part}{' ' * bool(part)}{graph.name}: {text}"
 
 
@@ -133,13 +133,13 @@ def _exported_findings(path: Path, graph: EngineGraph) -> tuple[str, ...]:
 
 def _clocks(sources: Mapping[str, Source], profile: ShapeProfile) -> dict[str, float]:
     """The GPU's clock in Hz while each engine ran, by the engine's name, of those that were recorded."""
-    found = {}
+    clocks = {}
     for part, source in sources.items():
         for graph in graphs_of(source, profile):
             clock = read_clock(source.results / f"{stem(graph)}{CLOCK}")
             if clock is not None:
-                found[f"{part}/{graph.name}" if part else graph.name] = clock
-    return found
+                clocks[f"{part}/{graph.name}" if part else graph.name] = clock
+    return clocks
 
 
 # -- parts -----------------------------------------------------------------------------------------------------------

@@ -153,8 +153,8 @@ def companions(folder: Path) -> Sequence[Path]:
 
 def layer_count(source: Checkpoint) -> int:
     """Decoder layers that a checkpoint has tensors of."""
-    found = {name.removeprefix(DECODER).partition(".")[0] for name in source.tensors if name.startswith(DECODER)}
-    return len(found)
+    layers = {name.removeprefix(DECODER).partition(".")[0] for name in source.tensors if name.startswith(DECODER)}
+    return len(layers)
 
 
 def layer_tensors(source: Checkpoint, layer: int) -> dict[str, TensorRef]:

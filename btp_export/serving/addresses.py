@@ -85,14 +85,14 @@ def _fetched(address: str, access: Access, limits: Limits) -> bytes:
     deadline = time.monotonic() + limits.fetch_seconds
     for _ in range(REDIRECTS + 1):
         try:
-            found = _get(address, access, limits, deadline)
+            answer = _get(address, access, limits, deadline)
         except (OSError, http.client.HTTPException, ValueError, UnicodeError) as error:
             if isinstance(error, TimeoutError):
                 raise _refused(f"the address did not answer within {limits.fetch_seconds:g} s") from error
             raise _refused("the address cannot be read") from error
-        if isinstance(found, bytes):
-            return found
-        address = urljoin(address, found)
+        if isinstance(answer, bytes):
+            return answer
+        address = urljoin(address, answer)
         if not address.lower().startswith(("http://", "https://")):
             raise _refused("the address leads to something that is not of the web")
     raise _refused(f"the address leads on more than {REDIRECTS} times")
@@ -131,10 +131,10 @@ def _get(address: str, access: Access, limits: Limits, deadline: float) -> bytes
 
 def _connected(host: str, port: int, access: Access, deadline: float, *, secure: bool) -> socket.socket:
     """A connection to the first address of the host, all of which are allowed. Raises Refusal if one is not."""
-    found = [entry[4][0] for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
-    if not access.private and not all(_is_public(str(one)) for one in found):
+    addresses = [entry[4][0] for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
+    if not access.private and not all(_is_public(str(address)) for address in addresses):
         raise _refused("an address of a private network (serve --allow-private allows those)")
-    plain = socket.create_connection((str(found[0]), port), timeout=_left(deadline))
+    plain = socket.create_connection((str(addresses[0]), port), timeout=_left(deadline))
     if not secure:
         return plain
     try:

@@ -11,7 +11,7 @@ from torch import nn
 
 from calibrate.quantise.layer_inputs import gather_inputs
 from calibrate.quantise.rounding import Rounded
-from calibrate.quantise.search import Found, LayerTensors, search_layer
+from calibrate.quantise.search import LayerTensors, QuantisedLayer, search_layer
 from calibrate.reference.observers import Rows
 from graphs import dtypes
 from graphs.files.packed_weights import PackedMatrix
@@ -23,7 +23,7 @@ class Layers(Protocol):
     def has(self, layer: int) -> bool:
         """Whether a layer is finished."""
 
-    def keep(self, layer: int, found: Found) -> None:
+    def keep(self, layer: int, quantised: QuantisedLayer) -> None:
         """A layer is finished."""
 
     def weights(self, layer: int) -> Mapping[str, np.ndarray]:

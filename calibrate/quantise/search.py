@@ -40,17 +40,17 @@ class LayerTensors:
 
 
 @dataclass
-class Found:
+class QuantisedLayer:
     """What a layer becomes: rounded matrices by module, and other tensors that changed, in their stored types."""
 
     matrices: dict[str, Rounded] = field(default_factory=dict)
     others: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
-def round_layer(layer: LayerTensors, group: int, dtype: torch.dtype) -> Found:
+def round_layer(layer: LayerTensors, group: int, dtype: torch.dtype) -> QuantisedLayer:
     """Rounding to the nearest alone: the baseline, and what needs no pictures."""
     names = (module for members in SHARED.values() for module in members)
-    return Found(
+    return QuantisedLayer(
         {name: round_matrix(layer.weights[f"{name}.weight"], group, symmetric=False, dtype=dtype) for name in names}
     )
 
@@ -61,20 +61,20 @@ def search_layer(
     group: int,
     dtype: torch.dtype,
     norm_dtype: torch.dtype,
-) -> Found:
+) -> QuantisedLayer:
     """Scales, then codes. `dtype` stores the codes' scales, `norm_dtype` the norms."""
-    found = Found()
+    quantised = QuantisedLayer()
     weights = dict(layer.weights)
     scales: dict[str, torch.Tensor] = {}
     for name, members in SHARED.items():
         asked = _search_scale(name, [weights[f"{module}.weight"] for module in members], statistics[name], layer, group)
-        scales[name] = _fold(name, asked, weights, found, layer, norm_dtype)
+        scales[name] = _fold(name, asked, weights, quantised, layer, norm_dtype)
     for name, members in SHARED.items():
         inputs = statistics[name].scaled(scales[name])
         for module in members:
             scaled = weights[f"{module}.weight"] * scales[name]
-            found.matrices[module] = _best(scaled, inputs, group, dtype, clipped=module not in UNCLIPPED)
-    return found
+            quantised.matrices[module] = _best(scaled, inputs, group, dtype, clipped=module not in UNCLIPPED)
+    return quantised
 
 
 def _search_scale(
@@ -108,7 +108,7 @@ def _fold(
     name: str,
     scale: torch.Tensor,
     weights: dict[str, torch.Tensor],
-    found: Found,
+    quantised: QuantisedLayer,
     layer: LayerTensors,
     norm_dtype: torch.dtype,
 ) -> torch.Tensor:
@@ -118,7 +118,7 @@ def _fold(
         divided = (norm / scale).to(norm_dtype)
         sound = torch.isfinite(divided) & (divided != 0)
         stored = torch.where(sound, divided, norm.to(norm_dtype))
-        found.others[f"{NORMS[name]}.weight"] = stored
+        quantised.others[f"{NORMS[name]}.weight"] = stored
         return torch.where(
             sound, norm / torch.where(sound, stored.float(), torch.ones_like(norm)), torch.ones_like(norm)
         )
@@ -126,7 +126,7 @@ def _fold(
     rows = scale if name != "o" else scale.view(layer.kv_heads, layer.heads // layer.kv_heads, -1)[:, 0].reshape(-1)
     weights[f"{before}.weight"] = weights[f"{before}.weight"] / rows[:, None]
     if f"{before}.bias" in weights:
-        found.others[f"{before}.bias"] = weights[f"{before}.bias"] / rows  # stays float32
+        quantised.others[f"{before}.bias"] = weights[f"{before}.bias"] / rows  # stays float32
     return scale
 
 

@@ -94,8 +94,8 @@ def _vision_graph(
             wanted="a bundle of a plan that scores by vision-cls",
             do="export the model with this plan",
         )
-    (made,) = write_graphs(root, [vision(bundle, profile)], profile.name, suffix=suffix)
-    return made
+    [written] = write_graphs(root, [vision(bundle, profile)], profile.name, suffix=suffix)
+    return written
 
 
 def write_graphs(root: Path, built: Sequence[BuiltGraph], profile: str, *, suffix: str = "") -> list[GraphRecord]:

@@ -95,12 +95,12 @@ def check_graphs(root: Path, graphs: Sequence[GraphRecord], weights: Sequence[Fi
     files = {PurePosixPath(entry.file).relative_to("graphs").as_posix() for entry in weights}
     for graph in graphs:
         path = root / graph.file
-        found = read_graph_file(path)
-        for recorded, values in ((graph.inputs, found.inputs), (graph.outputs, found.outputs)):
+        content = read_graph_file(path)
+        for recorded, values in ((graph.inputs, content.inputs), (graph.outputs, content.outputs)):
             _check_values(path, recorded, values)
         with refusing_graph(path):
-            outside = found.outside()
-            found.wide_weights()  # KeyError for a type we do not know: whoever counts memory takes them for granted
+            outside = content.outside()
+            content.wide_weights()  # KeyError for a type we do not know: whoever counts memory takes them for granted
         for tensor in outside:
             if tensor.location not in files:
                 raise InputError(

@@ -106,8 +106,8 @@ def scratch_beside(folder: Path) -> Iterator[Path]:
     In the system's temporary folder where that place cannot be written.
     """
     beside = folder.resolve().parent
-    with scratch(beside if os.access(beside, os.W_OK) else Path(tempfile.gettempdir())) as made:
-        yield made
+    with scratch(beside if os.access(beside, os.W_OK) else Path(tempfile.gettempdir())) as temporary:
+        yield temporary
 
 
 def recover(destination: Path, is_ours: Callable[[Path], bool]) -> None:

@@ -84,8 +84,8 @@ def packed_linear(checkpoint: Checkpoint, module: str) -> PackedLinear | None:
 
     Raises InputError for tensors whose shapes or types do not fit together.
     """
-    found = {part: checkpoint.tensors.get(f"{module}.{part}") for part in PARTS}
-    qweight = found[QWEIGHT]
+    parts = {part: checkpoint.tensors.get(f"{module}.{part}") for part in PARTS}
+    qweight = parts[QWEIGHT]
     if qweight is None:
         return None
     scales = checkpoint[f"{module}.{SCALES}"]
@@ -93,7 +93,7 @@ def packed_linear(checkpoint: Checkpoint, module: str) -> PackedLinear | None:
         _refuse(qweight, f"U8 [N, K/g, g/2] with groups g of {', '.join(map(str, GROUPS))}")
     rows, groups, group = qweight.shape[0], qweight.shape[1], 2 * qweight.shape[2]
     linear = PackedLinear(
-        module, qweight, scales, found[ZEROS], found[INPUT_SCALE], n=rows, k=groups * group, group=group
+        module, qweight, scales, parts[ZEROS], parts[INPUT_SCALE], n=rows, k=groups * group, group=group
     )
     _check(scales, (rows, groups), of_float=True)
     if linear.zeros is not None:

@@ -62,20 +62,20 @@ def find_format(folder: Path, config: Mapping[str, Any]) -> tuple[Format, Settin
     """
     named = config.get("quantization_config")
     method = str(named.get("quant_method", "")).lower() if isinstance(named, Mapping) else None
-    found = {
+    recognised = {
         form.name: (form, settings)
         for form in known_formats().values()
         if (settings := form.settings(folder, config)) is not None
     }
-    methods = [*found, *([PACKED] if method == PACKED else [])]
+    methods = [*recognised, *([PACKED] if method == PACKED else [])]
     if len(methods) > 1:
         refuse(
             f"{folder.name} is quantised twice: {' and '.join(methods)}",
             "one method",
             "remove the settings that are not of its tensors",
         )
-    if found:
-        return next(iter(found.values()))
+    if recognised:
+        return next(iter(recognised.values()))
     if method is not None and method != PACKED:
         refuse(
             f"{folder.name} is quantised by {method or 'a method without a name'}",
@@ -98,7 +98,7 @@ def require_value(fields: Mapping[str, Any], key: str, wanted: tuple[Any, ...], 
     """Raise InputError unless a setting has one of these values; one that is left out has the first."""
     value = fields.get(key, wanted[0])
     if value not in wanted:
-        words = " or ".join(json.dumps(one) for one in wanted)
+        words = " or ".join(json.dumps(value) for value in wanted)
         refuse(f"quantised by {form}: {key} is {json.dumps(value)}", words, READ)
 
 

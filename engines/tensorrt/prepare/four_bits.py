@@ -179,18 +179,18 @@ def _dequantised(graph: ir.Graph, node: ir.Node, codes: ir.Value, scales: ir.Val
     """[N,K] in the type of the scales."""
     weight = ir.Value(name=f"{node.name}.weight", shape=codes.shape, type=ir.TensorType(dtype_of(scales)))
     attributes = [ir.AttrInt64("axis", 1), ir.AttrInt64("block_size", node.attributes.get_int("group", 0))]
-    made = ir.Node(
+    dequantise = ir.Node(
         "", "DequantizeLinear", [codes, scales], attributes, outputs=[weight], name=f"{node.name}.dequantise"
     )
-    graph.insert_before(node, made)
+    graph.insert_before(node, dequantise)
     return weight
 
 
 def _replace(graph: ir.Graph, old: ir.Node, new: ir.Node) -> None:
     result = old.outputs[0]
-    made = new.outputs[0]
-    made.name, made.shape, made.type = result.name, result.shape, result.type
-    ir.convenience.replace_nodes_and_values(graph, old, [old], [new], [result], [made])
+    replacement = new.outputs[0]
+    replacement.name, replacement.shape, replacement.type = result.name, result.shape, result.type
+    ir.convenience.replace_nodes_and_values(graph, old, [old], [new], [result], [replacement])
 
 
 def signed_tensors(model: ir.Model) -> list[ir.ExternalTensor]:
@@ -206,9 +206,9 @@ def write_signed(tensors: Sequence[ir.ExternalTensor], source: Path, target: Pat
     """
     places = {(str(tensor.location), tensor.offset or 0, tensor.nbytes) for tensor in tensors}
     for location in sorted({place[0] for place in places}):
-        stored, made = source / location.removesuffix(SIGNED), target / location
-        made.parent.mkdir(parents=True, exist_ok=True)
-        with stored.open("rb") as reader, made.open("wb") as writer:
+        stored, written = source / location.removesuffix(SIGNED), target / location
+        written.parent.mkdir(parents=True, exist_ok=True)
+        with stored.open("rb") as reader, written.open("wb") as writer:
             writer.truncate(stored.stat().st_size)
             for _, offset, length in sorted(place for place in places if place[0] == location):
                 reader.seek(offset)
