@@ -1,9 +1,11 @@
 """Checkpoints and bundles that several test files use, made once a session."""
 
+import functools
 import hashlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests of the long files first; within a file their order stays."""
     order = {name: number for number, name in enumerate(LONG_FILES)}
     items.sort(key=lambda item: order.get(item.nodeid.partition("::")[0], len(order)))
+
+
+def pytest_runtest_setup() -> None:
+    """Have torch.onnx read its 500 translations once a process, not for every export, a third of whose time it takes.
+
+    Once it is loaded, and if it still has that function. Other processes export without this, and test_exporting.py
+    compares one's bundle with ours byte for byte.
+    """
+    registry = getattr(sys.modules.get("torch.onnx._internal.exporter._registration"), "ONNXRegistry", None)
+    read = getattr(registry, "from_torchlib", None)
+    if read is not None and not hasattr(read, "cache_info"):
+        registry.from_torchlib = staticmethod(functools.cache(read))  # type: ignore[union-attr]
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from btp_export import cli
 from graphs.files.bundle import Bundle
 from tests.btp_export.test_surroundings import COMMAND, shell
 from tests.conftest import BundleMaker
@@ -22,6 +23,30 @@ no_setpriv = pytest.mark.skipif(
 )
 
 
+# Calibrates, exports and runs, and asks for models that lie in a home; the answers, one list of all, on the last line.
+AS_NOBODY = """
+import contextlib, io, json, sys
+from btp_export.cli import main
+
+def say(*arguments):
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main(list(arguments))
+    return code, out.getvalue(), err.getvalue()
+
+for arguments in (
+    ["calibrate", "--model", "demo", "--samples", "2", "--out", "plan.json", "--json"],
+    ["export", "--model", "demo", "--plan", "plan.json", "--out", "bundle"],
+):
+    if main(arguments):
+        sys.exit(f"{arguments} failed")
+answers = [say("run", "bundle", "--image", "picture.png", "--prompt", "what color ?")]
+for model in ("~/model", "llava-1.5-7b"):
+    answers.append(say("export", "--model", model, "--plan", "none", "--out", "another"))
+print(json.dumps(answers))
+"""
+
+
 @no_setpriv
 def test_user_of_no_name(public: Path) -> None:
     """Neither HOME nor an entry of the user: everything that needs no home works, and nothing is written in the place
@@ -30,20 +55,17 @@ def test_user_of_no_name(public: Path) -> None:
     temporary = public / "tmp"
     temporary.mkdir(mode=0o777)
     temporary.chmod(0o777)
-    command = f"cd {public} && env -u HOME -u USER -u LOGNAME -u XDG_CACHE_HOME TMPDIR={temporary} {NOBODY} {COMMAND}"
-    done = shell(f"{command} calibrate --model demo --samples 2 --out plan.json --json")
-    assert done.returncode == 0, done.stderr
-    done = shell(f"{command} export --model demo --plan plan.json --out bundle")
-    assert done.returncode == 0, done.stderr
     Image.new("RGB", (96, 96), "red").save(public / "picture.png")
-    done = shell(f"{command} run bundle --image picture.png --prompt 'what color ?'")
-    assert done.returncode == 0 and done.stdout.strip(), done.stderr
+    environment = f"env -u HOME -u USER -u LOGNAME -u XDG_CACHE_HOME TMPDIR={temporary}"
+    done = shell(f"cd {public} && {environment} {NOBODY} {sys.executable} -c {shlex.quote(AS_NOBODY)}")
+    assert done.returncode == 0, done.stderr
+    answer, *refusals = json.loads(done.stdout.splitlines()[-1])
+    assert answer[0] == 0 and answer[1].strip()
     assert b"[W:" not in done.stderr and b"elemetry" not in done.stderr
     assert {path.name for path in public.iterdir()} == {"plan.json", "bundle", "picture.png", "tmp"}
     assert (temporary / "btp-export-54321").stat().st_mode & 0o777 == 0o700
-    for model, said in (("~/model", "~/model: no such home folder"), ("llava-1.5-7b", "there is no home folder")):
-        done = shell(f"{command} export --model {shlex.quote(model)} --plan none --out another")
-        assert done.returncode in (2, 3) and said in done.stderr.decode(), done.stderr
+    for (code, _, err), said in zip(refusals, ("~/model: no such home folder", "there is no home folder"), strict=True):
+        assert code in (2, 3) and said in err, err
 
 
 @pytest.fixture
@@ -55,20 +77,37 @@ def public() -> Iterator[Path]:
         yield folder
 
 
+RUN_TWICE = """
+import sys
+from btp_export.cli import main
+status = main([*sys.argv[1:], "--json"]) or main(sys.argv[1:])
+sys.exit(status)
+"""
+
+
 @pytest.mark.parametrize("surroundings", ["PYTHONIOENCODING=ascii", "PYTHONIOENCODING=latin-1", "LC_ALL=C"])
 def test_answers_come_out_whatever_the_encoding(
-    tiny_bundle: BundleMaker, pictures: list[Image.Image], tmp_path: Path, surroundings: str
+    tiny_bundle: BundleMaker,
+    pictures: list[Image.Image],
+    tmp_path: Path,
+    surroundings: str,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """The same answer as everywhere, also with folders, pictures and prompts outside ASCII."""
+    """The same answer as everywhere, also with folders, pictures and prompts outside ASCII: a document, then a stream.
+
+    The answer that is wanted is computed here, in UTF-8.
+    """
     place = tmp_path / "dör 漢"
     bundle = copy_of(tiny_bundle(), place / "bündle")
     pictures[0].save(place / "bild.png")
-    command = f"{COMMAND} run {shlex.quote(str(bundle))} --image '{place}/bild.png' --prompt 'wie groß ? 漢'"
-    wanted, got = (shell(f"{command} --json", **variable(pair)) for pair in ("LC_ALL=C.UTF-8", surroundings))
-    assert (wanted.returncode, got.returncode) == (0, 0), got.stderr
-    assert json.loads(got.stdout)["token_ids"] == json.loads(wanted.stdout)["token_ids"]
-    streamed = shell(command, **variable(surroundings))
-    assert streamed.returncode == 0 and streamed.stdout.strip()
+    arguments = ["run", str(bundle), "--image", f"{place}/bild.png", "--prompt", "wie groß ? 漢"]
+    assert cli.main([*arguments, "--json"]) == 0
+    wanted = json.loads(capsys.readouterr().out)
+    done = shell(f"{sys.executable} -c {shlex.quote(RUN_TWICE)} {shlex.join(arguments)}", **variable(surroundings))
+    assert done.returncode == 0, done.stderr
+    document, end = json.JSONDecoder().raw_decode(done.stdout.decode("ascii", "replace"))
+    assert document["token_ids"] == wanted["token_ids"]
+    assert done.stdout[end:].strip(), "the stream"
 
 
 def variable(text: str) -> dict[str, str]:
@@ -94,9 +133,9 @@ def test_an_answer_outside_the_encoding_is_escaped() -> None:
 
 
 def test_text_and_paths_that_are_not_utf_8(
-    tiny_bundle: BundleMaker, pictures: list[Image.Image], tmp_path: Path
+    tiny_bundle: BundleMaker, pictures: list[Image.Image], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Refused in words, in every way that they come in."""
+    """Refused in words, in every way that they come in: here, and the first as another interpreter reads it."""
     bundle, odd = tiny_bundle(), os.fsdecode(b"caf\xe9")
     pictures[0].save(tmp_path / "picture.png")
     (tmp_path / "data.jsonl").write_text('{"image": "picture.png", "prompt": "\\ud800 ?", "answer": "red"}\n')
@@ -117,10 +156,12 @@ def test_text_and_paths_that_are_not_utf_8(
             r"caf\xe9/new is not UTF-8",
         ),
     ):
-        done = shell(f"{COMMAND} {shlex.join(arguments)}")
-        lines = done.stderr.decode().splitlines()
-        assert done.returncode == 2 and len(lines) == 3 and said in lines[0], done.stderr
+        code = cli.main(arguments)
+        lines = capsys.readouterr().err.splitlines()
+        assert code == 2 and len(lines) == 3 and said in lines[0], lines
         assert lines[2].startswith("  do this: ") and "LC_ALL" not in lines[2]
+    done = shell(f"{COMMAND} {shlex.join([*run, '--prompt', odd])}")
+    assert done.returncode == 2 and rb"the prompt 'caf\udce9' is not UTF-8" in done.stderr.splitlines()[0]
     other = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     done = shell(f"{COMMAND} verify {tmp_path}/größe", **other)
     assert done.returncode == 2 and b"do this: export LC_ALL=C.UTF-8 PYTHONUTF8=1" in done.stderr
@@ -132,19 +173,24 @@ def copy_of(bundle: Bundle, place: Path) -> Path:
 
 
 def test_home_in_every_path(
-    tmp_path: Path, pictures: list[Image.Image], tiny_bundle: BundleMaker, tiny_checkpoint: Path
+    tmp_path: Path,
+    pictures: list[Image.Image],
+    tiny_bundle: BundleMaker,
+    tiny_checkpoint: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A shell leaves the ~ of `--model=~/folder` to the program."""
     copy_of(tiny_bundle(), tmp_path / "bundle")
     shutil.copytree(tiny_checkpoint, tmp_path / "model")
     pictures[0].save(tmp_path / "picture.png")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
     for arguments in (
-        "run '~/bundle' --image=~/picture.png --prompt=? --show=~/shown.png",
-        "plan --json '~/bundle'",
+        "run ~/bundle --image=~/picture.png --prompt=? --show=~/shown.png",
+        "plan --json ~/bundle",
         "plan none --model=~/model --out=~/plan.json",
         "export --model=~/model --plan=~/plan.json --out=~/new",
     ):
-        done = shell(f"cd {tmp_path} && {COMMAND} {arguments}", HOME=str(tmp_path))
-        assert done.returncode == 0, done.stderr
+        assert cli.main(arguments.split()) == 0
     assert {"shown.png", "plan.json", "new"} <= {path.name for path in tmp_path.iterdir()}
     assert not (tmp_path / "~").exists()
