@@ -85,7 +85,7 @@ class Encoded:
         self.check_picture(profile)
         for text in self.text_lengths:
             if text > profile.text_tokens:
-                bucket = -(-text // 16) * 16
+                bucket = -(-text // 16) * 16  # with room for a prompt that is a few tokens longer
                 room = None if most is None else most - profile.max_positions + profile.text_tokens
                 larger = f", or export again with --text-tokens {bucket}" if room is None or bucket <= room else ""
                 raise InputError(
@@ -219,6 +219,7 @@ class Prompter:
         """Image tokens V, after checking that they stand together, right after the prefix, with text behind them."""
         counts = set()
         for row in ids:
+            # The graphs take the picture's rows from one place, P to P + V, which is fixed when they are built.
             places = np.flatnonzero(row == self.spec.image_token_id)
             if len(places) == 0 or places[-1] - places[0] + 1 != len(places):
                 raise InputError(

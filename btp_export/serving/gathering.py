@@ -94,7 +94,7 @@ class Gathering:
             if self._count() >= self._most:
                 raise full(retry_after)
             self._queues[job.profile].append(job)
-            self._changed.notify()
+            self._changed.notify()  # the one thread that takes batches
 
     def drop(self, job: Job) -> None:
         """Nobody waits for it any more: its place is free, and where it runs already its answer ends."""
@@ -114,6 +114,7 @@ class Gathering:
                     return jobs
                 if self._closed:
                     return []
+                # Until the first job has waited long enough; a job that comes meanwhile may fill a batch and wakes us.
                 oldest = [queue[0].arrived for queue in self._queues.values() if queue]
                 self._changed.wait(min(oldest) + self._wait - time.monotonic() if oldest else None)
 

@@ -57,6 +57,7 @@ class Worker:
             self._answer(jobs)
             self._busy_since = None
             took = time.monotonic() - start
+            # Of the last few batches: Retry-After follows a change of load, and one long answer does not decide it.
             self.seconds_per_batch = 0.8 * self.seconds_per_batch + 0.2 * took if self.seconds_per_batch else took
 
     def _answer(self, jobs: Sequence[Job]) -> None:
@@ -96,6 +97,7 @@ class Row:
         ids = job.encoded.input_ids
         [self.answer] = answers_for(model.spec, ids, room=job.room, chosen_by=job.settings.sampling)
         choose = self.answer.choose
+        # A row that has ended still needs some token in its place of the batch; nobody reads what follows it.
         self.answer.choose = lambda new, logits: self._alone(lambda: choose(new, logits)) or 0
         self.answer.on_token = lambda token, is_last: self._alone(lambda: self._take(token, is_last))
 

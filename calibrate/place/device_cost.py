@@ -48,6 +48,7 @@ class DeviceCost(PrefillCost):
         decoder = self.decoder
         selection = sum(operations.selection(decoder, plan, n, self.profile) for n in range(len(plan.stages)))
         matrix = decoder.hidden_size * decoder.vocab_size
+        # Four bits are the layers' matrices' only: the output matrix keeps 16.
         head = max(matrix * weight_bytes("float16") / device.bandwidth, 2 * matrix / device.peak)
         return 1e3 * (layers + head + selection / device.peak_float32)
 
@@ -64,6 +65,7 @@ class DeviceCost(PrefillCost):
         floor = self.layer_seconds(1)
         while low < high:
             middle = (low + high + 1) // 2
+            # Where reading decides, both are the same time; the slack is for the last digit.
             low, high = (middle, high) if self.layer_seconds(middle) <= floor * (1 + 1e-12) else (low, middle - 1)
         return low
 

@@ -47,7 +47,7 @@ class Shares:
     """Progress over several graphs, each with a share by its weights."""
 
     def __init__(self, files: Sequence[Path], progress: Report | None) -> None:
-        self._sizes = [wide_weights(read_graph(path)) + 2**20 for path in files]
+        self._sizes = [wide_weights(read_graph(path)) + 2**20 for path in files]  # selections have no weights
         self._progress = progress
 
     def of(self, number: int) -> Report:
@@ -101,7 +101,7 @@ class StreamedRunner:
                 carried[place] = {name: value for name, value in (held | outputs).items() if name in later}
                 if self._progress is not None:
                     self._progress(number * len(feeds) + place + 1, steps, self._path.stem)
-            del runner
+            del runner  # before the next part is opened: two of them would take twice the memory
 
 
 def _spec(value: onnx.ValueInfoProto, path: Path) -> TensorSpec:

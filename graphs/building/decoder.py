@@ -38,6 +38,7 @@ class SegmentResult:
 def add_segment(b: GraphBuilder, spec: DecoderSpec, segment: Segment, stream: Stream) -> SegmentResult:
     """Run layers [start, stop) over the stream."""
     batch, tokens, width = dims(stream.hidden)
+    # Everything but attention works on single rows, so batch and tokens are one axis between its reshapes.
     rows = b.reshape(stream.hidden, (batch * tokens, width), f"{names.segment_scope(segment.index)}.rows")
     caches: dict[int, tuple[ir.Value, ir.Value]] = {}
     for layer in range(segment.start, segment.stop):

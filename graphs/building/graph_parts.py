@@ -70,6 +70,7 @@ def split(model: onnx.ModelProto, most: int) -> list[Part]:
                 [types[name] for name in inputs],
                 [types[name] for name in outputs],
                 initializer=held,
+                # A value that is an output now may not be declared a second time.
                 value_info=[value for value in graph.value_info if value.name in own and value.name not in outputs],
             ),
             functions=model.functions,

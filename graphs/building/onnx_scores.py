@@ -82,7 +82,7 @@ def stage_scores(
     if rule == "last-token":
         tokens = dims(key)[2]
         visible = b.reshape(_reached(b, positions(b, tokens), last, "visible_rows"), (batch, 1, 1, tokens), "visible")
-    else:
+    else:  # padding rows behind `last` are masked like any other; their weight is 0 below
         visible = _text_mask(b, dims(key)[2], text_start)
     attention = _attention_weights(b, query, key, visible)
     image_attention = b.slice(attention, 3, profile.prefix_tokens, text_start, "image_attention")
@@ -112,6 +112,7 @@ def _attention_weights(b: GraphBuilder, query: ir.Value, key: ir.Value, visible:
     """query [B,H,Q,D], key [B,K,S,D] -> [B,H,Q,S] float32."""
     batch, heads, rows, size = dims(query)
     kv_heads, tokens = dims(key)[1], dims(key)[2]
+    # The query is scaled, not the products: it has D numbers a row where they have S.
     scaled = b.scaled(b.cast(query, FLOAT, "query_wide"), size**-0.5, "query_scaled")
     grouped = b.reshape(scaled, (batch, kv_heads, heads // kv_heads * rows, size), "query_grouped")
     across = b.transpose(b.cast(key, FLOAT, "key_wide"), (0, 1, 3, 2), "key_transposed")
@@ -159,5 +160,6 @@ def _pivot_scores(b: GraphBuilder, image: ir.Value, pivots: np.ndarray) -> ir.Va
     distance = b.binary("Sub", b.scalar("1", 1.0, FLOAT), nearest, "pivot_distance")
     is_pivot = np.zeros((1, count), np.bool_)
     is_pivot[0, pivots] = True
+    # By place: the cosine of a pivot to itself may round to less than 1, and another token may be equal to it.
     infinity = b.scalar("infinity", np.inf, FLOAT)
     return b.where(b.constant(b.full_name("is_pivot"), is_pivot), infinity, distance, "scores")

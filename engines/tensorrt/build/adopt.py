@@ -77,7 +77,7 @@ def _adopted(part: Part, number: int, digest: str, plugins: Plugins, library: Li
         graph_sha256=digest,
         plugin_sha256=known.plugin_sha256,
         seconds=known.seconds,
-        peak_memory_bytes=None,
+        peak_memory_bytes=None,  # trtexec does not say
         layers=built.layers,
         made_by="build.sh",
         options=known.options,

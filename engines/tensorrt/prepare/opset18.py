@@ -67,6 +67,7 @@ def _attention(b: GraphBuilder, node: ir.Node, inputs: Inputs) -> ir.Value:
     """query [B,H,S,D], key and value [B,H,N,D], mask [..,S,N] or none -> [B,H,S,D]; softmax in float32."""
     query, key, value, *rest = inputs
     mask = rest[0] if rest else None
+    # What captured towers have: all heads alike, perhaps a mask. Decoders are built in opset 18, not lowered to it.
     plain = not any(given is not None for given in rest[1:]) and len(node.outputs) == 1
     plain = plain and not node.attributes.get_int("is_causal", 0) and not node.attributes.get_float("softcap", 0.0)
     if query is None or key is None or value is None or not plain or len(dims(query)) != 4 or _groups(query, key) != 1:
