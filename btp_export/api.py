@@ -67,7 +67,9 @@ def load(
     device: str = "cpu",
     target: str | None = None,
     activations: Activations = "int8",
+    cuda_graphs: bool = True,
     engine: str | None = None,
+    note: Note = lambda text: None,
 ) -> BundleModel:
     """Open a bundle for running: `load("b").generate("cat.png", "what is it?")[0].text`.
 
@@ -79,6 +81,7 @@ def load(
         device: where ONNX Runtime computes: "cpu", "cuda" or "cuda:<number>"; engines run on the first GPU.
         target: run the engines built for this device in place of the graphs.
         activations: what a CPU multiplies four-bit weights with: rows rounded to "int8" (fast), or "float32" rows.
+        cuda_graphs: replay a prefill and a decode step of engines as CUDA graphs; `note` is told where that cannot be.
         engine: the former name of `target`.
     """
     from btp_export.running import runtime
@@ -87,7 +90,14 @@ def load(
         warnings.warn("load(engine=...) is called load(target=...) now", DeprecationWarning, stacklevel=2)
     chosen = target or engine
     return runtime.load(
-        _opened(bundle), profile=profile, threads=threads, device=device, target=chosen, activations=activations
+        _opened(bundle),
+        profile=profile,
+        threads=threads,
+        device=device,
+        target=chosen,
+        activations=activations,
+        cuda_graphs=cuda_graphs,
+        note=note,
     )
 
 
@@ -238,6 +248,7 @@ def verify(
     target: str | None = None,
     device: str = "auto",
     maths: Precision = "float32",
+    cuda_graphs: bool = True,
     report: Report | None = None,
     note: Note = lambda text: None,
 ) -> Verification:
@@ -253,6 +264,7 @@ def verify(
         target: check the engines built for this device in place of the graphs.
         device: where the reference and the graphs compute: "cpu", "cuda", "cuda:<number>"; "auto": a GPU if any.
         maths: what the reference computes in.
+        cuda_graphs: replay engines as CUDA graphs.
     """
     from btp_export.measuring.verify import verify_profiles
 
@@ -266,6 +278,7 @@ def verify(
         target=target,
         device=device,
         maths=maths,
+        cuda_graphs=cuda_graphs,
         report=report,
         note=note,
     )
@@ -323,7 +336,9 @@ def bench(
     threads: int | None = None,
     device: str = "cpu",
     target: str | None = None,
+    cuda_graphs: bool = True,
     report: Report | None = None,
+    note: Note = lambda text: None,
 ) -> Bench:
     """Measure prefill, selection, decoding and caches beside the same model without pruning.
 
@@ -332,11 +347,20 @@ def bench(
         rounds: runs of each model; medians are given.
         profile: name of a shape profile; the first without.
         target: measure the engines built for this device, beside its unpruned ones.
+        cuda_graphs: replay engines as CUDA graphs.
     """
     from btp_export.measuring.bench import measure
 
     return measure(
-        _opened(bundle), profile=profile, threads=threads, device=device, target=target, rounds=rounds, report=report
+        _opened(bundle),
+        profile=profile,
+        threads=threads,
+        device=device,
+        target=target,
+        cuda_graphs=cuda_graphs,
+        rounds=rounds,
+        report=report,
+        note=note,
     )
 
 

@@ -1,21 +1,23 @@
 """The graphs of one profile, wired together over memory that is allocated once.
 
 Everything is static, so the whole memory plan is made when the chain is built: every tensor between two graphs has one
-buffer, every layer's cache has its own capacity, and every graph is bound to its buffers. A prefill or a decode step
-writes its few inputs and then only runs graphs; keys and values of a new token are written into their row of the cache
-in place. A chain holds one batch at a time: the next prefill replaces it.
+buffer, every layer's cache has its own capacity, and every graph is bound to its buffers. The prefill is one program
+and the decode step another: fixed inputs in host memory, a fixed order of graphs and copies, fixed outputs, which a
+device may run as one piece of work. Keys and values of a new token are written into their row of the cache in place. A
+chain holds one batch at a time: the next prefill replaces it.
 """
 
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
 from math import prod
 from pathlib import Path
 
 import numpy as np
 
 from engines.cache_memory import ALIGNMENT, allocate_layers
-from engines.runners.interface import Array, Bound, Buffer, Dtype, Loader, Runner, TensorSpec
+from engines.runners.interface import Array, Buffer, Dtype, Loader, Program, Runner, Step, TensorSpec
+from engines.wiring import Tensors, check_indices, not_the_plan, pick
 from graphs import names
 from graphs.records.errors import CheckError, InputError
 from graphs.records.plan import PruningPlan, Segment
@@ -44,20 +46,13 @@ class PrefillRun:
     logits: [B, vocab] float32 of each sample's last token.
     kept: for each stage with keep > 0, [B, k] int32 indices into that stage's own image tokens, ascending.
     lengths: for each segment, [B] int32 valid cache rows.
-    milliseconds: by graph, and "total" for the decoder chain with selection, head and cache writes but without vision.
+    milliseconds: by graph, and "total" for the decoder chain with selection, head and copies but without vision.
     """
 
     logits: Array
     kept: dict[int, Array]
     lengths: tuple[Array, ...]
     milliseconds: dict[str, float]
-
-
-@dataclass(frozen=True)
-class _Step:
-    name: str
-    run: Bound
-    after: Callable[[], None] | None = None
 
 
 class Chain:
@@ -86,7 +81,7 @@ class Chain:
         self.plan, self.profile, self.segments = plan, profile, plan.segments()
         self._graphs, self._loader = graphs, loader
         self._runners: dict[str, Runner] = {}
-        self._steps: list[_Step] = []
+        self._steps: list[Step] = []
         self._kept: dict[int, Buffer] = {}
         self._scores: dict[int, Buffer] = {}
         self._last: list[Buffer] = []
@@ -116,19 +111,17 @@ class Chain:
         `vision` is `vision_outputs` after an earlier run of the same pictures, in place of running the vision graph,
         which is done if anything is missing there. A whole graph has no such place.
         """
-        times: dict[str, float] = {}
-        self._write_inputs(batch, times, vision or {})
-        begin = time.perf_counter()
-        for step in self._steps:
-            start = time.perf_counter()
-            step.run()
-            times[step.name] = _since(start)
-            if step.after:
-                step.after()
-        logits = self._logits.read()
-        times["total"] = _since(begin)
-        lasts = [buffer.read() for buffer in self._last]
-        kept = {stage: buffer.read() for stage, buffer in self._kept.items()}
+        program, first = self._prefill, [batch.pixel_values]
+        if vision is not None and self._vision_out and self._vision_out.keys() <= vision.keys():
+            program, first = self._prefill_after_vision, [vision[name] for name in self._vision_out]
+        values = [*first, np.asarray(batch.last), batch.prefix, batch.text]
+        for array, value in zip(program.inputs, values, strict=True):
+            _fill(array, value)
+        ran = program()
+        times = {name: ran.lasted(name) for name in ran.spans}
+        times["total"] = ran.end - (ran.spans[names.VISION][1] if names.VISION in ran.spans else 0.0)
+        logits, *found = (output.copy() for output in program.outputs)
+        lasts, kept = found[: len(self.segments)], dict(zip(self._kept, found[len(self.segments) :], strict=True))
         self._check_pruning(np.asarray(batch.last), lasts, kept)
         self._lengths = [values.astype(np.int32) + 1 for values in lasts]
         self._places = np.asarray(batch.last, np.int64) + 1
@@ -137,24 +130,29 @@ class Chain:
     # Decode
 
     def decode(self, hidden: Array) -> Array:
-        """One more token for every sample: embedding rows [B,C] -> logits [B,vocab] float32."""
+        """One more token for every sample: embedding rows [B,C] -> logits [B,vocab] float32, until the next step."""
         if int(self._lengths[0].max()) >= self._capacity(self.segments[0]):
             raise InputError(
                 "the caches are full",
                 wanted=f"at most {self.profile.new_tokens} new tokens",
                 do="export with more room",
             )
-        self._token.write(hidden.reshape(self._token.shape))
-        for buffer, table in zip(self._token_rope, self._rope, strict=True):
-            buffer.write(table[self._places][:, None])
-        for buffer, lengths in zip(self._length_buffers, self._lengths, strict=True):
-            buffer.write(lengths)
-        self._decode()
-        for segment, lengths in zip(self.segments, self._lengths, strict=True):
-            self._layers.append(segment.index, lengths.tolist())
-            lengths += 1
+        token, cos, sin, *lengths = self._decode.inputs
+        token[...] = hidden.reshape(token.shape)
+        for array, table in zip((cos, sin), self._rope, strict=True):
+            array[:, 0] = table[self._places]
+        for array, rows in zip(lengths, self._lengths, strict=True):
+            array[...] = rows
+        self._decode(after=self._append)
+        for rows in self._lengths:
+            rows += 1
         self._places += 1
-        return self._decode_logits.read()
+        return self._decode.outputs[0]
+
+    def _append(self) -> None:
+        """Put the new rows of all layers behind the valid ones of their caches."""
+        for segment, rows in zip(self.segments, self._lengths, strict=True):
+            self._layers.append(segment.index, rows.tolist())
 
     @property
     def lengths(self) -> tuple[Array, ...]:
@@ -164,7 +162,7 @@ class Chain:
     @property
     def is_whole(self) -> bool:
         """Whether the prefill is one graph, so that vision and selection cannot be told apart."""
-        return self._vision is None
+        return not self._vision_out
 
     @property
     def vision_outputs(self) -> dict[str, Array]:
@@ -191,16 +189,16 @@ class Chain:
         self._runners[name] = self._loader(self._graphs[name])
         return self._runners[name]
 
-    def _inputs(self, name: str) -> "_Tensors":
+    def _inputs(self, name: str) -> Tensors:
         """A new buffer for every input of an opened graph."""
         return self._buffers(name, self._runners[name].inputs, {})
 
-    def _outputs(self, name: str, **given: Buffer) -> "_Tensors":
+    def _outputs(self, name: str, **given: Buffer) -> Tensors:
         """A buffer for every output of an opened graph: the given ones, new ones for the rest."""
         return self._buffers(name, self._runners[name].outputs, given)
 
-    def _buffers(self, graph: str, specs: Mapping[str, TensorSpec], given: Mapping[str, Buffer]) -> "_Tensors":
-        tensors = _Tensors(graph)
+    def _buffers(self, graph: str, specs: Mapping[str, TensorSpec], given: Mapping[str, Buffer]) -> Tensors:
+        tensors = Tensors(graph)
         for name, spec in specs.items():
             tensors[name] = given[name] if name in given else self._loader.allocate(spec.dtype, spec.shape)
         return tensors
@@ -217,10 +215,13 @@ class Chain:
         outputs = self._outputs(names.DECODE, **self._layers.rows)
         layers = range(self.plan.num_layers)
         self.caches = {n: (inputs[names.past_key(n)], inputs[names.past_value(n)]) for n in layers}
-        self._token, self._token_rope = inputs["hidden"], (inputs["cos"], inputs["sin"])
-        self._length_buffers = [inputs[names.length(segment.index)] for segment in self.segments]
-        self._decode_logits = outputs["logits"]
-        self._decode = decode.bind(inputs, outputs)
+        lengths = [inputs[names.length(segment.index)] for segment in self.segments]
+        self._hidden_size = inputs["hidden"].shape[-1]
+        self._decode = self._loader.program(
+            [Step("", decode.bind(inputs, outputs))],  # not timed part by part
+            writes=[inputs["hidden"], inputs["cos"], inputs["sin"], *lengths],
+            reads=[outputs["logits"]],
+        )
 
     def _check_layers(self, decode: Runner) -> None:
         """Raise InputError unless the decode graph has the plan's layers with caches of the plan's sizes."""
@@ -229,9 +230,9 @@ class Chain:
                 for rows in names.cache_rows(layer):
                     cache = decode.inputs.get(names.past(rows))
                     if cache is None or cache.shape[2] != self._capacity(segment):
-                        raise _not_the_plan(names.DECODE, names.past(rows))
+                        raise not_the_plan(names.DECODE, names.past(rows))
                     if rows not in decode.outputs:
-                        raise _not_the_plan(names.DECODE, rows)
+                        raise not_the_plan(names.DECODE, rows)
 
     def _allocate_staging(self, *, whole: bool) -> dict[int, tuple[Buffer, Buffer]]:
         """Where a prefill graph writes each layer's keys and values, before they go into the cache's rows.
@@ -279,11 +280,14 @@ class Chain:
         inputs = self._inputs(names.VISION)
         self._pixels = inputs["pixel_values"]
         self._vision_out: dict[str, Buffer] = self._outputs(names.VISION)
-        self._features = self._vision_out["image_features"]
-        self._vision: Bound | None = vision.bind(inputs, self._vision_out)
-        shape = (self.profile.batch, self.profile.total_tokens, self._token.shape[-1])
-        self._hidden = self._loader.allocate(self.dtype, shape)
-        flow = {**self._vision_out, "hidden": self._hidden, **self._allocate_positions()}
+        profile, size = self.profile, self._hidden_size
+        hidden, self._prefix, self._text = (
+            self._loader.allocate(self.dtype, (profile.batch, rows, size))
+            for rows in (profile.total_tokens, profile.prefix_tokens, profile.text_tokens)
+        )
+        self._steps.append(Step(names.VISION, vision.bind(inputs, self._vision_out)))
+        self._steps.append(Step("", copies=partial(self._join, hidden, self._vision_out["image_features"])))
+        flow = {**self._vision_out, "hidden": hidden, **self._allocate_positions()}
         for segment in self.segments:
             if segment.stage is not None:
                 flow = self._wire_selection(segment.stage, flow)
@@ -291,13 +295,20 @@ class Chain:
             flow = self._wire_prefill(segment, flow)
         head = self._open(names.HEAD)
         self._logits = self._outputs(names.HEAD)["logits"]
-        self._steps.append(_Step(names.HEAD, head.bind(_pick(names.HEAD, head, flow), {"logits": self._logits})))
+        self._steps.append(Step(names.HEAD, head.bind(pick(names.HEAD, head, flow), {"logits": self._logits})))
+
+    def _join(self, hidden: Buffer, features: Buffer) -> None:
+        """The rows of the whole prompt: those before the image, the image's, those after it."""
+        image = self.profile.prefix_tokens
+        parts = [(0, self._prefix), (image, features), (image + self.profile.image_tokens, self._text)]
+        for first, rows in parts:
+            hidden.write_rows(rows, [first] * self.profile.batch)
 
     def _wire_selection(self, stage: int, flow: dict[str, Buffer]) -> dict[str, Buffer]:
         name = names.select(stage)
         runner = self._open(name)
         outputs = self._outputs(name)
-        self._steps.append(_Step(name, runner.bind(_pick(name, runner, flow), outputs)))
+        self._steps.append(Step(name, runner.bind(pick(name, runner, flow), outputs)))
         if "indices" in outputs:
             self._kept[stage], self._scores[stage] = outputs["indices"], outputs["scores"]
         return {part: outputs[names.after(part)] for part in names.STREAM}
@@ -306,8 +317,8 @@ class Chain:
         name = names.prefill(segment.index)
         runner = self._open(name)
         outputs = self._outputs(name, **self._staged(segment.start, segment.stop))
-        run = runner.bind(_pick(name, runner, flow), outputs)
-        self._steps.append(_Step(name, run, lambda: self._store(segment.start, segment.stop)))
+        run = runner.bind(pick(name, runner, flow), outputs)
+        self._steps.append(Step(name, run, partial(self._store, segment.start, segment.stop)))
         after = {**flow, "hidden": outputs[names.after("hidden")], "key": outputs[names.key(segment.stop - 1)]}
         return after | {part: outputs[part] for part in ("query",) if part in outputs}
 
@@ -317,42 +328,36 @@ class Chain:
         flow = self._inputs(names.WHOLE)
         flow |= self._allocate_positions()
         self._pixels, self._prefix, self._text = flow["pixel_values"], flow["prefix"], flow["text"]
-        run = runner.bind(_pick(names.WHOLE, runner, flow), outputs)
-        self._steps.append(_Step(names.WHOLE, run, lambda: self._store(0, self.plan.num_layers)))
+        run = runner.bind(pick(names.WHOLE, runner, flow), outputs)
+        self._steps.append(Step(names.WHOLE, run, partial(self._store, 0, self.plan.num_layers)))
         self._logits = outputs["logits"]
         self._last = [outputs[names.last(segment.index)] for segment in self.segments]
         self._kept = {
             number: outputs[names.indices(number)] for number, stage in enumerate(self.plan.stages) if stage.keep
         }
-        self._vision, self._vision_out = None, {}
+        self._vision_out = {}
 
     # Running
 
-    def _write_inputs(self, batch: Batch, times: dict[str, float], vision: Mapping[str, Array]) -> None:
-        profile = self.profile
-        self._pixels.write(batch.pixel_values)
-        self._last_in.write(np.asarray(batch.last, np.int32))
-        if self._vision is None:
-            self._prefix.write(batch.prefix)
-            self._text.write(batch.text)
-            return
-        start = time.perf_counter()
-        if self._vision_out.keys() <= vision.keys():
-            for name, buffer in self._vision_out.items():
-                buffer.write(vision[name])
-        else:
-            self._vision()
-            times[names.VISION] = _since(start)
-        image, rest = profile.prefix_tokens, profile.prefix_tokens + profile.image_tokens
-        parts: list[tuple[int, Array | Buffer]] = [(0, batch.prefix), (image, self._features), (rest, batch.text)]
-        for first, rows in parts:
-            self._hidden.write_rows(rows, [first] * profile.batch)
+    @cached_property
+    def _prefill(self) -> Program:
+        """From pixels to logits."""
+        return self._program(self._steps, [self._pixels])
+
+    @cached_property
+    def _prefill_after_vision(self) -> Program:
+        """The same from the vision graph's outputs."""
+        return self._program(self._steps[1:], list(self._vision_out.values()))
+
+    def _program(self, steps: Sequence[Step], first: list[Buffer]) -> Program:
+        writes = [*first, self._last_in, self._prefix, self._text]
+        return self._loader.program(steps, writes=writes, reads=[self._logits, *self._last, *self._kept.values()])
 
     def _check_pruning(self, last: Array, lasts: list[Array], kept: dict[int, Array]) -> None:
         """Raise CheckError unless every stage kept exactly its tokens and the sequence shrank by the rest."""
         for number, stage in enumerate(self.plan.stages):
             if stage.keep:
-                _check_indices(number, kept[number], keep=stage.keep, tokens=self.plan.tokens_before(number))
+                check_indices(number, kept[number], keep=stage.keep, tokens=self.plan.tokens_before(number))
         for segment, values in zip(self.segments, lasts, strict=True):
             wanted = last - (self.profile.image_tokens - segment.image_tokens)
             if not np.array_equal(values, wanted):
@@ -363,40 +368,8 @@ class Chain:
                 )
 
 
-def _check_indices(stage: int, indices: Array, *, keep: int, tokens: int) -> None:
-    fits = indices.shape[1:] == (keep,) and indices.min() >= 0 and indices.max() < tokens
-    if not fits or not (np.diff(indices.astype(np.int64), axis=1) > 0).all():
-        raise CheckError(
-            f"stage {stage} kept the wrong tokens: {indices.shape[1]} indices from {indices.min()} to {indices.max()}",
-            wanted=f"{keep} distinct indices below {tokens} in rising order",
-            do="export the bundle again; with a plugin, report it as a defect",
-        )
-
-
-class _Tensors(dict[str, Buffer]):
-    """A graph's tensors by name; asking for one that is not there says that the graph does not fit."""
-
-    def __init__(self, graph: str) -> None:
-        super().__init__()
-        self._graph = graph
-
-    def __missing__(self, tensor: str) -> Buffer:
-        raise _not_the_plan(self._graph, tensor)
-
-
-def _pick(name: str, runner: Runner, flow: Mapping[str, Buffer]) -> dict[str, Buffer]:
-    """The buffers that the graph asks for."""
-    missing = runner.inputs.keys() - flow.keys()
-    if missing:
-        raise _not_the_plan(name, sorted(missing)[0])
-    return {part: flow[part] for part in runner.inputs}
-
-
-def _not_the_plan(graph: str, tensor: str) -> InputError:
-    return InputError(
-        f"graph {graph} does not fit the plan at {tensor}", wanted="graphs exported for this plan", do="export it again"
-    )
-
-
-def _since(start: float) -> float:
-    return (time.perf_counter() - start) * 1000.0
+def _fill(array: Array, value: Array) -> None:
+    """Write a whole input. Raises ValueError for a value of another shape: numpy would repeat it to fit."""
+    if value.shape != array.shape:
+        raise ValueError(f"an input of shape {value.shape} in place of {array.shape}")
+    array[...] = value

@@ -53,6 +53,10 @@ EnginesOption = Annotated[
     ),
     Formerly("--engine"),
 ]
+NoCudaGraphOption = Annotated[
+    bool,
+    typer.Option("--no-cuda-graph", help="With --target: start engines one by one, not as CUDA graphs."),
+]
 ProfileOption = Annotated[
     str | None,
     typer.Option(

@@ -6,7 +6,7 @@ import typer
 
 from btp_export.commands import _options as options
 from btp_export.commands._groups import Between
-from btp_export.console import JsonOption, dummy_lines, emit, progress, table
+from btp_export.console import JsonOption, dummy_lines, emit, note, progress, table
 
 if TYPE_CHECKING:
     from btp_export.results.timing import Bench
@@ -26,6 +26,7 @@ def command(
     activations: options.ActivationsOption = "int8",
     device: options.DeviceOption = "cpu",
     target: options.EnginesOption = None,
+    no_cuda_graph: options.NoCudaGraphOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Measure prefill, selection, decoding and caches, and compare with the same model without pruning."""
@@ -41,8 +42,10 @@ def command(
             device=device,
             target=target,
             activations=activations,
+            cuda_graphs=not no_cuda_graph,
             rounds=rounds,
             report=bar,
+            note=note,
         )
     emit(result, as_json=as_json, render=show)
 

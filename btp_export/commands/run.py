@@ -87,6 +87,7 @@ def command(
     activations: options.ActivationsOption = "int8",
     device: options.DeviceOption = "cpu",
     target: options.EnginesOption = None,
+    no_cuda_graph: options.NoCudaGraphOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Answer a prompt about a picture; text is printed as it is generated."""
@@ -103,7 +104,16 @@ def command(
     profiles = opened.manifest.profiles if profile is None else [opened.profile(profile)]
     chosen = profile_for(pictures, opened.spec, profiles, resize=resize)
     pictures, _ = fitted(pictures, opened.spec, chosen)
-    model = load(opened, profile=chosen.name, threads=threads, device=device, target=target, activations=activations)
+    model = load(
+        opened,
+        profile=chosen.name,
+        threads=threads,
+        device=device,
+        target=target,
+        activations=activations,
+        cuda_graphs=not no_cuda_graph,
+        note=note,
+    )
     live = not as_json and len(pictures) == len(prompt) == 1
     answers = model.generate(
         pictures,

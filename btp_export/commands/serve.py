@@ -153,6 +153,7 @@ def command(
     activations: options.ActivationsOption = "int8",
     device: options.DeviceOption = "cpu",
     target: options.EnginesOption = None,
+    no_cuda_graph: options.NoCudaGraphOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Answer requests over HTTP, as OpenAI's chat completions."""
@@ -173,6 +174,7 @@ def command(
         device=device,
         threads=threads,
         activations=activations,
+        cuda_graphs=not no_cuda_graph,
         limits=pictures.limits(seconds=waiting.timeout, queue=waiting.queue),
         access=access,
     )

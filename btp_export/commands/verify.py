@@ -28,6 +28,7 @@ def command(
     ] = None,
     threads: options.ThreadsOption = None,
     target: options.EnginesOption = None,
+    no_cuda_graph: options.NoCudaGraphOption = False,
     tokens: Annotated[
         int | None,
         typer.Option("--tokens", metavar="N", help="Generated tokens compared.  [default: 8; 3 for large models]"),
@@ -60,6 +61,7 @@ def command(
             device=device,
             maths=maths,
             target=target,
+            cuda_graphs=not no_cuda_graph,
             report=bar,
             note=note,
         )

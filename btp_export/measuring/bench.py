@@ -23,7 +23,7 @@ from graphs.files.bundle import Bundle
 from graphs.files.folders import scratch_beside
 from graphs.pruning.operations import cost
 from graphs.records.errors import InputError
-from graphs.records.progress import Report
+from graphs.records.progress import Note, Report
 from graphs.records.quantization import Activations
 
 DECODE_STEPS = 16  # at most, in each round
@@ -37,9 +37,11 @@ def measure(
     device: str = "cpu",
     target: str | None = None,
     activations: Activations = "int8",
+    cuda_graphs: bool = True,
     rounds: int = 10,
     warm_up: int = 2,
     report: Report | None = None,
+    note: Note = lambda text: None,
 ) -> Bench:
     """Times in milliseconds and cache sizes in bytes of the bundle and of the unpruned model.
 
@@ -59,12 +61,11 @@ def measure(
     if target is None:
         check_fits_memory(bundle, profile, device, models=2, activations=activations)
     with scratch_beside(bundle.root) as folder:
+        common = {"threads": threads, "device": device, "cuda_graphs": cuda_graphs, "note": note}
         if target is None:
-            models = _open_graphs(
-                bundle, folder, profile=profile, threads=threads, device=device, activations=activations
-            )
+            models = _open_graphs(bundle, folder, profile=profile, activations=activations, **common)
         else:
-            models = _open_engines(bundle, target, profile=profile, threads=threads, device=device)
+            models = _open_engines(bundle, target, profile=profile, **common)
         times = {name: _Times() for name in models}
         encoded = random_samples(models["full"])
         for number in range(-warm_up, rounds):
@@ -90,14 +91,12 @@ def _open_graphs(bundle: Bundle, folder: Path, **options: Any) -> dict[str, Bund
     return {name: load(each, **options) for name, each in bundles.items()}
 
 
-def _open_engines(
-    bundle: Bundle, target: str, *, profile: str | None, threads: int | None, device: str
-) -> dict[str, BundleModel]:
+def _open_engines(bundle: Bundle, target: str, *, profile: str | None, **options: Any) -> dict[str, BundleModel]:
     """The engines of a target and the unpruned ones beside them. Both use the same memory for shared weights."""
     from engines.tensorrt.records import UNPRUNED
 
     chosen = bundle.profile(profile)
-    model = load(bundle, profile=chosen.name, threads=threads, device=device, target=target)
+    model = load(bundle, profile=chosen.name, target=target, **options)
     if model.chain.is_whole:
         raise InputError(
             f"the engines for {target} hold the prefill as a whole",
@@ -105,7 +104,7 @@ def _open_engines(
             do=f"btp-export build BUNDLE --target {target} --assemble segments --unpruned",
         )
     without = bundle.without_pruning()
-    loader, graphs = open_graphs(without, chosen.name, device=device, target=target, part=UNPRUNED)
+    loader, graphs = open_graphs(without, chosen.name, target=target, part=UNPRUNED, **options)
     return {"full": BundleModel(without, loader, profile=chosen.name, graphs=graphs), "pruned": model}
 
 

@@ -49,6 +49,7 @@ def verify_bundle(
     device: str = "cpu",
     maths: Precision = "float32",
     target: str | None = None,
+    cuda_graphs: bool = True,
     streaming: Streaming | None = None,
     report: Report | None = None,
     note: Note = lambda text: None,
@@ -83,6 +84,8 @@ def verify_bundle(
         threads=threads,
         device=graph_device,
         target=target,
+        cuda_graphs=cuda_graphs,
+        note=note,
         activations="float32",  # exact: what rows in int8 change is not the graphs' fault
         check="full",
     )

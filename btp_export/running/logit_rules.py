@@ -30,6 +30,7 @@ class LogitRules:
     ) -> None:
         self._settings, self._ends, self._room = settings, list(ends), room
         self._prompt = np.asarray(prompt, np.int64)
+        self._in_prompt = np.unique(self._prompt)  # few, however many tokens an image has
         # As in `generate`, an end token by itself is no bad word.
         self._bad_words = [
             np.array(word) for word in settings.bad_words_ids if len(word) > 1 or (word and word[0] not in self._ends)
@@ -43,8 +44,9 @@ class LogitRules:
         settings = self._settings
         scores = logits.astype(np.float32)
         context = np.concatenate([self._prompt, np.asarray(new, np.int64)])
-        _penalise(scores, self._prompt, 1 / settings.encoder_repetition_penalty)
-        _penalise(scores, context, settings.repetition_penalty)
+        seen = np.concatenate([self._in_prompt, np.asarray(new, np.int64)])
+        _penalise(scores, self._in_prompt, 1 / settings.encoder_repetition_penalty)
+        _penalise(scores, seen, settings.repetition_penalty)
         _ban(scores, _followers(context, context, settings.no_repeat_ngram_size))
         _ban(scores, _followers(self._prompt, context, settings.encoder_no_repeat_ngram_size))
         for word in self._bad_words:

@@ -34,6 +34,7 @@ from graphs.files.checkpoint import open_tensors
 from graphs.files.pictures import open_picture, to_rgb
 from graphs.pruning import kept_tokens
 from graphs.records.errors import InputError
+from graphs.records.progress import Note
 from graphs.records.quantization import Activations
 from graphs.tf32 import allows_tf32
 
@@ -99,6 +100,8 @@ def load(
     device: str = "cpu",
     target: str | None = None,
     activations: Activations = "int8",
+    cuda_graphs: bool = True,
+    note: Note = lambda text: None,
 ) -> "BundleModel":
     """Open a bundle for running: its graphs in ONNX Runtime, or the engines built from them for a target.
 
@@ -109,13 +112,23 @@ def load(
         device: "cpu", "cuda" or "cuda:<number>"; engines run on the first GPU if nothing else is said.
         target: run the engines built for this device, which lie in the bundle, see docs/engines.md.
         activations: what ONNX Runtime multiplies four-bit weights with: rows rounded to int8, or float32 rows.
+        cuda_graphs: whether a prefill and a decode step of engines are CUDA graphs. note: told where they cannot be.
 
     Raises InputError for a bundle that is missing, damaged, without that profile or without engines, and
     UnavailableError if its graphs or engines cannot run on this device.
     """
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(Path(bundle))
     chosen = opened.profile(profile).name
-    loader, graphs = open_graphs(opened, chosen, threads=threads, device=device, target=target, activations=activations)
+    loader, graphs = open_graphs(
+        opened,
+        chosen,
+        threads=threads,
+        device=device,
+        target=target,
+        activations=activations,
+        cuda_graphs=cuda_graphs,
+        note=note,
+    )
     if target is None:
         check_fits_memory(opened, chosen, device, activations=activations)
     return BundleModel(opened, loader, profile=chosen, graphs=graphs)
@@ -129,14 +142,18 @@ def open_graphs(
     device: str = "cpu",
     target: str | None = None,
     activations: Activations = "int8",
+    cuda_graphs: bool = True,
     part: str = "",
     check: Check = "quick",
+    note: Note = lambda text: None,
 ) -> tuple[Loader, dict[str, Path]]:
     """How the graphs of a profile are opened, and the file of each by name: the ONNX graphs, or a target's engines.
 
-    `activations`: what ONNX Runtime multiplies four-bit weights with. `part` is the folder of other engines inside the
-    target's, such as the unpruned ones.
+    `activations`: what ONNX Runtime multiplies four-bit weights with. `cuda_graphs`, `note`: see `load`. `part` is the
+    folder of other engines inside the target's, such as the unpruned ones.
     """
+    if target is None and not cuda_graphs:
+        raise InputError("--no-cuda-graph without --target", wanted="both, or neither", do="leave it out")
     if target is None:
         from engines.runners.onnxruntime import OrtLoader
 
@@ -153,7 +170,7 @@ def open_graphs(
         raise InputError(f"--threads {threads} with --target", wanted="one or the other", do="leave --threads out")
     folder = engines_folder(bundle, find_target(target).name) / part
     gpu = "cuda" if device in ("cpu", "auto") else device  # engines run on nothing else
-    return open_engines(bundle, folder, profile=profile, device=gpu, check=check)
+    return open_engines(bundle, folder, profile=profile, device=gpu, check=check, cuda_graphs=cuda_graphs, note=note)
 
 
 def activations_in(bundle: Bundle, activations: Activations, target: str | None = None) -> Activations | None:
@@ -300,6 +317,11 @@ class BundleModel:
 
         Raises InputError if the caches are full, or hold another batch by now.
         """
+        logits: Array = self._step(prefill, token_ids).copy()
+        return logits
+
+    def _step(self, prefill: Prefill, token_ids: Sequence[int]) -> Array:
+        """`decode_step` without a copy of the logits, which the next step overwrites."""
         count = len(prefill.logits)
         if prefill.number != self._prefills:
             raise InputError("the caches hold a later batch", wanted="the latest prefill", do="prefill again")
@@ -322,7 +344,7 @@ class BundleModel:
 
         def decode(ids: Sequence[int]) -> Array:
             start = time.perf_counter()
-            logits = self.decode_step(prefill, ids)
+            logits = self._step(prefill, ids)
             times.append((time.perf_counter() - start) * 1000.0)
             return logits
 

@@ -1,13 +1,14 @@
 """Choosing the next token from logits: greedy, or by temperature and top-p (nucleus sampling, Holtzman et al. 2020)."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
 from graphs.records.errors import CheckError, InputError
 
 Vector = np.ndarray[Any, np.dtype[Any]]
+BLOCK: Final = 256  # weights summed together
 
 
 def check_settings(temperature: float, top_p: float, seed: int = 0) -> None:
@@ -44,7 +45,29 @@ def probabilities(logits: Vector, *, temperature: float, top_p: float) -> Vector
 
     Raises CheckError if a logit is NaN or all are minus infinity: the model's numbers overflowed.
     """
-    largest = float(logits.max())
+    ids, weights = _possible(logits, temperature=temperature, top_p=top_p)
+    dense = np.zeros(logits.size)
+    dense[ids] = weights
+    dense /= dense.sum()
+    return dense
+
+
+def choose(logits: Vector, rng: np.random.Generator, *, temperature: float, top_p: float) -> int:
+    """Draw one token id from logits [vocab]; at temperature 0 nothing is drawn from `rng`.
+
+    This is done for every token, so it makes few passes over the vocabulary. Raises as `probabilities`.
+    """
+    ids, weights = _possible(logits, temperature=temperature, top_p=top_p)
+    if weights.size == 1:
+        return int(ids.start if isinstance(ids, slice) else ids[0])
+    place = _draw(weights, rng.random())
+    return place if isinstance(ids, slice) else int(ids[place])
+
+
+def _possible(logits: Vector, *, temperature: float, top_p: float) -> tuple[Vector | slice, Vector]:
+    """The tokens that can be drawn, in rising order, and their weights, which need not sum to 1."""
+    likeliest = int(logits.argmax())  # the first NaN if there is one
+    largest = float(logits[likeliest])
     if not np.isfinite(largest):
         raise CheckError(
             f"the largest of the model's logits is {largest}",
@@ -52,28 +75,48 @@ def probabilities(logits: Vector, *, temperature: float, top_p: float) -> Vector
             do="btp-export verify shows which graph overflows; --precision float32 may help",
         )
     if temperature == 0:
-        certain = np.zeros(logits.size)
-        certain[logits.argmax()] = 1
-        return certain
-    with np.errstate(over="ignore"):  # a tiny temperature pushes all but the largest to minus infinity, as it should
-        weights: Vector = np.exp((logits.astype(np.float64) - largest) / temperature)
-    weights /= weights.sum()
-    if top_p < 1:
-        order = np.argsort(-weights, kind="stable")
-        before = np.cumsum(weights[order]) - weights[order]
-        weights[order[before >= top_p]] = 0
-        weights /= weights.sum()
-    return weights
+        return np.array([likeliest]), np.ones(1)
+    weights: Vector = logits - np.float32(largest)
+    if temperature != 1:
+        with np.errstate(over="ignore"):  # a tiny temperature pushes all but the largest to minus infinity
+            weights *= np.float32(min(1 / temperature, float(np.finfo(np.float32).max)))
+    np.exp(weights, out=weights)
+    return (slice(0, weights.size), weights) if top_p == 1 else _nucleus(weights, top_p)
 
 
-def choose(logits: Vector, rng: np.random.Generator, *, temperature: float, top_p: float) -> int:
-    """Draw one token id from logits [vocab]; at temperature 0 nothing is drawn from `rng`."""
-    weights = probabilities(logits, temperature=temperature, top_p=top_p)
-    if temperature == 0:
-        return int(weights.argmax())
+def _nucleus(weights: Vector, top_p: float) -> tuple[Vector, Vector]:
+    """The likeliest tokens whose weights first reach `top_p` of all, the largest of which is 1."""
+    wanted = top_p * float(_sums(weights).sum())
+    for least in (1e-3, 1e-6, 0.0):  # nearly always a few hundred tokens do, and only those are sorted
+        ids = np.flatnonzero(weights >= least)
+        part = weights[ids].astype(np.float64)
+        if part.sum() >= wanted:
+            break
+    ranked = np.sort(part)[::-1]
+    count = int(np.searchsorted(np.cumsum(ranked) - ranked, wanted))  # those before which less than that has come
+    surely = part > ranked[count - 1]
+    ties = np.flatnonzero(part == ranked[count - 1])[: count - int(surely.sum())]  # the lowest ids among equals
+    surely[ties] = True
+    return ids[surely], part[surely]
+
+
+def _sums(weights: Vector) -> Vector:
+    """float64 sums of blocks of BLOCK weights, then of the rest: faster than one sum, and exact enough."""
+    whole = weights.size // BLOCK * BLOCK
+    blocks = weights[:whole].reshape(-1, BLOCK) @ np.ones(BLOCK, weights.dtype)
+    return np.append(blocks.astype(np.float64), weights[whole:].sum(dtype=np.float64))
+
+
+def _draw(weights: Vector, share: float) -> int:
+    """Where the sum of the weights up to there first exceeds `share` of the whole."""
+    sums = _sums(weights)
+    bounds = np.cumsum(sums)
+    block = min(int(np.searchsorted(bounds, share * bounds[-1], side="right")), int(np.flatnonzero(sums)[-1]))
+    inside = np.cumsum(weights[block * BLOCK : (block + 1) * BLOCK], dtype=np.float64)
+    rest = share * bounds[-1] - (bounds[block] - sums[block])
     # The last token with weight ends the range, so that rounding in the sum can never choose a token without weight.
-    bounds = np.cumsum(weights)
-    return int(min(np.searchsorted(bounds, rng.random(), side="right"), np.flatnonzero(weights)[-1]))
+    last = int(np.searchsorted(inside, inside[-1]))
+    return block * BLOCK + min(int(np.searchsorted(inside, rest, side="right")), last)
 
 
 GREEDY = Sampling()

@@ -56,6 +56,7 @@ class RayOptions(Record):
     target: str | None = None
     threads: int | None = None
     activations: Activations = "int8"
+    cuda_graphs: bool = True
     surge: int = Field(default=25, ge=0, le=100)
     cpus: float = 1.0
     gpus: float | None = None
@@ -78,6 +79,7 @@ def ray_app(options: Mapping[str, Any] | RayOptions | None = None, /, **named: A
         device=given.device,
         threads=given.threads,
         activations=given.activations,
+        cuda_graphs=given.cuda_graphs,
         limits=Limits(seconds=given.timeout, queue=given.queue),
     )
     most = given.max_replicas or given.replicas

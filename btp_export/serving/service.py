@@ -33,7 +33,7 @@ class Serving:
 
     name: the model's, as requests name it. profiles: those of the bundle that are loaded, all if none is named.
     wait: seconds that the first request of a batch waits for others. resize: pictures that fit no profile are scaled.
-    target, device, threads, activations: as `btp_export.load` takes them.
+    target, device, threads, activations, cuda_graphs: as `btp_export.load` takes them.
     """
 
     name: str
@@ -44,6 +44,7 @@ class Serving:
     device: str = "cpu"
     threads: int | None = None
     activations: Activations = "int8"
+    cuda_graphs: bool = True
     limits: Limits = field(default_factory=Limits)
     access: Access = field(default_factory=Access)
 
@@ -84,6 +85,7 @@ class Service:
             device=chosen.device,
             target=chosen.target,
             activations=chosen.activations,
+            cuda_graphs=chosen.cuda_graphs,
         )
         _ = model.prompter  # opened now: the first request must not wait for it, and must not be what finds it broken
         return model

@@ -3,14 +3,14 @@
 The CUDA runtime library is called directly, because no Python interface of ONNX Runtime or TensorRT writes part of a
 tensor. A row of a key/value cache lies once per head at a constant distance, so one strided copy writes it, and the
 cache itself is never moved. Copies are made at once (`Immediate`, beside ONNX Runtime, which computes on a stream of
-its own) or in the order of a stream (`Stream`, beside TensorRT, which computes on the stream it is given).
+its own) or in the order of a stream (cuda_stream.Stream, beside TensorRT, which computes on the stream it is given).
 
 Not yet run on a GPU: written after the CUDA runtime's documentation and tested against a library in host memory.
 """
 
 import ctypes
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from importlib.util import find_spec
 from math import prod
@@ -27,8 +27,6 @@ from graphs.records.errors import BtpError, CheckError, UnavailableError
 LIBRARIES: Final = ("libcudart.so.13", "libcudart.so.12", "libcudart.so.11.0", "cudart64_13.dll", "cudart64_12.dll")
 ALIGNMENT: Final = 256  # bytes: what cudaMalloc gives and TensorRT wants of every address
 DETECT_DIRECTION: Final = 4  # cudaMemcpyDefault: the addresses tell which side is the device
-CAPTURE_THIS_THREAD: Final = 1  # cudaStreamCaptureModeThreadLocal
-NON_BLOCKING: Final = 1  # cudaStreamNonBlocking: no order with the default stream, where others compute
 MAJOR_ATTRIBUTE, MINOR_ATTRIBUTE = 75, 76  # cudaDevAttrComputeCapabilityMajor and ...Minor
 INTEGRATED_ATTRIBUTE = 18  # cudaDevAttrIntegrated
 OUT_OF_MEMORY = 2  # cudaErrorMemoryAllocation
@@ -82,70 +80,6 @@ class Immediate:
     def finish(self) -> None:
         # Copies inside the device return at once; ONNX Runtime computes on a stream that does not wait for them.
         call("cudaDeviceSynchronize")
-
-
-class Stream:
-    """A stream of one device: what is put on it runs in order, while the host goes on."""
-
-    def __init__(self, device: int) -> None:
-        use_device(device)
-        handle = ctypes.c_size_t()
-        call("cudaStreamCreateWithFlags", ctypes.byref(handle), NON_BLOCKING)
-        self.handle = handle.value
-        self._kept: list[object] = []
-        free_with(self, "cudaStreamDestroy", self.handle)
-
-    def copy(self, target: int, source: int, count: int, *, keep: object = None) -> None:
-        self._keep(keep)
-        call("cudaMemcpyAsync", target, source, count, DETECT_DIRECTION, self.handle)
-
-    def copy_rows(
-        self, target: int, pitch: int, source: int, source_pitch: int, width: int, height: int, *, keep: object = None
-    ) -> None:
-        self._keep(keep)
-        call("cudaMemcpy2DAsync", target, pitch, source, source_pitch, width, height, DETECT_DIRECTION, self.handle)
-
-    def finish(self) -> None:
-        call("cudaStreamSynchronize", self.handle)
-        self._kept.clear()
-
-    def capture(self, enqueue: Callable[[], None]) -> "Graph | None":
-        """What `enqueue` puts on the stream as a graph, without running it; None if it cannot be captured."""
-        graph = ctypes.c_size_t()
-        self.finish()
-        call("cudaStreamBeginCapture", self.handle, CAPTURE_THIS_THREAD)
-        failed = False
-        try:
-            enqueue()
-        except CheckError:  # work that may not be captured fails when it is enqueued; it is run plainly instead
-            failed = True
-        finally:
-            code = try_call("cudaStreamEndCapture", self.handle, ctypes.byref(graph))
-        if failed or code or not graph.value:
-            try_call("cudaGetLastError")  # an invalid capture leaves its error for the next call to find
-            return None
-        return Graph(graph.value)
-
-    def launch(self, graph: "Graph") -> None:
-        """Put a captured graph on the stream."""
-        call("cudaGraphLaunch", graph.handle, self.handle)
-
-    def _keep(self, memory: object) -> None:
-        if memory is not None:
-            self._kept.append(memory)
-
-
-class Graph:
-    """A captured graph, ready to be launched again and again. It takes the handle over and frees it."""
-
-    def __init__(self, captured: int) -> None:
-        executable = ctypes.c_size_t()
-        try:
-            call("cudaGraphInstantiateWithFlags", ctypes.byref(executable), captured, 0)
-        finally:
-            try_call("cudaGraphDestroy", captured)
-        self.handle = executable.value
-        free_with(self, "cudaGraphExecDestroy", self.handle)
 
 
 class DeviceMemory:
@@ -294,7 +228,7 @@ def _attribute(number: int, device: int) -> int:
 
 # Argument types of the CUDA runtime functions used here; addresses, sizes and handles are as wide as a pointer.
 _WIDE, _INT, _OUT = ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p
-_SIGNATURES: Final[dict[str, tuple[Any, ...]]] = {
+SIGNATURES: Final[dict[str, tuple[Any, ...]]] = {
     "cudaSetDevice": (_INT,),
     "cudaMemGetInfo": (_OUT, _OUT),  # free, total
     "cudaDeviceGetAttribute": (_OUT, _INT, _INT),  # value, attribute, device
@@ -309,7 +243,13 @@ _SIGNATURES: Final[dict[str, tuple[Any, ...]]] = {
     "cudaGetLastError": (),
     "cudaStreamCreateWithFlags": (_OUT, _INT),
     "cudaStreamDestroy": (_WIDE,),
-    "cudaStreamSynchronize": (_WIDE,),
+    "cudaHostAlloc": (_OUT, _WIDE, _INT),  # address, bytes, flags
+    "cudaFreeHost": (_WIDE,),
+    "cudaEventCreateWithFlags": (_OUT, _INT),
+    "cudaEventDestroy": (_WIDE,),
+    "cudaEventRecordWithFlags": (_WIDE, _WIDE, _INT),  # event, stream, flags
+    "cudaEventSynchronize": (_WIDE,),
+    "cudaEventElapsedTime": (_OUT, _WIDE, _WIDE),  # milliseconds, from, to
     "cudaStreamBeginCapture": (_WIDE, _INT),  # stream, mode
     "cudaStreamEndCapture": (_WIDE, _OUT),  # stream, graph
     "cudaGraphInstantiateWithFlags": (_OUT, _WIDE, ctypes.c_ulonglong),  # executable graph, graph, flags
@@ -327,8 +267,7 @@ def call(name: str, *arguments: Any) -> None:
 def try_call(name: str, *arguments: Any) -> int:
     """Call one function of the CUDA runtime; its error code, 0 for success."""
     converted = [
-        argument if kind is _OUT else kind(argument)
-        for kind, argument in zip(_SIGNATURES[name], arguments, strict=True)
+        argument if kind is _OUT else kind(argument) for kind, argument in zip(SIGNATURES[name], arguments, strict=True)
     ]
     return int(getattr(library(), name)(*converted))
 

@@ -1,6 +1,6 @@
 """What every backend offers: loaders open graphs and give runners; buffers are memory on the device of a loader."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -55,10 +55,57 @@ class Buffer(Protocol):
 
 
 class Bound(Protocol):
-    """A graph tied to buffers."""
+    """A graph tied to buffers: reads the input buffers, computes, writes the output buffers."""
 
     def __call__(self) -> None:
-        """Read the input buffers, compute, write the output buffers; returns when the results are there."""
+        """Run; returns when the results are there."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One part of a program: a graph, and copies between buffers behind it.
+
+    name: what the graph's time is reported under, "" for nothing. copies: always the same ones; none waits for its end.
+    """
+
+    name: str
+    graph: Bound | None = None
+    copies: Callable[[], None] | None = None
+
+
+@dataclass(frozen=True)
+class Ran:
+    """Times of one run of a program in milliseconds: begin and end of each named step's graph, and the end of all.
+
+    Where no step has a name, nothing is timed.
+    """
+
+    spans: Mapping[str, tuple[float, float]]
+    end: float
+
+    def lasted(self, name: str) -> float:
+        """How long a step's graph took."""
+        begin, end = self.spans[name]
+        return end - begin
+
+
+class Program(Protocol):
+    """Work that is the same in every run: inputs are written, steps follow one another, outputs are read.
+
+    A device may put all of it on its stream at once. The arrays are host memory at fixed addresses: fill `inputs`
+    before a call; `outputs` hold that call's results until the next one.
+    """
+
+    @property
+    def inputs(self) -> Sequence[Array]:
+        """One array for each buffer that is written, of its shape and type."""
+
+    @property
+    def outputs(self) -> Sequence[Array]:
+        """One array for each buffer that is read."""
+
+    def __call__(self, after: Callable[[], None] | None = None) -> Ran:
+        """Run; returns when the outputs are there. `after`: copies that differ from run to run, behind the rest."""
 
 
 class Runner(Protocol):
@@ -87,3 +134,6 @@ class Loader(Protocol):
 
     def allocate(self, dtype: Dtype, shape: Sequence[int]) -> Buffer:
         """Memory for one tensor, zeroed, aligned to 64 bytes."""
+
+    def program(self, steps: Sequence[Step], *, writes: Sequence[Buffer], reads: Sequence[Buffer]) -> Program:
+        """The steps, with buffers of this loader that are written before and read after them."""

@@ -21,8 +21,9 @@ from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 from engines.native import libraries
 from engines.runners.binding import check_arrays, check_names, check_tensor
 from engines.runners.host import HostBuffer
-from engines.runners.interface import Array, Bound, Buffer, Dtype, TensorSpec
+from engines.runners.interface import Array, Bound, Buffer, Dtype, Program, Step, TensorSpec
 from engines.runners.session_options import FOLDER_OPTION
+from engines.runners.stepwise import StepwiseProgram
 from graphs import dtypes, ops
 from graphs.files.memory import total_memory
 from graphs.files.onnx_file import graph_bytes, parse_graph, refusing_graph
@@ -148,6 +149,9 @@ class OrtLoader:
         from engines.runners.cuda import CudaBuffer
 
         return CudaBuffer.allocate(dtype, shape, device=self._number)
+
+    def program(self, steps: Sequence[Step], *, writes: Sequence[Buffer], reads: Sequence[Buffer]) -> Program:
+        return StepwiseProgram(steps, writes=writes, reads=reads)
 
     @property
     def target(self) -> tuple[str, int]:

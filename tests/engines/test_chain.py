@@ -58,7 +58,7 @@ def test_padding_changes_nothing(bundle: Bundle) -> None:
     pixels, prefix, text, last = inputs(bundle)
     short = last - 6
     one = chain.prefill(Batch(pixels, prefix, text, short))
-    step = chain.decode(text[:, 0])
+    step = chain.decode(text[:, 0]).copy()
     text[:, -6:] = 1e3
     two = chain.prefill(Batch(pixels, prefix, text, short))
     np.testing.assert_allclose(two.logits, one.logits, rtol=1e-6, atol=1e-6)
@@ -90,7 +90,7 @@ def test_caches_in_one_piece_or_apart(bundle: Bundle, alignment: int) -> None:
         pixels, prefix, text, last = inputs(bundle)
         logits = [chain.prefill(Batch(pixels, prefix, text, last - 5)).logits]
         for step in range(3):
-            logits.append(chain.decode(np.full((1, bundle.spec.decoder.hidden_size), 0.1 * step, np.float32)))
+            logits.append(chain.decode(np.full((1, bundle.spec.decoder.hidden_size), 0.1 * step, np.float32)).copy())
         caches = [cache for pair in chain.caches.values() for cache in pair]
         collected.append([*logits, *(cache.read() for cache in caches)])
         ends = [cache.pointer + cache.read().nbytes for cache in caches]

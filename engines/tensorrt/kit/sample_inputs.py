@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from engines.runners.interface import Array, Bound, Buffer, Dtype, Loader, TensorSpec
+from engines.runners.interface import Array, Bound, Buffer, Dtype, Loader, Program, Step, TensorSpec
+from engines.runners.stepwise import StepwiseProgram
 from graphs import dtypes
 from graphs.building.graph_builder import dims, dtype_of
 from graphs.files.onnx_file import read_model, refusing_graph
@@ -35,6 +36,9 @@ class RecordingLoader:
 
     def allocate(self, dtype: Dtype, shape: Sequence[int]) -> Buffer:
         return self.inner.allocate(dtype, shape)
+
+    def program(self, steps: Sequence[Step], *, writes: Sequence[Buffer], reads: Sequence[Buffer]) -> Program:
+        return StepwiseProgram(steps, writes=writes, reads=reads)
 
 
 class _RecordingRunner:

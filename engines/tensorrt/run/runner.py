@@ -2,8 +2,8 @@
 
 All engines of a process and a GPU share one `Session`: runtime, stream, the memory they compute in (they run one after
 another, so the largest need is enough), plugins, and, where weights are network inputs, one device copy of each matrix.
-Buffers are bound by address and never reallocated, so the caches are never copied, and a decode step is replayed as a
-CUDA graph from its second run on.
+Buffers are bound by address and never reallocated, so the caches are never copied, and a prefill or a decode step is
+replayed as a CUDA graph from its second run on (program.py).
 
 TensorRT for RTX has the same classes and is served by the same code.
 
@@ -15,28 +15,38 @@ import mmap
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from engines.runners import cuda
 from engines.runners.binding import check_arrays, check_names, check_tensor
-from engines.runners.interface import Array, Buffer, Dtype, TensorSpec
+from engines.runners.interface import Array, Buffer, Dtype, Program, Step, TensorSpec
 from engines.tensorrt.records import SCRIPTED_SUFFIX, BuiltEngine, EngineGraph, EnginesRecord, bundle_digest
 from engines.tensorrt.run import session
+from engines.tensorrt.run.bound import Context, TrtBound
+from engines.tensorrt.run.program import TrtProgram
 from engines.tensorrt.run.session import build_again, explain
-from graphs import dtypes, names
+from graphs import dtypes
 from graphs.files.atomic import SMALL_FILE, sha256
 from graphs.files.bundle import Bundle, Check
 from graphs.files.page_cache import release
-from graphs.records.errors import BtpError, InputError
+from graphs.records.errors import InputError
 from graphs.records.manifest import TensorRecord
-
-CAPTURED: Final = frozenset({names.DECODE})  # graphs replayed as CUDA graphs: many short kernels, run again and again
+from graphs.records.progress import Note
 
 
 def open_engines(
-    bundle: Bundle, folder: Path, *, profile: str, device: str = "cuda", check: Check = "quick"
+    bundle: Bundle,
+    folder: Path,
+    *,
+    profile: str,
+    device: str = "cuda",
+    check: Check = "quick",
+    cuda_graphs: bool = True,
+    note: Note = lambda text: None,
 ) -> tuple["TrtLoader", dict[str, Path]]:
     """A loader for the engines in `folder`, and the engine file of each graph of a profile, in running order.
+
+    `cuda_graphs`: whether sequences of engines are replayed as CUDA graphs; `note` is told where that cannot be.
 
     What the records can tell is checked first, then the GPU, then TensorRT; nothing is deserialised here. Raises
     InputError for engines that are missing, damaged or of another bundle, UnavailableError for a GPU, TensorRT or
@@ -56,7 +66,7 @@ def open_engines(
             f"there are no engines for profile {profile} in {folder}", wanted=names, do=build_again(record)
         )
     files = {name: folder / _check_engine(folder, record, graph, check).file for name, graph in graphs.items()}
-    loader = TrtLoader(folder, record, device=device)
+    loader = TrtLoader(folder, record, device=device, cuda_graphs=cuda_graphs, note=note)
     loader.session.require_room(folder, list(graphs.values()))
     loader.session.weights.reserve(folder, graphs.values())
     return loader, files
@@ -90,8 +100,17 @@ def _check_engine(folder: Path, record: EnginesRecord, graph: EngineGraph, check
 class TrtLoader:
     """Opens the engines of one folder engines/<target>/. `path`s are those that `open_engines` gives."""
 
-    def __init__(self, folder: Path, record: EnginesRecord, *, device: str = "cuda") -> None:
+    def __init__(
+        self,
+        folder: Path,
+        record: EnginesRecord,
+        *,
+        device: str = "cuda",
+        cuda_graphs: bool = True,
+        note: Note = lambda text: None,
+    ) -> None:
         self.folder, self.record = folder, record
+        self._cuda_graphs, self._note = cuda_graphs, note
         number = _device_number(device)
         self.device = f"cuda:{number}"
         self.session = session.PROCESS.session(record.flavour, number)
@@ -116,6 +135,9 @@ class TrtLoader:
 
     def allocate(self, dtype: Dtype, shape: Sequence[int]) -> Buffer:
         return self.session.allocate(dtype, shape)
+
+    def program(self, steps: Sequence[Step], *, writes: Sequence[Buffer], reads: Sequence[Buffer]) -> Program:
+        return TrtProgram(self.session, steps, writes=writes, reads=reads, replay=self._cuda_graphs, note=self._note)
 
     def memory(self) -> dict[str, int]:
         """Bytes on the device by use, without inputs, outputs and caches. Engine files hold the baked weights."""
@@ -143,7 +165,7 @@ class TrtRunner:
         if problem:
             wanted = "the inputs and outputs in engines.json"
             raise InputError(f"{path}: {problem}", wanted=wanted, do=build_again(loader.record))
-        self._context = _Context(engine, path, loader)
+        self._context = Context(engine, path, loader.record, loader.session)
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         check_arrays(self.path.name, inputs, self.inputs)
@@ -162,7 +184,7 @@ class TrtRunner:
             if buffer.pointer % cuda.ALIGNMENT:
                 raise ValueError(f"{self.path.name}: {name} is not aligned to {cuda.ALIGNMENT} bytes")
         buffers = {**inputs, **outputs, **self._weights}
-        return TrtBound(self._context, buffers, replay=self.graph.name in CAPTURED)
+        return TrtBound(self.graph.name, self._context, buffers)
 
     @cached_property
     def _own(self) -> "tuple[dict[str, Buffer], TrtBound]":
@@ -198,80 +220,6 @@ def _difference(
             if there[name] != spec:
                 return f"{word} {name} is {there[name].dtype} {list(there[name].shape)}"
     return None
-
-
-class _Context:
-    """An engine's execution context, and whose addresses it has."""
-
-    def __init__(self, engine: Any, path: Path, loader: TrtLoader) -> None:
-        self.path, self.record, self.session = path, loader.record, loader.session
-        self._scratch_bytes = int(engine.device_memory_size_v2)
-        self.session.scratch.reserve(self._scratch_bytes)
-        self._context = engine.create_execution_context(
-            self.session.trt.ExecutionContextAllocationStrategy.USER_MANAGED
-        )
-        if self._context is None:
-            raise self.explain("open")
-        self._state: tuple[object, int] | None = None
-
-    def use(self, owner: object, buffers: Mapping[str, Buffer]) -> bool:
-        """Set the addresses of `owner`'s buffers and of the scratch memory; False if they were set already."""
-        scratch = self.session.scratch
-        state = (owner, scratch.pointer)
-        if self._state == state:
-            return False
-        for name, buffer in buffers.items():
-            if not self._context.set_tensor_address(name, buffer.pointer):
-                raise self.explain("bind")
-        if self._scratch_bytes:
-            self._context.set_device_memory(scratch.pointer, scratch.size)
-        self._state = state
-        return True
-
-    def enqueue(self) -> None:
-        """Put the engine on the stream."""
-        self.session.log.clear()
-        if not self._context.execute_async_v3(self.session.stream.handle):
-            raise self.explain("run")
-
-    def explain(self, doing: str) -> BtpError:
-        """The error that TensorRT's log tells of."""
-        return explain(self.session.log.errors, self.path, doing, self.record)
-
-
-class TrtBound:
-    """An engine over fixed addresses.
-
-    With `replay`, runs from the second on are replays of a CUDA graph if the engine can be captured. The first one is
-    plain: TensorRT finishes its setup in it.
-    """
-
-    def __init__(self, context: _Context, buffers: Mapping[str, Buffer], *, replay: bool) -> None:
-        self._context, self._stream = context, context.session.stream
-        self._buffers = dict(buffers)  # kept so that the memory lives as long as its addresses are bound
-        self._owner = object()  # stands for this binding in the context, which must not keep it alive
-        self._replay = self._try = replay
-        self._ran = False
-        self._graph: cuda.Graph | None = None
-
-    def __call__(self) -> None:
-        cuda.use_device(self._context.session.device)
-        if self._context.use(self._owner, self._buffers):  # what was captured may have other addresses in it
-            self._graph, self._try, self._ran = None, self._replay, False
-        if self._try and self._ran and self._graph is None:
-            self._graph = self._stream.capture(self._context.enqueue)
-            self._try = self._graph is not None
-        if self._graph is not None:
-            self._stream.launch(self._graph)
-        else:
-            self._context.enqueue()
-        self._stream.finish()
-        self._ran = True
-
-    @property
-    def replayed(self) -> bool:
-        """Whether runs are replays of a CUDA graph by now."""
-        return self._graph is not None
 
 
 def _device_number(device: str) -> int:

@@ -13,6 +13,7 @@ from typing import Any, Final
 from engines.native import libraries, plugins
 from engines.runners import cuda
 from engines.runners.arena import Arena
+from engines.runners.cuda_stream import Stream
 from engines.runners.interface import Buffer, Dtype
 from engines.tensorrt import installed
 from engines.tensorrt.messages import Messages
@@ -54,7 +55,7 @@ class Session:
         self.compute_capability = cuda.compute_capability(device)
         self.library = installed.load(flavour)
         self.trt = self.library.module
-        self.stream = cuda.Stream(device)
+        self.stream = Stream(device)
         self.log = Messages(self.trt, echo=False)
         process.loggers.append(self.log.logger)
         self.runtime = self._start()
@@ -201,5 +202,5 @@ def build_again(record: EnginesRecord) -> str:
     return f"btp-export build BUNDLE --target {record.target}"
 
 
-def _allocate(device: int, stream: cuda.Stream, dtype: Dtype, shape: Sequence[int]) -> Buffer:
+def _allocate(device: int, stream: Stream, dtype: Dtype, shape: Sequence[int]) -> Buffer:
     return cuda.CudaBuffer.allocate(dtype, shape, device=device, transfers=stream)

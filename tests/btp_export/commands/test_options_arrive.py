@@ -56,7 +56,7 @@ VALUES = {
     "--drop-bound": Given("0.5"), "--tau": Given("0.5"), "--target": Given("h100"), "--engine": Given("h100"),
     "--profile": Given("other"), "--shape": Given("batch=2"), "--plan": Given("vtw"), "--force": Given(None),
     "--system": Given("look"), "--mix": Given("scenes=1"), "--answer-tokens": Given("3"), "--kind-bound": Given("2"),
-    "--weights": Given("int4", ("--target", "h100")),
+    "--weights": Given("int4", ("--target", "h100")), "--no-cuda-graph": Given(None, ("--target", "h100")),
     "--unpruned": Given(None, ("--dry-run",)), "--assemble": Given("whole"), "--plugins": Given("none", ("--dry-run",)),
     "--accumulate": Given("native", ("--dry-run",)),
     "--engine-weights": Given("shared", ("--dry-run",)), "--precision": Given("float16"), "--link": Given("hard"),
@@ -88,6 +88,7 @@ NOT_HERE = {
     ("run", "--device"),
     ("run", "--target"),
     ("run", "--engine"),
+    ("run", "--no-cuda-graph"),
 }  # refused here: no GPU, no engines, another prefix
 CALIBRATES = {"--keep", "--images", "--mix", "--samples", "--seed"}  # mean nothing with a preset
 

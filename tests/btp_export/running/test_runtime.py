@@ -297,7 +297,7 @@ def test_pruning_that_did_not_happen_is_a_failure(
     }[stage]
     steps = model.chain._steps
     place = next(n for n, step in enumerate(steps) if step.name == f"select_{stage}")
-    steps[place] = replace(steps[place], after=damage)
+    steps[place] = replace(steps[place], copies=damage)
     with pytest.raises(CheckError, match=words):
         model.prefill(model.encode(pictures[:1], PROMPTS[:1]))
 

@@ -6,11 +6,19 @@ engines/runners/cuda.py uses them.
 """
 
 import ctypes
+import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
 Work = Callable[[], None]
 INVALID_VALUE, NO_DEVICE, INVALID_CAPTURE = 1, 100, 901
+CAPTURE_UNSUPPORTED, INVALID_HANDLE, NOT_READY = 900, 400, 600
+# What waits or allocates ends a capture that the same thread makes.
+NOT_IN_A_CAPTURE = frozenset(
+    {"Malloc", "Free", "HostAlloc", "FreeHost", "Memset", "Memcpy", "Memcpy2D", "DeviceSynchronize"}
+    | {"StreamSynchronize", "EventSynchronize"}
+)
 INVALID_DEVICE, OUT_OF_MEMORY = 101, 2
 
 
@@ -34,11 +42,16 @@ class HostCuda:
         self.blocks: dict[int, Any] = {}
         self.streams: dict[int, list[Work]] = {}
         self.graphs: dict[int, list[Work]] = {}
+        self.host: dict[int, Any] = {}  # pinned memory
+        self.events: dict[int, tuple[bool, float | None]] = {}  # whether timed; when the stream came to it, if it did
+        self.recorded: dict[int, tuple[int, Work]] = {}  # event -> stream and mark of its latest record
         self.capturing: int | None = None
+        self.capturer: int | None = None  # the thread that captures
         self.broken = False  # the capture that is going on met work that cannot be captured
         self.integrated = False
         self.largest: int | None = None  # cudaMalloc refuses more in one piece, whatever is free
         self.calls: list[str] = []
+        self._turn = threading.RLock()  # one thread at a time
         self._handles = iter(range(1000, 1 << 30))
 
     def __getattr__(self, name: str) -> Any:
@@ -47,8 +60,12 @@ class HostCuda:
         function = getattr(type(self), name[4:])
 
         def call(*arguments: Any) -> Any:
-            self.calls.append(name)
-            return function(self, *arguments)
+            with self._turn:
+                self.calls.append(name)
+                if name[4:] in NOT_IN_A_CAPTURE and self._captures():
+                    self.broken = True
+                    return CAPTURE_UNSUPPORTED
+                return function(self, *arguments)
 
         made = Function(call)
         setattr(self, name, made)
@@ -58,8 +75,13 @@ class HostCuda:
     def used(self) -> int:
         return sum(size for _, size in self.blocks.values())
 
+    def _captures(self) -> bool:
+        """Whether this thread captures something."""
+        return self.capturing is not None and self.capturer == threading.get_ident()
+
     def enqueue(self, stream: int, work: Work, *, capturable: bool = True) -> bool:
         """Put work on a stream; False if the stream is being captured and the work cannot be."""
+        assert self.capturing != stream or self._captures(), "another thread's work gets into the capture"
         if self.capturing == stream and not capturable:
             self.broken = True
             return False
@@ -140,26 +162,81 @@ class HostCuda:
         return 0
 
     def StreamSynchronize(self, stream: int) -> int:
-        if self.capturing == stream:
-            self.broken = True
-            return INVALID_CAPTURE
-        works, self.streams[stream] = self.streams[stream], []
-        for work in works:
-            work()
+        self._run(stream, None)
         return 0
 
+    def _run(self, stream: int, last: Work | None) -> None:
+        """Do what is on a stream, up to `last` if it is there."""
+        works = self.streams[stream]
+        while works:
+            work = works.pop(0)
+            work()
+            if work is last:
+                return
+
     def StreamBeginCapture(self, stream: int, mode: int) -> int:
-        assert not self.streams[stream], "work from before the capture is not part of it"
-        self.capturing, self.broken = stream, False
+        assert self.capturing is None and mode == 1
+        self.capturing, self.capturer, self.broken = stream, threading.get_ident(), False
+        self.before, self.streams[stream] = self.streams[stream], []  # work from before the capture is not part of it
         return 0
 
     def StreamEndCapture(self, stream: int, graph: Any) -> int:
         assert self.capturing == stream
-        works, self.streams[stream], self.capturing = self.streams[stream], [], None
+        works, self.streams[stream], self.capturing = self.streams[stream], self.before, None
         if self.broken:
             return INVALID_CAPTURE
         graph.value = next(self._handles)
         self.graphs[graph.value] = works
+        return 0
+
+    def HostAlloc(self, pointer: Any, size: int, flags: int) -> int:
+        raw = (ctypes.c_uint8 * (size + 256))()
+        pointer.value = ctypes.addressof(raw) + -ctypes.addressof(raw) % 256
+        self.host[pointer.value] = raw
+        return 0
+
+    def FreeHost(self, pointer: int) -> int:
+        del self.host[pointer]
+        return 0
+
+    def EventCreateWithFlags(self, event: Any, flags: int) -> int:
+        assert flags in (0, 2)
+        event.value = next(self._handles)
+        self.events[event.value] = (flags == 0, None)
+        return 0
+
+    def EventDestroy(self, event: int) -> int:
+        del self.events[event]
+        self.recorded.pop(event, None)
+        return 0
+
+    def EventRecordWithFlags(self, event: int, stream: int, flags: int) -> int:
+        if flags and not self._captures():
+            return INVALID_VALUE  # an external record is for captures only
+
+        def mark() -> None:
+            self.events[event] = (self.events[event][0], time.perf_counter())
+
+        if self._captures() and not flags:
+            return 0  # orders the graph's nodes; no run of the graph records the event
+        self.recorded[event] = stream, mark
+        self.enqueue(stream, mark)
+        return 0
+
+    def EventSynchronize(self, event: int) -> int:
+        if event in self.recorded:
+            stream, mark = self.recorded[event]
+            if mark in self.streams[stream]:
+                self._run(stream, mark)
+        return 0
+
+    def EventElapsedTime(self, passed: Any, start: int, end: int) -> int:
+        marks = [self.events[start], self.events[end]]
+        if not all(timed for timed, _ in marks):
+            return INVALID_HANDLE
+        if any(when is None for _, when in marks):
+            return NOT_READY
+        passed.value = (marks[1][1] - marks[0][1]) * 1000  # type: ignore[operator]
         return 0
 
     def GraphInstantiateWithFlags(self, executable: Any, graph: int, flags: int) -> int:

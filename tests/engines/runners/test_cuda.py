@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from engines.runners import cuda
+from engines.runners.cuda_stream import Stream
 from graphs.records.errors import CheckError, UnavailableError
 from tests.engines.runners.host_cuda import HostCuda
 
@@ -68,9 +69,9 @@ def test_no_library(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_errors_have_their_name_and_code(monkeypatch: pytest.MonkeyPatch) -> None:
     machine = HostCuda()
     monkeypatch.setattr(cuda, "library", lambda: machine)
-    machine.cudaStreamSynchronize = lambda stream: 700
-    with pytest.raises(CheckError, match="cudaStreamSynchronize failed with CUDA error 700"):
-        cuda.Stream(0).finish()
+    machine.cudaEventSynchronize = lambda event: 700
+    with pytest.raises(CheckError, match="cudaEventSynchronize failed with CUDA error 700"):
+        Stream(0).finish()
     machine.total = 1000
     with pytest.raises(UnavailableError, match="0 of 0 MiB are free"):
         cuda.DeviceMemory(1 << 20, device=0)
@@ -83,6 +84,6 @@ def test_every_function_that_is_called_is_in_the_real_library() -> None:
             library = ctypes.CDLL(name)
         except OSError:
             continue
-        assert all(hasattr(library, function) for function in cuda._SIGNATURES)
+        assert all(hasattr(library, function) for function in cuda.SIGNATURES)
         return
     pytest.skip("no CUDA runtime library is installed: pip install 'btp-export[rtx]' brings one")

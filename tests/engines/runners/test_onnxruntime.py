@@ -9,6 +9,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
+from engines.runners.cuda_stream import Stream
 from engines.runners.host import HostBuffer
 from engines.runners.onnxruntime import OrtLoader, explain, ort_errors
 from graphs import dtypes
@@ -199,7 +200,7 @@ def test_cuda_rows_are_strided_copies(monkeypatch: pytest.MonkeyPatch) -> None:
 
     machine = HostCuda()
     monkeypatch.setattr(cuda, "library", lambda: machine)
-    stream = cuda.Stream(0)
+    stream = Stream(0)
     for transfers in (None, stream):
         _check_rows(cuda.CudaBuffer, transfers)
     assert {"cudaMemcpy2D", "cudaMemcpy2DAsync"} <= set(machine.calls)

@@ -59,8 +59,12 @@ ENUMS = (
 )  # fmt: skip
 
 
-def write_engine(path: Path, graph: Path, *, version: str, capability: str, capturable: bool = True) -> bytes:
-    """An engine file for a graph; its bytes. tests/engines/tensorrt/trtexec_standin.py writes the same."""
+def write_engine(path: Path, graph: Path, *, version: str, capability: str, capturable: bool | str = True) -> bytes:
+    """An engine file for a graph; its bytes. tests/engines/tensorrt/trtexec_standin.py writes the same.
+
+    An engine with `capturable` False refuses to run in a capture, one with "cudaMalloc" or the name of another function
+    without arguments calls that function in every run, as a plugin might, and goes on.
+    """
     head = {"graph": str(graph), "version": version, "capability": capability, "capturable": capturable}
     path.write_bytes(MAGIC + json.dumps(head).encode())
     return path.read_bytes()
@@ -110,7 +114,7 @@ def module(cuda: HostCuda, version: str = "10.3.0.26") -> SimpleNamespace:
 
 class Engine:
     def __init__(
-        self, cuda: HostCuda, logger: ILogger, graph: Path, capturable: bool, layers: list[dict[str, Any]]
+        self, cuda: HostCuda, logger: ILogger, graph: Path, capturable: bool | str, layers: list[dict[str, Any]]
     ) -> None:
         options = ort.SessionOptions()
         options.intra_op_num_threads = 1
@@ -187,9 +191,14 @@ class Context:
         assert self.engine.cuda.capturing is None or self.runs, "the first run finishes the setup: not in a capture"
         self.runs += 1
         addresses = dict(self.addresses)
-        done = self.engine.cuda.enqueue(
-            stream_handle, lambda: self._compute(addresses), capturable=self.engine.capturable
-        )
+
+        def run() -> None:
+            assert memory in self.engine.cuda.blocks, "the memory it was to compute in is freed"
+            self._compute(addresses)
+
+        if isinstance(self.engine.capturable, str):
+            getattr(self.engine.cuda, self.engine.capturable)()
+        done = self.engine.cuda.enqueue(stream_handle, run, capturable=bool(self.engine.capturable))
         return done or self._refuse("enqueueV3: operation not permitted when stream is capturing")
 
     def _compute(self, addresses: dict[str, int]) -> None:

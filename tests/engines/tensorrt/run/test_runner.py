@@ -12,49 +12,20 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engines.chain import Batch, Chain
+from engines.chain import Batch
 from engines.runners.onnxruntime import OrtLoader
 from engines.tensorrt import installed
 from engines.tensorrt.messages import Messages
-from engines.tensorrt.prepare.prepared_graphs import Choices
 from engines.tensorrt.records import EnginesRecord
 from engines.tensorrt.run.session import explain
-from graphs.files.bundle import ROPE_WEIGHTS, Bundle
-from graphs.files.checkpoint import open_tensors
+from graphs.files.bundle import Bundle
 from graphs.records.errors import InputError, UnavailableError
 from tests.engines.runners.host_cuda import HostCuda
 from tests.engines.tensorrt.run import host_tensorrt
-from tests.engines.tensorrt.run.engine_folders import engines, write_engines
+from tests.engines.tensorrt.run.conversations import chain, conversation, inputs, onnx_graphs
+from tests.engines.tensorrt.run.engine_folders import engines
 
 pytestmark = pytest.mark.usefixtures("alone")
-
-
-def chain(bundle: Bundle, graphs: dict[str, Path], loader: Any) -> Chain:
-    rope = open_tensors(bundle.weights / ROPE_WEIGHTS)
-    tables = (rope["cos"].read(), rope["sin"].read())
-    return Chain(graphs, plan=bundle.plan, profile=bundle.profile(), rope=tables, loader=loader)
-
-
-def inputs(bundle: Bundle, seed: int = 0) -> tuple[Any, ...]:
-    rng = np.random.default_rng(seed)
-    profile, hidden = bundle.profile(), bundle.spec.decoder.hidden_size
-
-    def noise(*shape: int) -> Any:
-        return rng.standard_normal(shape, dtype=np.float32)
-
-    rows = (noise(1, profile.prefix_tokens, hidden), noise(1, profile.text_tokens, hidden))
-    return noise(1, 3, *profile.image_size), *rows, np.array([profile.total_tokens - 3])
-
-
-def conversation(model: Chain, given: tuple[Any, ...], steps: int = 5) -> list[Any]:
-    """Logits of a prefill and of decode steps on rows that depend on the logits before, and all caches."""
-    run = model.prefill(Batch(*given))
-    found = [run.logits, *run.kept.values(), *run.lengths]
-    logits = run.logits
-    for _ in range(steps):
-        logits = model.decode(np.tile(logits[:, :8], (1, 8)).astype(np.float32) / 4)
-        found.append(logits)
-    return found + [cache.read() for pair in model.caches.values() for cache in pair]
 
 
 @pytest.mark.parametrize("kind", ["baked", "shared", "whole"])
@@ -68,40 +39,11 @@ def test_the_chain_runs_as_in_onnx_runtime(
         onnx = {graph.name: folders[kind] / graph.onnx.file for graph in record.graphs}
         reference, tolerance = chain(bundle, onnx, OrtLoader(threads=1)), 0.0
     else:  # against the bundle's own graphs: packed products and opset 18 give the same only up to rounding
-        reference, tolerance = chain(bundle, _onnx(bundle), OrtLoader(threads=1)), 1e-4
+        reference, tolerance = chain(bundle, onnx_graphs(bundle), OrtLoader(threads=1)), 1e-4
     for seed in (0, 1):  # the second conversation meets buffers that the first has used, and a captured decode
         given = inputs(bundle, seed)
         for got, wanted in zip(conversation(mine, given), conversation(reference, given), strict=True):
             np.testing.assert_allclose(got, wanted, rtol=0, atol=tolerance * max(1.0, float(np.abs(wanted).max())))
-
-
-def _onnx(bundle: Bundle) -> dict[str, Path]:
-    return {graph.name: bundle.root / graph.file for graph in bundle.graphs()}
-
-
-def test_decode_is_replayed_from_a_graph(bundle: Bundle, folders: dict[str, Path], machine: HostCuda) -> None:
-    loader, graphs = engines(bundle, folders["baked"])
-    model = chain(bundle, graphs, loader)
-    model.prefill(Batch(*inputs(bundle)))
-    row = np.zeros((1, bundle.spec.decoder.hidden_size), np.float32)
-    for _ in range(4):
-        model.decode(row)
-    assert machine.calls.count("cudaStreamBeginCapture") == machine.calls.count("cudaGraphInstantiateWithFlags") == 1
-    assert machine.calls.count("cudaGraphLaunch") == 3
-    model.prefill(Batch(*inputs(bundle)))
-    model.decode(row)
-    assert machine.calls.count("cudaGraphLaunch") == 4
-
-
-def test_what_cannot_be_captured_runs_plainly(bundle: Bundle, tmp_path: Path, machine: HostCuda) -> None:
-    write_engines(bundle, tmp_path, Choices(opset=18, plugins=False), capturable=False)
-    loader, graphs = engines(bundle, tmp_path)
-    model = chain(bundle, graphs, loader)
-    reference = chain(bundle, _onnx(bundle), OrtLoader(threads=1))
-    for got, wanted in zip(conversation(model, inputs(bundle)), conversation(reference, inputs(bundle)), strict=True):
-        np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-4 * max(1.0, float(np.abs(wanted).max())))
-    assert machine.calls.count("cudaStreamBeginCapture") == 1
-    assert "cudaGraphLaunch" not in machine.calls
 
 
 def test_decode_neither_allocates_nor_copies_caches(
