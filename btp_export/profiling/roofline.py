@@ -17,7 +17,7 @@ from typing import Literal
 
 from graphs import ops
 from graphs.files.onnx_file import refusing_graph
-from graphs.files.onnx_wire import Node, read_graph_file
+from graphs.files.onnx_wire import GraphFile, Node
 from graphs.ops.domain import DOMAIN
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -41,7 +41,7 @@ class Roofline:
 
 def product_flops(path: Path) -> int:
     """Operations in matrix products of one run of an ONNX graph of static shapes. No weight is read."""
-    graph = read_graph_file(path)
+    graph = GraphFile(path)
     with refusing_graph(path):
         return sum(_flops(node, graph.shapes) for node in graph.nodes)
 

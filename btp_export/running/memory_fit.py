@@ -8,7 +8,7 @@ from graphs import dtypes, names
 from graphs.files.atomic import size_text
 from graphs.files.bundle import Bundle
 from graphs.files.memory import LIBRARIES, PART_BYTES, available_memory
-from graphs.files.onnx_wire import read_graph_file
+from graphs.files.onnx_wire import GraphFile
 from graphs.files.resume import INTERVAL
 from graphs.records.errors import InputError
 from graphs.records.quantization import Activations
@@ -33,7 +33,7 @@ def open_bytes(files: Mapping[str, Path], *, models: int = 1, shared: bool = Fal
 
     shared: packed weights are mapped from files that all sessions share, and count once.
     """
-    graphs = [read_graph_file(path) for path in files.values()]
+    graphs = [GraphFile(path) for path in files.values()]
     packed: dict[str, int] = {}
     for graph in graphs if shared else ():
         packed |= graph.packed_weights()
@@ -44,7 +44,7 @@ def open_bytes(files: Mapping[str, Path], *, models: int = 1, shared: bool = Fal
 def must_stream(files: Mapping[str, Path], device: str, *, above: int = STREAM_ABOVE) -> bool:
     """Whether the graphs are too large to be open together, or of a type that this device has no kernels for."""
     bfloat16 = dtypes.BY_NAME["bfloat16"].onnx
-    return open_bytes(files) > above or (device == "cpu" and read_graph_file(files[names.DECODE]).has(bfloat16))
+    return open_bytes(files) > above or (device == "cpu" and GraphFile(files[names.DECODE]).has(bfloat16))
 
 
 def too_large(

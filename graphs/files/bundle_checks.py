@@ -15,8 +15,8 @@ from pathlib import Path, PurePosixPath
 from typing import Final
 
 from graphs import dtypes
-from graphs.files.onnx_file import REMEDY, refusing_graph
-from graphs.files.onnx_wire import Value, read_graph_file
+from graphs.files.onnx_file import REMEDY
+from graphs.files.onnx_wire import GraphFile, Value
 from graphs.records.errors import InputError
 from graphs.records.manifest import FileRecord, GraphRecord, Manifest, TensorRecord
 
@@ -95,13 +95,11 @@ def check_graphs(root: Path, graphs: Sequence[GraphRecord], weights: Sequence[Fi
     files = {PurePosixPath(entry.file).relative_to("graphs").as_posix() for entry in weights}
     for graph in graphs:
         path = root / graph.file
-        content = read_graph_file(path)
+        content = GraphFile(path)
         for recorded, values in ((graph.inputs, content.inputs), (graph.outputs, content.outputs)):
             _check_values(path, recorded, values)
-        with refusing_graph(path):
-            outside = content.outside()
-            content.wide_weights()  # KeyError for a type we do not know: whoever counts memory takes them for granted
-        for tensor in outside:
+        content.wide_weights()  # refuses a type that we do not know
+        for tensor in content.outside():
             if tensor.location not in files:
                 raise InputError(
                     f"{path}: {tensor.name} lies in {tensor.location!r}",

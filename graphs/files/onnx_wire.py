@@ -4,12 +4,12 @@ An ONNX file is one protobuf message. Only the wire format is read here, by the 
 check and to count, and light enough for a device. No weight is read.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, wraps
 from math import prod
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 
 from graphs import dtypes
 from graphs.files.memory import WIDE_BYTES
@@ -53,10 +53,31 @@ class Node:
     integers: Mapping[str, int]
 
 
-class GraphFile:
-    """A whole file; what takes long is read when it is asked for."""
+Read = TypeVar("Read")
 
-    def __init__(self, data: bytes) -> None:
+
+def _read_late(method: "Callable[[GraphFile], Read]") -> "Callable[[GraphFile], Read]":
+    """What a method finds damaged is refused as what is read at the beginning."""
+
+    @wraps(method)
+    def read(self: "GraphFile") -> Read:
+        with refusing_graph(self.path):
+            return method(self)
+
+    return read
+
+
+class GraphFile:
+    """A whole file; what takes long is read when it is asked for. All of it raises InputError where it is damaged."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises InputError if the file is missing or damaged."""
+        self.path = path
+        content = graph_bytes(path)
+        with refusing_graph(path):
+            self._read(content)
+
+    def _read(self, data: bytes) -> None:
         """Raises ValueError or IndexError for what is no ONNX file."""
         self._model = _parsed(data)
         graphs = _bytes(self._model, 7)
@@ -66,6 +87,7 @@ class GraphFile:
         self.inputs, self.outputs = (tuple(map(_value, _bytes(self._graph, number))) for number in (11, 12))
         self.initializers = tuple(map(_tensor, _bytes(self._graph, 5)))
 
+    @_read_late
     def outside(self) -> list[Tensor]:
         """Tensors that lie in other files, wherever they are: initializers, in attributes, inner graphs, functions."""
         functions = [node for function in _bytes(self._model, 25) for node in _bytes(_parsed(function), 7)]
@@ -73,26 +95,31 @@ class GraphFile:
         return [one for one in (*_tensors_of_graph(self._graph, 0), *inner) if one.location is not None]
 
     @cached_property
+    @_read_late
     def values(self) -> tuple[Value, ...]:
         """Between nodes."""
         return tuple(map(_value, _bytes(self._graph, 13)))
 
     @cached_property
+    @_read_late
     def nodes(self) -> tuple[Node, ...]:
         """Of the graph itself, in the order in which they run."""
         return tuple(map(_node, _bytes(self._graph, 1)))
 
     @cached_property
+    @_read_late
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Of every value and initializer of the graph that has one."""
         values = {value.name: value.shape for value in (*self.inputs, *self.outputs, *self.values)}
         return values | {tensor.name: tensor.shape for tensor in self.initializers}
 
+    @_read_late
     def wide_weights(self) -> int:
         """Bytes of all weights of the graph with its floats in float32; packed ones stay packed."""
         kinds = [(prod(tensor.shape), dtypes.BY_ONNX[tensor.element]) for tensor in self.initializers]
         return sum(count * (WIDE_BYTES if kind.is_precision else kind.nbytes) for count, kind in kinds)
 
+    @_read_late
     def packed_weights(self) -> dict[str, int]:
         """Bytes of the packed weights of the graph by name."""
         packed = [tensor for tensor in self.initializers if dtypes.BY_ONNX[tensor.element].name == "uint8"]
@@ -101,16 +128,6 @@ class GraphFile:
     def has(self, element: int) -> bool:
         """Whether any value of the graph is of that type."""
         return any(value.element == element for value in (*self.inputs, *self.outputs, *self.values))
-
-
-def read_graph_file(path: Path) -> GraphFile:
-    """What is in an ONNX file. Raises InputError if it is missing or damaged.
-
-    What is read later, nodes, shapes and tensors in other files, stands inside `refusing_graph` too.
-    """
-    content = graph_bytes(path)
-    with refusing_graph(path):
-        return GraphFile(content)
 
 
 # -- messages of onnx.proto --------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from engines.tensorrt.prepare.prepared_graphs import PreparedGraph
 from engines.tensorrt.records import Estimate, WeightInput, tensor_bytes
 from graphs import dtypes, ops
 from graphs.building.graph_builder import BTP_DOMAIN, dims, dtype_of
+from graphs.files.onnx_file import refusing_graph
 from graphs.ops.common.trt_python import Tensor
 
 UNPACKED: Final = "DequantizeLinear"  # of four-bit constants: part of the product behind it
@@ -49,7 +50,12 @@ class Totals:
 
 
 def estimate(graph: PreparedGraph) -> Estimate:
-    """The bytes of one engine."""
+    """The bytes of one engine. Raises InputError for a damaged graph, as a vision graph from a file can be."""
+    with refusing_graph(f"the graph {graph.name}"):
+        return _estimate(graph)
+
+
+def _estimate(graph: PreparedGraph) -> Estimate:
     nodes = list(graph.model.graph)
     by_plugin = graph.custom_nodes
     constants = _constant_bytes(graph.model.graph)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 from graphs.building.graph_parts import wide_weights
-from graphs.files.onnx_wire import GraphFile, read_graph_file
+from graphs.files.onnx_wire import GraphFile
 from graphs.records.errors import InputError
 
 
@@ -29,7 +29,7 @@ def of_values(values: Any) -> list[tuple[str, int, tuple[int, ...]]]:
 
 
 def compare(path: Path) -> None:
-    found, wanted = read_graph_file(path), onnx.load(str(path), load_external_data=False)
+    found, wanted = GraphFile(path), onnx.load(str(path), load_external_data=False)
     graph = wanted.graph
     for mine, theirs in (
         (found.inputs, graph.input),
@@ -82,15 +82,40 @@ def test_tensors_are_found_wherever_they_hide(tmp_path: Path) -> None:
     graph = helper.make_graph([branch, listed], "g", [], [], initializer=[hidden("own")], sparse_initializer=[sparse])
     path = tmp_path / "graph.onnx"
     path.write_bytes(helper.make_model(graph, functions=[body]).SerializeToString())
-    found = read_graph_file(path).outside()
+    found = GraphFile(path).outside()
     assert {tensor.name for tensor in found} == {"inner", "listed", "body", "values", "indices", "own"}
     assert {tensor.location for tensor in found} == {"elsewhere"}
 
 
+def read_all(path: Path) -> GraphFile:
+    """Everything that a file can be asked for."""
+    read = GraphFile(path)
+    assert len(read.values) + len(read.nodes) + len(read.shapes) + len(read.outside()) >= 0
+    assert read.wide_weights() >= 0 or read.packed_weights()
+    read.has(1)
+    return read
+
+
 @given(content=st.binary(max_size=200))
-def test_no_content_is_more_than_refused(content: bytes) -> None:
-    with contextlib.suppress(ValueError, IndexError):
-        assert isinstance(GraphFile(content).outside(), list)
+def test_no_content_is_more_than_refused(content: bytes, tmp_path_factory: pytest.TempPathFactory) -> None:
+    path = tmp_path_factory.getbasetemp() / "content.onnx"
+    path.write_bytes(content)
+    with contextlib.suppress(InputError):
+        read_all(path)
+
+
+@given(data=st.data())
+def test_no_flipped_bit_is_more_than_refused(
+    data: st.DataObject, tiny_bundle: Any, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """What is read when it is asked for, too: values between nodes, nodes, tensors elsewhere."""
+    content = bytearray(tiny_bundle().graph_path("decode").read_bytes())
+    for place in data.draw(st.lists(st.integers(0, len(content) - 1), min_size=1, max_size=3)):
+        content[place] ^= 1 << data.draw(st.integers(0, 7))
+    path = tmp_path_factory.getbasetemp() / "flipped.onnx"
+    path.write_bytes(content)
+    with contextlib.suppress(InputError):
+        read_all(path)
 
 
 @pytest.mark.parametrize("cut", [1, 100, 1000])
@@ -98,4 +123,4 @@ def test_a_cut_file_is_an_input_error(cut: int, tiny_bundle: Any, tmp_path: Path
     content = tiny_bundle().graph_path("head").read_bytes()
     (tmp_path / "graph.onnx").write_bytes(content[:-cut])
     with pytest.raises(InputError, match="no readable ONNX graph"):
-        read_graph_file(tmp_path / "graph.onnx")
+        GraphFile(tmp_path / "graph.onnx")

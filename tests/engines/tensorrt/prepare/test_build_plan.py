@@ -32,6 +32,17 @@ def test_values_that_are_alive_at_once() -> None:
     assert counted.engine_bytes == ENGINE_BASE and counted.build_peak_bytes == BUILD_BASE
 
 
+@pytest.mark.parametrize("shape", [None, ir.Shape([2**62])], ids=["no shape", "more bytes than there are"])
+def test_a_damaged_graph_is_refused(shape: ir.Shape | None) -> None:
+    """A vision graph is read from its file, so its values can have any shape, or none."""
+    b = GraphBuilder("vision", opset=18)
+    first = b.unary("Sqrt", b.input("x", (1, 8)), "a")
+    b.output(b.unary("Sqrt", first, "b"), "y")
+    first.shape = shape
+    with pytest.raises(InputError, match="the graph vision is no readable ONNX graph"):
+        estimate(PreparedGraph("vision", "p", b.build().model, None))
+
+
 def selection(tokens: int, **rule: Any) -> ir.Model:
     """One BtpSelectTokens on scores [2,V] and a float16 similarity, both made in the graph."""
     b = GraphBuilder("select_0", opset=18)
