@@ -121,7 +121,8 @@ def _run(arguments: list[str], debug: bool) -> int:
         return PIPE_CLOSED
     except Exception as error:
         if debug:
-            console.note(traceback.format_exc())
+            # A line can hold a value of any length, as the name of a file that is not there.
+            console.note("\n".join(map(shortened, traceback.format_exc().splitlines())))
         lines, code = describe(error)
         console.show_lines(lines)
         return code

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping
@@ -30,10 +31,10 @@ FORMAT = "btp-statistics/3"  # raise it when what is measured, or how, changes
 _SAMPLED = 4096  # bytes at the start of each tensor of a big file
 
 
-# What numpy, zipfile, zlib and json raise for an entry with changed bytes
+# What numpy, zipfile, zlib and json raise for an entry with changed bytes; numpy reads heads with Python's tokenizer
 DAMAGED: Final = (
-    ArithmeticError, AttributeError, EOFError, LookupError, MemoryError, OSError, RuntimeError, struct.error, TypeError,
-    ValueError, zipfile.BadZipFile, zlib.error,
+    ArithmeticError, AttributeError, EOFError, LookupError, MemoryError, OSError, RuntimeError, struct.error,
+    SyntaxError, tokenize.TokenError, TypeError, ValueError, zipfile.BadZipFile, zlib.error,
 )  # fmt: skip
 
 

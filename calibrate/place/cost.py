@@ -25,6 +25,8 @@ from graphs.records.plan import PruningPlan
 from graphs.records.shapes import ShapeProfile
 from graphs.records.spec import DecoderSpec
 
+# No selection takes as few operations beside the whole prefill: scores alone of a 7B are six times as many.
+_LEAST_SELECTION = 1e-7
 _SAME = 1.5  # a measurement whose unpruned operations differ by more than this factor is of another model or shape
 
 
@@ -132,7 +134,7 @@ def _from_prefills(
         profile,
         fixed=fixed,
         decoder_rate=rate,
-        selection_rate=measured.select_ms / measured.selection if measured.selection else rate,
+        selection_rate=_selection_rate(measured, rate, source, decoder, profile),
         unit="milliseconds",
         source=f"measured: {measured.machine}, batch {batch}",
     )
@@ -169,10 +171,27 @@ def _from_parts(
         profile,
         fixed=decoder.num_layers * fixed + head,
         decoder_rate=rate,
-        selection_rate=measured.select_ms / measured.selection if measured.selection else rate,
+        selection_rate=_selection_rate(measured, rate, source, decoder, profile),
         unit="milliseconds",
         source=f"measured: {measured.machine}, batch {batch}",
     )
+
+
+def _selection_rate(
+    measured: MeasuredPrefills | MeasuredParts, rate: float, source: Path | str, decoder: DecoderSpec,
+    profile: ShapeProfile,
+) -> float:  # fmt: skip
+    """Milliseconds an operation of the selections; the decoder's where a measurement has none."""
+    if not measured.selection:
+        return rate
+    least = _LEAST_SELECTION * _unpruned(decoder, profile) * measured.batch
+    if measured.selection < least:
+        raise InputError(
+            f"{source} measures selections of {measured.selection:.3g} operations",
+            wanted=f"at least {least:.3g}, which scores alone take, or 0",
+            do="measure again, or leave --latency-from out",
+        )
+    return measured.select_ms / measured.selection
 
 
 def fit_line(work: Sequence[float], times: Sequence[float]) -> tuple[float, float]:
@@ -186,11 +205,16 @@ def fit_line(work: Sequence[float], times: Sequence[float]) -> tuple[float, floa
 
 
 def _check_same(full: float, source: Path | str, decoder: DecoderSpec, profile: ShapeProfile) -> None:
-    shape = Shape("any", decoder.num_layers, profile.image_tokens, profile.grid, profile.blocks)
-    expected = operations.cost(decoder, shape.unpruned, profile).decoder / profile.batch
+    expected = _unpruned(decoder, profile)
     if not expected / _SAME <= full <= expected * _SAME:
         raise InputError(
             f"{source} measures a prefill of {full:.3g} operations",
             wanted=f"about {expected:.3g}, as this model takes with {profile.image_tokens} image tokens",
             do="measure a bundle of the same model and image size",
         )
+
+
+def _unpruned(decoder: DecoderSpec, profile: ShapeProfile) -> float:
+    """Operations of one sample's prefill without pruning."""
+    shape = Shape("any", decoder.num_layers, profile.image_tokens, profile.grid, profile.blocks)
+    return operations.cost(decoder, shape.unpruned, profile).decoder / profile.batch

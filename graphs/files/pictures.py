@@ -104,13 +104,24 @@ def to_rgb(image: Image.Image, *, name: str = "the picture", scale_above: int = 
     is_16_bit = _is_16_bit(image, name)
     factor = _factor(image, scale_above)
     if factor == 1:
-        return _eight_bit(ImageOps.exif_transpose(image), is_16_bit)
+        return _eight_bit(_upright(image), is_16_bit)
     image.load()  # a TIFF is turned by that, and then has no orientation any more
-    orientation = image.getexif().get(ExifTags.Base.Orientation)
+    orientation = None
+    with contextlib.suppress(*_DAMAGE):
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
     scaled = _scaled(image, factor, is_16_bit)
     if orientation is not None:
         scaled.getexif()[ExifTags.Base.Orientation] = orientation
-    return ImageOps.exif_transpose(scaled)
+    return _upright(scaled)
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """The picture turned as its EXIF data say; as it is where they cannot be read: Pillow opens such a file, too."""
+    image.load()  # what is wrong with its pixels is raised here
+    try:
+        return ImageOps.exif_transpose(image)
+    except _DAMAGE:
+        return image.copy()
 
 
 def _factor(image: Image.Image, scale_above: int) -> int:

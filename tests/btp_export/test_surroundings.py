@@ -137,6 +137,8 @@ def test_hostile_arguments(capsys: pytest.CaptureFixture[str], arguments: list[s
 def test_long_messages_are_cut_in_the_middle(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     line = one_line("got " + "x" * 5000 + " at the end")
     assert len(line) <= LONGEST and line.startswith("got x") and line.endswith("x at the end") and " ... " in line
+    assert cli.main(["eval", "x" * 5000, "--debug"]) == 2  # a traceback holds the name, too
+    assert all(len(line) <= LONGEST + 10 for line in capsys.readouterr().err.splitlines())
     name = "/".join(["folder" * 30] * 20)
     for arguments in (["verify", name], ["export", "--model", "demo", "--batch", "9" * 5000], [name], ["--" + name]):
         assert cli.main(arguments) == 2

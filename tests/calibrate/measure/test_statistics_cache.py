@@ -1,6 +1,8 @@
 """The cache of statistics: what comes back, what does not, and what tells one model from another."""
 
 import os
+import struct
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -69,6 +71,24 @@ def test_a_damaged_entry_is_ignored_said_and_replaced(damage: str, tmp_path: Pat
     store.put(key, statistics)
     result = store.get(key)
     assert result is not None and equal(result, statistics)
+
+
+@pytest.mark.parametrize(
+    "head", [b"{'descr': '<f8', 'shape': (1,", b"{'descr': '<f8' 'shape'", b"\xff\x00", b"[" * 3000]
+)
+def test_an_array_with_a_damaged_head_is_a_damaged_entry(head: bytes, tmp_path: Path, statistics: Statistics) -> None:
+    """numpy reads the heads of arrays with Python's own parser, whose errors are of many types."""
+    said: list[str] = []
+    store, key = StatisticsCache(tmp_path, said.append), key_of({})
+    store.put(key, statistics)
+    path = tmp_path / f"{key}.npz"
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    members["counts.npy"] = b"\x93NUMPY\x01\x00" + struct.pack("<H", len(head)) + head
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    assert store.get(key) is None and "are damaged" in said[0]
 
 
 def test_an_entry_whose_arrays_do_not_fit_together_is_damaged(tmp_path: Path, statistics: Statistics) -> None:

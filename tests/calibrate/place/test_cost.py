@@ -118,6 +118,8 @@ def test_the_law_comes_out_of_a_profile(batch: int) -> None:
         (profiled(0.2, -1e-8, 0.0), "no less time"),
         (bench(4.0, -1e-9, 0.0), "fewer operations take less time"),
         (replace(bench(4.0, 2e-8, 0.0), full=1e15, pruned=1e14), "same model"),
+        (replace(bench(4.0, 2e-8, 0.1), selection=1.0), "which scores alone take"),
+        (replace(profiled(0.2, 1e-8, 0.1), selection=1.0), "which scores alone take"),
         (replace(bench(4.0, 2e-8, 0.0), pruned=bench(4.0, 2e-8, 0.0).full), "two lengths"),
     ],
 )

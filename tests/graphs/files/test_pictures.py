@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 from transformers.image_utils import load_image
 
 from calibrate.data import samples
@@ -164,6 +164,21 @@ def test_large_pictures_are_means_of_the_same_pixels(name: str, tmp_path: Path) 
     scaled = open_picture(path, scale_above=whole.width * whole.height // 4)
     assert (scaled.mode, scaled.size) == ("RGB", (whole.width // 2, whole.height // 2))
     np.testing.assert_allclose(np.asarray(scaled), np.asarray(whole.reduce(2)), atol=3 if suffix == "jpeg" else 0)
+
+
+@pytest.mark.parametrize("scale_above", [10_000, 50], ids=["whole", "scaled"])
+def test_exif_data_that_cannot_be_read_leave_the_picture_as_it_is(scale_above: int, tmp_path: Path) -> None:
+    """From the file, and again from the picture that was opened, which still has the data: run asks a second time."""
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    damaged = exif.tobytes().replace(b"MM\x00*", b"MM\x10*").replace(b"II*\x00", b"II*\x10")
+    assert damaged != exif.tobytes()
+    plain = Image.effect_noise((16, 8), 90).convert("RGB")
+    plain.save(tmp_path / "a.jpg", exif=damaged, quality=95)
+    plain.save(tmp_path / "b.jpg", quality=95)
+    opened, wanted = (open_picture(tmp_path / name, scale_above=scale_above) for name in ("a.jpg", "b.jpg"))
+    assert opened.size == wanted.size and opened.tobytes() == wanted.tobytes()
+    assert to_rgb(opened).tobytes() == wanted.tobytes()
 
 
 def test_strips_of_a_large_picture_meet() -> None:
