@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import os
+import threading
+from collections.abc import Mapping, Sequence
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from btp_export.exporting import vision_with_attention
-from btp_export.measuring.answering import Answers, Questions, answer, ask
+from btp_export.measuring.answering import Answers, answer, ask
 from btp_export.planning.plan_files import CALIBRATED, plan_for
 from btp_export.results.evaluation import EvaluatedPlan, Evaluation, WeightsCost
 from btp_export.spreading import Cluster, connected
@@ -30,6 +33,7 @@ if TYPE_CHECKING:
 FULL = "none"
 DEFAULT_PLANS = (FULL, CALIBRATED, "btp-paper", "fastv", "pyramiddrop", "divprune", "scope", "vtw", "random", "dart")
 DEFAULT_SAMPLES = 200
+SIDE_BY_SIDE: Final = 2**28  # bytes of weights up to which several plans' graphs are open at a time
 
 
 @dataclass(frozen=True)
@@ -238,18 +242,65 @@ def _resizing(bundle: Bundle, resized: int) -> dict[str, Any]:
 def _answers(
     asked: Mapping[str, tuple[str, Bundle]],
     chosen: SampleSet,
-    opens: Callable[[Bundle], BundleModel],
+    opens: partial[BundleModel],
     report: Report | None,
 ) -> tuple[dict[str, Answers], int]:
-    """What each (name, bundle) answers, by its key, and how many pictures were scaled; one after another."""
-    answers: dict[str, Answers] = {}
-    questions: Questions | None = None
-    total = len(asked) * len(chosen.samples)
-    for key, (name, bundle) in asked.items():
-        model = opens(bundle)
-        questions = questions or ask(model, chosen)
-        answers[key] = answer(model, questions, _offset(report, len(answers) * len(chosen.samples), total, name))
-    return answers, questions.resized if questions else 0
+    """What each (name, bundle) answers, by its key, and how many pictures were scaled.
+
+    The first is asked alone and leaves what the vision graph made; the others are asked side by side, if their weights
+    are small, with a share of the threads each: small products gain little from a second thread.
+    """
+    (first, (name, bundle)), *others = asked.items()
+    progress = _Progress(report, len(asked) * len(chosen.samples))
+    model = opens(bundle)
+    questions = ask(model, chosen)
+    answers = {first: answer(model, questions, progress.of(name))}
+    workers, threads = _shares(bundle, len(others), opens.keywords["threads"])
+
+    def asks(entry: tuple[str, tuple[str, Bundle]]) -> tuple[str, Answers]:
+        key, (name, bundle) = entry
+        return key, answer(opens(bundle, threads=threads), questions, progress.of(name))
+
+    with ThreadPoolExecutor(workers) as pool:
+        try:
+            answers |= dict(pool.map(asks, others))
+        except BaseException:  # Ctrl-C too: nobody waits for the plans that are under way
+            progress.stopped = True
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return answers, questions.resized
+
+
+def _shares(bundle: Bundle, count: int, threads: int | None) -> tuple[int, int | None]:
+    """How many of `count` bundles are asked at a time, and with how many threads each."""
+    available = threads or len(os.sched_getaffinity(0))
+    small = sum(path.stat().st_size for path in bundle.weights.iterdir()) <= SIDE_BY_SIDE
+    workers = max(1, min(count, available)) if small else 1
+    return (1, threads) if workers == 1 else (workers, available // workers)
+
+
+class _Progress:
+    """One count of answers for plans that are asked side by side."""
+
+    def __init__(self, report: Report | None, total: int) -> None:
+        self._report, self._total, self._done, self._lock = report, total, 0, threading.Lock()
+        self.stopped = False  # who reports next ends there
+
+    def of(self, name: str) -> Report:
+        """For one plan, which tells how many of its own are answered."""
+        before = 0
+
+        def report(done: int, total: int, text: str = "") -> None:
+            nonlocal before
+            if self.stopped:
+                raise CancelledError
+            with self._lock:
+                self._done += done - before
+                before = done
+                if self._report is not None:
+                    self._report(self._done, self._total, name)
+
+        return report
 
 
 def _spread_answers(
@@ -299,9 +350,3 @@ def _row(name: str, answers: Answers, chosen: SampleSet, full: Score, flops_rati
 
 def _mean(values: list[float] | None) -> float | None:
     return sum(values) / len(values) if values else None
-
-
-def _offset(report: Report | None, start: int, total: int, text: str) -> Report | None:
-    if report is None:
-        return None
-    return lambda done, _, __="": report(start + done, total, text)

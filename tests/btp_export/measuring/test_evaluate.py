@@ -1,6 +1,7 @@
 """`eval` through the exported graphs."""
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ from PIL import Image
 import btp_export
 from btp_export import cli
 from btp_export.exporting import Options, export_bundle
+from btp_export.measuring import evaluate
 from btp_export.measuring.evaluate import (
+    ScoredEvaluation,
     check_full_weights,
     evaluate_bundle,
     evaluate_plans,
@@ -149,6 +152,42 @@ def test_equal_plans_are_run_once_and_listed_twice(tiny_bundle: Any, questions: 
     assert one.model_copy(update={"plan": "two"}) == two and result.hits[0] == result.hits[1]
     assert sum(result.hits[0]) == one.accuracy * result.evaluation.samples
     assert set(reports) == {2 * result.evaluation.samples}  # the plan and the unpruned model
+
+
+def test_plans_side_by_side_answer_as_one_after_another(
+    tiny_bundle: Any, questions: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts: list[int] = []
+    plans = resolve_plans(tiny_bundle(PLAN), ["none", "btp", "vtw", "random"], None).items()
+
+    def evaluated(**options: Any) -> ScoredEvaluation:
+        report = lambda done, total, _="": counts.append(done)  # noqa: E731
+        return evaluate_plans(tiny_bundle(PLAN), list(plans), data=questions, report=report, **options)
+
+    together = evaluated(threads=3)
+    assert counts == sorted(counts) and counts[-1] == 4 * 4, "answers of all plans in one count"
+    monkeypatch.setattr(evaluate, "SIDE_BY_SIDE", 0)
+    assert evaluated(threads=1) == together
+
+
+def test_an_interruption_ends_the_plans_that_are_under_way(
+    tiny_bundle: Any, questions: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plans = list(resolve_plans(tiny_bundle(PLAN), ["none", "btp", "vtw", "random", "fastv", "dart"], None).items())
+    asked: list[str] = []
+    original = evaluate.answer
+
+    def answer(model: Any, *rest: Any) -> Any:
+        asked.append(model.plan.digest())
+        if model.plan.digest() == PLAN.digest():
+            raise KeyboardInterrupt
+        time.sleep(0.2)
+        return original(model, *rest)
+
+    monkeypatch.setattr(evaluate, "answer", answer)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_plans(tiny_bundle(PLAN), plans, data=questions, threads=2)
+    assert len(asked) <= 4, "what had not begun does not begin"
 
 
 def test_attention_kept_is_what_transformers_attention_says(tiny_bundle: Any, questions: Path) -> None:
