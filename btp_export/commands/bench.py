@@ -9,7 +9,7 @@ from btp_export.commands._groups import Between
 from btp_export.console import JsonOption, dummy_lines, emit, note, progress, table
 
 if TYPE_CHECKING:
-    from btp_export.results.timing import Bench
+    from btp_export.results.timing import Bench, PrefillTimes
 
 BUSY = 0.15  # variation above which a reader is warned
 
@@ -56,8 +56,8 @@ def show(result: "Bench") -> Any:
 
     prefill, decode, cache = result.prefill, result.decode, result.cache_bytes
     rows = [
-        ["prefill (selection included)", *_pair(prefill.full_ms, prefill.pruned_ms, "ms")],
-        ["decode, each token", *_pair(decode.full_ms_per_token, decode.ms_per_token, "ms")],
+        ["prefill (selection included)", *_times(prefill.full_ms, prefill.pruned_ms, prefill.speedup_interval)],
+        ["decode, each token", *_times(decode.full_ms_per_token, decode.ms_per_token, decode.speedup_interval)],
         ["key and value caches", *_pair(cache.full / 2**20, cache.pruned / 2**20, "MiB")],
         ["vision", f"{result.vision_ms:.2f} ms", "the same", ""],
     ]
@@ -65,12 +65,13 @@ def show(result: "Bench") -> Any:
     lines = [
         *dummy_lines(result.dummy_weights),
         f"selection, by stage: {selects} ms",
-        f"the FLOPs saved allow a prefill {prefill.flops_limit:.2f} x as fast; "
-        f"{prefill.share_of_limit:.0%} of that is reached",
+        f"the FLOPs saved allow a prefill {prefill.flops_limit:.2f} x as fast" + _reached(prefill),
         f"medians of {result.rounds} alternating runs, batch {result.batch}, profile {result.profile}",
     ]
     if result.activations is not None:
         lines.append(f"four-bit weights, multiplied with {result.activations} rows")
+    if prefill.speedup_interval is None:
+        lines.append("so few runs tell no difference from chance; --rounds 10")
     if result.variation > BUSY:
         lines.append(f"the machine is busy: prefill times vary by {result.variation:.0%}; repeat when it is idle")
     return Group(table(["", "full", "pruned", "ratio"], rows), "\n".join(lines))
@@ -78,3 +79,21 @@ def show(result: "Bench") -> Any:
 
 def _pair(full: float, pruned: float, unit: str) -> tuple[str, str, str]:
     return f"{full:.2f} {unit}", f"{pruned:.2f} {unit}", f"{full / pruned:.2f} x"
+
+
+def _times(full: float, pruned: float, interval: tuple[float, float] | None) -> tuple[str, str, str]:
+    """Two times, and what the rounds tell of their ratio."""
+    *columns, ratio = _pair(full, pruned, "ms")
+    if interval is not None:
+        ratio = "no difference" if _is_noise(interval) else f"{ratio} ({interval[0]:.2f} to {interval[1]:.2f})"
+    return columns[0], columns[1], ratio
+
+
+def _is_noise(interval: tuple[float, float]) -> bool:
+    return interval[0] <= 1 <= interval[1]
+
+
+def _reached(prefill: "PrefillTimes") -> str:
+    if prefill.speedup_interval is not None and _is_noise(prefill.speedup_interval):
+        return "; the two are not told apart"
+    return f"; {prefill.share_of_limit:.0%} of that is reached"

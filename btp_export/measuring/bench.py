@@ -7,10 +7,11 @@ change and which is reported on its own. All shapes are static, so no time depen
 tokens are random.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from math import comb
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
@@ -26,7 +27,8 @@ from graphs.records.errors import InputError
 from graphs.records.progress import Note, Report
 from graphs.records.quantization import Activations
 
-DECODE_STEPS = 16  # at most, in each round
+DECODE_STEPS: Final = 16  # at most, in each round
+MISSED: Final = 0.05  # how often a speed-up may lie outside its interval
 
 
 def measure(
@@ -49,7 +51,8 @@ def measure(
     (graphs/pruning/operations.py, selection not counted): the speed-up there would be if time were proportional to them
     and selecting were free. `share_of_limit` is the measured speed-up as a share of it. `variation` is how far the
     middle half of the prefill times lies apart, as a share of the median, of the model that varies more: on a busy
-    machine it is large, and the other numbers mean little.
+    machine it is large, and the other numbers mean little. `speedup_interval`, from the rounds taken in pairs, holds
+    the speed-up; where it holds 1 as well, there is none to be told.
 
     A bundle of one whole prefill graph is measured as segments, so that vision and selection can be told apart. With
     `target`, the engines of that device are measured, beside the unpruned ones that `build --unpruned` made.
@@ -152,6 +155,25 @@ def _variation(values: list[float]) -> float:
     return float((high - low) / median(values))
 
 
+def speedup_interval(full: Sequence[float], pruned: Sequence[float]) -> tuple[float, float] | None:
+    """Between which two numbers the median of full / pruned lies, of times measured in turns; None for too few pairs.
+
+    The k-th smallest and the k-th largest of n ratios, k as large as P(fewer than k heads in n throws) <= MISSED / 2
+    allows: exact whatever the times' distribution is.
+    """
+    ratios = sorted(one / other for one, other in zip(full, pruned, strict=True))
+    missed, k = 0.0, 0
+    while (missed := missed + comb(len(ratios), k) / 2 ** len(ratios)) <= MISSED / 2:
+        k += 1
+    return (ratios[k - 1], ratios[-k]) if k else None
+
+
+def _by_round(times: Sequence[float], rounds: int) -> list[float]:
+    """The median of each round's times."""
+    count = len(times) // rounds
+    return [median(times[start : start + count]) for start in range(0, count * rounds, count)] if count else []
+
+
 def _result(
     bundle: Bundle, models: Mapping[str, BundleModel], times: Mapping[str, _Times], settings: Mapping[str, Any]
 ) -> Bench:
@@ -161,16 +183,23 @@ def _result(
     full_ms, pruned_ms = median(times["full"].prefill), median(times["pruned"].prefill)
     limit = full.decoder / pruned.decoder
     token_ms, full_token_ms = median(times["pruned"].decode), median(times["full"].decode)
+    full_steps, steps = (_by_round(times[name].decode, settings["rounds"]) for name in ("full", "pruned"))
     return Bench(
         prefill=PrefillTimes(
             full_ms=full_ms,
             pruned_ms=pruned_ms,
             speedup=full_ms / pruned_ms,
+            speedup_interval=speedup_interval(times["full"].prefill, times["pruned"].prefill),
             flops_limit=limit,
             share_of_limit=full_ms / pruned_ms / limit,
         ),
         select_ms=tuple(median(stage) for stage in zip(*times["pruned"].select, strict=True)),
-        decode=DecodeTimes(ms_per_token=token_ms, full_ms_per_token=full_token_ms, speedup=full_token_ms / token_ms),
+        decode=DecodeTimes(
+            ms_per_token=token_ms,
+            full_ms_per_token=full_token_ms,
+            speedup=full_token_ms / token_ms,
+            speedup_interval=speedup_interval(full_steps, steps),
+        ),
         cache_bytes=CacheBytes(**{name: model.chain.cache_bytes() for name, model in models.items()}),
         variation=max(_variation(times[name].prefill) for name in models),
         vision_ms=median(times["full"].vision + times["pruned"].vision),

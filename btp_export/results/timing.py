@@ -11,21 +11,27 @@ from graphs.records.record import Record
 
 
 class PrefillTimes(Record):
-    """The decoder chain with selection and head. `flops_limit` is the speed-up that saved operations allow."""
+    """The decoder chain with selection and head. `flops_limit` is the speed-up that saved operations allow.
+
+    `speedup_interval` holds the median of the rounds' speed-ups with a probability of 95 % or more; null for fewer than
+    6 rounds. Where it holds 1, the measurement does not tell the two apart.
+    """
 
     full_ms: Milliseconds
     pruned_ms: Milliseconds
     speedup: float
+    speedup_interval: tuple[float, float] | None = None
     flops_limit: float
     share_of_limit: float
 
 
 class DecodeTimes(Record):
-    """One token more."""
+    """One token more; `speedup_interval` as that of the prefill."""
 
     ms_per_token: Milliseconds
     full_ms_per_token: Milliseconds
     speedup: float
+    speedup_interval: tuple[float, float] | None = None
 
 
 class CacheBytes(Record):

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from btp_export import cli
 from btp_export.commands.bench import show
-from btp_export.measuring.bench import measure
+from btp_export.measuring.bench import measure, speedup_interval
 from graphs.pruning import operations
 from graphs.records.errors import InputError
 from tests.plans import PLAN
@@ -45,6 +45,30 @@ def test_a_busy_machine_is_told(bundle: Any) -> None:
     )
     assert "busy" not in quiet
     assert "vary by 40%" in busy
+
+
+@pytest.mark.parametrize("count", [6, 10, 25])
+def test_the_interval_holds_the_median_as_often_as_it_says(count: int) -> None:
+    """Speed-ups that are drawn around 1.3, of a distribution with long tails, ten thousand times."""
+    rng = np.random.default_rng(0)
+    drawn = 1.3 * np.exp(rng.standard_t(2, (10_000, count)) / 50)
+    held = [low <= 1.3 <= high for low, high in (speedup_interval(row, np.ones(count)) for row in drawn)]  # type: ignore[misc]
+    assert 0.95 <= np.mean(held) < 0.99
+    assert speedup_interval(drawn[0][:5], np.ones(5)) is None, "five runs can all lie on one side by chance"
+
+
+def test_a_difference_inside_the_noise_is_not_told(bundle: Any) -> None:
+    result = measure(bundle, rounds=6, warm_up=0)
+    prefill = result.prefill
+    assert prefill.speedup_interval is not None and result.decode.speedup_interval is not None
+    assert prefill.speedup_interval[0] <= prefill.speedup_interval[1]
+
+    def shown(low: float, high: float) -> str:
+        changed = prefill.model_copy(update={"speedup": 1.234, "speedup_interval": (low, high)})
+        return Text.from_ansi(render(show(result.model_copy(update={"prefill": changed})))).plain
+
+    assert "no difference" in shown(0.97, 1.5) and "not told apart" in shown(0.97, 1.5)
+    assert "(1.10 to 1.50)" in shown(1.1, 1.5) and "of that is reached" in shown(1.1, 1.5)
 
 
 def render(shown: Any) -> str:
