@@ -22,21 +22,22 @@ from graphs.records.plan import PruningPlan, Stage
 HIDDEN, MLP, VOCAB = 4096, 11008, 32064
 
 
-def decoder_shapes(layers: int) -> dict[str, list[int]]:
-    """Stored name -> shape of a Vicuna-7B decoder in the transformers 4 layout."""
+def decoder_shapes(layers: int, kv_width: int = HIDDEN) -> dict[str, list[int]]:
+    """Stored name -> shape of a Vicuna-7B decoder in the transformers 4 layout; `kv_width`: of keys and values."""
     shapes = {"language_model.model.embed_tokens.weight": [VOCAB, HIDDEN], "language_model.model.norm.weight": [HIDDEN]}
     for layer in range(layers):
         start = f"language_model.model.layers.{layer}"
-        shapes |= {f"{start}.self_attn.{x}_proj.weight": [HIDDEN, HIDDEN] for x in "qkvo"}
+        shapes |= {f"{start}.self_attn.{x}_proj.weight": [HIDDEN, HIDDEN] for x in "qo"}
+        shapes |= {f"{start}.self_attn.{x}_proj.weight": [kv_width, HIDDEN] for x in "kv"}
         shapes |= {f"{start}.mlp.{x}_proj.weight": [MLP, HIDDEN] for x in ("gate", "up")}
         shapes |= {f"{start}.mlp.down_proj.weight": [HIDDEN, MLP]}
         shapes |= {f"{start}.{x}_layernorm.weight": [HIDDEN] for x in ("input", "post_attention")}
     return shapes | {"language_model.lm_head.weight": [VOCAB, HIDDEN]}
 
 
-def sparse_checkpoint(folder: Path, layers: int) -> None:
+def sparse_checkpoint(folder: Path, layers: int, kv_width: int = HIDDEN) -> None:
     """A checkpoint of float16 zeros that take no space on disk."""
-    shapes = list(decoder_shapes(layers).items())
+    shapes = list(decoder_shapes(layers, kv_width).items())
     weight_map: dict[str, str] = {}
     for number, part in enumerate((shapes[: len(shapes) // 2], shapes[len(shapes) // 2 :]), 1):
         name = f"model-{number:05d}-of-00002.safetensors"

@@ -91,18 +91,21 @@ class Estimate(Record):
 
 # Behind the name of a product: the casts of its operands, with a number each, and the cast of its result.
 BEFORE, BEHIND = "/float32", "/float16"
+SUMMED = "/sum"  # behind the name of a product that is written as a sum; what it is made of has more behind that
 
 
 class Expected(Record):
     """What a prepared graph is to become in an engine (build/layer_checks.py).
 
     `weights`: each weight input with the nodes that read it; `widened`: products between casts to float32 and back;
-    `attentions`: attention nodes in half precision; `scratch`: bytes to compute in, as estimated.
+    `attentions`: attention nodes in half precision; `sums`: products over a cache that are written as sums; `scratch`:
+    bytes to compute in, as estimated.
     """
 
     weights: dict[str, tuple[str, ...]] = Field(default_factory=dict)
     widened: tuple[str, ...] = ()
     attentions: tuple[str, ...] = ()
+    sums: tuple[str, ...] = ()
     scratch: int
 
 

@@ -84,8 +84,9 @@ def cached_attention(
     """One new token over its cache and itself, without joining the two: the cache is read in place.
 
     query [B,H,1,D]; new: key and value [B,K,1,D]; past: [B,K,cap,D] each; valid [B,1,1,cap] -> context [B,H,1,D].
-    The transposition of past_key is part of the product in ONNX Runtime (FusedMatMul; a test holds that) and in
-    TensorRT; past_key @ query^T, which has none, took 1.7 times as long in ONNX Runtime (32 heads, 768 rows).
+    The transposition of past_key is part of the product in ONNX Runtime (FusedMatMul; a test holds that); past_key @
+    query^T, which has none, took 1.7 times as long there (32 heads, 768 rows). TensorRT gets another form
+    (engines/tensorrt/prepare/attention.py).
     Rows that are not valid get weight 0; they must hold finite numbers.
     """
     (new_key, new_value), (past_key, past_value) = new, past

@@ -3,6 +3,7 @@
     weight inputs    every layer that reads one is a product: nothing copies or reformats a matrix in every run
     reformats        no layer that only moves data moves more than 1 MB
     accumulation     the casts around a product are in the product's own kernel
+    sums             what a sum over a cache adds up stays in the sum's kernel
     attention        every attention in half precision is a kernel of its own kind, not products and a softmax
     scratch          the engine asks for about as much memory to compute in as was estimated
 
@@ -16,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from engines.tensorrt.records import BEFORE, BEHIND, Expected
+from engines.tensorrt.records import BEFORE, BEHIND, SUMMED, Expected
 from graphs.files.atomic import size_text
 
 LARGE: Final = 10**6  # bytes that a layer may move without computing
@@ -69,7 +70,7 @@ class LayerDetail:
 def findings(layers: Sequence[LayerDetail], expected: Expected, scratch: int | None) -> tuple[str, ...]:
     """What is other than expected, in words; `scratch` is what the engine asks for, None where that is not known."""
     found = [*_weights(layers, expected), *_reformats(layers), *_casts(layers, expected)]
-    found += [*_attention(layers, expected), *_scratch(expected.scratch, scratch)]
+    found += [*_sums(layers, expected), *_attention(layers, expected), *_scratch(expected.scratch, scratch)]
     return tuple(found)
 
 
@@ -107,6 +108,15 @@ def _casts(layers: Sequence[LayerDetail], expected: Expected) -> list[str]:
         f"the casts around {len(alone)} products are kernels of their own: {_some(alone)}; "
         "--accumulate native leaves them out"
     ]
+
+
+def _sums(layers: Sequence[LayerDetail], expected: Expected) -> list[str]:
+    apart = []
+    for name in expected.sums:
+        total, terms = f"{name}{SUMMED}", f"{name}{SUMMED}.terms"
+        making = [layer for layer in layers if terms in layer.nodes]
+        apart += [name] if making and not any(total in layer.nodes for layer in making) else []
+    return [f"{len(apart)} sums over caches have what they add up in memory: {_some(apart)}"] * bool(apart)
 
 
 def _attention(layers: Sequence[LayerDetail], expected: Expected) -> list[str]:

@@ -16,6 +16,7 @@ import onnx_ir as ir
 
 from engines.targets import GIB, Target
 from engines.tensorrt.prepare.accumulate import is_narrowing, is_widening
+from engines.tensorrt.prepare.attention import is_term
 from engines.tensorrt.prepare.four_bits import nbytes_of
 from engines.tensorrt.prepare.prepared_graphs import PreparedGraph
 from engines.tensorrt.records import Estimate, WeightInput, tensor_bytes
@@ -129,8 +130,10 @@ def _peak_activations(nodes: Sequence[ir.Node], by_plugin: Container[str]) -> in
 
 
 def _in_kernel(node: ir.Node, value: ir.Value) -> bool:
-    """Whether a product's kernel takes the value in: a cast, an unpacked constant, or the sum before a cast."""
-    return node.op_type == UNPACKED or is_widening(node) or any(is_narrowing(user) for user in value.consumers())
+    """Whether a kernel takes the value in: a cast of a product, an unpacked constant, the sum before a cast, a term."""
+    if node.op_type == UNPACKED or is_widening(node) or is_term(node):
+        return True
+    return any(is_narrowing(user) for user in value.consumers())
 
 
 def _value_bytes(value: ir.Value) -> int:

@@ -14,6 +14,7 @@ What is then changed:
 4. float16 products add up in float32 where that is asked for (accumulate.py).
 5. Attention loses its attribute softmax_precision, which no TensorRT imports (seen on RTX 1.7.1: "Setting softmax
    precision is not supported"): its kernels choose. With --opset 18 the softmax is in float32, as written in the graph.
+   A decode step's products with the caches are written as sums (attention.py).
 
 Everything is strongly typed as built: each value's type is in the graph. The results stay valid ONNX graphs with the
 inputs and outputs of graphs/interfaces.md, and run in ONNX Runtime.
@@ -29,6 +30,7 @@ import onnx_ir as ir
 from onnx import FunctionProto
 
 from engines.tensorrt.prepare.accumulate import accumulate_in_float32
+from engines.tensorrt.prepare.attention import drop_softmax_precision, sum_over_caches
 from engines.tensorrt.prepare.four_bits import bake_packed, share_packed, source_of
 from engines.tensorrt.prepare.opset18 import lower_to_primitives
 from engines.tensorrt.records import Accumulate, Assemble, EngineWeights, WeightInput, WeightSource
@@ -138,6 +140,8 @@ def _prepare_profile(bundle: Bundle, profile: ShapeProfile, choices: Choices) ->
         else:
             exact_bodies(graph.model, choices.opset)
         drop_softmax_precision(graph.model)
+        if not choices.keep_packed:
+            sum_over_caches(graph.model)
     if choices.weights == "shared":
         prepared = [replace(graph, weight_inputs=_shared(graph.model, choices)) for graph in prepared]
     if choices.accumulate == "float32":
@@ -384,13 +388,3 @@ def _remove_unused(graph: ir.Graph) -> None:
     for name, value in list(graph.initializers.items()):
         if not value.uses() and not value.is_graph_output():
             del graph.initializers[name]
-
-
-# -- 5. attention ----------------------------------------------------------------------------------------------------
-
-
-def drop_softmax_precision(model: ir.Model) -> None:
-    """Leave the type in which Attention's softmax is computed to TensorRT."""
-    for node in model.graph:
-        if node.op_type == "Attention":
-            node.attributes.pop("softmax_precision", None)

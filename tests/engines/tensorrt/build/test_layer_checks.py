@@ -119,6 +119,17 @@ def test_attention_and_scratch_are_named() -> None:
     assert findings([fused], wanted, 60 * MIB) == ()
 
 
+def test_terms_of_a_sum_in_memory_are_found() -> None:
+    """The node of the sum may be named by the layer behind it too, which reads what it gives."""
+    sums = expected(sums=("a", "b"))
+    behind = LayerDetail("softmax", "kgen", nodes=("a/sum", "b/sum", "softmax"))
+    one_kernel = [LayerDetail(f"sum_{name}", "kgen", nodes=(f"{name}/sum.terms", f"{name}/sum")) for name in "ab"]
+    assert findings([*one_kernel, behind], sums, None) == ()
+    apart = [one_kernel[0], LayerDetail("terms", "kgen", nodes=("b/sum.terms",)), LayerDetail("total", "kgen"), behind]
+    assert findings(apart, sums, None) == ("1 sums over caches have what they add up in memory: b",)
+    assert findings([LayerDetail("unknown", "kgen")], sums, None) == ()
+
+
 # -- engines of TensorRT for RTX -------------------------------------------------------------------------------------
 
 

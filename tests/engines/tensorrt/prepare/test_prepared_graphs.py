@@ -83,16 +83,16 @@ def assert_equal(one: list[Any], other: list[Any], what: str) -> None:
 
 @pytest.mark.parametrize(("opset", "assemble"), [(23, "segments"), (23, "whole"), (18, "segments")])
 def test_with_the_bundles_own_settings_the_bytes_are_the_bundles(tiny_bundle: Any, opset: int, assemble: Any) -> None:
-    """But for the generic body of a whole graph, which TensorRT cannot import."""
+    """But for a whole graph, whose generic body TensorRT cannot import, and for decode (test_attention.py)."""
     bundle = staged_bundle(tiny_bundle, opset=opset, assemble=assemble)
     made = {graph.name: graph for graph in prepare(bundle, Choices(opset, assemble, plugins=False))}
     compared = 0
     for record in bundle.graphs():
-        if record.name in made and record.name != "prefill":
+        if record.name in made and record.name not in ("prefill", "decode"):
             fresh, exported = made[record.name].serialize(), (bundle.root / record.file).read_bytes()
             assert onnx.load_from_string(fresh) == onnx.load_from_string(exported), record.name
             compared += 1
-    assert compared == (1 if assemble == "whole" else len(made))
+    assert compared == (0 if assemble == "whole" else len(made) - 1)
     assert set(made) == {r.name for r in bundle.graphs()} - ({"vision"} if assemble == "whole" else set())
 
 
