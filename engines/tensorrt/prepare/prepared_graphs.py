@@ -170,7 +170,9 @@ def _build(bundle: Bundle, profile: ShapeProfile, plan: PruningPlan, choices: Ch
 def _captured(path: Path) -> ir.Model:
     """The vision graph, whose names become files and inputs. Raises InputError for one that cannot."""
     model = read_model(path)
-    for value in (*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()):
+    constants = model.graph.initializers.values()
+    stored = [value for value in constants if isinstance(value.const_value, ir.ExternalTensor)]  # not small numbers
+    for value in (*model.graph.inputs, *model.graph.outputs, *stored):
         require_name(str(value.name), "a tensor", path)
     for value in (*model.graph.inputs, *model.graph.outputs):
         tensor(value)  # of a known type and a static shape
