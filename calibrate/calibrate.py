@@ -283,6 +283,10 @@ def _answers(study: Study, chosen: Candidate) -> dict[str, Any]:
         **{key: summary[key] for key in ("divergence_90", "divergence_worst", "agreement", "exact")},
         "kind_bound": study.kind_bound,
         "by_kind": {kind: round(value, 6) for kind, value in chosen.by_kind(kinds).items()},
+        "worst_by_kind": {
+            kind: {"sample": number, "divergence": round(float(values[number]), 6)}
+            for kind, number in chosen.worst_by_kind(kinds).items()
+        },
     }
 
 

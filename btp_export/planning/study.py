@@ -286,6 +286,8 @@ def _source(chosen: SampleSet, spec: ModelSpec, profile: ShapeProfile, resized: 
         "prompts": len({sample.prompt for sample in chosen.samples}),
         "sha256": chosen.digest(),
     }
+    if chosen.shares is not None:
+        source["mix"] = dict(chosen.shares)
     if spec.vision.dynamic:
         source |= {"image_size": list(profile.image_size), "resized": resized}
     return source

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from btp_export.console import note
 from btp_export.report.data import Picture, ReportData
+from btp_export.report.kind_pictures import kind_pictures
 from btp_export.results.evaluation import Evaluation
 from btp_export.results.timing import Bench
 from btp_export.results.verification import Verification
@@ -16,7 +17,6 @@ from graphs.records.progress import Report
 
 DEMO = "demo"  # the model whose own kind of picture the generated scenes are
 EVAL_SAMPLES = 100
-PICTURES = 5  # one for each kind of question
 
 Phase = Callable[[str], AbstractContextManager[Report]]
 
@@ -86,7 +86,7 @@ def collect(
         with phase("bench") as report:
             bench = measure(bundle, threads=settings.threads, report=report)
         with phase("pictures"):
-            pictures = scene_pictures(bundle, threads=settings.threads)
+            pictures = kind_pictures(bundle, threads=settings.threads)
     return ReportData(
         bundle.plan,
         bundle.manifest,
@@ -121,23 +121,3 @@ def check_settings(settings: Settings) -> None:
         from calibrate.data.samples import jsonl_samples
 
         jsonl_samples(settings.questions, count=settings.samples)
-
-
-def scene_pictures(
-    bundle: Bundle, *, count: int = PICTURES, seed: int = 0, threads: int | None = None
-) -> list[Picture]:
-    """Scenes of the calibration split with the bundle's answers and the tokens that each stage kept."""
-    from btp_export.running.runtime import load
-    from calibrate.data.samples import scene_samples
-
-    scenes = scene_samples(count, seed=seed, split="calibration").samples
-    model = load(bundle, threads=threads)
-    answers = model.generate([scene.image for scene in scenes], [scene.prompt for scene in scenes], resize=True)
-    pictures = []
-    for scene, answer in zip(scenes, answers, strict=True):
-        kept = [indices.tolist() for indices in answer.kept]
-        profile = model.profile
-        pictures.append(
-            Picture(scene.image, scene.prompt, answer.text, profile.grid, kept, scene.answer, blocks=profile.blocks)
-        )
-    return pictures

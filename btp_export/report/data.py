@@ -23,6 +23,8 @@ class Picture:
     """One picture as the model saw it, and the image tokens kept at each stage.
 
     `grid` is (rows, columns). `kept[j]` are the tokens that stage j leaves, as indices into the grid, ascending.
+    `full_answer` is that of the model without pruning. `divergence` is how far the plan moves the picture's answer, in
+    nats a token, where it is the calibration's picture of its `kind` that is moved the most.
     """
 
     image: "Image.Image"
@@ -32,6 +34,9 @@ class Picture:
     kept: Sequence[Sequence[int]]
     expected: str | None = None
     blocks: Blocks = ()  # of the tokens that `kept` counts, where they are not the grid
+    kind: str = ""
+    full_answer: str | None = None
+    divergence: float | None = None
 
 
 @dataclass(frozen=True)

@@ -71,6 +71,9 @@ def _picture_record(picture: Picture) -> PictureRecord:
         grid=picture.grid,
         blocks=picture.blocks,
         kept=tuple(tuple(int(index) for index in stage) for stage in picture.kept),
+        kind=picture.kind,
+        full_answer=picture.full_answer,
+        divergence=picture.divergence,
     )
 
 

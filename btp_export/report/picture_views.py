@@ -25,10 +25,14 @@ class Panel:
 
 @dataclass(frozen=True)
 class PictureView:
-    """A picture with its panels, all of one width and height in pixels; `wrong`: another answer was expected."""
+    """A picture with its panels, all of one width and height in pixels.
+
+    `wrong`: another answer was expected; `changed`: the model without pruning gives another one.
+    """
 
     picture: Picture
     wrong: bool
+    changed: bool
     panels: tuple[Panel, ...]
     width: int
     height: int
@@ -44,8 +48,12 @@ def picture_view(plan: PruningPlan, picture: Picture) -> PictureView:
     panels = [Panel(clear, "The picture as the model sees it.", seen)]
     # Where a stage keeps nothing the text beside the pictures says so.
     panels += [_panel(plan, picture, number) for number, kept in enumerate(picture.kept) if kept]
-    wrong = picture.expected is not None and picture.answer.strip().casefold() != picture.expected.strip().casefold()
-    return PictureView(picture, wrong, tuple(panels), width, height)
+    wrong, changed = _differs(picture.answer, picture.expected), _differs(picture.answer, picture.full_answer)
+    return PictureView(picture, wrong, changed, tuple(panels), width, height)
+
+
+def _differs(answer: str, other: str | None) -> bool:
+    return other is not None and answer.strip().casefold() != other.strip().casefold()
 
 
 def _panel(plan: PruningPlan, picture: Picture, stage: int) -> Panel:

@@ -104,12 +104,21 @@ def _rule(stage: Stage) -> str:
 
 
 def kind_rows(document: ReportDocument) -> list[dict[str, Any]]:
-    """What the plan changes on each kind of calibration picture, the most changed first; none for a single kind."""
-    answers = (document.calibration or {}).get("answers") or {}
-    kinds = answers.get("by_kind") or {}
-    if len(kinds) < 2:
+    """What the plan loses on each kind of picture, the most changed first; none for a single kind.
+
+    `divergence` is that of the calibration's pictures of the kind, `full` and `own` the accuracies of the evaluation's
+    questions of the kind without pruning and with the plan; None for a kind that one of the two does not have.
+    """
+    moved = ((document.calibration or {}).get("answers") or {}).get("by_kind") or {}
+    own, rows = own_row(document), document.evaluation.rows if document.evaluation else ()
+    full = next((row.kinds for row in rows if row.compression == 0), {})
+    right = own.kinds if own else {}
+    names = dict.fromkeys([*sorted(moved, key=lambda name: -moved[name]), *right])
+    if len(names) < 2:
         return []
-    return [{"name": name, "divergence": kinds[name]} for name in sorted(kinds, key=lambda name: -kinds[name])]
+    return [
+        {"name": name, "divergence": moved.get(name), "full": full.get(name), "own": right.get(name)} for name in names
+    ]
 
 
 def shown_placements(rows: Sequence[dict[str, Any]], most: int = MOST_PLACEMENTS) -> list[dict[str, Any]]:

@@ -41,7 +41,10 @@ class Costs(Record):
 
 
 class PictureRecord(Record):
-    """A picture that was asked about; `kept` are the tokens of each stage as indices into the grid."""
+    """A picture that was asked about; `kept` are the tokens of each stage as indices into the grid.
+
+    `full_answer` is the unpruned model's, `divergence` what the plan changes (btp_export/report/data.py).
+    """
 
     prompt: str
     answer: str
@@ -49,6 +52,9 @@ class PictureRecord(Record):
     grid: Grid
     blocks: Blocks = blocks_field()
     kept: tuple[tuple[int, ...], ...]
+    kind: str = ""
+    full_answer: str | None = None
+    divergence: float | None = None
 
 
 class ReportDocument(Result):

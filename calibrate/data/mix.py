@@ -75,7 +75,7 @@ def mixed_samples(
             Sample(scene.image, scene.question, f"scene {scene.scene_seed}", scene.answer, scene.kind)
             for scene in drawn_scenes
         ]
-        return SampleSet(tuple(samples), f"generated scenes, split calibration, seed {seed}")
+        return SampleSet(tuple(samples), f"generated scenes, split calibration, seed {seed}", shares=chosen)
     samples = []
     for number, name in enumerate(order):
         if name == SCENES:
@@ -86,7 +86,7 @@ def mixed_samples(
             sample = drawn.draw(name, seed, number, size)
             samples.append(Sample(sample.image, sample.prompt, f"{name} {number}", None, name))
     shown = ", ".join(f"{name} {share:.3g}" for name, share in chosen.items())
-    return SampleSet(tuple(samples), f"drawn pictures ({shown}), seed {seed}")
+    return SampleSet(tuple(samples), f"drawn pictures ({shown}), seed {seed}", shares=chosen)
 
 
 def _interleaved(count: int, shares: Mapping[str, float]) -> list[str]:

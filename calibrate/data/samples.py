@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -57,11 +57,15 @@ class Sample:
 
 @dataclass(frozen=True)
 class SampleSet:
-    """Samples and where they came from; `skipped` names what could not be read."""
+    """Samples and where they came from; `skipped` names what could not be read.
+
+    `shares` are those of drawn pictures by kind (calibrate/data/mix.py), None for a user's own.
+    """
 
     samples: tuple[Sample, ...]
     source: str
     skipped: tuple[str, ...] = ()
+    shares: Mapping[str, float] | None = None
 
     def digest(self) -> str:
         """sha256 over pixels and prompts, in order."""

@@ -166,6 +166,14 @@ class Candidate:
         judged = np.array(kinds[: len(self.divergence)])
         return {kind: float(self.divergence[judged == kind].mean()) for kind in sorted(set(judged.tolist()))}
 
+    def worst_by_kind(self, kinds: Sequence[str]) -> dict[str, int]:
+        """The sample of each kind whose answer is moved the most; of equals the first."""
+        worst: dict[str, int] = {}
+        for number, kind in enumerate(kinds[: len(self.divergence)]):
+            if kind not in worst or self.divergence[number] > self.divergence[worst[kind]]:
+                worst[kind] = number
+        return dict(sorted(worst.items()))
+
     def summary(self) -> dict[str, Any]:
         """As the plan's record holds it."""
         return {

@@ -59,7 +59,7 @@ def make_data() -> ReportData:
         verification=_verification(),
         evaluation=_evaluation(plan),
         bench=_bench(),
-        pictures=[_picture(seed) for seed in (3, 4)],
+        pictures=[_picture(3, "count", "white", 0.0214), _picture(4, "colour")],
         machine=Machine(
             cpu="Test CPU 3000", cores=2, system="Linux x86_64", versions={"python": "3.11.2", "onnx": "1"}
         ),
@@ -97,6 +97,14 @@ def _calibration() -> dict[str, Any]:
             },
         ],
         "chosen": 0,
+        "answers": {
+            "divergence": 0.0312,
+            "interval": [0.021, 0.044],
+            "divergence_worst": 0.31,
+            "exact": 0.953,
+            "kind_bound": 1.0,
+            "by_kind": {"colour": 0.0011, "count": 0.0621, "is there": 0.004},
+        },
         "notes": ["this is test data"],
     }
 
@@ -204,14 +212,17 @@ def _bench() -> Bench:
     )
 
 
-def _picture(seed: int) -> Picture:
+def _picture(seed: int, kind: str, full_answer: str | None = None, divergence: float | None = None) -> Picture:
     scene = samples(1, seed=seed, split="calibration")[0]
     cells = np.asarray(scene.image.resize(GRID, Image.Resampling.BOX), dtype=float)
     order = np.argsort(-(cells.max(-1) - cells.min(-1)).ravel(), kind="stable")
     rest = np.random.default_rng(seed).permutation(order[150:])[:80]
     first = sorted(int(i) for i in [*order[:150], *rest])
     kept = [first, sorted(int(i) for i in order[:92]), sorted(int(i) for i in order[:37]), []]
-    return Picture(image=scene.image, prompt=scene.question, answer=scene.answer, grid=GRID, kept=kept)
+    return Picture(
+        image=scene.image, prompt=scene.question, answer=scene.answer, grid=GRID, kept=kept, kind=kind,
+        full_answer=full_answer or scene.answer, divergence=divergence,
+    )  # fmt: skip
 
 
 class Browser:

@@ -108,6 +108,22 @@ def test_the_numbers_on_the_page_are_the_datas(data: ReportData, tmp_path: Path)
     assert page.row("processor")[1] == "Test CPU 3000"
 
 
+def test_what_each_kind_loses_is_told_and_drawn(data: ReportData, tmp_path: Path) -> None:
+    page, _, contents = _written(tmp_path / "a", data)
+    rows = [row for row in page.rows if len(row) == 4 and row[0] in ("colour", "count", "is there")]
+    assert [row[0] for row in rows] == ["count", "is there", "colour"], "the most moved first"
+    assert [" ".join(cell.split()) for cell in rows[0]] == ["count", "0.0621", "85.3 %", "83.7 %"]
+    assert (
+        "Without pruning: white . Of the calibration’s pictures" in page.words and "0.0214 nats a token" in page.words
+    )
+    assert page.words.count("Without pruning: the same answer") == 1
+    assert contents["pictures"][0]["kind"] == "count" and contents["pictures"][0]["full_answer"] == "white"
+    preset = replace(data, plan=data.plan.model_copy(update={"calibration": {}}))
+    page, _, _ = _written(tmp_path / "b", preset)
+    rows = [row for row in page.rows if row and row[0] == "count"]
+    assert [" ".join(cell.split()) for cell in rows[0]] == ["count", "85.3 %", "83.7 %"], "accuracy alone"
+
+
 def test_headlines_say_where_they_come_from(data: ReportData) -> None:
     shown = {item.name: item for item in headlines(document(data))}
     assert shown["of the accuracy kept"].value == f"{0.937 / 0.953 * 100:.1f}{NBSP}%"
