@@ -94,7 +94,8 @@ def test_eval(tiny_bundle: Any, capsys: pytest.CaptureFixture[str], monkeypatch:
 
 def test_calibrate(tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Interrupted among the passes over candidates, then whole: the plan, with its record, is that of one process."""
-    arguments = ["calibrate", "--model", str(tiny_checkpoint), "--samples", "26", "--answer-tokens", "4", "--no-cache"]
+    arguments = ["calibrate", "--model", str(tiny_checkpoint), "--samples", "26", "--answer-tokens", "2", "--no-cache"]
+    arguments += ["--drop-bound", "0.1"]  # four candidates where there are twenty-five without it
     assert cli.main([*arguments, "--json"]) == 0
     wanted = json.loads(capsys.readouterr().out)
     results, asked = Cluster.results, list[str]()

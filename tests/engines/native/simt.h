@@ -1,4 +1,4 @@
-// Test only: runs the CUDA kernels' own source on a CPU, each thread a fiber (ucontext).
+// Test only: runs the CUDA kernels' own source on a CPU, each thread a fiber.
 //
 // Served: threadIdx, blockIdx, blockDim, __syncthreads, warp shuffles, ballot, redux and mma with all lanes, dynamic shared
 // memory, asynchronous copies into it, atomics. What it shows is the kernels' logic; it says nothing about their speed and cannot see everything that
@@ -10,6 +10,7 @@
 #pragma once
 
 #include <math.h>
+#include <setjmp.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -83,8 +84,11 @@ struct Copies {  // asynchronous ones of a thread that are not done yet, by the 
 struct Block;
 
 struct Fiber {
-    ucontext_t context{};
+    jmp_buf place;  // where it goes on; a stack of its own begins with a context
+    ucontext_t first{};
     std::unique_ptr<char[]> stack;
+    bool begun = false;
+    bool at_end = false;  // of a launch's body: it waits for the next launch's
     Block* block = nullptr;
     dim3 thread;
     unsigned lane = 0;
@@ -111,13 +115,32 @@ struct Device {
     dim3 grid, block;
     std::vector<std::unique_ptr<Block>> rooms;  // kept between launches, for their stacks
     Fiber* current = nullptr;
-    ucontext_t scheduler{};
+    jmp_buf scheduler;
     std::function<void()> body;
     std::mt19937 random{20};
     bool trapped = false;
     cudaError_t error = cudaSuccess;
 
-    void leave() { swapcontext(&current->context, &scheduler); }
+    // Jumps and not swapcontext, which asks the kernel for the signal mask each time: half of all time.
+    __attribute__((noinline)) void leave()
+    {
+        if (_setjmp(current->place) == 0) {
+            _longjmp(scheduler, 1);
+        }
+    }
+
+    __attribute__((noinline)) void go_on(Fiber* fiber)
+    {
+        current = fiber;
+        if (_setjmp(scheduler) != 0) {
+            return;
+        }
+        if (fiber->begun) {
+            _longjmp(fiber->place, 1);
+        }
+        fiber->begun = true;
+        setcontext(&fiber->first);
+    }
 
     void arrive(Meeting& meeting)
     {
@@ -167,9 +190,12 @@ inline Device& device()
 inline void enter()
 {
     Device& d = device();
-    d.body();
-    d.current->done = true;
-    d.leave();
+    for (;;) {
+        d.current->at_end = false;
+        d.body();
+        d.current->done = d.current->at_end = true;
+        d.leave();
+    }
 }
 
 inline void start(Block& block, Fiber& fiber, unsigned index)
@@ -183,14 +209,18 @@ inline void start(Block& block, Fiber& fiber, unsigned index)
     fiber.done = false;
     fiber.waits_for = nullptr;
     fiber.copies = Copies{};
+    if (fiber.at_end) {
+        return;
+    }
     if (!fiber.stack) {
         fiber.stack.reset(new char[kStack]);
     }
-    getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = fiber.stack.get();
-    fiber.context.uc_stack.ss_size = kStack;
-    fiber.context.uc_link = nullptr;
-    makecontext(&fiber.context, enter, 0);
+    fiber.begun = false;
+    getcontext(&fiber.first);
+    fiber.first.uc_stack.ss_sp = fiber.stack.get();
+    fiber.first.uc_stack.ss_size = kStack;
+    fiber.first.uc_link = nullptr;
+    makecontext(&fiber.first, enter, 0);
 }
 
 inline void start(Block& block, unsigned number, size_t shared)
@@ -231,8 +261,7 @@ inline void pass(Block& block)
             continue;
         }
         moved = true;
-        d.current = fiber;
-        swapcontext(&d.scheduler, &fiber->context);
+        d.go_on(fiber);
         if (d.trapped) {
             return;
         }

@@ -1,5 +1,7 @@
 """The lint passes what every version takes, and finds each thing that one refuses."""
 
+import functools
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,21 +16,41 @@ from engines.targets import find_target, known_targets
 from engines.tensorrt.prepare.lint import lint, lint_model, require_clean
 from engines.tensorrt.prepare.prepared_graphs import Choices, PreparedGraph, prepare
 from engines.tensorrt.summaries import Finding
-from engines.tensorrt.versions import traits
+from engines.tensorrt.versions import Traits, traits
 from graphs import ops
+from graphs.files.bundle import Bundle
 from graphs.records.errors import CheckError
+from graphs.records.plan import Stage
 from tests.engines.tensorrt.plans import RULES, STAGES, staged_bundle
+
+
+@pytest.fixture(scope="module")
+def prepared_findings(tiny_bundle: Any) -> Callable[..., list[Finding]]:
+    """What the lint finds in the graphs prepared for a version; targets of one version and flavour share them."""
+
+    @functools.cache
+    def graphs(stages: tuple[Stage, ...], choices: Choices) -> tuple[Bundle, list[PreparedGraph]]:
+        bundle = staged_bundle(tiny_bundle, *stages)
+        return bundle, list(prepare(bundle, choices))
+
+    @functools.cache
+    def findings(stages: tuple[Stage, ...], known: Traits, assemble: Any, plugins: bool) -> list[Finding]:
+        bundle, made = graphs(stages, Choices(known.opset, assemble, "shared", plugins=plugins))
+        return lint(made, known, folder=bundle.root / "graphs", plugins=plugins)
+
+    return findings
 
 
 @pytest.mark.parametrize("name", known_targets())
 @pytest.mark.parametrize("plugins", [True, False])
 @pytest.mark.parametrize("stages", [STAGES, RULES], ids=["inputs", "rules"])
-def test_prepared_graphs_suit_every_target(tiny_bundle: Any, name: str, plugins: bool, stages: Any) -> None:
-    bundle, target = staged_bundle(tiny_bundle, *stages), find_target(name)
+def test_prepared_graphs_suit_every_target(
+    prepared_findings: Callable[..., list[Finding]], name: str, plugins: bool, stages: tuple[Stage, ...]
+) -> None:
+    target = find_target(name)
     known = traits(target.flavour, target.version())
     for assemble in ("segments", "whole"):
-        graphs = prepare(bundle, Choices(known.opset, assemble, "shared", plugins=plugins))
-        assert lint(graphs, known, folder=bundle.root / "graphs", plugins=plugins) == []
+        assert prepared_findings(stages, known, assemble, plugins) == []
 
 
 def small_model(
