@@ -7,17 +7,16 @@ broken one can be named and skipped.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from calibrate.data.samples import DEFAULT_PROMPTS, NO_CHECKS, Checks, Found, SampleSet, take
+from calibrate.data.samples import Choice, SampleSet, SourcePicture, take
 from graphs.files.paths import expanded
 from graphs.files.pictures import open_picture
 from graphs.records.errors import InputError, UnavailableError
-from graphs.records.progress import Note
 
 PREFIX = "hf:"
 PROMPT_COLUMNS = ("prompt", "question", "instruction", "query", "text", "caption")
@@ -30,16 +29,8 @@ def is_saved(folder: Path) -> bool:
     return (folder / _SAVED[0]).is_file() or all((folder / name).is_file() for name in (_SAVED[1], "state.json"))
 
 
-def samples(
-    source: str,
-    *,
-    prompts: Sequence[str] | None = None,
-    count: int,
-    seed: int,
-    note: Note | None = None,
-    checks: Checks = NO_CHECKS,
-) -> SampleSet:
-    """Up to `count` pictures of a data set in a seeded order, with its own prompts where it has any.
+def samples(source: str, choice: Choice) -> SampleSet:
+    """Pictures of a data set, with its own prompts where it has any.
 
     Raises UnavailableError if `datasets` is not installed or the hub not reached, InputError for a set without
     pictures, an unknown split, or too few pictures that can be read.
@@ -54,21 +45,19 @@ def samples(
             wanted="a data set with an image column",
             do="give another one, or a folder of pictures",
         )
-    question = None if prompts else next((key for key in PROMPT_COLUMNS if _is_text(features.get(key))), None)
+    question = None if choice.prompts else next((key for key in PROMPT_COLUMNS if _is_text(features.get(key))), None)
     table = table.cast_column(image, library.Image(decode=False))
-    streamed = {"buffer_size": max(_BUFFER, 4 * count)} if isinstance(table, library.IterableDataset) else {}
-    shuffled = table.shuffle(seed=seed, **streamed)
+    streamed = {"buffer_size": max(_BUFFER, 4 * choice.count)} if isinstance(table, library.IterableDataset) else {}
+    shuffled = table.shuffle(seed=choice.seed, **streamed)
 
-    def found() -> Iterator[Found]:
+    def pictures() -> Iterator[SourcePicture]:
         for number, row in enumerate(shuffled):
             label = f"row {number} of {name}"  # in the shuffled order; stored paths are of other machines
             stored = row[image] or {}
-            yield Found(label, _reader(stored, label), row[question] if question else None)
+            yield SourcePicture(label, _reader(stored, label), row[question] if question else None)
 
     what = f"data set {name}" + (f", column {question}" if question else "")
-    return take(
-        found(), prompts or DEFAULT_PROMPTS, count=count, where=f"in {source}", source=what, note=note, checks=checks
-    )
+    return take(pictures(), choice, where=f"in {source}", source=what)
 
 
 def _library() -> Any:

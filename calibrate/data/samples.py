@@ -106,7 +106,7 @@ def scene_samples(count: int, *, seed: int, split: str) -> SampleSet:
 
 
 @dataclass(frozen=True)
-class Found:
+class SourcePicture:
     """A picture that a source has, not read yet; `read` raises InputError if it is none.
 
     `prompt` None: the next one of the prompts that take turns.
@@ -128,69 +128,60 @@ class Checks:
 NO_CHECKS = Checks()
 
 
-def folder_samples(
-    folder: Path,
-    *,
-    prompts: Sequence[str] = DEFAULT_PROMPTS,
-    count: int,
-    seed: int,
-    note: Note | None = None,
-    checks: Checks = NO_CHECKS,
-) -> SampleSet:
-    """Up to `count` pictures of a folder (its subfolders too) in a seeded order, prompts taking turns.
+@dataclass(frozen=True)
+class Choice:
+    """Which pictures of a source are taken, and what they are asked.
 
-    A picture that cannot be used is named and skipped. Raises InputError if the folder is not there or fewer than
-    `LEAST_PICTURES` pictures can be read.
+    At most `count` in the order that `seed` decides. `prompts` take turns and replace the source's own, if it has any.
+    A picture that cannot be used is skipped, and `note` is told its name and the reason.
+    """
+
+    count: int
+    seed: int = 0
+    prompts: Sequence[str] | None = None
+    note: Note | None = None
+    checks: Checks = NO_CHECKS
+
+    def order(self, pictures: int) -> list[int]:
+        """The numbers of a source's pictures, shuffled."""
+        order: list[int] = np.random.default_rng(self.seed).permutation(pictures).tolist()
+        return order
+
+
+def folder_samples(folder: Path, choice: Choice) -> SampleSet:
+    """Pictures of a folder, its subfolders too.
+
+    Raises InputError if the folder is not there or fewer than `LEAST_PICTURES` pictures can be read.
     """
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder", wanted="a folder of pictures", do="--images DIR")
-    paths = picture_files(folder, note)
-
-    def found() -> Iterator[Found]:
-        for place in np.random.default_rng(seed).permutation(len(paths)):
-            path = paths[place]
-            yield Found(path.relative_to(folder).as_posix(), lambda path=path: open_picture(path))  # type: ignore[misc]
-
-    return take(
-        found(), prompts, count=count, where=f"in {folder}", source="pictures of a folder", note=note, checks=checks
+    paths = picture_files(folder, choice.note)
+    ordered = (paths[place] for place in choice.order(len(paths)))
+    pictures = (
+        SourcePicture(path.relative_to(folder).as_posix(), functools.partial(open_picture, path)) for path in ordered
     )
+    return take(pictures, choice, where=f"in {folder}", source="pictures of a folder")
 
 
-def jsonl_pictures(
-    path: Path,
-    *,
-    prompts: Sequence[str] | None = None,
-    count: int,
-    seed: int,
-    note: Note | None = None,
-    checks: Checks = NO_CHECKS,
-) -> SampleSet:
-    """Up to `count` lines of {"image": path, "prompt": text} in a seeded order; paths are relative to the file.
+def jsonl_pictures(path: Path, choice: Choice) -> SampleSet:
+    """Lines of {"image": path, "prompt": text}; paths are relative to the file.
 
-    `prompts` replace the file's own. A picture that cannot be used is named and skipped, a line that is no such object
-    or has a prompt that the model cannot take is an error. Raises InputError for that and for too few pictures.
+    Raises InputError for a line that is no such object or has a prompt that the model cannot take, and for too few
+    pictures.
     """
-    keys = ("image",) if prompts else ("image", "prompt")
+    keys = ("image",) if choice.prompts else ("image", "prompt")
     lines = read_lines(path, "a JSONL file of image, prompt")
     records = [json_record(line, keys) for line in lines]
     for line, record in zip(lines, records, strict=True):
-        _check_prompt(record.get("prompt"), line.where, checks)
+        _check_prompt(record.get("prompt"), line.where, choice.checks)
 
-    def found() -> Iterator[Found]:
-        for place in np.random.default_rng(seed).permutation(len(records)):
+    def pictures() -> Iterator[SourcePicture]:
+        for place in choice.order(len(records)):
             image, prompt = records[place]["image"], records[place].get("prompt")
             read = functools.partial(open_picture, path.parent / image)
-            yield Found(image, read, None if prompts else prompt, lines[place].where)
+            yield SourcePicture(image, read, None if choice.prompts else prompt, lines[place].where)
 
-    return take(
-        found(),
-        prompts or DEFAULT_PROMPTS,
-        count=count,
-        where=f"in {path}",
-        source=f"lines of {path.name}",
-        note=note,
-        checks=checks,
-    )
+    return take(pictures(), choice, where=f"in {path}", source=f"lines of {path.name}")
 
 
 def pictures_named(path: Path) -> list[Path]:
@@ -209,20 +200,12 @@ def _check_prompt(prompt: str | None, where: str, checks: Checks) -> None:
         raise at(where, error) from error
 
 
-def take(
-    pictures: Iterable[Found],
-    prompts: Sequence[str],
-    *,
-    count: int,
-    where: str,
-    source: str,
-    note: Note | None,
-    checks: Checks = NO_CHECKS,
-) -> SampleSet:
-    """The first `count` pictures that can be used; the others are named and skipped, with the reason.
+def take(pictures: Iterable[SourcePicture], choice: Choice, *, where: str, source: str) -> SampleSet:
+    """The first pictures that can be used, in the order in which they come.
 
-    Raises InputError if fewer than `LEAST_PICTURES` (or `count`) can be used.
+    Raises InputError if fewer than `LEAST_PICTURES` (or the choice's count) can be used.
     """
+    prompts, count, note = choice.prompts or DEFAULT_PROMPTS, choice.count, choice.note
     samples: list[Sample] = []
     skipped: list[str] = []
     for picture in pictures:
@@ -231,7 +214,7 @@ def take(
         try:
             image = picture.read()
             if picture.prompt is not None:
-                checks.prompt(picture.prompt)
+                choice.checks.prompt(picture.prompt)
         except InputError as error:
             skipped.append(picture.name)
             if note is not None:

@@ -6,10 +6,10 @@ from pathlib import Path
 
 from calibrate.data import hub_data
 from calibrate.data.samples import (
-    DEFAULT_PROMPTS,
     DEFAULT_SAMPLES,
     NO_CHECKS,
     Checks,
+    Choice,
     SampleSet,
     folder_samples,
     jsonl_pictures,
@@ -41,13 +41,14 @@ def calibration_samples(
     if images is None:
         return scene_samples(count, seed=seed, split="calibration")
     given = None if prompts is None else read_prompts(prompts, checks)
+    choice = Choice(count, seed, given, note, checks)
     path = expanded(images)
     if images.startswith(hub_data.PREFIX) or hub_data.is_saved(path):
-        return hub_data.samples(images, prompts=given, count=count, seed=seed, note=note, checks=checks)
+        return hub_data.samples(images, choice)
     if path.is_dir():
-        return folder_samples(path, prompts=given or DEFAULT_PROMPTS, count=count, seed=seed, note=note, checks=checks)
+        return folder_samples(path, choice)
     if path.is_file():
-        return jsonl_pictures(path, prompts=given, count=count, seed=seed, note=note, checks=checks)
+        return jsonl_pictures(path, choice)
     address = "://" in images
     raise InputError(
         f"{images} is an address" if address else f"{images} is not there",

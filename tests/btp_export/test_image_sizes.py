@@ -17,7 +17,7 @@ from btp_export.model.open_model import open_model
 from btp_export.planning.plan_files import plan_for
 from btp_export.planning.study import fitted_samples
 from btp_export.running.runtime import load
-from calibrate.data.samples import folder_samples
+from calibrate.data.samples import Choice, folder_samples
 from graphs.building.derived_bundles import derive
 from graphs.files.bundle import Bundle, write_manifest, write_plan
 from graphs.records.errors import InputError
@@ -110,7 +110,7 @@ def test_a_turned_picture_is_counted_upright(checkpoint: Path, tmp_path: Path) -
     for number in range(4):
         parity.picture(72, 40, seed=number).save(tmp_path / f"{number}.jpg", exif=exif)
     model = open_model(str(checkpoint))
-    result = folder_samples(tmp_path, count=4, seed=0)
+    result = folder_samples(tmp_path, Choice(count=4, seed=0))
     resized = {}
     for size in ((40, 72), (72, 40)):
         (profile,) = make_profiles(model, Options(image_sizes=(size,), text_tokens=16, new_tokens=8))

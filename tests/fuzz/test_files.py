@@ -23,7 +23,7 @@ from btp_export.model.open_model import open_model
 from btp_export.planning import latency, plan_folder
 from btp_export.profiling import sources
 from btp_export.profiling.roofline import product_flops
-from calibrate.data.samples import jsonl_pictures, jsonl_samples, read_prompts
+from calibrate.data.samples import Choice, jsonl_pictures, jsonl_samples, read_prompts
 from calibrate.measure.statistics import TOP_SHARES, Statistics
 from calibrate.measure.statistics_cache import StatisticsCache, key_of
 from calibrate.reference.pass_checkpoints import PassCheckpoints
@@ -92,7 +92,7 @@ READERS: dict[str, tuple[str, Any, Callable[[Path], object]]] = {
     "front": ("front.json", {"format": "btp-front/1", "rows": [{"file": "btp-0.5.json"}]},
               lambda path: plan_folder._is_front(path.parent) and plan_folder._files_of(path.parent)),
     "samples": ("data.jsonl", LINE, lambda path: jsonl_samples(path)),
-    "pictures": ("data.jsonl", LINE, lambda path: jsonl_pictures(path, count=1, seed=0)),
+    "pictures": ("data.jsonl", LINE, lambda path: jsonl_pictures(path, Choice(count=1, seed=0))),
     "prompts": ("prompts.txt", LINE, read_prompts),
     "system": ("system.txt", {"nvpmodel": "MAXN"}, sources.read_system),
 }  # fmt: skip

@@ -99,7 +99,7 @@ def test_a_hub_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(datasets, "load_dataset", offline)
     with pytest.raises(UnavailableError, match="cannot reach the hub for owner/name"):
-        hub_data.samples(f"{hub_data.PREFIX}owner/name", count=4, seed=0)
+        hub_data.samples(f"{hub_data.PREFIX}owner/name", samples.Choice(count=4, seed=0))
 
 
 @needs_datasets
@@ -116,9 +116,9 @@ def test_a_streamed_set_is_only_read_as_far_as_it_is_needed(monkeypatch: pytest.
     features = datasets.Features({"picture": datasets.Image(), "prompt": datasets.Value("string")})
     made = datasets.IterableDataset.from_generator(rows, features=features)
     monkeypatch.setattr(datasets, "load_dataset", lambda name, streaming: {"train": made, "test": made})
-    found = hub_data.samples("hf:owner/name:train", count=8, seed=3)
-    again = hub_data.samples("hf:owner/name:train", count=8, seed=3)
+    found = hub_data.samples("hf:owner/name:train", samples.Choice(count=8, seed=3))
+    again = hub_data.samples("hf:owner/name:train", samples.Choice(count=8, seed=3))
     assert found.digest() == again.digest() and found.source == "data set owner/name, split train, column prompt"
     assert len(read) < 2_000
     with pytest.raises(InputError, match="no split 'dev'"):
-        hub_data.samples("hf:owner/name:dev", count=8, seed=3)
+        hub_data.samples("hf:owner/name:dev", samples.Choice(count=8, seed=3))

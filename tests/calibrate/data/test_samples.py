@@ -24,8 +24,8 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_a_folder_is_read_in_a_seeded_order(folder: Path) -> None:
-    first = samples.folder_samples(folder, count=5, seed=1)
-    again, other = samples.folder_samples(folder, count=5, seed=1), samples.folder_samples(folder, count=5, seed=2)
+    first = samples.folder_samples(folder, samples.Choice(count=5, seed=1))
+    again, other = (samples.folder_samples(folder, samples.Choice(count=5, seed=seed)) for seed in (1, 2))
     assert [sample.name for sample in first.samples] == [sample.name for sample in again.samples]
     assert [sample.name for sample in first.samples] != [sample.name for sample in other.samples]
     assert first.digest() == again.digest() != other.digest()
@@ -37,7 +37,7 @@ def test_unreadable_pictures_are_named_and_skipped(folder: Path) -> None:
     whole = (folder / "picture0.png").read_bytes()
     (folder / "cut.png").write_bytes(whole[: len(whole) // 2])
     notes: list[str] = []
-    result = samples.folder_samples(folder, count=8, seed=0, note=notes.append)
+    result = samples.folder_samples(folder, samples.Choice(count=8, seed=0, note=notes.append))
     assert len(result.samples) == 6
     assert sorted(result.skipped) == ["broken.jpg", "cut.png"]
     assert len(notes) == 2 and all("cannot read the picture" in text for text in notes)
@@ -47,14 +47,14 @@ def test_too_few_pictures_are_an_error(tmp_path: Path, folder: Path) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
     with pytest.raises(InputError, match="0 usable pictures"):
-        samples.folder_samples(empty, count=64, seed=0)
+        samples.folder_samples(empty, samples.Choice(count=64, seed=0))
     with pytest.raises(InputError, match="not a folder"):
-        samples.folder_samples(folder / "picture0.png", count=4, seed=0)
+        samples.folder_samples(folder / "picture0.png", samples.Choice(count=4, seed=0))
     for path in folder.rglob("*.png"):
         if not path.name.startswith("picture0"):
             path.write_bytes(b"")
     with pytest.raises(InputError, match=r"1 usable .* \(5 skipped, 6 found\)"):
-        samples.folder_samples(folder, count=64, seed=0)
+        samples.folder_samples(folder, samples.Choice(count=64, seed=0))
 
 
 def test_image_and_prompt_by_line(folder: Path) -> None:

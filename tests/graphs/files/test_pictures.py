@@ -223,7 +223,7 @@ def test_a_file_is_the_same_picture_for_every_reader(tmp_path: Path) -> None:
     wanted = {name: open_picture(tmp_path / name).tobytes() for name in names}
     lines = [f'{{"image": "{name}", "prompt": "?", "answer": "!"}}' for name in names]
     (tmp_path / "lines.jsonl").write_text("\n".join(lines))
-    folder = samples.folder_samples(tmp_path, count=4, seed=0)
+    folder = samples.folder_samples(tmp_path, samples.Choice(count=4, seed=0))
     calibration = calibration_samples(str(tmp_path / "lines.jsonl"), count=4)
     measured = samples.jsonl_samples(tmp_path / "lines.jsonl")
     for entry in (folder, calibration, measured):
@@ -232,7 +232,7 @@ def test_a_file_is_the_same_picture_for_every_reader(tmp_path: Path) -> None:
     assert [picture.tobytes() for picture in opened] == list(wanted.values())
     Image.fromarray(np.full((8, 8), 7, np.float32)).save(tmp_path / "float.tif")
     Image.new("RGB", (2010, 10)).save(tmp_path / "long.png")
-    again = samples.folder_samples(tmp_path, count=9, seed=0)
+    again = samples.folder_samples(tmp_path, samples.Choice(count=9, seed=0))
     assert sorted(again.skipped) == ["float.tif", "long.png"], "the same limits"
 
 
