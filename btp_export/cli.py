@@ -35,8 +35,8 @@ USAGE = {
     "Input should be a valid number, unable to parse string as a number": "it takes a number",
     "Value error, ": "",
 }
-INTERRUPTED = 130
-PIPE_CLOSED = 141
+INTERRUPTED = 130  # as shells report a process that SIGINT ended: 128 + 2
+PIPE_CLOSED = 141  # the same of SIGPIPE, 13
 
 
 def make_app(only: str | None = None) -> typer.Typer:

@@ -41,7 +41,7 @@ from graphs.records.plan import PruningPlan
 from graphs.records.progress import Report, labelled
 
 DROPPED_SAMPLES = 24  # at most so many samples measure what dropping does
-_BOOTSTRAP = 1000
+_BOOTSTRAP = 1000  # a share is then known to 0.016 or better
 KIND_BOUND = 1.0  # nats a token, mean over a kind of picture: beyond it the answers are no longer the model's
 TAU_LADDER = (0.95, 0.97, 0.98, 0.99)  # tried where the model's own threshold finds nothing
 

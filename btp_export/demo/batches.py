@@ -17,7 +17,7 @@ from btp_export.demo import model_files
 from calibrate.data import scenes
 
 BLOCK_TOKENS = 9  # the longest question (8 with "ASSISTANT:") and two answer words, less the last
-IGNORE = -100
+IGNORE = -100  # the label that torch's cross entropy leaves out
 _PATCHES = scenes.IMAGE_SIZE // model_files.PATCH
 _CELL_PATCHES = scenes.CELL // model_files.PATCH
 # What each image token is asked in the patch loss, and how many classes: class 0 of the first two is "no object".

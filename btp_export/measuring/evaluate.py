@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 FULL = "none"
 DEFAULT_PLANS = (FULL, CALIBRATED, "btp-paper", "fastv", "pyramiddrop", "divprune", "scope", "vtw", "random", "dart")
-DEFAULT_SAMPLES = 200
+DEFAULT_SAMPLES = 200  # an accuracy of 0.9 is then known to about 4 %
 SIDE_BY_SIDE: Final = 2**28  # bytes of weights up to which several plans' graphs are open at a time
 
 

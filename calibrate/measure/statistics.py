@@ -30,8 +30,8 @@ from graphs.records.plan import PruningPlan
 from graphs.records.progress import Report
 
 TOP_SHARES = (0.05, 0.1, 0.25, 0.5)
-BOOTSTRAP_SIZES = (16, 64, 256)
-BOOTSTRAP_ROUNDS = 200
+BOOTSTRAP_SIZES = (16, 64, 256)  # a quarter of the default, the default, four times as many
+BOOTSTRAP_ROUNDS = 200  # a standard deviation is known to about 5 % then
 _BRANCHES_A_HEAD = 8  # go through the output matrix together: 16 tokens of each are 33 MB a thousand words
 
 
@@ -143,7 +143,7 @@ class ChangeObserver:
         scores = attention_weights(query, key, visible)[0, :, 0, image].mean(0).double()
         mass = float(scores.sum())
         self.attention.setdefault(view.run, []).append(mass)
-        ordered = scores.sort(descending=True).values.cumsum(0) / max(mass, 1e-30)
+        ordered = scores.sort(descending=True).values.cumsum(0) / max(mass, 1e-30)  # in some layers it is 0
         tops = [float(ordered[max(1, round(share * len(ordered))) - 1]) for share in TOP_SHARES]
         self.top_shares.setdefault(view.run, []).append(tops)
 
@@ -203,6 +203,7 @@ class DropObserver:
         """Compare the next-token distributions of the branches with the full model's."""
         divergence, agreement = [], []
         for run in sorted(self.branches):
+            # In float64: dropping late changes so little that float32's rounding would be most of it.
             full = torch.log_softmax(head(self.full[run]).double(), dim=-1)  # [answer, vocabulary]
             kl, same = [], []
             for branches in torch.split(self.branches[run][:, self.lasts[run] :], _BRANCHES_A_HEAD):
@@ -211,7 +212,7 @@ class DropObserver:
                 same.append((logs.argmax(-1) == full.argmax(-1)).all(-1))
             divergence.append(torch.cat(kl).cpu().numpy())
             agreement.append(torch.cat(same).cpu().numpy())
-        self.branches.clear()
+        self.branches.clear()  # the passes over candidates need the memory
         self.divergence, self.agreement = np.array(divergence), np.array(agreement)
 
 

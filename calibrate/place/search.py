@@ -46,7 +46,7 @@ _RANDOM = 3  # combinations a round
 _TOGETHER = 5  # moves that helped, at most, are tried together
 _COUNT_STEP, _SHARE_STEP = 1.3, 0.2
 _SMALLEST = 0.2  # of the first step
-_BOOTSTRAP = 1000
+_BOOTSTRAP = 1000  # SURE is then known to 0.007
 _STEPS = 1000  # a pass in the progress bar
 _TINY = 1e-6  # a part of the objective below this counts as nothing
 

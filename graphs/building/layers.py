@@ -101,6 +101,7 @@ def activation(b: GraphBuilder, kind: str, x: ir.Value) -> ir.Value:
     if kind == "gelu":
         inner = b.unary("Erf", b.scaled(x, math.sqrt(0.5), "erf_argument"), "erf")
     else:
+        # The constant is that of the approximation by tanh (Hendrycks and Gimpel, arXiv 1606.08415).
         cube = b.mul(b.mul(x, x, "square"), x, "cube")
         argument = b.scaled(b.add(x, b.scaled(cube, 0.044715, "cubic"), "sum"), math.sqrt(2 / math.pi), "argument")
         inner = b.unary("Tanh", argument, "tanh")

@@ -42,6 +42,7 @@ def add_selection(
     """
     stage, count = plan.stages[number], plan.tokens_before(number)
     with b.scope(names.stage_scope(number)):
+        # One number for all samples: a stage keeps the same count of each, which is why shapes stay static.
         fewer = b.constant(b.full_name("dropped"), np.array([count - stage.keep], np.int32))
         last = b.binary("Sub", stream.last, fewer, "last")
         if stage.keep == 0:
@@ -55,6 +56,7 @@ def add_selection(
             class_attention=class_attention,
         )  # fmt: skip
         indices = _select(b, plan, number, image, scores)
+        # cos and sin are pruned with their rows, so a token that stays keeps the position that it had in the picture.
         hidden, cos, sin = (_gather(b, x, indices, profile.prefix_tokens, count, name) for x, name in _rows_of(stream))
         return Selection(Stream(hidden, cos, sin, last), indices, scores)
 

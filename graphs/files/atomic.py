@@ -38,7 +38,7 @@ Link = Literal["auto", "hard", "copy"]
 SMALL_FILE = 64 * 2**20
 RESERVE = 64 * 2**20  # bytes left free besides the bundle itself
 CHUNK = 8 * 2**20
-HASH_THREADS = 2
+HASH_THREADS = 2  # beside the capture of the vision tower, which wants the other cores
 
 
 @contextlib.contextmanager
