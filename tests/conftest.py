@@ -28,9 +28,17 @@ BundleMaker = Callable[..., Any]
 # The files that take longest, so that no process of `pytest -n 2` is alone with one of them at the end.
 LONG_FILES = (
     "tests/test_docs.py",
+    "tests/btp_export/test_spreading.py",
+    "tests/engines/native/test_builds.py",
+    "tests/btp_export/serving/test_ray.py",
+    "tests/engines/verify/test_streamed_graphs.py",
+    "tests/engines/native/test_tensorrt.py",
     "tests/btp_export/families/test_qwen_parity.py",
     "tests/btp_export/planning/test_study.py",
+    "tests/btp_export/commands/test_options_arrive.py",
     "tests/btp_export/families/test_llava_next.py",
+    "tests/graphs/building/test_decoder_graphs.py",
+    "tests/graphs/ops/test_select_tokens.py",
 )
 
 
@@ -41,11 +49,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_runtest_setup() -> None:
-    """Have torch.onnx read its 500 translations once a process, not for every export, a third of whose time it takes.
+    """Two things that libraries do again and again are done once or never, where they are loaded and still do them.
 
-    Once it is loaded, and if it still has that function. Other processes export without this, and test_exporting.py
-    compares one's bundle with ours byte for byte.
+    torch.onnx reads its 500 translations for every export, a third of whose time that takes. transformers writes every
+    configuration that it reads as text, for a log that is off: a third of what opening a tiny model takes. Other
+    processes do both, and test_exporting.py compares the bundle of one with ours byte for byte.
     """
+    configuration = getattr(sys.modules.get("transformers.configuration_utils"), "PreTrainedConfig", None)
+    if configuration is not None:
+        configuration.__repr__ = object.__repr__
     registry = getattr(sys.modules.get("torch.onnx._internal.exporter._registration"), "ONNXRegistry", None)
     read = getattr(registry, "from_torchlib", None)
     if read is not None and not hasattr(read, "cache_info"):

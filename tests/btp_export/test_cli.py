@@ -115,14 +115,15 @@ def test_errors_become_messages_and_exit_codes(
     assert len(captured.err.splitlines()) <= 3 and "Traceback" not in captured.err
 
 
-def test_ctrl_c_inside_executed_text_still_exits_with_130(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_a_signal_inside_executed_text_still_exits_with_130(tmp_path: Path, name: str) -> None:
     """Libraries exec text while they capture a graph; a plain KeyboardInterrupt there turns the exit into a kill."""
     (tmp_path / "interrupted.py").write_text(
         "import sys\n"
         "from btp_export import cli\n"
         "from btp_export.commands import doctor\n"
         "def command():\n"
-        "    exec('import os, signal, time\\nos.kill(os.getpid(), signal.SIGINT)\\ntime.sleep(10)')\n"
+        f"    exec('import os, signal, time\\nos.kill(os.getpid(), signal.{name})\\ntime.sleep(10)')\n"
         "doctor.command = command\n"
         "sys.exit(cli.main(['doctor']))\n"
     )

@@ -35,8 +35,8 @@ def say(*arguments):
     return code, out.getvalue(), err.getvalue()
 
 for arguments in (
-    ["calibrate", "--model", "demo", "--samples", "2", "--out", "plan.json", "--json"],
-    ["export", "--model", "demo", "--plan", "plan.json", "--out", "bundle"],
+    ["calibrate", "--model", "model", "--samples", "2", "--out", "plan.json", "--json"],
+    ["export", "--model", "model", "--plan", "plan.json", "--out", "bundle"],
 ):
     if main(arguments):
         sys.exit(f"{arguments} failed")
@@ -48,7 +48,7 @@ print(json.dumps(answers))
 
 
 @no_setpriv
-def test_user_of_no_name(public: Path) -> None:
+def test_user_of_no_name(public: Path, tiny_checkpoint: Path) -> None:
     """Neither HOME nor an entry of the user: everything that needs no home works, and nothing is written in the place
     where the command runs.
     """
@@ -56,13 +56,17 @@ def test_user_of_no_name(public: Path) -> None:
     temporary.mkdir(mode=0o777)
     temporary.chmod(0o777)
     Image.new("RGB", (96, 96), "red").save(public / "picture.png")
+    shutil.copytree(tiny_checkpoint, public / "model")
+    for path in (public / "model").iterdir():
+        path.chmod(0o644)
+    (public / "model").chmod(0o755)
     environment = f"env -u HOME -u USER -u LOGNAME -u XDG_CACHE_HOME TMPDIR={temporary}"
     done = shell(f"cd {public} && {environment} {NOBODY} {sys.executable} -c {shlex.quote(AS_NOBODY)}")
     assert done.returncode == 0, done.stderr
     answer, *refusals = json.loads(done.stdout.splitlines()[-1])
     assert answer[0] == 0 and answer[1].strip()
     assert b"[W:" not in done.stderr and b"elemetry" not in done.stderr
-    assert {path.name for path in public.iterdir()} == {"plan.json", "bundle", "picture.png", "tmp"}
+    assert {path.name for path in public.iterdir()} == {"model", "plan.json", "bundle", "picture.png", "tmp"}
     assert (temporary / "btp-export-54321").stat().st_mode & 0o777 == 0o700
     for (code, _, err), said in zip(refusals, ("~/model: no such home folder", "there is no home folder"), strict=True):
         assert code in (2, 3) and said in err, err

@@ -123,7 +123,10 @@ def _best_covering(columns: Tensor, weights: Tensor, selected: Tensor, count: in
         taken[pick] = True
         better = torch.maximum(covered, columns[:, pick[0]])
         changed = (better > covered).nonzero()[:, 0]  # only these columns lose gain; the sums stay exact
-        gain = gain - _gain(columns[changed], covered[changed]) + _gain(columns[changed], better[changed])
+        # max(0, s - c) - max(0, s - better) is s between the two, less c.
+        low, high = covered[changed], better[changed]
+        lost = columns[changed].clamp(low[:, None], high[:, None]).sum(dim=0, dtype=torch.int32)
+        gain = gain - lost + low.sum(dtype=torch.int32)
         covered = better
         picks.append(pick)
     return torch.cat(picks) if picks else selected[:0]

@@ -13,7 +13,7 @@ from btp_export.cli import main
 from btp_export.profiling.profile import profile_engines, saved_profiles
 from engines.targets import find_target
 from engines.tensorrt.prepare.build_plan import Wishes, plan_build
-from engines.tensorrt.records import EnginesRecord
+from engines.tensorrt.records import EnginesRecord, bundle_digest, engines_folder
 from graphs.files.bundle import Bundle
 from graphs.pruning.operations import cost
 from graphs.records.errors import InputError, UnavailableError
@@ -65,10 +65,20 @@ def times(bundle: Bundle) -> dict[str, float]:
     return {f"{name}.engine": ms for name, ms in found.items()}
 
 
+KITS: dict[tuple[str, str], Path] = {}
+
+
 def kit(bundle: Bundle, **wishes: Any) -> Path:
-    """The folder of engines as `build` writes it without TensorRT."""
+    """The folder of engines as `build` writes it without TensorRT: once for each bundle and wishes, then a copy."""
     chosen = {"engine_weights": "baked", "unpruned": True} | wishes
-    return prepared(plan_build(bundle, find_target(TARGET), Wishes(**chosen)), force=True, recorder=None)
+    key = (bundle_digest(bundle), repr(sorted(chosen.items())))
+    if key not in KITS:
+        folder = prepared(plan_build(bundle, find_target(TARGET), Wishes(**chosen)), force=True, recorder=None)
+        KITS[key] = Path(shutil.copytree(folder, bundle.root.with_name(f"kit-{len(KITS)}")))
+        return folder
+    root = engines_folder(bundle, TARGET)
+    shutil.rmtree(root, ignore_errors=True)
+    return Path(shutil.copytree(KITS[key], root))
 
 
 def measured(bundle: Bundle, measured: Mapping[str, float] | None = None, **wishes: Any) -> Path:

@@ -83,9 +83,13 @@ def test_names_inputs_and_outputs_are_those_of_interfaces_md(models):
     assert signature(decode.outputs) == {"logits": (f, (2, vocab)), **rows}
 
 
-@pytest.mark.parametrize("precision", ["float32", "float16", "bfloat16"])
-@pytest.mark.parametrize("opset", [18, 23])
-@pytest.mark.parametrize("importance", ["last-token", "similar-text"])
+@pytest.mark.parametrize(  # every pair of two settings is there, half of all combinations
+    ("importance", "opset", "precision"),
+    [
+        ("last-token", 18, "float32"), ("last-token", 23, "float16"), ("last-token", 23, "bfloat16"),
+        ("similar-text", 23, "float32"), ("similar-text", 18, "float16"), ("similar-text", 18, "bfloat16"),
+    ],
+)  # fmt: skip
 def test_every_value_is_static_and_the_checker_agrees(importance, opset, precision, models, tmp_path):
     sample = sample_model("mistral-gqa", models)
     graphs = build(sample, sample.plan(*STAGES, importance=importance), opset=opset, precision=precision)

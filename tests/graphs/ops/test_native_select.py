@@ -1,5 +1,6 @@
 """BtpSelectTokens: the CUDA kernel (its source, emulated) and the ONNX Runtime operator equal the reference."""
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,13 @@ def expected(case: Case) -> Array:
 @pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.name}-{case.scores.shape[1]}")
 def test_equals_the_reference(case: Case, name: str) -> None:
-    np.testing.assert_array_equal(backend(name).select(case.inputs, case.attributes), expected(case))
+    np.testing.assert_array_equal(backend(name).select(case.inputs, case.attributes), known(case.name))
+
+
+@functools.cache
+def known(name: str) -> Array:
+    """What is expected of a case, for both backends."""
+    return expected(next(case for case in CASES if case.name == name))
 
 
 SPECIAL = np.float32([0.0, -0.0, 1.0, -1.0, 0.5, np.inf, -np.inf, np.nan, 1e-8, 3e38])
