@@ -15,6 +15,8 @@ import pytest
 from hypothesis import settings
 from PIL import Image
 
+from tests.captures import Remembered
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests never go online
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -49,12 +51,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_runtest_setup() -> None:
-    """Two things that libraries do again and again are done once or never, where they are loaded and still do them.
+    """What costs most and gives the same each time is done once or never, where it is loaded.
 
-    torch.onnx reads its 500 translations for every export, a third of whose time that takes. transformers writes every
-    configuration that it reads as text, for a log that is off: a third of what opening a tiny model takes. Other
-    processes do both, and test_exporting.py compares the bundle of one with ours byte for byte.
+    An export takes the vision graph of a tower that was captured before (tests/captures.py). torch.onnx reads its 500
+    translations once, not for every export. transformers does not write every configuration that it reads as text, for
+    a log that is off. Other processes do all of this each time, and test_exporting.py compares the bundle of one with
+    ours byte for byte.
     """
+    exporting = sys.modules.get("btp_export.exporting")
+    if exporting is not None and not isinstance(exporting.capture_vision, Remembered):
+        exporting.capture_vision = Remembered(exporting.capture_vision)
     configuration = getattr(sys.modules.get("transformers.configuration_utils"), "PreTrainedConfig", None)
     if configuration is not None:
         configuration.__repr__ = object.__repr__

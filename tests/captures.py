@@ -1,0 +1,78 @@
+"""The vision graph of a tower is captured once a process of tests; an export of the same tower takes a copy.
+
+Most exports of the tests are of one tiny tower, and capturing it takes most of their time. That a capture of the same
+tower gives the same bytes is shown by tests/graphs/building/test_vision_capture.py, which captures each time, and by
+tests/btp_export/test_exporting.py, where another process captures.
+"""
+
+import hashlib
+import io
+import pickle
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any
+
+from graphs.building.graph_builder import BuiltGraph
+
+Captured = tuple[BuiltGraph, dict[str, Any]]
+
+
+class Remembered:
+    """`capture_vision`, asked once for each tower and settings."""
+
+    def __init__(self, capture: Callable[..., Captured]) -> None:
+        self._capture = capture
+        self._known: dict[bytes, Captured] = {}
+
+    def __call__(self, module: Any, **settings: Any) -> Captured:
+        digest = hashlib.sha256(repr(sorted(settings.items())).encode())
+        try:
+            for part in parts_of(module):
+                digest.update(hashlib.sha256(part).digest())
+        except Exception:  # it holds what cannot be compared
+            return self._capture(module, **settings)
+        key = digest.digest()
+        if key not in self._known:
+            self._known[key] = self._capture(module, **settings)
+        graph, weights = self._known[key]
+        return BuiltGraph(graph.name, graph.model.clone(), graph.layers), dict(weights)
+
+
+class Pickler(pickle.Pickler):
+    """Tensors by their values: torch's own form has addresses in it."""
+
+    def reducer_override(self, held: Any) -> Any:
+        if type(held).__module__.partition(".")[0] != "torch" or not hasattr(held, "numpy"):
+            return NotImplemented
+        return bytes, (f"{held.dtype} {tuple(held.shape)} ".encode() + held.detach().contiguous().numpy().tobytes(),)
+
+
+def pickled(value: Any) -> bytes:
+    """The same for two values that are alike."""
+    stream = io.BytesIO()
+    Pickler(stream).dump(value)
+    return stream.getvalue()
+
+
+def parts_of(module: Any) -> Iterator[bytes]:
+    """All that decides what a module computes: classes, attributes, weights, variables that a local class closes over.
+
+    Raises whatever pickle does for an attribute of another kind.
+    """
+    kind = type(module)
+    yield f"{kind.__module__}.{kind.__qualname__}".encode()
+    for cell in (kind.forward.__closure__ or ()) if "<locals>" in kind.__qualname__ else ():
+        held = cell.cell_contents
+        yield held.__name__.encode() if isinstance(held, ModuleType) else pickled(held)
+    for name, value in sorted(vars(module).items()):
+        yield name.encode()
+        if name in ("_parameters", "_buffers"):
+            for key, tensor in value.items():
+                yield f"{key} {None if tensor is None else (tensor.dtype, tuple(tensor.shape))}".encode()
+                yield b"" if tensor is None else tensor.detach().contiguous().numpy().tobytes()
+        elif name == "_modules":
+            for key, child in value.items():
+                yield key.encode()
+                yield from parts_of(child)
+        else:
+            yield pickled(value)
