@@ -202,6 +202,32 @@ def test_no_pickles_and_no_remote_code() -> None:
     assert not wrong
 
 
+MOST_LINES, MOST_BODY = 400, 60
+
+
+def lines_of_code(path: Path) -> int:
+    """Without docstrings: what an interface promises may be long."""
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    first = [node.body[0] for node in nodes(path) if isinstance(node, documented) and node.body]
+    texts = [node for node in first if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)]
+    docstrings = sum((node.end_lineno or 0) - node.lineno + 1 for node in texts)
+    return len(path.read_text(encoding="utf-8").splitlines()) - docstrings
+
+
+def bodies(path: Path) -> Iterator[tuple[str, int]]:
+    """Functions with their lines from the docstring on: a signature with many options has no paths through it."""
+    for node in nodes(path):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            yield node.name, (node.end_lineno or 0) - node.body[0].lineno + 1
+
+
+def test_files_and_functions_have_a_size_that_is_read_at_once() -> None:
+    files = [path for folder in (*MAY_IMPORT, "benchmarks", "tests") for path in python_files(folder)]
+    long = [path.name for path in files if lines_of_code(path) > MOST_LINES]
+    deep = [f"{path.name}: {name}" for path in files for name, lines in bodies(path) if lines > MOST_BODY]
+    assert (long, deep) == ([], [])
+
+
 def modules() -> dict[str, Path]:
     found = {}
     for package in MAY_IMPORT:
