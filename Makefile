@@ -11,7 +11,7 @@ OUT ?= demo-bundle
 
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test fuzz table readme schemas lint format native gpu-check clean
+.PHONY: demo test fuzz table readme schemas lint format native wheels gpu-check clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python -m engines.native.compile_ort
@@ -57,6 +57,11 @@ NATIVE_OPTIONS ?=
 native:
 	cmake -S engines/native -B engines/native/build $(NATIVE_OPTIONS)
 	cmake --build engines/native/build
+
+# dist/: wheels for x86_64 and aarch64 that carry the CPU operators; this machine's is tried in a bare environment.
+wheels: $(VENV)/.ready
+	$(BIN)/python -m pip install --quiet -e '.[wheels]'
+	$(BIN)/python -m engines.native.wheels --out dist
 
 # On a machine with an NVIDIA GPU and nvcc: verifies the kernels, then times them, by themselves, in torch and in ONNX
 # Runtime (docs/gpu-check.md, which also has the two prepared calls for a machine that has nothing of ours).

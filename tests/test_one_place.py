@@ -131,6 +131,7 @@ OWN_FILES = {
     "btp_export/serving/preparing_process.py",
     "engines/native/compile_ort.py",
     "engines/native/libraries.py",
+    "engines/native/wheels.py",
     "engines/runners/packed_files.py",
     "engines/tensorrt/build/builder.py",
     "engines/tensorrt/build/worker.py",

@@ -20,7 +20,10 @@ from graphs.files.atomic import sha256, write_bytes, write_text
 from graphs.records.errors import BtpError, CheckError, UnavailableError
 
 NATIVE: Final = Path(__file__).parent
-FLAGS: Final = ("-std=c++17", "-fPIC", "-O3", "-shared", "-fvisibility=hidden", "-Wl,--no-undefined")
+# -ffp-contract=off: some compilers join a product and a sum where they may, and results must be equal everywhere.
+FLAGS: Final = (
+    "-std=c++17", "-fPIC", "-O3", "-ffp-contract=off", "-shared", "-fvisibility=hidden", "-Wl,--no-undefined",
+)  # fmt: skip
 
 
 def sources() -> list[Path]:

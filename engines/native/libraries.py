@@ -163,8 +163,8 @@ def require_capability(library: NativeLibrary, capability: tuple[int, int]) -> N
     )
 
 
-def _require_machine(path: Path) -> None:
-    """Raise UnavailableError unless this is an ELF library for the machine that runs us."""
+def elf_machine(path: Path) -> str:
+    """The processor of a shared library, as platform.machine() calls it. Raises UnavailableError for other files."""
     try:
         with path.open("rb") as file:
             head = file.read(20)
@@ -173,6 +173,11 @@ def _require_machine(path: Path) -> None:
     if len(head) < 20 or head[:4] != b"\x7fELF":
         raise UnavailableError(f"{path} is no shared library", "an ELF file", BUILD)
     (code,) = struct.unpack_from("<H" if head[5] == 1 else ">H", head, 18)
-    machine = _MACHINES.get(code, f"machine type {code}")
+    return _MACHINES.get(code, f"machine type {code}")
+
+
+def _require_machine(path: Path) -> None:
+    """Raise UnavailableError unless this is an ELF library for the machine that runs us."""
+    machine = elf_machine(path)
     if machine != platform.machine():
         raise UnavailableError(f"{path} was built for {machine}", platform.machine(), BUILD)
