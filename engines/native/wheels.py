@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 import platform
 import re
 import shutil
@@ -124,8 +125,9 @@ def try_wheel(wheel: Path) -> None:
 
 
 def _succeeds(command: Sequence[str], folder: Path = ROOT) -> bool:
-    """Run a command; what it says goes to standard error."""
-    return subprocess.run(command, stdout=sys.stderr, cwd=folder, check=False).returncode == 0
+    """Run a command; what it says goes to standard error. It is told nothing of where this process has its modules."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    return subprocess.run(command, stdout=sys.stderr, cwd=folder, env=env, check=False).returncode == 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
