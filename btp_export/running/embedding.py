@@ -24,7 +24,8 @@ class TokenEmbedding:
     """The embedding matrix of a bundle [vocab, C], in the file; rows come in `dtype`."""
 
     def __init__(self, bundle: Bundle, dtype: np.dtype[Any]) -> None:
-        self._table, self._dtype = bundle.checkpoint()[EMBEDDING].read(), dtype
+        # As a plain array: rows of a numpy.memmap are memmaps again, which takes ten times as long as reading one.
+        self._table, self._dtype = np.asarray(bundle.checkpoint()[EMBEDDING].read()), dtype
 
     def rows(self, ids: Array) -> Array:
         """Rows [n, C] of ids [n]; only these are read. Raises InputError for ids that the matrix does not have."""

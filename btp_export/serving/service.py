@@ -8,6 +8,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Seque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from btp_export import console
 from btp_export.serving.addresses import picture_bytes
 from btp_export.serving.gathering import Event, Finish, Gathering, Job
 from btp_export.serving.limits import Access, Limits
@@ -86,6 +87,7 @@ class Service:
             target=chosen.target,
             activations=chosen.activations,
             cuda_graphs=chosen.cuda_graphs,
+            note=console.note,
         )
         _ = model.prompter  # opened now: the first request must not wait for it, and must not be what finds it broken
         return model

@@ -266,10 +266,10 @@ def call(name: str, *arguments: Any) -> None:
 
 def try_call(name: str, *arguments: Any) -> int:
     """Call one function of the CUDA runtime; its error code, 0 for success."""
-    converted = [
-        argument if kind is _OUT else kind(argument) for kind, argument in zip(SIGNATURES[name], arguments, strict=True)
-    ]
-    return int(getattr(library(), name)(*converted))
+    function = getattr(library(), name)
+    if function.argtypes is None:  # a decode step makes a dozen calls: ctypes converts faster than we do
+        function.argtypes = SIGNATURES[name]
+    return int(function(*arguments))
 
 
 def error_text(code: int) -> str:

@@ -23,14 +23,16 @@ INVALID_DEVICE, OUT_OF_MEMORY = 101, 2
 
 
 class Function:
-    """Like a function of a ctypes library: arguments as ctypes objects, and `restype` may be set."""
+    """Like a function of a ctypes library: `argtypes` and `restype` may be set, as many arguments are taken as said."""
 
+    argtypes: tuple[Any, ...] | None = None
     restype: Any = ctypes.c_int
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self._function = function
 
     def __call__(self, *arguments: Any) -> Any:
+        assert self.argtypes is None or len(arguments) == len(self.argtypes), self.argtypes
         return self._function(*(getattr(a, "_obj", a.value if hasattr(a, "value") else a) for a in arguments))
 
 

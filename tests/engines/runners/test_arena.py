@@ -8,7 +8,7 @@ import pytest
 from engines.runners import arena, cuda
 from engines.runners.arena import Arena
 from graphs.records.errors import CheckError, UnavailableError
-from tests.engines.runners.host_cuda import HostCuda, HostDriver
+from tests.engines.runners.host_cuda import Function, HostCuda, HostDriver
 
 MIB = 2**20
 PAGES = 300 * MIB
@@ -120,6 +120,6 @@ def test_every_function_is_the_drivers() -> None:
 
 
 def test_other_errors_keep_their_code(machine: HostCuda) -> None:
-    machine.cudaMalloc = lambda pointer, size: 700
+    machine.cudaMalloc = Function(lambda pointer, size: 700)
     with pytest.raises(CheckError, match="cudaMalloc failed with CUDA error 700"):
         Arena(MIB, device=0)

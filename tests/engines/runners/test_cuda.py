@@ -9,7 +9,7 @@ import pytest
 from engines.runners import cuda
 from engines.runners.cuda_stream import Stream
 from graphs.records.errors import CheckError, UnavailableError
-from tests.engines.runners.host_cuda import HostCuda
+from tests.engines.runners.host_cuda import Function, HostCuda
 
 
 @pytest.fixture(autouse=True)
@@ -69,7 +69,7 @@ def test_no_library(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_errors_have_their_name_and_code(monkeypatch: pytest.MonkeyPatch) -> None:
     machine = HostCuda()
     monkeypatch.setattr(cuda, "library", lambda: machine)
-    machine.cudaEventSynchronize = lambda event: 700
+    machine.cudaEventSynchronize = Function(lambda event: 700)
     with pytest.raises(CheckError, match="cudaEventSynchronize failed with CUDA error 700"):
         Stream(0).finish()
     machine.total = 1000

@@ -5,6 +5,7 @@ file" is JSON with the path of a graph; execute_async_v3 puts a run on the strea
 at the time it runs. What TensorRT refuses is refused, with words like its own.
 """
 
+import ctypes
 import enum
 import json
 from pathlib import Path
@@ -62,8 +63,8 @@ ENUMS = (
 def write_engine(path: Path, graph: Path, *, version: str, capability: str, capturable: bool | str = True) -> bytes:
     """An engine file for a graph; its bytes. tests/engines/tensorrt/trtexec_standin.py writes the same.
 
-    An engine with `capturable` False refuses to run in a capture, one with "cudaMalloc" or the name of another function
-    without arguments calls that function in every run, as a plugin might, and goes on.
+    An engine with `capturable` False refuses to run in a capture; one with "cudaMalloc" or "cudaDeviceSynchronize"
+    calls that function in every run, as a plugin might, and goes on.
     """
     head = {"graph": str(graph), "version": version, "capability": capability, "capturable": capturable}
     path.write_bytes(MAGIC + json.dumps(head).encode())
@@ -197,7 +198,8 @@ class Context:
             self._compute(addresses)
 
         if isinstance(self.engine.capturable, str):
-            getattr(self.engine.cuda, self.engine.capturable)()
+            given = (ctypes.byref(ctypes.c_size_t()), 64) if self.engine.capturable == "cudaMalloc" else ()
+            getattr(self.engine.cuda, self.engine.capturable)(*given)
         done = self.engine.cuda.enqueue(stream_handle, run, capturable=bool(self.engine.capturable))
         return done or self._refuse("enqueueV3: operation not permitted when stream is capturing")
 

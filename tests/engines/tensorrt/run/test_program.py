@@ -16,7 +16,7 @@ from engines.chain import Batch
 from engines.runners.onnxruntime import OrtLoader
 from engines.tensorrt.prepare.prepared_graphs import Choices
 from graphs.files.bundle import Bundle
-from tests.engines.runners.host_cuda import NOT_IN_A_CAPTURE, HostCuda
+from tests.engines.runners.host_cuda import NOT_IN_A_CAPTURE, Function, HostCuda
 from tests.engines.tensorrt.run.conversations import chain, conversation, inputs, onnx_graphs
 from tests.engines.tensorrt.run.engine_folders import engines, write_engines
 
@@ -83,10 +83,8 @@ def test_a_decode_step_is_a_launch_the_new_rows_and_one_wait(bundle: Bundle, fol
 
 @pytest.mark.parametrize("capturable", [False, "cudaDeviceSynchronize", "cudaMalloc"])
 def test_what_cannot_be_captured_runs_plainly_and_says_so(
-    capturable: bool | str, bundle: Bundle, tmp_path: Path, machine: HostCuda, monkeypatch: pytest.MonkeyPatch
+    capturable: bool | str, bundle: Bundle, tmp_path: Path, machine: HostCuda
 ) -> None:
-    malloc = type(machine).Malloc
-    monkeypatch.setattr(type(machine), "Malloc", lambda self, *given: malloc(self, *given) if given else 0)
     write_engines(bundle, tmp_path, PLAIN, capturable=capturable)
     notes: list[str] = []
     loader, graphs = engines(bundle, tmp_path, note=notes.append)
@@ -105,7 +103,7 @@ def test_what_cannot_be_captured_runs_plainly_and_says_so(
 
 
 def test_a_graph_that_cannot_be_made_ready(bundle: Bundle, folder: Path, machine: HostCuda) -> None:
-    machine.cudaGraphInstantiateWithFlags = lambda *given: 801
+    machine.cudaGraphInstantiateWithFlags = Function(lambda *given: 801)
     notes: list[str] = []
     loader, graphs = engines(bundle, folder, note=notes.append)
     model = chain(bundle, graphs, loader)
@@ -203,7 +201,7 @@ def test_two_threads_with_a_model_each(bundle: Bundle, folder: Path, machine: Ho
         time.sleep(0.05)  # the other thread goes on meanwhile
         return code
 
-    machine.cudaStreamBeginCapture = begin_and_wait
+    machine.cudaStreamBeginCapture = Function(begin_and_wait)
     for thread in threads:
         thread.start()
     for thread in threads:
