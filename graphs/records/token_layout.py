@@ -7,11 +7,12 @@ with the grid (48, 48). No blocks means that the tokens are the one grid.
 """
 
 import math
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from pydantic import Field
 
+MOST_TOKENS: Final = 2**20  # V: sixty times what the largest picture of Qwen2.5-VL takes
 Grid = tuple[int, int]  # rows, columns
 Blocks = tuple[Grid, ...]
 
@@ -22,7 +23,13 @@ def blocks_field() -> Any:
 
 
 def check_blocks(blocks: Blocks, grid: Grid, image_tokens: int) -> None:
-    """Raise ValueError (pydantic turns it into a validation error) unless blocks, grid and V belong together."""
+    """Raise ValueError (pydantic turns it into a validation error) unless blocks, grid and V belong together.
+
+    More tokens than MOST_TOKENS are refused here, because whoever reads a record makes arrays of that size.
+    """
+    for tokens in (image_tokens, count_tokens((grid,)), count_tokens(blocks)):
+        if tokens > MOST_TOKENS:
+            raise ValueError(f"{tokens} image tokens; at most {MOST_TOKENS}")
     if not blocks:
         return
     if min(min(block) for block in blocks) < 1:

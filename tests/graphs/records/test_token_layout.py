@@ -44,6 +44,18 @@ def test_blocks_must_add_up_to_the_tokens(make: object) -> None:
             make(blocks, grid, tokens)
 
 
+@pytest.mark.parametrize("grid", [(24, 2**31), (2**20 + 1, 1)])
+def test_more_tokens_than_any_picture_has_are_refused(grid: tuple[int, int]) -> None:
+    """Whoever reads a record makes arrays of that size: `run` of such a manifest took all memory."""
+    tokens = grid[0] * grid[1]
+    for make in (profile, plan):
+        with pytest.raises(ValidationError, match=f"{tokens} image tokens"):
+            make((), grid, 576)
+    with pytest.raises(ValidationError, match=f"{tokens} image tokens"):
+        VisionSpec(image_size=(48, 48), grid=grid)
+    assert VisionSpec(image_size=(48, 48), grid=(2**10, 2**10)).image_tokens == 2**20
+
+
 def test_records_without_blocks_are_written_as_before() -> None:
     """Files of models with one grid do not change."""
     assert "blocks" not in plan((), (6, 6), 36).to_json()
