@@ -23,7 +23,7 @@ BITS: Final = 4
 LARGEST: Final = 15
 MIDDLE: Final = 8  # the zero point of weights that have no zeros
 GROUPS: Final = (16, 32, 64, 128, 256)
-_WORD: Final = np.dtype("<i4")
+_WORD: Final = np.dtype("<i4")  # as files hold it, whatever the machine's own order
 
 
 def qweight_shape(n: int, k: int, group: int) -> tuple[int, int, int]:

@@ -223,7 +223,7 @@ def _layout(picture: tuple[int, int], pinpoints: tuple[tuple[int, int], ...], si
             wanted="a picture whose sides differ less",
             do="crop it",
         )
-    blocks = ((patches, patches), (rows, columns + 1))
+    blocks = ((patches, patches), (rows, columns + 1))  # a newline token ends each row of the tiles
     return Layout(best, (rows, columns), blocks, pixel_shape=(1, 1 + tiles[0] * tiles[1], 3, side, side))
 
 

@@ -134,18 +134,20 @@ class Service:
         """Why no answers come any more, None if they do."""
         if not self._worker.alive:
             return "the worker has ended"
+        # A batch's requests have all been given up after `seconds`: what runs twice as long does not end by itself.
         if self._worker.busy_seconds > 2 * self.serving.limits.seconds:
             return f"a batch runs for {self._worker.busy_seconds:.0f} s"
         return None
 
     def retry_after(self) -> int:
         """Seconds after which a place in the queue should be free."""
-        batch = min(profile.batch for profile in self.profiles)
+        batch = min(profile.batch for profile in self.profiles)  # the one that empties the queue slowest
         return max(1, math.ceil(self._worker.seconds_per_batch * len(self._gathering) / batch))
 
     @contextlib.contextmanager
     def place(self) -> Iterator[None]:
         """A place among the requests that are under way. Raises Refusal if there is none."""
+        # Those that wait, and those in the batch that runs.
         most = self.serving.limits.queue + max(profile.batch for profile in self.profiles)
         if self._under_way >= most:
             raise full(self.retry_after())

@@ -63,6 +63,7 @@ def cost(decoder: DecoderSpec, plan: PruningPlan, profile: ShapeProfile, precisi
         segments=tuple(batch * _layers(s) * layer(decoder, profile.tokens_with(s.image_tokens)) for s in segments),
         selection=tuple(batch * selection(decoder, plan, n, profile) for n in range(len(plan.stages))),
         head=batch * head,
+        # A new token looks at the cache and at itself.
         decode=batch
         * (head + sum(_layers(s) * layer(decoder, 1, profile.capacity_with(s.image_tokens) + 1) for s in segments)),
         cache_bytes=batch * row * rows,
