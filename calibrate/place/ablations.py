@@ -136,10 +136,11 @@ def with_balance(plan: PruningPlan, shares: Sequence[float], recipe: Recipe | No
     return _with_stages(plan, stages)
 
 
-def with_layers(plan: PruningPlan, layers: Sequence[int]) -> PruningPlan | None:
+def with_layers(plan: PruningPlan, layers: Sequence[int], importance: str | None = None) -> PruningPlan | None:
     """The same stages at other layers, counts falling alike to the same average tokens; None if none do.
 
-    Quotas, pool and seeds keep their shares of the counts.
+    Quotas, pool and seeds keep their shares of the counts. `importance`: another rule of scoring, as some go with
+    layer 0 alone and others with all but it.
     """
     keeping = [stage for stage in plan.stages if stage.keep]
     if not keeping or len(layers) != len(plan.stages):
@@ -159,7 +160,8 @@ def with_layers(plan: PruningPlan, layers: Sequence[int]) -> PruningPlan | None:
     for stage, layer, keep in zip(keeping, layers, keeps, strict=False):
         stages.append(with_keep(stage, keep, tokens).model_copy(update={"layer": layer}))
         tokens = keep
-    return _with_stages(plan, [*stages, *([Stage(layer=layers[-1], keep=0)] if drops else [])])
+    last = [Stage(layer=layers[-1], keep=0)] if drops else []
+    return _with_stages(plan, [*stages, *last], importance=importance or plan.importance)
 
 
 def with_equal_stages(plan: PruningPlan) -> PruningPlan | None:
@@ -185,16 +187,15 @@ def switched(
     importance: str | None = None,
 ) -> PruningPlan:
     """A plan with switches turned; what is not given stays. Raises InputError for what the plan cannot have."""
-    if layers is not None:
-        moved = with_layers(plan, layers)
+    try:
+        moved = plan if layers is None else with_layers(plan, layers, importance)
         if moved is None:
             raise InputError(
-                f"--stages {','.join(map(str, layers))} for a plan with {len(plan.stages)} stages",
+                f"--stages {','.join(map(str, layers or ()))} for a plan with {len(plan.stages)} stages",
                 wanted=f"as many layers, at which {plan.average_tokens:.1f} average tokens can be had",
                 do="btp-export plan NAME shows the plan's own",
             )
         plan = moved
-    try:
         plan = with_balance(plan, balance) if balance is not None else plan
         plan = plan if rebalance else without_rebalance(plan)
         plan = plan if spatial else without_spatial(plan)
@@ -218,6 +219,6 @@ def _rebalances(plan: PruningPlan) -> bool:
     return any(stage.pool > stage.attention_quota for stage in plan.stages)
 
 
-def _with_stages(plan: PruningPlan, stages: Sequence[Stage]) -> PruningPlan:
+def _with_stages(plan: PruningPlan, stages: Sequence[Stage], **changes: object) -> PruningPlan:
     """The plan with other stages, validated as any plan is."""
-    return Shape.of(plan).plan(stages, **_settings(plan))
+    return Shape.of(plan).plan(stages, **(_settings(plan) | changes))

@@ -119,7 +119,9 @@ def _upright(image: Image.Image) -> Image.Image:
     """The picture turned as its EXIF data say; as it is where they cannot be read: Pillow opens such a file, too."""
     image.load()  # what is wrong with its pixels is raised here
     try:
-        return ImageOps.exif_transpose(image)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of data that are cut off
+            return ImageOps.exif_transpose(image)
     except _DAMAGE:
         return image.copy()
 

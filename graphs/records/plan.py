@@ -139,8 +139,9 @@ class PruningPlan(Record):
                 raise ValueError(f"format: {declared!r} is neither {FORMAT} nor {FORMAT_2}")
         plan = handler(data)
         if declared == FORMAT and plan.format == FORMAT_2:
-            number = next(n for n, stage in enumerate(plan.stages) if stage.extends)
-            raise ValueError(f"stage {number} says more than {FORMAT} can hold: write {FORMAT_2}")
+            extends = [f"stage {number}" for number, stage in enumerate(plan.stages) if stage.extends]
+            what = extends[0] if extends else f"importance {plan.importance}"
+            raise ValueError(f"{what} says more than {FORMAT} can hold: write {FORMAT_2}")
         return plan
 
     @model_validator(mode="after")

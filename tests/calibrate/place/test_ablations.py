@@ -89,3 +89,14 @@ def test_switches_of_one_plan() -> None:
         switched(PLAN, layers=(10, 12, 14, 22))
     with pytest.raises(InputError, match="for 3 stages that keep tokens"):
         switched(PLAN, balance=(0.5, 1.0))
+
+
+def test_a_rule_of_layer_0_goes_no_further_unless_another_is_chosen() -> None:
+    """Every preset at layers that its rule of scoring may not suit: an error of the user's, or a plan that is read."""
+    stage = Stage(layer=0, keep=120, attention_quota=120, pool=120, boundary=120)
+    first = LLAVA.plan([stage, Stage(layer=22, keep=0)], importance="norm")
+    with pytest.raises(InputError, match=r"do not fit the plan: .*scores by norm, which is for layer 0"):
+        switched(first, layers=(1, 20))
+    moved = switched(first, layers=(1, 20), importance="last-token")
+    assert [stage.layer for stage in moved.stages] == [1, 20] and moved.importance == "last-token"
+    assert moved.average_tokens == pytest.approx(first.average_tokens, rel=0.02)

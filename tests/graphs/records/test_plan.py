@@ -189,6 +189,10 @@ def test_format_1_cannot_hold_new_rules() -> None:
     document = json.loads(RELEASED.to_json()) | {"stages": [{"layer": 0, "keep": 9, **COVERING}]}
     with pytest.raises(InputError, match="stage 0 says more than btp-plan/1 can hold"):
         PruningPlan.from_json(json.dumps(document), source="my-plan.json")
+    stage = {"layer": 0, "keep": 9, "attention_quota": 9, "pool": 9, "boundary": 9}
+    document |= {"stages": [stage], "importance": "norm"}
+    with pytest.raises(InputError, match="importance norm says more than btp-plan/1 can hold"):
+        PruningPlan.from_json(json.dumps(document), source="my-plan.json")
 
 
 @given(plans())
