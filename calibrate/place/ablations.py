@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+from pydantic import ValidationError
+
 from calibrate.place.balance import IMPORTANCES, Recipe, stage_of
 from calibrate.place.counts import Shape, counts_for, exponents_of
 from graphs.records.errors import InputError
@@ -202,8 +204,8 @@ def switched(
         changes = {"spatial_metric": metric, "importance": importance}
         given = {key: value for key, value in changes.items() if value is not None}
         return Shape.of(plan).plan(plan.stages, **(_settings(plan) | given))
-    except ValueError as error:
-        reason = str(error).splitlines()[2].split(" [")[0].strip()
+    except ValidationError as error:
+        reason = error.errors()[0]["msg"].removeprefix("Value error, ")
         raise InputError(f"the switches do not fit the plan: {reason}", wanted="a plan that can have them") from error
 
 
