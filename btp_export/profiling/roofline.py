@@ -15,6 +15,7 @@ from math import prod
 from pathlib import Path
 from typing import Literal
 
+from engines.tensorrt.records import TERMS
 from graphs import ops
 from graphs.files.onnx_file import refusing_graph
 from graphs.files.onnx_wire import GraphFile, Node
@@ -57,6 +58,11 @@ def _matmul(node: Node, shapes: Shapes) -> int:
     return 2 * prod(shapes[node.outputs[0]]) * shapes[node.inputs[0]][-1]
 
 
+def _sum(node: Node, shapes: Shapes) -> int:
+    """A sum that a product over caches was written as: a product and an addition for each term; 0 for other sums."""
+    return 2 * prod(shapes[node.inputs[0]]) if node.inputs[0].endswith(TERMS) else 0
+
+
 def _gemm(node: Node, shapes: Shapes) -> int:
     return 2 * prod(shapes[node.outputs[0]]) * shapes[node.inputs[0]][0 if node.integers.get("transA", 0) else 1]
 
@@ -84,4 +90,5 @@ _COUNTS: dict[str, Callable[[Node, Shapes], int]] = {
     "Gemm": _gemm,
     "Conv": _conv,
     "Attention": _attention,
+    "ReduceSum": _sum,
 }

@@ -92,6 +92,7 @@ class Estimate(Record):
 # Behind the name of a product: the casts of its operands, with a number each, and the cast of its result.
 BEFORE, BEHIND = "/float32", "/float16"
 SUMMED = "/sum"  # behind the name of a product that is written as a sum; what it is made of has more behind that
+TERMS = f"{SUMMED}.terms"  # what it adds up
 
 
 class Expected(Record):

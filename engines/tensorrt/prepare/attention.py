@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-from engines.tensorrt.records import SUMMED
+from engines.tensorrt.records import SUMMED, TERMS
 from graphs import names
 from graphs.building.graph_builder import dims, dtype_of
 
@@ -95,7 +95,7 @@ def _sum(graph: ir.Graph, node: ir.Node, rows: ir.Value | None, *, axis: int) ->
         return laid_out if dtype == FLOAT else add("Cast", [laid_out], f".{label}.float32", shape, FLOAT)
 
     factors = [widened(left, "left", across), widened(rows, "rows", (batch, heads, 1, count, size))]
-    terms = add("Mul", factors, ".terms", (batch, heads, group, count, size), FLOAT)
+    terms = add("Mul", factors, TERMS.removeprefix(SUMMED), (batch, heads, group, count, size), FLOAT)
     total = add("ReduceSum", [terms, _integers(graph, [axis])], "", dims(result), FLOAT)
     if dtype_of(result) != FLOAT:
         total = add("Cast", [total], ".narrow", dims(result), dtype_of(result))
