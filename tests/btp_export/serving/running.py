@@ -104,7 +104,7 @@ def question(picture: Image.Image | str, *turns: str) -> list[dict[str, Any]]:
     return [{"role": "user", "content": parts}, *later]
 
 
-def wait_until(holds: Callable[[], bool], seconds: float = 10) -> None:
+def wait_until(holds: Callable[[], bool], seconds: float = 60) -> None:
     end = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < end, "it did not come to hold"
