@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from calibrate.quantise.search import QuantisedLayer
 
 Method = Literal["awq", "rtn"]
-VERSION = 2  # of what is made; raise it when the same model gives other bytes
+VERSION = 3  # of what is made; raise it when the same model gives other bytes
 MOST_SAMPLES = 32  # of the calibration's, which it interleaves by kind: the search needs magnitudes, not a ranking
 BYTES_A_WEIGHT = 0.6  # of four bits with their scales and zeros, at most (groups of 32)
 
@@ -211,12 +211,21 @@ class _Job:
             reference.run(inputs, self.plan, edit=edit)
 
     def check_memory(self) -> None:
-        """Raise InputError if a layer, what is tried in place of its largest matrix, and the rows do not fit."""
+        """Raise InputError if a layer, what is tried in place of its largest matrix, and the rows do not fit.
+
+        X^T X of its four inputs, the largest scaled once more, and what one of its spans is inverted with, too.
+        """
+        from calibrate.quantise.compensate import SPAN
+
         decoder, profile = self.model.spec.decoder, self.profile
         count = 0 if self.pictures is None else len(self.pictures.samples)
         rows = count * (profile.prefix_tokens + profile.image_tokens + profile.text_tokens)
-        largest = decoder.hidden_size * decoder.intermediate_size
-        needed = LIBRARIES + 4 * (2 * decoder.layer_elements + 6 * largest + 3 * rows * decoder.hidden_size)
+        hidden, heads, intermediate = _inner_sizes(self.model.spec)
+        largest = hidden * intermediate
+        grams = sum(width * min(width, SPAN) for width in (hidden, heads, hidden, intermediate, intermediate))
+        passed_on = 0 if count == 0 else grams + 4 * min(intermediate, SPAN) ** 2
+        elements = 2 * decoder.layer_elements + 6 * largest + 3 * rows * decoder.hidden_size + passed_on
+        needed = LIBRARIES + 4 * elements
         check_memory(needed, f"quantising {self.model.spec.name} on {count} samples", do="fewer --samples")
 
 

@@ -12,6 +12,7 @@ from typing import Any, Final
 import torch
 from torch import nn
 
+from calibrate.quantise.compensate import spans
 from calibrate.reference.decoder import forward
 from calibrate.reference.observers import Rows
 
@@ -26,20 +27,20 @@ SAMPLED_ROWS: Final = 512  # that output errors are computed on
 
 @dataclass
 class InputStatistics:
-    """Of rows [R,K], each times the root of what it counts: X^T X within each group [G,g,g], and some rows [r,K].
+    """Of rows [R,K], each times the root of what it counts: X^T X of each span of columns, and some rows [r,K].
 
     `magnitude` [K]: the mean of the inputs' magnitudes, rows counted likewise.
     """
 
     magnitude: torch.Tensor
-    gram: torch.Tensor
+    grams: list[torch.Tensor]
     rows: torch.Tensor
 
     def scaled(self, scale: torch.Tensor) -> InputStatistics:
         """The same of inputs that were divided by `scale` [K]."""
-        by_group = scale.view(len(self.gram), -1)
-        gram = self.gram / (by_group[:, :, None] * by_group[:, None, :])
-        return InputStatistics(self.magnitude / scale, gram, self.rows / scale)
+        parts = scale.split([len(gram) for gram in self.grams])
+        grams = [gram / torch.outer(part, part) for gram, part in zip(self.grams, parts, strict=True)]
+        return InputStatistics(self.magnitude / scale, grams, self.rows / scale)
 
 
 class _Gatherer:
@@ -48,22 +49,22 @@ class _Gatherer:
     def __init__(self, group: int, parts: _Parts) -> None:
         self._group, self._parts = group, parts
         self._total: torch.Tensor | None = None
-        self._gram: torch.Tensor | None = None
+        self._grams: list[torch.Tensor] = []
         self._rows: list[torch.Tensor] = []
 
     def __call__(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
         rows = inputs[0].detach().float()[0]
         weights, taken, counts = self._parts.of_run
         weighted = rows * weights.sqrt()[:, None]
-        grouped = weighted.view(len(rows), -1, self._group).permute(1, 2, 0)  # [G,g,R]
-        gram, total = torch.bmm(grouped, grouped.transpose(1, 2)), weights @ rows.abs()
-        self._gram = gram if self._gram is None else self._gram.add_(gram)
+        grams = [weighted[:, span].T @ weighted[:, span] for span in spans(rows.shape[1], self._group)]
+        total = weights @ rows.abs()
+        self._grams = [sum_.add_(gram) for sum_, gram in zip(self._grams, grams, strict=True)] if self._grams else grams
         self._total = total if self._total is None else self._total.add_(total)
         self._rows.append(weighted[taken] * counts.sqrt()[:, None])
 
     def statistics(self) -> InputStatistics:
-        assert self._total is not None and self._gram is not None, "the layer was run"
-        return InputStatistics(self._total / self._parts.total, self._gram, torch.cat(self._rows))
+        assert self._total is not None, "the layer was run"
+        return InputStatistics(self._total / self._parts.total, self._grams, torch.cat(self._rows))
 
 
 class _Parts:

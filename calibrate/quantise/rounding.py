@@ -1,4 +1,4 @@
-"""Rounding a matrix to codes of four bits in groups, plainly or with ranges clipped where that lowers the output error.
+"""Rounding a matrix to codes of four bits in groups.
 
 A group's range [low, high] becomes a scale and a zero point: asymmetric s = (high - low) / 15, z = round(-low / s);
 symmetric s = max|w| / 7, z = 8. Scales are rounded to the type that stores them before codes are chosen.
@@ -9,13 +9,10 @@ G = K/g groups; matrices are [N,K] float32.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final
 
 import torch
 
 from graphs.packing import LARGEST, MIDDLE
-
-SHRINKS: Final = tuple(1 - step / 20 for step in range(11))  # of a group's range: 1 to 0.5
 
 
 @dataclass(frozen=True)
@@ -33,52 +30,25 @@ class Rounded:
         return (steps * self.scales.float()[..., None]).view(n, -1)
 
 
-def round_matrix(
-    weight: torch.Tensor,
-    group: int,
-    *,
-    symmetric: bool,
-    dtype: torch.dtype,
-    shrink: torch.Tensor | float = 1.0,
-) -> Rounded:
-    """Each group's range times `shrink` (a number, or [N,G]), and codes to the nearest; `dtype` stores the scales."""
+def round_matrix(weight: torch.Tensor, group: int, *, symmetric: bool, dtype: torch.dtype) -> Rounded:
+    """Codes to the nearest; `dtype` stores the scales."""
     grouped = weight.view(len(weight), -1, group)
+    scales, zeros = ranges(grouped, symmetric=symmetric, dtype=dtype)
+    return Rounded(nearest(grouped, scales, zeros).view_as(weight), scales, zeros)
+
+
+def ranges(grouped: torch.Tensor, *, symmetric: bool, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scales and zeros [N,G] of groups [N,G,g]."""
+    low, high = grouped.amin(dim=-1).clamp(max=0), grouped.amax(dim=-1).clamp(min=0)
+    exact = grouped.abs().amax(dim=-1) / (MIDDLE - 1) if symmetric else (high - low) / LARGEST
+    scales = exact.to(dtype)
+    scales = torch.where(scales > 0, scales, torch.ones_like(scales))  # a group of zeros, or below the type's smallest
     if symmetric:
-        exact = grouped.abs().amax(dim=-1) * shrink / (MIDDLE - 1)
-    else:
-        low, high = grouped.amin(dim=-1).clamp(max=0) * shrink, grouped.amax(dim=-1).clamp(min=0) * shrink
-        exact = (high - low) / LARGEST
-    stored = exact.to(dtype)
-    stored = torch.where(stored > 0, stored, torch.ones_like(stored))  # a group of zeros, or below the type's smallest
-    scales = stored.float()
-    zeros = torch.full_like(scales, MIDDLE) if symmetric else (-low / scales).round().clamp(0, LARGEST)
-    codes = (grouped / scales[..., None]).round_().add_(zeros[..., None]).clamp_(0, LARGEST)
-    return Rounded(codes.to(torch.uint8).view_as(weight), stored, zeros.to(torch.uint8))
+        return scales, torch.full_like(scales, MIDDLE, dtype=torch.uint8)
+    return scales, (-low / scales.float()).round().clamp(0, LARGEST).to(torch.uint8)
 
 
-def clip_matrix(
-    weight: torch.Tensor, gram: torch.Tensor, group: int, *, symmetric: bool, dtype: torch.dtype
-) -> Rounded:
-    """The rounding whose ranges have the least output error, each group of a row for itself.
-
-    `gram` [G,g,g] is X^T X of the inputs within each group, so that d^T gram d is the squared error of the outputs.
-    """
-    best: torch.Tensor | None = None
-    chosen = torch.ones(len(weight), weight.shape[1] // group)
-    for shrink in SHRINKS:
-        rounded = round_matrix(weight, group, symmetric=symmetric, dtype=dtype, shrink=shrink)
-        error = group_errors(rounded.numbers() - weight, gram)
-        if best is None:
-            best = error
-            continue
-        better = error < best
-        chosen[better] = shrink
-        best = torch.where(better, error, best)
-    return round_matrix(weight, group, symmetric=symmetric, dtype=dtype, shrink=chosen)
-
-
-def group_errors(difference: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
-    """d^T gram d of every group [N,G] of a difference [N,K]; `gram` [G,g,g]."""
-    groups, size = gram.shape[:2]
-    parts = difference.view(-1, groups, size).transpose(0, 1)  # [G,N,g]
-    return (torch.bmm(parts, gram) * parts).sum(dim=-1).T
+def nearest(grouped: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor) -> torch.Tensor:
+    """The codes of groups [N,G,g], as they lie."""
+    codes = (grouped / scales.float()[..., None]).round_().add_(zeros.float()[..., None]).clamp_(0, LARGEST)
+    return codes.to(torch.uint8)

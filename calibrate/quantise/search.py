@@ -7,8 +7,9 @@ inputs divided by it, alpha searched for the least error of the outputs. The div
     o         <- rows of v, a head's rows for all query heads that read them        down <- rows of up
 
 so nothing is left to do at run time. A norm is rounded to its own type first and s is what that makes of it; the rows
-of v and up are scales of their codes. Then every matrix is rounded with clipped ranges, symmetric or not, whichever
-has the smaller error.
+of v and up are scales of their codes. Then every matrix is rounded column by column, errors passed on
+(calibrate/quantise/compensate.py), symmetric or not, whichever has the smaller error. Ranges are not clipped, as AWQ
+does: with errors passed on it makes outputs worse (benchmarks/results/quantisation.md).
 """
 
 from __future__ import annotations
@@ -19,14 +20,13 @@ from typing import Final
 
 import torch
 
+from calibrate.quantise.compensate import compensate_matrix
 from calibrate.quantise.layer_inputs import SHARED, InputStatistics
-from calibrate.quantise.rounding import Rounded, clip_matrix, round_matrix
+from calibrate.quantise.rounding import Rounded, round_matrix
 
 ALPHAS: Final = tuple(step / 20 for step in range(20))
 NORMS: Final = {"qkv": "input_layernorm", "gate_up": "post_attention_layernorm"}
 ROWS: Final = {"o": "self_attn.v_proj", "down": "mlp.up_proj"}
-# Their outputs meet in a product, where an error of one output says little: ranges are left whole (as in AWQ).
-UNCLIPPED: Final = ("self_attn.q_proj", "self_attn.k_proj")
 LEAST: Final = 1e-4  # of a magnitude
 
 
@@ -73,7 +73,7 @@ def search_layer(
         inputs = statistics[name].scaled(scales[name])
         for module in members:
             scaled = weights[f"{module}.weight"] * scales[name]
-            quantised.matrices[module] = _best(scaled, inputs, group, dtype, clipped=module not in UNCLIPPED)
+            quantised.matrices[module] = _best(scaled, inputs, group, dtype)
     return quantised
 
 
@@ -130,15 +130,12 @@ def _fold(
     return scale
 
 
-def _best(weight: torch.Tensor, inputs: InputStatistics, group: int, dtype: torch.dtype, *, clipped: bool) -> Rounded:
+def _best(weight: torch.Tensor, inputs: InputStatistics, group: int, dtype: torch.dtype) -> Rounded:
     """Symmetric or not, by the error of the outputs; symmetric codes store no zeros, so they win a tie."""
     exact = inputs.rows @ weight.T
     best, chosen = float("inf"), None
     for symmetric in (True, False):
-        if clipped:
-            rounded = clip_matrix(weight, inputs.gram, group, symmetric=symmetric, dtype=dtype)
-        else:
-            rounded = round_matrix(weight, group, symmetric=symmetric, dtype=dtype)
+        rounded = compensate_matrix(weight, inputs.grams, group, symmetric=symmetric, dtype=dtype)
         error = float((inputs.rows @ rounded.numbers().T - exact).square().sum())
         if chosen is None or error < best:
             best, chosen = error, rounded

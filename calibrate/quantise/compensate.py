@@ -1,0 +1,83 @@
+"""Codes chosen column by column, each column's rounding error passed on to those that follow (GPTQ, arXiv 2210.17323).
+
+With H = X^T X of the inputs, the error of the outputs is d H d^T. When column j is rounded by e, the columns after it
+change by -e U[j, j+1:] / U[j, j], where U is the upper Cholesky factor of the inverse of H: the least error that is
+left. H is kept and inverted in spans of columns along its diagonal, so that neither memory nor time grows with K^2;
+errors are not passed on beyond a span.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+import torch
+
+from calibrate.quantise.rounding import Rounded, nearest, ranges
+
+SPAN: Final = 4096  # columns whose errors are passed on to each other, at most
+DAMPING: Final = 0.01  # of the mean of H's diagonal, added to it (as in GPTQ): few rows say little about many columns
+MOST_DAMPING: Final = 10.0
+
+
+def spans(width: int, group: int) -> list[slice]:
+    """The columns [K] in spans of whole groups."""
+    size = SPAN // group * group
+    return [slice(start, min(start + size, width)) for start in range(0, width, size)]
+
+
+def compensate_matrix(
+    weight: torch.Tensor,
+    grams: Sequence[torch.Tensor],
+    group: int,
+    *,
+    symmetric: bool,
+    dtype: torch.dtype,
+) -> Rounded:
+    """Codes of a matrix [N,K]; `grams` hold X^T X of the inputs for each of its `spans`.
+
+    A group's range is that of its columns when their turn comes. `dtype` stores the scales.
+    """
+    parts = [
+        _span(weight[:, columns], gram, group, symmetric, dtype)
+        for columns, gram in zip(spans(weight.shape[1], group), grams, strict=True)
+    ]
+    return Rounded(
+        *(torch.cat([getattr(part, name) for part in parts], dim=1) for name in ("codes", "scales", "zeros"))
+    )
+
+
+def _span(weight: torch.Tensor, gram: torch.Tensor, group: int, symmetric: bool, dtype: torch.dtype) -> Rounded:
+    left, factor = weight.clone(), _factor(gram)
+    codes, scales, zeros = [], [], []
+    for start in range(0, weight.shape[1], group):
+        end = start + group
+        part, inner = left[:, start:end], factor[start:end, start:end]
+        scale, zero = ranges(part[:, None], symmetric=symmetric, dtype=dtype)
+        errors = torch.empty_like(part)
+        for j in range(group):
+            column = part[:, j, None, None]
+            code = nearest(column, scale, zero)
+            codes.append(code[:, 0])
+            rounded = (code[..., 0].float() - zero.float()) * scale.float()
+            errors[:, j] = (column[..., 0] - rounded)[:, 0] / inner[j, j]
+            part[:, j:].addr_(errors[:, j], inner[j, j:], alpha=-1)
+        left[:, end:].addmm_(errors, factor[start:end, end:], alpha=-1)
+        scales.append(scale)
+        zeros.append(zero)
+    return Rounded(*(torch.cat(one, dim=1) for one in (codes, scales, zeros)))
+
+
+def _factor(gram: torch.Tensor) -> torch.Tensor:
+    """U of the inverse of H, damped as far as it takes."""
+    diagonal = gram.diagonal()
+    mean, damping = float(diagonal.mean()) or 1.0, DAMPING
+    while True:
+        damped = gram + damping * mean * torch.eye(len(gram))
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if not failed:
+            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            if not failed:
+                return upper
+        assert damping < MOST_DAMPING, "a gram matrix has no large negative eigenvalues"
+        damping *= 10
