@@ -4,6 +4,10 @@ With H = X^T X of the inputs, the error of the outputs is d H d^T. When column j
 change by -e U[j, j+1:] / U[j, j], where U is the upper Cholesky factor of the inverse of H: the least error that is
 left. H is kept and inverted in spans of columns along its diagonal, so that neither memory nor time grows with K^2;
 errors are not passed on beyond a span.
+
+Few rows say little about many columns: in directions that none of them has, errors would be free, and other pictures
+have those directions. So H's diagonal is raised by its mean times columns / rows: as much in every direction as chance
+alone moves the eigenvalues of so few rows.
 """
 
 from __future__ import annotations
@@ -16,8 +20,8 @@ import torch
 from calibrate.quantise.rounding import Rounded, nearest, ranges
 
 SPAN: Final = 4096  # columns whose errors are passed on to each other, at most
-DAMPING: Final = 0.01  # of the mean of H's diagonal, added to it (as in GPTQ): few rows say little about many columns
-MOST_DAMPING: Final = 10.0
+DAMPING: Final = 0.01  # of the mean of H's diagonal, added to it at least (as in GPTQ)
+MOST_DAMPING: Final = 1000.0
 
 
 def spans(width: int, group: int) -> list[slice]:
@@ -29,17 +33,18 @@ def spans(width: int, group: int) -> list[slice]:
 def compensate_matrix(
     weight: torch.Tensor,
     grams: Sequence[torch.Tensor],
+    count: float,
     group: int,
     *,
     symmetric: bool,
     dtype: torch.dtype,
 ) -> Rounded:
-    """Codes of a matrix [N,K]; `grams` hold X^T X of the inputs for each of its `spans`.
+    """Codes of a matrix [N,K]; `grams` hold X^T X of `count` rows of inputs for each of its `spans`.
 
     A group's range is that of its columns when their turn comes. `dtype` stores the scales.
     """
     parts = [
-        _span(weight[:, columns], gram, group, symmetric, dtype)
+        _span(weight[:, columns], _factor(gram, count), group, symmetric, dtype)
         for columns, gram in zip(spans(weight.shape[1], group), grams, strict=True)
     ]
     return Rounded(
@@ -47,8 +52,8 @@ def compensate_matrix(
     )
 
 
-def _span(weight: torch.Tensor, gram: torch.Tensor, group: int, symmetric: bool, dtype: torch.dtype) -> Rounded:
-    left, factor = weight.clone(), _factor(gram)
+def _span(weight: torch.Tensor, factor: torch.Tensor, group: int, symmetric: bool, dtype: torch.dtype) -> Rounded:
+    left = weight.clone()
     codes, scales, zeros = [], [], []
     for start in range(0, weight.shape[1], group):
         end = start + group
@@ -68,14 +73,14 @@ def _span(weight: torch.Tensor, gram: torch.Tensor, group: int, symmetric: bool,
     return Rounded(*(torch.cat(one, dim=1) for one in (codes, scales, zeros)))
 
 
-def _factor(gram: torch.Tensor) -> torch.Tensor:
-    """U of the inverse of H, damped as far as it takes."""
-    diagonal = gram.diagonal()
-    mean, damping = float(diagonal.mean()) or 1.0, DAMPING
+def _factor(gram: torch.Tensor, count: float) -> torch.Tensor:
+    """U of the inverse of H, which is X^T X of `count` rows, damped as far as it takes."""
+    mean, damping = float(gram.diagonal().mean()) or 1.0, max(DAMPING, len(gram) / max(count, 1.0))
     while True:
         damped = gram + damping * mean * torch.eye(len(gram))
         lower, failed = torch.linalg.cholesky_ex(damped)
         if not failed:
+            upper: torch.Tensor
             upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
             if not failed:
                 return upper

@@ -29,18 +29,20 @@ SAMPLED_ROWS: Final = 512  # that output errors are computed on
 class InputStatistics:
     """Of rows [R,K], each times the root of what it counts: X^T X of each span of columns, and some rows [r,K].
 
-    `magnitude` [K]: the mean of the inputs' magnitudes, rows counted likewise.
+    `magnitude` [K]: the mean of the inputs' magnitudes, rows counted likewise. `count`: how many rows of equal weight
+    say as much, (sum of weights)^2 / sum of their squares.
     """
 
     magnitude: torch.Tensor
     grams: list[torch.Tensor]
     rows: torch.Tensor
+    count: float
 
     def scaled(self, scale: torch.Tensor) -> InputStatistics:
         """The same of inputs that were divided by `scale` [K]."""
-        parts = scale.split([len(gram) for gram in self.grams])
+        parts = torch.split(scale, [len(gram) for gram in self.grams])
         grams = [gram / torch.outer(part, part) for gram, part in zip(self.grams, parts, strict=True)]
-        return InputStatistics(self.magnitude / scale, grams, self.rows / scale)
+        return InputStatistics(self.magnitude / scale, grams, self.rows / scale, self.count)
 
 
 class _Gatherer:
@@ -64,7 +66,7 @@ class _Gatherer:
 
     def statistics(self) -> InputStatistics:
         assert self._total is not None, "the layer was run"
-        return InputStatistics(self._total / self._parts.total, self._grams, torch.cat(self._rows))
+        return InputStatistics(self._total / self._parts.total, self._grams, torch.cat(self._rows), self._parts.count)
 
 
 class _Parts:
@@ -80,6 +82,7 @@ class _Parts:
         self._weight = min(1.0, self._after / max(1, self._before))  # of a row before the end of the picture
         self._steps = [max(1, count // (SAMPLED_ROWS // 2)) for count in (self._before, self._after)]
         self.total = self._weight * self._before + self._after
+        self.count = self.total**2 / max(1.0, self._weight**2 * self._before + self._after)
         self.of_run: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = (torch.empty(0),) * 3
 
     def enter(self, run: Rows) -> None:

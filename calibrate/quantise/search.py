@@ -135,7 +135,7 @@ def _best(weight: torch.Tensor, inputs: InputStatistics, group: int, dtype: torc
     exact = inputs.rows @ weight.T
     best, chosen = float("inf"), None
     for symmetric in (True, False):
-        rounded = compensate_matrix(weight, inputs.grams, group, symmetric=symmetric, dtype=dtype)
+        rounded = compensate_matrix(weight, inputs.grams, inputs.count, group, symmetric=symmetric, dtype=dtype)
         error = float((inputs.rows @ rounded.numbers().T - exact).square().sum())
         if chosen is None or error < best:
             best, chosen = error, rounded

@@ -46,6 +46,7 @@ def test_statistics_are_weighted_sums_over_all_rows(tmp_path: Path, monkeypatch:
     scale = torch.rand(rows.shape[1], generator=generator) + 0.5
     divided, wanted = found.scaled(scale), gram / torch.outer(scale, scale)
     torch.testing.assert_close(divided.grams[1], wanted[80:, 80:], rtol=1e-4, atol=1e-4)
+    assert found.count == pytest.approx(float(weights.sum()) ** 2 / float(weights.square().sum()))
     torch.testing.assert_close(found.rows, weights.sqrt()[:, None] * rows)
     assert len(few.rows) == 8 + 5 + 6 + 7, "every third row before the words of each run, and every row of words"
     assert float(few.rows.square().sum() / found.rows.square().sum()) == pytest.approx(1, rel=0.2)

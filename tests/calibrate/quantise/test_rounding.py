@@ -58,7 +58,7 @@ def statistics_of(layer: LayerTensors) -> dict[str, InputStatistics]:
     for place, (name, members) in enumerate(SHARED.items()):
         k = layer.weights[f"{members[0]}.weight"].shape[1]
         rows = drawn(200, k, seed=40 + place) * torch.exp(1.5 * drawn(k, seed=50 + place))
-        collected[name] = InputStatistics(rows.abs().mean(dim=0), [rows.T @ rows], rows)
+        collected[name] = InputStatistics(rows.abs().mean(dim=0), [rows.T @ rows], rows, len(rows))
     return collected
 
 
