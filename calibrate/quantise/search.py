@@ -8,8 +8,8 @@ inputs divided by it, alpha searched for the least error of the outputs. The div
 
 so nothing is left to do at run time. A norm is rounded to its own type first and s is what that makes of it; the rows
 of v and up are scales of their codes. Then every matrix is rounded column by column, errors passed on
-(calibrate/quantise/compensate.py), symmetric or not, whichever has the smaller error. Ranges are not clipped, as AWQ
-does: with errors passed on it makes outputs worse (benchmarks/results/quantisation.md).
+(calibrate/quantise/compensate.py), symmetric or not, whichever has the smaller error. Ranges are not clipped as AWQ
+does it: that moved answers away (docs/decisions/four-bit-weights.md).
 """
 
 from __future__ import annotations
