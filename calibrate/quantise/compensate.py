@@ -31,21 +31,15 @@ def spans(width: int, group: int) -> list[slice]:
 
 
 def compensate_matrix(
-    weight: torch.Tensor,
-    grams: Sequence[torch.Tensor],
-    count: float,
-    group: int,
-    *,
-    symmetric: bool,
-    dtype: torch.dtype,
+    weight: torch.Tensor, factors: Sequence[torch.Tensor], group: int, *, symmetric: bool, dtype: torch.dtype
 ) -> Rounded:
-    """Codes of a matrix [N,K]; `grams` hold X^T X of `count` rows of inputs for each of its `spans`.
+    """Codes of a matrix [N,K]; `factors` are the `inverse_factor` of the inputs in each of its `spans`.
 
     A group's range is that of its columns when their turn comes. `dtype` stores the scales.
     """
     parts = [
-        _span(weight[:, columns], _factor(gram, count), group, symmetric, dtype)
-        for columns, gram in zip(spans(weight.shape[1], group), grams, strict=True)
+        _span(weight[:, columns], factor, group, symmetric, dtype)
+        for columns, factor in zip(spans(weight.shape[1], group), factors, strict=True)
     ]
     return Rounded(
         *(torch.cat([getattr(part, name) for part in parts], dim=1) for name in ("codes", "scales", "zeros"))
@@ -61,11 +55,9 @@ def _span(weight: torch.Tensor, factor: torch.Tensor, group: int, symmetric: boo
         scale, zero = ranges(part[:, None], symmetric=symmetric, dtype=dtype)
         errors = torch.empty_like(part)
         for j in range(group):
-            column = part[:, j, None, None]
-            code = nearest(column, scale, zero)
-            codes.append(code[:, 0])
-            rounded = (code[..., 0].float() - zero.float()) * scale.float()
-            errors[:, j] = (column[..., 0] - rounded)[:, 0] / inner[j, j]
+            rounded = Rounded(nearest(part[:, j, None, None], scale, zero)[:, 0], scale, zero)
+            codes.append(rounded.codes)
+            errors[:, j] = (part[:, j] - rounded.numbers()[:, 0]) / inner[j, j]
             part[:, j:].addr_(errors[:, j], inner[j, j:], alpha=-1)
         left[:, end:].addmm_(errors, factor[start:end, end:], alpha=-1)
         scales.append(scale)
@@ -73,8 +65,11 @@ def _span(weight: torch.Tensor, factor: torch.Tensor, group: int, symmetric: boo
     return Rounded(*(torch.cat(one, dim=1) for one in (codes, scales, zeros)))
 
 
-def _factor(gram: torch.Tensor, count: float) -> torch.Tensor:
-    """U of the inverse of H, which is X^T X of `count` rows, damped as far as it takes."""
+def inverse_factor(gram: torch.Tensor, count: float) -> torch.Tensor:
+    """U of the inverse of H, which is X^T X of `count` rows, damped as far as it takes.
+
+    All matrices that read the same input share it.
+    """
     mean, damping = float(gram.diagonal().mean()) or 1.0, max(DAMPING, len(gram) / max(count, 1.0))
     while True:
         damped = gram + damping * mean * torch.eye(len(gram))

@@ -14,13 +14,13 @@ does it: that moved answers away (docs/decisions/four-bit-weights.md).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
 import torch
 
-from calibrate.quantise.compensate import compensate_matrix
+from calibrate.quantise.compensate import compensate_matrix, inverse_factor
 from calibrate.quantise.layer_inputs import SHARED, InputStatistics
 from calibrate.quantise.rounding import Rounded, round_matrix
 
@@ -71,9 +71,10 @@ def search_layer(
         scales[name] = _fold(name, asked, weights, quantised, layer, norm_dtype)
     for name, members in SHARED.items():
         inputs = statistics[name].scaled(scales[name])
+        factors = [inverse_factor(gram, inputs.count) for gram in inputs.grams]
         for module in members:
             scaled = weights[f"{module}.weight"] * scales[name]
-            quantised.matrices[module] = _best(scaled, inputs, group, dtype)
+            quantised.matrices[module] = _best(scaled, inputs.rows, factors, group, dtype)
     return quantised
 
 
@@ -130,13 +131,15 @@ def _fold(
     return scale
 
 
-def _best(weight: torch.Tensor, inputs: InputStatistics, group: int, dtype: torch.dtype) -> Rounded:
+def _best(
+    weight: torch.Tensor, rows: torch.Tensor, factors: Sequence[torch.Tensor], group: int, dtype: torch.dtype
+) -> Rounded:
     """Symmetric or not, by the error of the outputs; symmetric codes store no zeros, so they win a tie."""
-    exact = inputs.rows @ weight.T
+    exact = rows @ weight.T
     best, chosen = float("inf"), None
     for symmetric in (True, False):
-        rounded = compensate_matrix(weight, inputs.grams, inputs.count, group, symmetric=symmetric, dtype=dtype)
-        error = float((inputs.rows @ rounded.numbers().T - exact).square().sum())
+        rounded = compensate_matrix(weight, factors, group, symmetric=symmetric, dtype=dtype)
+        error = float((rows @ rounded.numbers().T - exact).square().sum())
         if chosen is None or error < best:
             best, chosen = error, rounded
     assert chosen is not None

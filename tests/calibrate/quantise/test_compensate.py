@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from calibrate.quantise import compensate
-from calibrate.quantise.compensate import compensate_matrix
+from calibrate.quantise.compensate import compensate_matrix, inverse_factor
 from calibrate.quantise.rounding import Rounded, round_matrix
 
 GROUP = 16
@@ -20,8 +20,9 @@ def correlated(count: int, width: int) -> torch.Tensor:
 
 
 def compensated(weight: torch.Tensor, rows: torch.Tensor, *, symmetric: bool) -> Rounded:
-    grams = [rows[:, columns].T @ rows[:, columns] for columns in compensate.spans(weight.shape[1], GROUP)]
-    return compensate_matrix(weight, grams, len(rows), GROUP, symmetric=symmetric, dtype=torch.float16)
+    parts = [rows[:, columns] for columns in compensate.spans(weight.shape[1], GROUP)]
+    factors = [inverse_factor(part.T @ part, len(rows)) for part in parts]
+    return compensate_matrix(weight, factors, GROUP, symmetric=symmetric, dtype=torch.float16)
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
