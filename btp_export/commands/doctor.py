@@ -50,12 +50,12 @@ def command(as_json: JsonOption = False) -> None:
     from engines.jetson import outside_tensorrt, read_jetson, settings_advice
     from engines.native.libraries import survey
     from engines.tensorrt import installed
+    from graphs.files.cores import available_cores
     from graphs.files.memory import available_memory
 
     packages = [find_package(need) for need in NEEDS]
     root = Path(os.environ.get(ROOT, "/"))
     board = read_jetson(root)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     result = Doctor(
         ok=all(package.version or package.extra for package in packages),
         python=platform.python_version(),
@@ -68,7 +68,7 @@ def command(as_json: JsonOption = False) -> None:
         jetson=board,
         advice=() if board is None else tuple(settings_advice(board)),
         onnxruntime_providers=tuple(_providers()),
-        cores=cores,
+        cores=available_cores(),
         memory_bytes=available_memory(),
         free_disk_bytes=_free_disk(),
         demo_model=_demo_model(),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
@@ -18,6 +17,7 @@ from btp_export.results.evaluation import EvaluatedPlan, Evaluation, WeightsCost
 from btp_export.spreading import Cluster, connected
 from graphs.building.derived_bundles import derive
 from graphs.files.bundle import Bundle
+from graphs.files.cores import available_cores
 from graphs.files.folders import scratch_beside
 from graphs.records.errors import InputError
 from graphs.records.match_plan import plan_for_profile, spec_at
@@ -273,8 +273,8 @@ def _answers(
 
 def _shares(bundle: Bundle, count: int, threads: int | None) -> tuple[int, int | None]:
     """How many of `count` bundles are asked at a time, and with how many threads each."""
-    available = threads or len(os.sched_getaffinity(0))
-    small = sum(path.stat().st_size for path in bundle.weights.iterdir()) <= SIDE_BY_SIDE
+    available = threads or available_cores()
+    small = sum(file.size for file in bundle.manifest.weights) <= SIDE_BY_SIDE
     workers = max(1, min(count, available)) if small else 1
     return (1, threads) if workers == 1 else (workers, available // workers)
 

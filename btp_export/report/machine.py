@@ -1,25 +1,26 @@
 """The machine that measured: what it is and what runs the graphs on it, without its name."""
 
-import os
 import platform
 from importlib import metadata
 from pathlib import Path
 
 from btp_export.results.report import Machine
+from graphs.files.cores import available_cores
 
 PACKAGES = ("torch", "transformers", "onnx", "onnx-ir", "onnxruntime", "numpy")
 
 
 def machine() -> Machine:
     """This machine: processor, cores that this process may use, system and versions of what runs the graphs."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue  # not needed for every step; the page lists what there is
-    return Machine(cpu=_processor(), cores=cores, system=f"{platform.system()} {platform.machine()}", versions=versions)
+    return Machine(
+        cpu=_processor(), cores=available_cores(), system=f"{platform.system()} {platform.machine()}", versions=versions
+    )
 
 
 def _processor() -> str:
