@@ -1,6 +1,6 @@
 """The accuracy tables of docs/results.md: every plan at three budgets, and ablations, on held-out scenes of the demo.
 
-    make table                                    # or: python -m benchmarks.table [--samples 1000] [--seed 1]
+    make table                                    # or: python -m benchmarks.table [--samples 1200] [--seed 1]
 
 Exports the demo with the calibrated plan, answers the same questions under every plan through the exported graphs,
 writes benchmarks/results/table.json, and from it the tables in docs/results.md and a sentence in README.md. `--render`
@@ -24,6 +24,7 @@ MARKS = ("<!-- table: begin -->", "<!-- table: end -->")  # the page of tables a
 BUDGETS = (0.78, 0.89, 0.945)
 OWN = "btp"
 LEVEL = 0.05  # of the paired test
+READING = "reading"
 
 
 def measure(samples: int, seed: int, threads: int | None) -> dict[str, Any]:
@@ -93,8 +94,11 @@ def render(result: dict[str, Any]) -> str:
         f"{result['date']}. *Kept*: accuracy divided by the accuracy without pruning. *Difference to btp*: percentage "
         f"points above or below btp, with the p value of a paired test (McNemar's exact test, two-sided)."
     ]
-    parts += [f"With {_share(table)} of the tokens:\n\n{_table(table['rows'], 'plan')}" for table in plans]
+    for table in plans:
+        parts += [f"With {_share(table)} of the tokens:", _table(table["rows"], "plan"), "By kind of question:"]
+        parts.append(_by_kind(table["rows"]))
     parts += [_verdict(table) for table in plans]
+    parts += [_signs_read(table) for table in plans if READING in table["rows"][0]["kinds"]]
     parts.append(
         f"One setting of btp changed at a time, with {_share(switches)} of the tokens:\n\n"
         f"{_table(_named(switches['rows'], result['changes']), 'change')}"
@@ -125,6 +129,16 @@ def _table(rows: Sequence[dict[str, Any]], first: str) -> str:
     return "\n".join(lines)
 
 
+def _by_kind(rows: Sequence[dict[str, Any]]) -> str:
+    """Accuracy by kind, the kinds as they take turns."""
+    kinds = list(rows[0]["kinds"])
+    lines = [f"| plan | {' | '.join(kinds)} |", "|---" * (len(kinds) + 1) + "|"]
+    for row in rows:
+        shares = [f"{row['kinds'][kind]:.3f}" for kind in kinds]
+        lines.append(f"| {' | '.join([row['plan'], *shares])} |")
+    return "\n".join(lines)
+
+
 def _against(row: dict[str, Any]) -> str:
     if row["plan"] == OWN:
         return ""
@@ -145,6 +159,13 @@ def _verdict(table: dict[str, Any]) -> str:
     return f"With {share} of the tokens btp is {', '.join(parts)} (significance level {_percent(LEVEL)})."
 
 
+def _signs_read(table: dict[str, Any]) -> str:
+    """How much of the reading is left: what dropping every token before the last layers costs most."""
+    read = {row["plan"]: _percent(row["kinds"][READING], 1) for row in table["rows"]}
+    named = [f"{name} reads {read[name]}" for name in (OWN, "btp-paper", "btp-paper-corrected") if name in read]
+    return f"Signs: without pruning the demo reads {read['none']}; with {_share(table)} of the tokens {_list(named)}."
+
+
 def _percent(share: float, digits: int = 0) -> str:
     return f"{share * 100:.{digits}f} %"
 
@@ -161,9 +182,11 @@ def summary(result: dict[str, Any]) -> str:
         if table["kind"] == "plans"
     ]
     kept = [f"{_percent(row['kept_accuracy'], 1)} with {100 * (1 - budget):.3g} % of them" for budget, row in owns]
+    first = next(table for table in result["tables"] if table["kind"] == "plans")
     return (
         f"Accuracy that the demo model keeps when its image tokens are pruned: {_list(kept)} "
         f"({result['samples']:,} held-out questions, {result['date']}; [all plans](docs/results.md))."
+        + (f" {_signs_read(first)}" if READING in first["rows"][0]["kinds"] else "")
     )
 
 
@@ -176,7 +199,7 @@ def put_between_marks(page: Path, text: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--samples", type=int, default=1000)
+    parser.add_argument("--samples", type=int, default=1200)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--render", action="store_true", help="only write the pages from the recorded results")

@@ -2,7 +2,7 @@
 
 One sequence holds the prefix, the image and N question blocks of Q tokens. Every block sees the prefix, the image and
 itself only, so a picture costs its image tokens once and teaches N answers. Letters: B pictures, V image tokens in the
-rectangle, N blocks, Q = 9 tokens a block.
+rectangle, N blocks, Q = 11 tokens a block.
 """
 
 from __future__ import annotations
@@ -14,14 +14,23 @@ import numpy.typing as npt
 from transformers import PreTrainedTokenizerFast
 
 from btp_export.demo import model_files
-from calibrate.data import scenes
+from calibrate.data import scenes, signs
 
-BLOCK_TOKENS = 9  # the longest question (8 with "ASSISTANT:") and two answer words, less the last
+BLOCK_TOKENS = 11  # the longest question (8 with "ASSISTANT:"), a sign's three characters and the end, less the last
 IGNORE = -100  # the label that torch's cross entropy leaves out
 _PATCHES = scenes.IMAGE_SIZE // model_files.PATCH
 _CELL_PATCHES = scenes.CELL // model_files.PATCH
-# What each image token is asked in the patch loss, and how many classes: class 0 of the first two is "no object".
-PATCH_TASKS = {"colour": len(scenes.COLOURS) + 1, "shape": len(scenes.SHAPES) + 1, "row": 4, "column": 4, "centre": 2}
+# What each image token is asked in the patch loss, and how many classes: class 0 is "nothing here" where it is sparse.
+PATCH_TASKS = {
+    "colour": len(scenes.COLOURS) + 1,
+    "shape": len(scenes.SHAPES) + 1,
+    "row": 4,
+    "column": 4,
+    "centre": 2,
+    "character": len(signs.CHARACTERS) + 1,
+    "turn": max(signs.LENGTHS) + 1,
+}
+SPARSE_TASKS = ("colour", "shape", "centre", "character", "turn")  # class 0 is nearly everywhere
 
 
 @dataclass(frozen=True)
@@ -44,23 +53,32 @@ class Batches:
         self._known: dict[str, list[int]] = {}
         self._eos = int(tokenizer.convert_tokens_to_ids("</s>"))
 
-    def make(self, first_seed: int, size: int, *, cells: int, blocks: int) -> Batch:
-        """`size` pictures from consecutive scene seeds, cut to `cells` x `cells` cells, `blocks` questions each."""
-        parts = [self._one(first_seed + i, cells, blocks) for i in range(size)]
+    def make(self, first_seed: int, size: int, *, cells: int, blocks: int, signs: float = 0.0) -> Batch:
+        """`size` pictures from consecutive scene seeds, cut to `cells` x `cells` cells, `blocks` questions each.
+
+        `signs` is the share of pictures with a sign, from 2 on the number of signs in each, of which none is asked
+        about; 0 leaves the pictures of a seed as they are without signs.
+        """
+        parts = [self._one(first_seed + i, cells, blocks, signs) for i in range(size)]
         return Batch(*(np.stack(column) for column in zip(*parts, strict=True)))
 
-    def _one(self, seed: int, cells: int, blocks: int) -> tuple[npt.NDArray[np.generic], ...]:
+    def _one(self, seed: int, cells: int, blocks: int, share: float) -> tuple[npt.NDArray[np.generic], ...]:
         rng = np.random.default_rng(seed)
         top, left = (int(rng.integers(0, scenes.GRID - cells + 1)) for _ in range(2))
         inside = [(row, column) for row in range(top, top + cells) for column in range(left, left + cells)]
         low, high = {1: (1, 1), 2: (1, 4), 3: (2, 7), 4: (3, 9)}[cells]
-        objects = scenes.draw_layout(rng, int(rng.integers(low, high + 1)), inside)
-        image = scenes.render(objects, rng)
+        boards: list[signs.Sign] = []
+        for _ in range(max(1, int(share)) if share > 0 and rng.random() < share else 0):
+            boards.append(signs.draw_sign(rng, inside, scenes.CELL))
+            inside = [cell for cell in inside if cell not in boards[-1].cells]
+        objects = scenes.draw_layout(rng, int(rng.integers(low, min(high, len(inside)) + 1)), inside)
+        image = scenes.render(objects, rng, *boards)
         rows = slice(top * scenes.CELL, (top + cells) * scenes.CELL)
         columns = slice(left * scenes.CELL, (left + cells) * scenes.CELL)
         patches = _patches(top, left, cells)
-        tokens, labels, kinds = self._blocks(scenes.ask(objects, rng)[:blocks], blocks)
-        return image[rows, columns], patches, tokens, labels, kinds, _patch_labels(objects, patches)
+        asked = scenes.ask(objects, rng, boards[0] if len(boards) == 1 else None)
+        tokens, labels, kinds = self._blocks(asked[:blocks], blocks)
+        return image[rows, columns], patches, tokens, labels, kinds, _patch_labels(objects, boards, patches)
 
     def _blocks(self, asked: list[scenes.Question], blocks: int) -> tuple[npt.NDArray[np.int64], ...]:
         tokens = np.zeros((blocks, BLOCK_TOKENS), np.int64)
@@ -87,8 +105,14 @@ def _patches(top: int, left: int, cells: int) -> npt.NDArray[np.int64]:
     return grid.reshape(-1).astype(np.int64)
 
 
-def _patch_labels(objects: tuple[scenes.SceneObject, ...], patches: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """[V, tasks]: colour and shape of the object the patch lies on, its cell, and whether it holds the centre."""
+def _patch_labels(
+    objects: tuple[scenes.SceneObject, ...], boards: list[signs.Sign], patches: npt.NDArray[np.int64]
+) -> npt.NDArray[np.int64]:
+    """[V, tasks] for each patch.
+
+    Colour and shape of the object it lies on, its row and column of cells, whether it holds the object's centre, the
+    character of the sign that it lies on, and that one's turn.
+    """
     row, column = patches // _PATCHES, patches % _PATCHES
     labels = np.zeros((len(patches), len(PATCH_TASKS)), np.int64)
     labels[:, 2], labels[:, 3] = row // _CELL_PATCHES, column // _CELL_PATCHES
@@ -100,4 +124,10 @@ def _patch_labels(objects: tuple[scenes.SceneObject, ...], patches: npt.NDArray[
         labels[on, 1] = 1 + scenes.SHAPES.index(item.shape)
         centre = (row == int(item.y // model_files.PATCH)) & (column == int(item.x // model_files.PATCH))
         labels[centre, 4] = 1
+    for sign in boards:
+        for turn, name in enumerate(sign.text, start=1):
+            left, top, right, bottom = sign.box(turn - 1)
+            on = (x > left) & (x < right) & (y > top) & (y < bottom)
+            labels[on, 5] = 1 + signs.CHARACTERS.index(name)
+            labels[on, 6] = turn
     return labels

@@ -24,7 +24,7 @@ from transformers import (
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from calibrate.data import scenes
+from calibrate.data import scenes, signs
 
 PREFIX = "look at the picture below. USER:"
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>")
@@ -55,7 +55,12 @@ def words() -> tuple[str, ...]:
     places = "top bottom left right"
     vocabulary = [*grammar.split(), *scenes.COLOURS, *scenes.SHAPES, *scenes.PLURALS.values()]
     vocabulary += ["yes", "no", *scenes.NUMBERS, *places.split()]
-    return tuple(dict.fromkeys(vocabulary))
+    return (*dict.fromkeys(vocabulary), *reading_words())
+
+
+def reading_words() -> tuple[str, ...]:
+    """The last of them: what the model learned when it learned to read, in the second part of its training."""
+    return ("written", "on", "sign", *signs.CHARACTERS)
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
@@ -102,8 +107,8 @@ def build_processor() -> LlavaProcessor:
     )
 
 
-def build_config(*, layers: int = 12, hidden: int = 128, vision_layers: int = 4) -> LlavaConfig:
-    """The architecture that ships; tests train smaller ones."""
+def build_config(*, layers: int = 12, hidden: int = 128, vision_layers: int = 4, reads: bool = True) -> LlavaConfig:
+    """The architecture that ships; tests train smaller ones. Without `reads` it has no tokens of the reading words."""
     tokenizer = build_tokenizer()
     vision = CLIPVisionConfig(
         image_size=scenes.IMAGE_SIZE,
@@ -115,7 +120,7 @@ def build_config(*, layers: int = 12, hidden: int = 128, vision_layers: int = 4)
         projection_dim=hidden,
     )
     text = LlamaConfig(
-        vocab_size=len(tokenizer),
+        vocab_size=len(tokenizer) - (0 if reads else len(reading_words())),
         hidden_size=hidden,
         intermediate_size=3 * hidden,
         num_hidden_layers=layers,
@@ -145,6 +150,8 @@ def save_checkpoint(model: LlavaForConditionalGeneration, folder: Path) -> None:
     copy.load_state_dict(model.state_dict())
     copy = copy.to(torch.float16)
     copy.config.dtype = torch.float16
+    for part in (copy.config.text_config, copy.config.vision_config):
+        part.dtype = None  # of a model that was loaded to go on they say float32
     copy.generation_config = _generation_config(model.config)
     copy.save_pretrained(folder)
     build_processor().save_pretrained(folder)

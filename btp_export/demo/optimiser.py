@@ -27,11 +27,20 @@ class Muon:
     def step(self, rate: float, decay: float = 0.0) -> None:
         """Move every matrix; `decay` shrinks it by rate * decay first."""
         for shape, group in self._groups.items():
-            gradient = torch.stack([_gradient(parameter) for parameter in group])
-            buffer = self._buffers[shape].lerp_(gradient, 1 - self._momentum)
+            buffers = self._buffers[shape]
+            # A matrix that a phase does not train only decays: its last momentum would move it as far as a fresh
+            # gradient does.
+            moving = [i for i, parameter in enumerate(group) if parameter.grad is not None]
+            for parameter in group:
+                parameter.mul_(1 - rate * decay)
+            if not moving:
+                continue
+            gradient = torch.stack([parameter.grad for parameter in group if parameter.grad is not None])
+            buffer = buffers[moving].lerp_(gradient, 1 - self._momentum)
+            buffers[moving] = buffer
             step = orthogonal(gradient.lerp(buffer, self._momentum)) * (0.2 * max(shape) ** 0.5)
-            for parameter, change in zip(group, step, strict=True):
-                parameter.mul_(1 - rate * decay).sub_(change, alpha=rate)
+            for i, change in zip(moving, step, strict=True):
+                group[i].sub_(change, alpha=rate)
 
     def state_dict(self) -> dict[str, Any]:
         return {str(tuple(shape)): buffer for shape, buffer in self._buffers.items()}
@@ -39,10 +48,6 @@ class Muon:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for shape, buffer in self._buffers.items():
             buffer.copy_(state[str(tuple(shape))])
-
-
-def _gradient(parameter: Tensor) -> Tensor:
-    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
 
 
 def orthogonal(matrices: Tensor) -> Tensor:

@@ -6,6 +6,9 @@ without clutter a selection that only spreads out keeps every object, and the co
 
     picture -> layout (which object in which cell) -> questions with one right answer each
 
+The second half of every range of scene seeds shows a sign besides (calibrate/data/signs.py): it is what "reading" asks
+about, and the scenes of the first half, which the other kinds are asked about, are the same with and without it.
+
 The demo model is trained on the split "train", the pruning plan is calibrated on "calibration" and accuracy is measured
 on "eval"; the three never share a scene. Everything is a function of the seeds, and numpy and PIL are all it needs.
 """
@@ -20,6 +23,9 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from calibrate.data import signs
+from calibrate.data.signs import Sign
+
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (220, 40, 40),
     "green": (40, 180, 60),
@@ -33,7 +39,8 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 SHAPES: tuple[str, ...] = ("circle", "square", "triangle", "star", "cross", "ring")
 PLURALS: dict[str, str] = {shape: shape + ("es" if shape == "cross" else "s") for shape in SHAPES}
 NUMBERS: tuple[str, ...] = ("zero", "one", "two", "three", "four")
-QUESTION_KINDS: tuple[str, ...] = ("colour", "shape", "is there", "count", "where")
+READING = "reading"
+QUESTION_KINDS: tuple[str, ...] = ("colour", "shape", "is there", "count", "where", READING)
 
 IMAGE_SIZE = 96
 GRID = 4
@@ -43,6 +50,7 @@ _REPEAT = 0.2  # chance that an object takes the colour (or the shape) of an ear
 _SPLITS: dict[str, int] = {"train": 0, "calibration": 1, "eval": 2}
 _SPLIT_SEEDS = 1 << 48
 _SEED_SCENES = 1 << 24
+_FIRST_SIGN = _SEED_SCENES // 2  # the scenes of a seed from here on show a sign
 
 
 @dataclass(frozen=True)
@@ -60,15 +68,16 @@ class SceneObject:
 
 @dataclass(frozen=True)
 class Scene:
-    """A picture, [96, 96, 3] uint8, and the objects drawn in it."""
+    """A picture, [96, 96, 3] uint8, and what is drawn in it."""
 
     image: npt.NDArray[np.uint8]
     objects: tuple[SceneObject, ...]
+    sign: Sign | None = None
 
 
 @dataclass(frozen=True)
 class Question:
-    """A question about one scene; `answer` is one or two words."""
+    """A question about one scene; `answer` is one to three words."""
 
     kind: str
     text: str
@@ -87,10 +96,13 @@ class SceneSample:
 
 
 def make_scene(seed: int) -> Scene:
-    """The scene of a seed: the same seed gives the same objects and the same pixels."""
+    """The scene of a seed: the same seed gives the same objects, the same sign and the same pixels."""
     rng = np.random.default_rng(seed)
-    objects = draw_layout(rng, int(rng.integers(3, 10)))
-    return Scene(image=render(objects, rng), objects=objects)
+    cells = [(row, column) for row in range(GRID) for column in range(GRID)]
+    sign = signs.draw_sign(rng, cells, CELL) if seed % _SEED_SCENES >= _FIRST_SIGN else None
+    free = [cell for cell in cells if sign is None or cell not in sign.cells]
+    objects = draw_layout(rng, int(rng.integers(3, 10)), free)
+    return Scene(render(objects, rng, *([sign] if sign else [])), objects, sign)
 
 
 def samples(count: int, *, seed: int, split: str = "eval") -> list[SceneSample]:
@@ -101,16 +113,17 @@ def samples(count: int, *, seed: int, split: str = "eval") -> list[SceneSample]:
     """
     if split not in _SPLITS:
         raise ValueError(f"split is {split!r}; wanted one of {', '.join(_SPLITS)}.")
+    next_seed = {reads: first_scene_seed(seed, split) + reads * _FIRST_SIGN for reads in (False, True)}
     chosen: list[SceneSample] = []
-    scene_seed = first_scene_seed(seed, split)
     while len(chosen) < count:
         kind = QUESTION_KINDS[len(chosen) % len(QUESTION_KINDS)]
+        scene_seed = next_seed[kind == READING]
+        next_seed[kind == READING] += 1
         scene = make_scene(scene_seed)
         options = [question for question in questions(scene, scene_seed) if question.kind == kind]
         if options:
             pick = options[int(np.random.default_rng((scene_seed, 1)).integers(len(options)))]
             chosen.append(SceneSample(Image.fromarray(scene.image), pick.text, pick.answer, kind, scene_seed))
-        scene_seed += 1
     return chosen
 
 
@@ -159,12 +172,14 @@ def _repeat_or_draw(rng: np.random.Generator, used: list[str], names: tuple[str,
 _Plane = npt.NDArray[np.float64]
 
 
-def render(objects: Sequence[SceneObject], rng: np.random.Generator) -> npt.NDArray[np.uint8]:
-    """The picture of a layout, [96, 96, 3] uint8: ground, then specks, then objects, then pixel noise."""
+def render(objects: Sequence[SceneObject], rng: np.random.Generator, *boards: Sign) -> npt.NDArray[np.uint8]:
+    """The picture of a layout, [96, 96, 3] uint8: ground, specks, objects, signs, and pixel noise over all."""
     canvas = _ground(rng)
     _strew_specks(canvas, rng)
     for item in objects:
         _draw(canvas, item, rng)
+    for sign in boards:
+        signs.paint(canvas, sign, rng)
     canvas += rng.standard_normal(canvas.shape, dtype=np.float32) * 6.0
     return np.clip(canvas, 0, 255).astype(np.uint8)
 
@@ -244,12 +259,13 @@ def questions(scene: Scene, seed: int) -> list[Question]:
     """Every kind of question the scene can answer, in a seeded order in which the kinds take turns.
 
     colour: of a shape that occurs once; shape: of a colour that occurs once; where: of a colour and shape that occur
-    together once; "is there": as many yes as no; count: up to two questions for each answer from zero to four.
+    together once; "is there": as many yes as no; count: up to two questions for each answer from zero to four;
+    reading: one, where there is a sign.
     """
-    return ask(scene.objects, np.random.default_rng((seed, 2)))
+    return ask(scene.objects, np.random.default_rng((seed, 2)), scene.sign)
 
 
-def ask(objects: Sequence[SceneObject], rng: np.random.Generator) -> list[Question]:
+def ask(objects: Sequence[SceneObject], rng: np.random.Generator, sign: Sign | None = None) -> list[Question]:
     """`questions` for a layout alone, which may fill only a part of the picture."""
     by_kind = [
         _ask_colour(objects),
@@ -257,6 +273,7 @@ def ask(objects: Sequence[SceneObject], rng: np.random.Generator) -> list[Questi
         _ask_is_there(objects, rng),
         _ask_count(objects, rng),
         _ask_where(objects),
+        [] if sign is None else [Question(READING, signs.QUESTION, sign.answer)],
     ]
     queues = [[kind[i] for i in rng.permutation(len(kind))] for kind in by_kind]
     return [queue[turn] for turn in range(max(map(len, queues))) for queue in queues if turn < len(queue)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -16,9 +16,9 @@ from btp_export.demo import checkpoint_path, model_files
 from btp_export.demo.batches import BLOCK_TOKENS, IGNORE, Batches
 from btp_export.demo.evaluate import evaluate, prompt, score
 from btp_export.demo.forward import BlockForward
-from btp_export.demo.optimiser import orthogonal
-from btp_export.demo.train import Phase, Recipe, Trainer, patch_weight_at, rate_at
-from calibrate.data import scenes
+from btp_export.demo.optimiser import Muon, orthogonal
+from btp_export.demo.train import ANSWERS, LOG, READING, Phase, Recipe, Trainer, patch_weight_at, rate_at
+from calibrate.data import scenes, signs
 
 TINY = Recipe(
     phases=(Phase(steps=4, cells=1, pictures=4, blocks=0), Phase(steps=6, cells=1, pictures=4, blocks=4)),
@@ -162,6 +162,34 @@ def test_labels_follow_the_question(processor: LlavaProcessor) -> None:
         assert labels[labels != IGNORE][-1] == processor.tokenizer.eos_token_id
 
 
+def test_a_sign_in_a_rectangle_is_labelled_patch_by_patch() -> None:
+    """Every character has patches, its turn goes from left to right, and no object lies under it."""
+    batch = Batches(model_files.build_tokenizer()).make(9, 8, cells=2, blocks=8, signs=1.0)
+    character, turn = batch.patch_labels[..., 5], batch.patch_labels[..., 6]
+    assert ((character > 0) == (turn > 0)).all() and not ((character > 0) & (batch.patch_labels[..., 0] > 0)).any()
+    tokenizer = model_files.build_tokenizer()
+    for labels, turns, patches, answers, kinds in zip(
+        character, turn, batch.patches, batch.labels, batch.kinds, strict=True
+    ):
+        (block,) = (kinds == scenes.QUESTION_KINDS.index(scenes.READING)).nonzero()[0]
+        words = tokenizer.convert_ids_to_tokens(answers[block][answers[block] != IGNORE].tolist())
+        for number, word in enumerate(words[:-1], start=1):
+            on = turns == number
+            assert on.sum() >= 4 and set(labels[on]) == {1 + signs.CHARACTERS.index(word)}
+        columns = [(patches[turns == number] % 24).mean() for number in range(1, len(words))]
+        assert columns == sorted(columns)
+
+
+def test_pictures_with_several_signs_are_for_the_patch_loss() -> None:
+    """Each has all its signs, on four times as many patches as one, and nothing is asked about them."""
+    batches = Batches(model_files.build_tokenizer())
+    one, four = (batches.make(9, 6, cells=4, blocks=16, signs=count) for count in (1.0, 4.0))
+    on_one, on_four = ((batch.patch_labels[..., 5] > 0).sum() for batch in (one, four))
+    assert 3 * on_one < on_four < 5 * on_one
+    reading = scenes.QUESTION_KINDS.index(scenes.READING)
+    assert (one.kinds == reading).sum() == 6 and not (four.kinds == reading).any()
+
+
 def test_rectangles_keep_the_place_in_the_full_picture() -> None:
     batch = Batches(model_files.build_tokenizer()).make(9, 8, cells=2, blocks=4)
     assert batch.pixels.shape == (8, 48, 48, 3)
@@ -202,8 +230,8 @@ def test_training_reduces_the_loss() -> None:
     assert losses[-1] < 0.7 * losses[0]
 
 
-def test_rates_warm_up_and_end_at_nothing() -> None:
-    recipe = Recipe()
+@pytest.mark.parametrize("recipe", [ANSWERS, READING], ids=["answers", "reading"])
+def test_rates_warm_up_and_end_at_nothing(recipe: Recipe) -> None:
     first, count = recipe.answering
     assert rate_at(recipe, first) < rate_at(recipe, first + 10) < rate_at(recipe, first + recipe.warm_up)
     assert rate_at(recipe, recipe.steps - 1) < 0.01 * recipe.rate
@@ -212,15 +240,56 @@ def test_rates_warm_up_and_end_at_nothing() -> None:
     assert recipe.decay[-1][0] == count
 
 
-def test_the_log_belongs_to_the_recipe_and_says_what_is_shipped() -> None:
-    record = json.loads((checkpoint_path() / "training-log.json").read_text())
-    recipe = Recipe()
-    assert record["recipe"] == json.loads(json.dumps(asdict(recipe)))
-    assert record["steps"] == recipe.steps == record["log"][-1]["step"]
-    for entry in record["log"]:
-        assert entry["rate"] == pytest.approx(rate_at(recipe, entry["step"] - 1), rel=1e-3)
-    assert record["held_out"]["exact_match"] >= 0.9
-    assert set(record["held_out"]["kinds"]) == set(scenes.QUESTION_KINDS)
+def test_the_log_belongs_to_the_recipes_and_says_what_is_shipped() -> None:
+    last = json.loads((checkpoint_path() / LOG).read_text())
+    kinds = set(scenes.QUESTION_KINDS)
+    for record, recipe, asked in ((last["before"], ANSWERS, kinds - {scenes.READING}), (last, READING, kinds)):
+        assert record["recipe"] == json.loads(json.dumps(asdict(recipe)))
+        assert record["steps"] == recipe.steps == record["log"][-1]["step"]
+        for entry in record["log"]:
+            assert entry["rate"] == pytest.approx(rate_at(recipe, entry["step"] - 1), rel=1e-3)
+        assert record["held_out"]["exact_match"] >= 0.9
+        assert set(record["held_out"]["kinds"]) == asked
+    assert last["before"]["scenes"] <= READING.first_scene, "no scene is seen twice"
+
+
+def test_reading_starts_from_a_checkpoint_and_learns_new_words(tmp_path: Path) -> None:
+    """The rows of the words that it knows are the checkpoint's; the new words' score as the mean of them at first."""
+    first = Trainer(3, TINY)
+    model_files.save_checkpoint(first.model, tmp_path)
+    phases = (
+        Phase(steps=1, cells=2, pictures=4, blocks=0, signs=1.0),
+        Phase(2, cells=2, pictures=4, blocks=8, signs=1),
+    )
+    reading = replace(TINY, phases=phases, patch_tasks=READING.patch_tasks, reads=True)
+    trainer = Trainer(0, reading, tmp_path)
+    table, known = first.model.model.language_model.embed_tokens.weight, 61
+    head = trainer.model.lm_head.weight.detach().clone()
+    grown = trainer.model.model.language_model.embed_tokens.weight
+    assert torch.equal(grown[:known], table.to(torch.float16).float()) and len(grown) == len(head) == 88
+    assert grown[known:].std().item() == pytest.approx(table.std().item(), rel=0.2)
+    torch.testing.assert_close(head[known:], head[:known].mean(0).expand(88 - known, -1))
+    trainer.run(report_every=1)
+    assert "reading" in trainer.progress.log[-1] and "patch character" in trainer.progress.log[-1]
+    assert not torch.equal(trainer.model.lm_head.weight[known:], head[known:])
+
+
+def test_matrices_without_a_gradient_only_decay() -> None:
+    """Those that had one move as if the others were not there."""
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(3, 8, 16, generator=generator)
+    gradients = torch.randn(2, 2, 8, 16, generator=generator)
+    moved, alone = [torch.nn.Parameter(m.clone()) for m in start], [torch.nn.Parameter(m.clone()) for m in start[:2]]
+    muon, without = Muon(moved), Muon(alone)
+    for step in gradients:
+        for parameters in (moved, alone):
+            for parameter, gradient in zip(parameters, step, strict=False):
+                parameter.grad = gradient.clone()
+        muon.step(0.1, decay=0.02)
+        without.step(0.1, decay=0.02)
+    for one, other in zip(moved, alone, strict=False):
+        torch.testing.assert_close(one, other)
+    torch.testing.assert_close(moved[2].detach(), start[2] * (1 - 0.1 * 0.02) ** 2)
 
 
 def test_orthogonal_steps_have_singular_values_near_one() -> None:

@@ -31,6 +31,7 @@ from graphs.records.match_plan import spec_at
 from graphs.records.plan import PruningPlan, Stage
 from tests.graphs.ops import oracle
 
+WORDS = 88  # of the demo's tokenizer, which the random models use
 PRESETS = ("none", "btp-paper", "fastv")
 PROMPTS = (  # of several lengths, all in one bucket
     "what color is the circle ?",

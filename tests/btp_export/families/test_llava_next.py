@@ -39,8 +39,8 @@ def make_next(demo: Path, folder: Path, *, tile: int = 24, patch: int = 4, **tex
     pinpoints = [[tile, 2 * tile], [2 * tile, tile], [2 * tile, 2 * tile], [3 * tile, tile], [tile, 3 * tile]]
     fields = {
         "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 6, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 512, "vocab_size": 61, "bos_token_id": 1,
-        "eos_token_id": 2, "pad_token_id": 0, "model_type": "llama", "rms_norm_eps": 1e-5,
+        "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 512, "vocab_size": parity.WORDS,
+        "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "model_type": "llama", "rms_norm_eps": 1e-5,
     } | text  # fmt: skip
     vision = {
         "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -295,14 +295,15 @@ def test_both_weight_name_layouts_give_the_same_model(subject: Subject, copied: 
 def test_sharded_tied_and_padded_vocabulary(demo_checkpoint: Path, tmp_path: Path) -> None:
     """Embeddings shared with the head, in two files, and an image token id beyond the embedding's rows."""
     folder = make_next(
-        demo_checkpoint, tmp_path / "model", tie_word_embeddings=True, vocab_size=61, model_type="mistral",
+        demo_checkpoint, tmp_path / "model", tie_word_embeddings=True, vocab_size=parity.WORDS, model_type="mistral",
         sliding_window=None, rope_parameters={"rope_type": "default", "rope_theta": 1000000.0},
     )  # fmt: skip
-    change(folder / "config.json", image_token_index=64)
+    beyond = parity.WORDS + 3
+    change(folder / "config.json", image_token_index=beyond)
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
     for token in tokenizer["added_tokens"]:
-        token["id"] = 64 if token["content"] == "<image>" else token["id"]
-    tokenizer["model"]["vocab"]["<image>"] = 64
+        token["id"] = beyond if token["content"] == "<image>" else token["id"]
+    tokenizer["model"]["vocab"]["<image>"] = beyond
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     model = LlavaNextForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
     model.save_pretrained(tmp_path / "sharded", max_shard_size="100KB")
@@ -311,7 +312,11 @@ def test_sharded_tied_and_padded_vocabulary(demo_checkpoint: Path, tmp_path: Pat
         shutil.move(file, folder / file.name)
     assert len(list(folder.glob("model-*.safetensors"))) > 1
     spec = open_model(str(folder)).spec
-    assert (spec.image_token_id, spec.decoder.vocab_size, spec.decoder.tie_word_embeddings) == (64, 61, True)
+    assert (spec.image_token_id, spec.decoder.vocab_size, spec.decoder.tie_word_embeddings) == (
+        beyond,
+        parity.WORDS,
+        True,
+    )
     subject = subject_of(folder)
     made = parity.export(folder, tmp_path / "bundle", image_sizes=SIZES[1:])
     pruned = parity.with_preset(made, "fastv", tmp_path / "pruned")

@@ -17,7 +17,7 @@ def make_llava(demo: Path, folder: Path, *, side: int = 24, patch: int = 4, **te
     """A random LLaVA-1.5 with 6 x 6 patches; `text` changes its decoder."""
     fields = {
         "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 6, "num_attention_heads": 4,
-        "num_key_value_heads": 4, "max_position_embeddings": 256, "vocab_size": 61, "bos_token_id": 1,
+        "num_key_value_heads": 4, "max_position_embeddings": 256, "vocab_size": parity.WORDS, "bos_token_id": 1,
         "eos_token_id": 2, "pad_token_id": 0, "model_type": "llama", "rms_norm_eps": 1e-5,
     } | text  # fmt: skip
     vision = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import subprocess
 import sys
@@ -59,8 +60,17 @@ def test_more_samples_begin_with_the_same_samples() -> None:
 
 
 def test_kinds_take_turns() -> None:
-    kinds = Counter(sample.kind for sample in scenes.samples(100, seed=0))
+    kinds = Counter(sample.kind for sample in scenes.samples(120, seed=0))
     assert kinds == dict.fromkeys(scenes.QUESTION_KINDS, 20)
+
+
+def test_the_other_kinds_are_asked_what_they_were_before_there_were_signs() -> None:
+    """Numbers recorded with five kinds stay comparable: the digest is that of the first hundred samples then."""
+    state = hashlib.sha256()
+    for sample in scenes.samples(120, seed=0):
+        if sample.kind != scenes.READING:
+            state.update(sample.image.tobytes() + f"{sample.question}{sample.answer}".encode())
+    assert state.hexdigest() == "d60825a62eeaef0d4c9c277d7ab9fc125338685e49c4bc13a056eb3930b71bbf"
 
 
 def test_a_sample_is_about_its_own_scene() -> None:
@@ -76,12 +86,13 @@ def test_no_kind_is_answered_well_without_looking() -> None:
     answers: dict[str, Counter[str]] = {kind: Counter() for kind in scenes.QUESTION_KINDS}
     for sample in scenes.samples(1000, seed=11):
         answers[sample.kind][sample.answer] += 1
-    majority = {kind: counts.most_common(1)[0][1] / 200 for kind, counts in answers.items()}
+    majority = {kind: counts.most_common(1)[0][1] / counts.total() for kind, counts in answers.items()}
     assert majority["colour"] < 0.25
     assert majority["shape"] < 0.30
     assert majority["is there"] < 0.62
     assert majority["count"] < 0.45
     assert majority["where"] < 0.40
+    assert majority["reading"] < 0.05
 
 
 @pytest.mark.parametrize(("split", "seed", "message"), [("test", 0, "split is 'test'"), ("eval", -1, "seed is -1")])
@@ -127,7 +138,8 @@ def test_objects_show_their_colour(seed: int) -> None:
 def test_answers_are_right(seed: int) -> None:
     scene = scenes.make_scene(seed)
     for question in scenes.questions(scene, seed):
-        assert question.answer == _answer(question, scene.objects), question
+        if question.kind != scenes.READING:  # tests/calibrate/data/test_signs.py
+            assert question.answer == _answer(question, scene.objects), question
 
 
 @settings(deadline=None, max_examples=60)
