@@ -7,7 +7,9 @@ Every tensor goes in and out through an IOBinding by pointer and ONNX element ty
 import os
 import re
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -100,21 +102,24 @@ class OrtLoader:
         if not path.is_file():
             raise InputError(f"no graph {path}", wanted="a complete bundle", do="export it again")
         content = graph_bytes(path)
-        if self._packed is not None or ops.wants_onnxruntime_nodes(content):
+        if self._packed is not None or ops.wants_onnxruntime_nodes(content) or self._turns_attention(content):
             return self.open_model(content, path)
         return self._open(str(path), path, self._options())
 
     def open_model(self, content: bytes, path: Path) -> "OrtRunner":
         """Open a graph from memory; its weights lie where those of the graph at `path` do. Raises as for a file."""
         options = self._options()
-        own_nodes = self._takes_own_nodes(content)
-        if self._packed is None and not own_nodes:
+        own_nodes, attention = self._takes_own_nodes(content), self._turns_attention(content)
+        if self._packed is None and not own_nodes and not attention:
             options.add_session_config_entry(FOLDER_OPTION, str(path.parent))
             return self._open(content, path, options)
         model = parse_graph(content, path)
         if own_nodes:
             with refusing_graph(path):
                 ops.for_onnxruntime(model, accuracy_level=self.accuracy_level)
+        if attention:
+            with refusing_graph(path):
+                _causal_attention().for_cpu(model)
         kept: list[Any] = []
         if self._packed is not None:
             kept = self._packed.share(model, path, options)
@@ -127,6 +132,11 @@ class OrtLoader:
     def _takes_own_nodes(self, content: bytes) -> bool:
         """Whether nodes are put in that ONNX Runtime has itself; on CUDA our library's come first."""
         return ops.wants_onnxruntime_nodes(content) and (self._kind == "cpu" or self.custom_ops is None)
+
+    def _turns_attention(self, content: bytes) -> bool:
+        """Whether attention is computed by another node; without onnx graphs are taken as they are."""
+        there = self._kind == "cpu" and find_spec("onnx") is not None
+        return there and _causal_attention().may_have(content)
 
     def _open(self, source: str | bytes, path: Path, options: ort.SessionOptions) -> "OrtRunner":
         try:
@@ -252,6 +262,13 @@ def _packed_files(folder: Path) -> "PackedFiles":
     from engines.runners.packed_files import PackedFiles
 
     return PackedFiles(folder)
+
+
+def _causal_attention() -> ModuleType:
+    """It needs onnx, which only comes with graphs to change."""
+    from engines.runners import causal_attention
+
+    return causal_attention
 
 
 def explain(error: Exception, path: Path, doing: str) -> BtpError:

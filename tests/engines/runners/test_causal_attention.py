@@ -1,0 +1,120 @@
+"""Attention in ONNX Runtime's own node: what the definition gives, wherever it stands in, and left alone elsewhere."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import NodeProto, TensorProto, helper
+
+from engines.runners.causal_attention import NODE, for_cpu
+from engines.runners.onnxruntime import OrtLoader
+
+BATCH, HEADS, KV_HEADS, TOKENS, SIZE = 2, 4, 2, 37, 16
+QUERY, KEY = (BATCH, HEADS, TOKENS, SIZE), (BATCH, KV_HEADS, TOKENS, SIZE)
+BY_TOKEN = {"query": (BATCH, TOKENS, HEADS, SIZE), "key": (BATCH, TOKENS, KV_HEADS, SIZE)}
+
+
+def attention_model(
+    before: list[NodeProto], inputs: dict[str, tuple[int, ...]], more: tuple[str, ...] = (), **settings: Any
+) -> onnx.ModelProto:
+    """`before` makes what of query, key and value is no input; `more`: outputs beside the context."""
+    shapes = {"query": QUERY, "key": KEY, "value": KEY, "context": QUERY}
+
+    def tensor(name: str, shape: tuple[int, ...]) -> onnx.ValueInfoProto:
+        return helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
+
+    node = helper.make_node("Attention", ["query", "key", "value"], ["context"], **{"is_causal": 1} | settings)
+    graph = helper.make_graph(
+        [*before, node],
+        "attention",
+        [tensor(name, shape) for name, shape in inputs.items()],
+        [tensor(name, shapes[name]) for name in ("context", *more)],
+        value_info=[tensor(name, shape) for name, shape in shapes.items() if name not in (*inputs, "context", *more)],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=10)
+
+
+def causal(query: np.ndarray, key: np.ndarray, value: np.ndarray, scale: float) -> np.ndarray:
+    """The definition, in float64, one query at a time."""
+    context = np.zeros(query.shape)
+    for b, h, i in np.ndindex(*query.shape[:3]):
+        group = h // (query.shape[1] // key.shape[1])
+        scores = key[b, group, : i + 1].astype(np.float64) @ query[b, h, i] * scale
+        weights = np.exp(scores - scores.max())
+        context[b, h, i] = weights / weights.sum() @ value[b, group, : i + 1]
+    return context
+
+
+def rotated(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
+    """Halves of D turned by [B,S,D/2], x [B,n,S,D]."""
+    a, b = np.split(x.astype(np.float64), 2, axis=3)
+    c, s = cos[:, None], sin[:, None]
+    return np.concatenate([a * c - b * s, b * c + a * s], axis=3)
+
+
+def run(model: onnx.ModelProto, folder: Path, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """As bundles are run on a CPU."""
+    path = folder / "attention.onnx"
+    onnx.save(model, path)
+    return OrtLoader(threads=1)(path).run(inputs)
+
+
+def values(shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    return {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+def kinds(model: onnx.ModelProto) -> list[str]:
+    return [node.op_type for node in model.graph.node]
+
+
+@pytest.mark.parametrize("scale", [None, 0.5])
+def test_of_inputs(scale: float | None, tmp_path: Path) -> None:
+    inputs = values({"query": QUERY, "key": KEY, "value": KEY})
+    settings = {} if scale is None else {"scale": scale}
+    model = attention_model([], {name: array.shape for name, array in inputs.items()}, **settings)
+    wanted = causal(inputs["query"], inputs["key"], inputs["value"], scale or SIZE**-0.5)
+    np.testing.assert_allclose(run(model, tmp_path, inputs)["context"], wanted, atol=2e-6)
+    for_cpu(model)
+    assert NODE in kinds(model) and "Attention" not in kinds(model)
+    onnx.checker.check_model(model)
+
+
+def test_of_projections_that_are_turned_and_rotated(tmp_path: Path) -> None:
+    """As decoder layers have them: nothing is transposed before the node, and the key is rotated once."""
+    before = [
+        helper.make_node("Transpose", ["query_split"], ["query_unrotated"], perm=[0, 2, 1, 3]),
+        helper.make_node("RotaryEmbedding", ["query_unrotated", "cos", "sin"], ["query"]),
+        helper.make_node("Transpose", ["key_split"], ["key_unrotated"], perm=[0, 2, 1, 3]),
+        helper.make_node("RotaryEmbedding", ["key_unrotated", "cos", "sin"], ["key"]),
+        helper.make_node("Transpose", ["value_split"], ["value"], perm=[0, 2, 1, 3]),
+    ]
+    half = (BATCH, TOKENS, SIZE // 2)
+    inputs = values(
+        {"query_split": BY_TOKEN["query"], "key_split": BY_TOKEN["key"], "value_split": BY_TOKEN["key"], "cos": half,
+         "sin": half}
+    )  # fmt: skip
+    model = attention_model(before, {name: array.shape for name, array in inputs.items()}, more=("key", "value"))
+    found = run(model, tmp_path, inputs)
+    query, key, value = (inputs[f"{name}_split"].transpose(0, 2, 1, 3) for name in ("query", "key", "value"))
+    query, key = (rotated(x, inputs["cos"], inputs["sin"]) for x in (query, key))
+    np.testing.assert_allclose(found["context"], causal(query, key, value, SIZE**-0.5), atol=1e-5)
+    np.testing.assert_allclose(found["key"], key, atol=1e-5)
+    np.testing.assert_array_equal(found["value"], value)
+    for_cpu(model)
+    assert kinds(model).count("RotaryEmbedding") == 2
+    assert kinds(model).count("Transpose") == 3, "of key and value for the caches, and of the context"
+
+
+@pytest.mark.parametrize("change", ["not causal", "float16", "softcap"])
+def test_others_stay(change: str) -> None:
+    settings = {"not causal": {"is_causal": 0}, "softcap": {"softcap": 2.0}}.get(change, {})
+    model = attention_model([], {"query": QUERY, "key": KEY, "value": KEY}, **settings)
+    if change == "float16":
+        for value in (*model.graph.input, *model.graph.output):
+            value.type.tensor_type.elem_type = TensorProto.FLOAT16
+    before = model.SerializeToString()
+    for_cpu(model)
+    assert model.SerializeToString() == before
