@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.memory import memory
 from benchmarks.rtx_7b import MODEL, PUBLISHED, SHORT
 from btp_export import console
 from btp_export.dummy.checkpoints import dummy_checkpoint
@@ -41,7 +42,6 @@ from graphs.records.plan import PruningPlan
 
 RESULTS = Path(__file__).parent / "results" / "four_bits_cpu.md"
 GROUP = 128
-MEMORY = ("VmHWM", "RssAnon", "RssFile")
 
 
 def plan_for(layers: int) -> PruningPlan:
@@ -57,13 +57,6 @@ def make_bundle(layers: int, folder: Path) -> Bundle:
     model = open_model(str(checkpoint))
     with console.progress("export") as bar:
         return export_bundle(model, plan_for(layers), folder, Options(precision="float16"), report=bar)
-
-
-def memory() -> dict[str, float]:
-    """MiB of this process; `Pss` counts a page that two sessions map once."""
-    lines = Path("/proc/self/status").read_text() + Path("/proc/self/smaps_rollup").read_text().partition("\n")[2]
-    found = dict(line.split(":", 1) for line in lines.splitlines())
-    return {key: int(found[key].split()[0]) / 1024 for key in (*MEMORY, "Pss")}
 
 
 def measure_here(bundle: Bundle, steps: int) -> dict[str, Any]:
@@ -178,6 +171,7 @@ def main() -> None:
     if given.measure is not None:
         print(json.dumps(measure_here(Bundle.open(given.measure), given.steps)))
         return
+    cache_folder().mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache_folder(), prefix="four-bits-") as scratch:
         place = given.folder or Path(scratch) / "bundle"
         bundle = Bundle.open(place) if place.is_dir() else make_bundle(given.layers, place)

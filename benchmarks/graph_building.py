@@ -12,8 +12,11 @@ import resource
 import struct
 import tempfile
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.findings import Row, Wishes
 from btp_export.families import family_for
 from graphs.building.decoder_graphs import build_decoder_graphs, serialize
 from graphs.files.checkpoint import open_checkpoint
@@ -77,11 +80,32 @@ def resident_mib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def main() -> None:
-    """Build, measure, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=32)
-    layers = parser.parse_args().layers
+@dataclass(frozen=True)
+class Built:
+    """All graphs of one opset. Times in seconds, sizes in bytes, memory in MiB; `nodes`: of decoder layers."""
+
+    opset: int
+    graphs: int
+    weights: int
+    built: float
+    serialised: float
+    size: int
+    nodes: int
+    resident: float
+
+
+def benchmark(wishes: Wishes) -> Iterator[Row]:
+    """Seconds for all graphs of a 7B; `quick`: of four layers."""
+    layers = 4 if wishes.quick else 32
+    for one in measured(layers):
+        detail = f"{one.graphs} graphs, {one.nodes / layers:.1f} nodes a layer, {one.resident:.0f} MiB more resident"
+        yield Row(
+            f"{layers} layers, opset {one.opset}: built and serialised", one.built + one.serialised, "s", detail=detail
+        )
+
+
+def measured(layers: int) -> Iterator[Built]:
+    """Build the graphs for both operator sets."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         sparse_checkpoint(folder, layers)
@@ -89,7 +113,7 @@ def main() -> None:
         checkpoint = open_checkpoint(folder, family.renames)
         spec = family.spec(checkpoint, "sparse 7B")
         profile = family.profile(spec, batch=1, image_size=None, text_tokens=64, new_tokens=128)
-        print(f"{layers} layers, {sum(ref.nbytes for ref in checkpoint.tensors.values()) / 1e9:.1f} GB of weights")
+        weights = sum(ref.nbytes for ref in checkpoint.tensors.values())
         for opset in (23, 18):
             before, start = resident_mib(), time.perf_counter()
             graphs = build_decoder_graphs(
@@ -98,11 +122,21 @@ def main() -> None:
             built = time.perf_counter() - start
             size = sum(len(serialize(graph)) for graph in graphs)
             nodes = sum(len(graph.model.graph) for graph in graphs if graph.layers)
-            print(
-                f"opset {opset}: {len(graphs)} graphs, built in {built:.2f} s, serialised in "
-                f"{time.perf_counter() - start - built:.2f} s, {size / 1e6:.2f} MB, {nodes / layers:.1f} nodes a layer,"
-                f" {resident_mib() - before:.0f} MiB more resident"
-            )
+            serialised, resident = time.perf_counter() - start - built, resident_mib() - before
+            yield Built(opset, len(graphs), weights, built, serialised, size, nodes, resident)
+
+
+def main() -> None:
+    """Build, measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=32)
+    layers = parser.parse_args().layers
+    for one in measured(layers):
+        print(
+            f"{layers} layers, {one.weights / 1e9:.1f} GB of weights, opset {one.opset}: {one.graphs} graphs, built in "
+            f"{one.built:.2f} s, serialised in {one.serialised:.2f} s, {one.size / 1e6:.2f} MB, "
+            f"{one.nodes / layers:.1f} nodes a layer, {one.resident:.0f} MiB more resident"
+        )
 
 
 if __name__ == "__main__":

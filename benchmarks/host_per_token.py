@@ -12,9 +12,11 @@ import argparse
 import ctypes
 import os
 import platform
+import shutil
 import subprocess
 import tempfile
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
@@ -24,6 +26,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.findings import NotHere, Row, Wishes
 from btp_export.running.embedding import TokenEmbedding
 from btp_export.running.generation import Answer, Choose, generate
 from btp_export.running.logit_rules import LogitRules
@@ -143,19 +146,31 @@ class EmptyLoader:
         return TrtProgram(self.session, steps, writes=writes, reads=reads, replay=True, note=print)
 
 
+def benchmark(wishes: Wishes) -> Iterator[Row]:
+    """A row for each model and way of choosing; `quick`: one of them, for a few tokens."""
+    if shutil.which(os.environ.get("CC", "cc")) is None:
+        raise NotHere("there is no C compiler for the library in CUDA's place")
+    for name, way, whole, choosing in measured(MODELS[: 1 if wishes.quick else None], 5 if wishes.quick else 200):
+        what, detail = f"{name}, {way}: the host's part of a token", f"of it choosing {choosing:.3f} ms"
+        yield Row(what, whole, "ms", LIMIT_MS, "what the host may add", detail=detail)
+
+
+def measured(models: Sequence[Model], tokens: int) -> Iterator[tuple[str, str, float, float]]:
+    """Model, way of choosing, milliseconds a token: all, and choosing alone."""
+    with tempfile.TemporaryDirectory() as folder:
+        held = load_stub(Path(folder))
+        for model in models:
+            for way, sampling in WAYS.items():
+                yield model.name, way, *measure(model, sampling, tokens, Path(folder))
+        del held
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, default=200)
     parser.add_argument("--write", action="store_true")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        held = load_stub(Path(folder))
-        rows = [
-            (model.name, way, *measure(model, sampling, options.tokens, Path(folder)))
-            for model in MODELS
-            for way, sampling in WAYS.items()
-        ]
-        del held
+    rows = list(measured(MODELS, options.tokens))
     lines = ["| model | tokens are chosen by | all, ms | of it choosing, ms | limit, ms |", "|---|---|---|---|---|"]
     lines += [f"| {name} | {way} | {whole:.3f} | {choosing:.3f} | {LIMIT_MS} |" for name, way, whole, choosing in rows]
     print("\n".join(lines))

@@ -1,0 +1,106 @@
+"""All that this machine can measure, in one table with the limit beside each number.
+
+    python -m benchmarks [--only NAME] [--quick] [--out FILE] [--write] [--threads N] [--folder DIR]
+
+Benchmarks are the modules of this folder that have a function `benchmark`; what one cannot run here is a row that
+says why. The others are programs of their own (python -m benchmarks.NAME), named below the table. --out writes machine,
+versions, load and all rows as JSON.
+"""
+
+import argparse
+import ast
+import importlib
+import json
+import tempfile
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from benchmarks.findings import NotHere, Row, Wishes, document, markdown, skipped
+from benchmarks.machine import Machine, this_machine
+from benchmarks.table import put_between_marks
+from graphs.files.atomic import write_text
+from graphs.files.cache_folder import cache_folder
+from graphs.files.cores import available_cores
+from graphs.records.errors import BtpError
+
+HERE = Path(__file__).parent
+ENTRY = "benchmark"  # the function that makes a module a benchmark of this program
+FORMAT = "btp-benchmarks/1"
+RESULTS = HERE / "results" / "benchmarks.json"
+PAGE = HERE.parent / "docs" / "performance.md"
+
+
+def programs() -> dict[str, bool]:
+    """Every module here that can be run, by name, and whether it is a benchmark of this program. None is imported."""
+    found = {}
+    files = {path.stem: path for path in HERE.glob("*.py")} | {
+        path.parent.name: path for path in HERE.glob("*/__main__.py")
+    }
+    for name, path in sorted(files.items()):
+        functions = {node.name for node in ast.parse(path.read_text("utf-8")).body if isinstance(node, ast.FunctionDef)}
+        if path != Path(__file__) and functions & {ENTRY, "main"}:
+            found[name] = ENTRY in functions
+    return found
+
+
+def measure(names: Sequence[str], wishes: Wishes) -> Iterator[tuple[str, Row]]:
+    """The rows of these benchmarks, one after another. One that breaks is a row too, and the others still run."""
+    for name in names:
+        wishes.note(name)
+        try:
+            for row in importlib.import_module(f"benchmarks.{name}").benchmark(wishes):
+                wishes.note(f"  {row.what}: {row.missing or f'{row.value:.3g} {row.unit}, {row.detail}'}")
+                yield name, row
+        except (NotHere, BtpError, ImportError) as error:
+            yield name, skipped("all", error)
+        except Exception as error:
+            wishes.note(traceback.format_exc())
+            yield name, skipped("the rest, which broke", error)
+
+
+def recorded(machine: Machine, found: Sequence[tuple[str, Row]], wishes: Wishes) -> dict[str, Any]:
+    """The same for JSON."""
+    settings = {"threads": wishes.threads, "rounds": wishes.rounds, "quick": wishes.quick}
+    return {"format": FORMAT, "machine": asdict(machine), "settings": settings, "rows": document(found)}
+
+
+def render(document: Mapping[str, Any]) -> str:
+    """Where, with what and how it was measured, and the table."""
+    settings, found = document["settings"], [(row.pop("benchmark"), row) for row in map(dict, document["rows"])]
+    threads = f"{settings['threads']} threads each, {settings['rounds']} rounds"
+    rows = [(name, Row(**{key: row[key] for key in row if key != "holds"})) for name, row in found]
+    return f"{Machine(**document['machine']).sentence()}; {threads}.\n\n{markdown(rows)}"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    everything = programs()
+    mine = [name for name, is_mine in everything.items() if is_mine]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=mine, action="append", help="this one; repeat for several")
+    parser.add_argument("--quick", action="store_true", help="tiny models and few rounds, to try the programs")
+    parser.add_argument("--out", type=Path, help="where the JSON goes")
+    parser.add_argument("--write", action="store_true", help="record the results, and show them in docs/performance.md")
+    parser.add_argument("--threads", type=int, default=available_cores(), help="of every program; all cores")
+    parser.add_argument("--rounds", type=int, default=7, help="turns of each program; medians count")
+    parser.add_argument("--folder", type=Path, help="where models are made and stay; a temporary one if left out")
+    given = parser.parse_args(arguments)
+    cache_folder().mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache_folder(), prefix="benchmarks-") as scratch:
+        rounds = min(given.rounds, 2) if given.quick else given.rounds
+        wishes = Wishes(given.folder or Path(scratch), given.threads, rounds, given.quick)
+        found = list(measure(given.only or mine, wishes))
+    machine = this_machine()
+    text = json.dumps(recorded(machine, found, wishes), indent=1) + "\n"
+    for path in [given.out] * (given.out is not None) + [RESULTS] * given.write:
+        write_text(path, text)
+    if given.write:
+        put_between_marks(PAGE, render(json.loads(text)))
+    print(render(json.loads(text)))
+    print(f"\nby themselves: {', '.join(name for name in everything if name not in mine)}")
+
+
+if __name__ == "__main__":
+    main()
