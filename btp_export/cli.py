@@ -6,6 +6,7 @@ not installed or not reachable; 130 interrupted (Ctrl-C, SIGTERM, SIGHUP).
 
 import contextlib
 import errno
+import functools
 import importlib
 import os
 import pkgutil
@@ -16,7 +17,7 @@ import threading
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
-from types import FrameType
+from types import FrameType, ModuleType
 from typing import Any
 
 import typer
@@ -52,12 +53,27 @@ def make_app(only: str | None = None) -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     )
     for name in command_names() if only is None else [only]:
-        module = importlib.import_module(f"{commands.__name__}.{name}")
+        module = _module(name)
         command = as_command(module.command, console.stdout_for_results, getattr(module, "EXTRA", extras.EXPORT))
         app.command(name, cls=GroupedCommand, short_help=_first_sentence(command.__doc__))(command)
-    main_module = importlib.import_module(f"{commands.__name__}.main")
-    app.callback(invoke_without_command=True)(as_command(main_module.command, console.stdout_for_results))
+    app.callback(invoke_without_command=True)(as_command(_module("main").command, console.stdout_for_results))
     return app
+
+
+def _module(name: str) -> ModuleType:
+    return importlib.import_module(f"{commands.__name__}.{name}")
+
+
+def _program(only: str | None) -> Any:
+    """What typer runs, for all commands or `only` one. A process that calls `main` often builds it once."""
+    names = command_names() if only is None else [only]
+    return _built(only, tuple((name, _module(name).command) for name in [*names, "main"]))
+
+
+@functools.cache
+def _built(only: str | None, functions: tuple[tuple[str, Any], ...]) -> Any:
+    """The same, by all that it is built from: commands come and go where a process changes them."""
+    return typer.main.get_command(make_app(only))
 
 
 def _first_sentence(text: str | None) -> str:
@@ -92,7 +108,7 @@ def _wants_debug(words: Sequence[str]) -> bool:
     places = [at for at, word in enumerate(words) if word == "--debug"]
     if not places:
         return False
-    main_command: Any = typer.main.get_command(make_app())
+    main_command = _program(None)
     parameters = [
         *main_command.params,
         *(each for command in main_command.commands.values() for each in command.params),
@@ -104,7 +120,8 @@ def _wants_debug(words: Sequence[str]) -> bool:
 def _run(arguments: list[str], debug: bool) -> int:
     try:
         known = "_BTP_EXPORT_COMPLETE" not in os.environ and arguments[:1] and arguments[0] in command_names()
-        code = make_app(arguments[0] if known else None)(arguments, prog_name="btp-export", standalone_mode=False)
+        program = _program(arguments[0] if known else None)
+        code = program(arguments, prog_name="btp-export", standalone_mode=False)
         if code == INTERRUPTED:  # typer turns KeyboardInterrupt into this
             console.show_lines(["interrupted"], prefix="")
         return code if isinstance(code, int) else 0
