@@ -20,6 +20,8 @@ demo: $(VENV)/.ready
 	@echo "report: $(OUT)/report/index.html"
 
 # A process of tests a core, four at most: each takes 2 GB of memory.
+# Tests start many interpreters, which need not compile the same sources each.
+test: export PYTHONDONTWRITEBYTECODE :=
 test: $(VENV)/.ready-dev
 	$(BIN)/python -m engines.native.compile_ort
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --durations=25
