@@ -8,7 +8,7 @@ from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from btp_export.exporting import vision_with_attention
 from btp_export.measuring.answering import Answers, answer, ask
@@ -17,7 +17,7 @@ from btp_export.results.evaluation import EvaluatedPlan, Evaluation, WeightsCost
 from btp_export.spreading import Cluster, connected
 from graphs.building.derived_bundles import derive
 from graphs.files.bundle import Bundle
-from graphs.files.cores import available_cores
+from graphs.files.cores import SMALL_WEIGHTS, available_cores
 from graphs.files.folders import scratch_beside
 from graphs.records.errors import InputError
 from graphs.records.match_plan import plan_for_profile, spec_at
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 FULL = "none"
 DEFAULT_PLANS = (FULL, CALIBRATED, "btp-paper", "fastv", "pyramiddrop", "divprune", "scope", "vtw", "random", "dart")
 DEFAULT_SAMPLES = 200  # an accuracy of 0.9 is then known to about 4 %
-SIDE_BY_SIDE: Final = 2**28  # bytes of weights up to which several plans' graphs are open at a time
 
 
 @dataclass(frozen=True)
@@ -274,7 +273,7 @@ def _answers(
 def _shares(bundle: Bundle, count: int, threads: int | None) -> tuple[int, int | None]:
     """How many of `count` bundles are asked at a time, and with how many threads each."""
     available = threads or available_cores()
-    small = sum(file.size for file in bundle.manifest.weights) <= SIDE_BY_SIDE
+    small = sum(file.size for file in bundle.manifest.weights) <= SMALL_WEIGHTS
     workers = max(1, min(count, available)) if small else 1
     return (1, threads) if workers == 1 else (workers, available // workers)
 

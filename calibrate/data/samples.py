@@ -284,24 +284,28 @@ def prepare(
     import torch
 
     from calibrate.reference.records import ReferenceInput
+    from calibrate.reference.side_by_side import side_by_side
 
-    prepared: list[Prepared] = []
-    seen: dict[bytes, tuple[torch.Tensor, torch.Tensor | None]] = {}
-    for number, sample in enumerate(samples):
+    ids, pixels, keys = [], [], []
+    for sample in samples:
         try:
             encoded = encoder.encode([sample.image], [sample.prompt])
         except InputError as error:
             raise at(sample.where or sample.name, error) from error
-        pixels = np.asarray(encoded.pixel_values, dtype=np.float32)
-        key = pixels.tobytes()
-        if key not in seen:
-            with torch.inference_mode():
-                made = vision(torch.from_numpy(pixels))
-            seen[key] = (made[0][0], made[1][0]) if isinstance(made, tuple) else (made[0], None)
-        features, attention = seen[key]
-        ids = torch.as_tensor(np.asarray(encoded.input_ids[0]), dtype=torch.int64)
-        given = ReferenceInput(ids, features, class_attention=attention)
-        prepared.append(Prepared(given, pixels[0] if len(pixels) == 1 else pixels))
-        if progress is not None:
-            progress(number + 1, len(samples))
-    return prepared
+        ids.append(torch.as_tensor(np.asarray(encoded.input_ids[0]), dtype=torch.int64))
+        pixels.append(np.asarray(encoded.pixel_values, dtype=np.float32))
+        keys.append(pixels[-1].tobytes())
+    different = dict(zip(keys, pixels, strict=True))
+    features: dict[bytes, tuple[torch.Tensor, torch.Tensor | None]] = {}
+    with torch.inference_mode(), side_by_side(sum(part.nbytes for part in vision.parameters())) as each:
+        for key, made in zip(different, each(vision, map(torch.from_numpy, different.values())), strict=True):
+            features[key] = (made[0][0], made[1][0]) if isinstance(made, tuple) else (made[0], None)
+            if progress is not None:
+                progress(len(features), len(different))
+    return [
+        Prepared(
+            ReferenceInput(prompt, features[key][0], class_attention=features[key][1]),
+            picture[0] if len(picture) == 1 else picture,
+        )
+        for prompt, picture, key in zip(ids, pixels, keys, strict=True)
+    ]

@@ -21,6 +21,7 @@ import torch
 from calibrate.reference.observers import LayerView
 from calibrate.reference.recording import read
 from calibrate.reference.records import ReferenceInput
+from calibrate.reference.side_by_side import Each
 from calibrate.reference.streamed_model import StreamedReference
 from graphs.files.resume import KeptArray, Work
 from graphs.records.plan import PruningPlan
@@ -54,8 +55,8 @@ def greedy_answers(
         inputs, unpruned, observers=(memory,), progress=lambda done, total, text="": tell(0, done, total)
     )
     answers = [[run.next_tokens[0]] for run in runs]
-    with torch.inference_mode():
-        decoder = _Decoder(reference, inputs, memory, unpruned.grid, tokens)
+    with torch.inference_mode(), reference.samples_at_once() as each:
+        decoder = _Decoder(reference, inputs, memory, unpruned.grid, tokens, each)
         for number in range(1, tokens):
             open_ = [sample for sample, answer in enumerate(answers) if answer[-1] not in ends]
             if not open_:
@@ -131,8 +132,9 @@ class _Decoder:
         prompts: KeysAndValues,
         grid: tuple[int, int],
         tokens: int,
+        each: Each,
     ) -> None:
-        self._reference, self._inputs, self._prompts = reference, inputs, prompts
+        self._reference, self._inputs, self._prompts, self._each = reference, inputs, prompts, each
         self._new: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}  # by sample and layer: [1,K,n,D] each
         self._tables = [reference.rotary_after(prompt, grid, tokens) for prompt in inputs]  # cos and sin [1, tokens, D]
 
@@ -143,8 +145,9 @@ class _Decoder:
         hidden = {sample: rows[place][None, None] for place, sample in enumerate(last)}  # [1,1,C] each
         for layer in range(reference.num_layers):
             with reference.loaded(layer) as module:
-                for batch in self._batches(last):
-                    self._layer(module, layer, batch, hidden, number)
+                step = partial(self._layer, module, layer, hidden, number)
+                for _ in self._each(step, self._batches(last)):
+                    pass
             report(layer + 1)
         logits = reference.head(torch.cat([hidden[sample][0] for sample in last])).float().cpu()
         return dict(zip(last, logits, strict=True))
@@ -157,7 +160,7 @@ class _Decoder:
         return [group[at : at + _BATCH] for group in by_length.values() for at in range(0, len(group), _BATCH)]
 
     def _layer(
-        self, module: torch.nn.Module, layer: int, batch: Sequence[int], hidden: dict[int, torch.Tensor], number: int
+        self, module: torch.nn.Module, layer: int, hidden: dict[int, torch.Tensor], number: int, batch: Sequence[int]
     ) -> None:
         """One layer on one row of each sample of the batch, which then have a key and a value more."""
         past = [self._past(sample, layer) for sample in batch]

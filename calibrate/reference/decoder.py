@@ -7,8 +7,9 @@ safetensors files through memory maps.
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -17,12 +18,25 @@ from transformers import AttentionInterface, AutoModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from calibrate.reference.side_by_side import Each, side_by_side
 from graphs import dtypes
 from graphs.files.checkpoint import Checkpoint, TensorRef
 from graphs.files.packed_weights import read_tensor
 from graphs.records.errors import InputError, UnavailableError
 
 _ATTENTION = "btp_capture"
+
+
+class _Attention(threading.local):
+    """What goes into and comes out of a layer's attention beside its rows; threads share the layer."""
+
+    past: tuple[torch.Tensor, torch.Tensor] | None = None  # keys and values of earlier tokens, which rows look at too
+    captured: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = (
+        None  # query, key and value, as the layer made them
+    )
+
+
+_attention = _Attention()
 _VOCABULARY_ROWS = 16384  # rows of the output matrix in memory at a time
 
 
@@ -57,6 +71,12 @@ class LayeredDecoder:
         """Logits of one row."""
         return self._output_matrix.shape[0]
 
+    def samples_at_once(self) -> AbstractContextManager[Each]:
+        """`map` over samples, see calibrate/reference/side_by_side.py."""
+        own = ("language_model.", "lm_head.")
+        weights = sum(ref.nbytes for ref in self._checkpoint.tensors.values() if ref.name.startswith(own))
+        return side_by_side(weights, self._device.type)
+
     @property
     def _output_matrix(self) -> TensorRef:
         tied = "lm_head.weight" not in self._checkpoint.tensors
@@ -77,12 +97,11 @@ class LayeredDecoder:
 
         Gives hidden [B,1,C] and the new key and value [B,K,1,D].
         """
-        attention: Any = module.self_attn
-        attention.btp_past = (key.to(hidden), value.to(hidden))
+        _attention.past = (key.to(hidden), value.to(hidden))
         try:
             output, _, new_key, new_value = forward_with_attention(module, hidden, cos, sin)
         finally:
-            del attention.btp_past
+            _attention.past = None
         return output, new_key, new_value
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
@@ -139,10 +158,9 @@ def forward_with_attention(
     """One layer: hidden [B,S,C] -> hidden [B,S,C], query [B,H,S,D], key and value [B,K,S,D]; causal, no padding."""
     output = module(hidden, attention_mask=None, position_embeddings=(cos, sin))
     output = output[0] if isinstance(output, tuple) else output
-    attention: Any = module.self_attn
-    query, key, value = attention.btp_captured
-    del attention.btp_captured
-    return output, query, key, value
+    captured, _attention.captured = _attention.captured, None
+    assert captured is not None, "the layer's attention is the one registered here"
+    return output, *captured
 
 
 def forward(module: nn.Module, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -158,12 +176,9 @@ def _capturing_attention(
     attention_mask: torch.Tensor | None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """transformers' sdpa attention; leaves query, key and value, as the layer made them, on the module.
-
-    Where the module carries keys and values of earlier tokens (`btp_past`), the rows look at those too.
-    """
-    module.btp_captured = (query, key, value)  # type: ignore[assignment]
-    past: Any = getattr(module, "btp_past", None)
+    """transformers' sdpa attention; takes and leaves what `_Attention` says."""
+    _attention.captured = (query, key, value)
+    past = _attention.past
     if past is not None:
         key, value = torch.cat([past[0], key], dim=2), torch.cat([past[1], value], dim=2)
     output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)

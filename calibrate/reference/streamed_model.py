@@ -32,6 +32,7 @@ from calibrate.reference.positions import position_rule
 from calibrate.reference.recording import SPILL_BYTES, Recorder
 from calibrate.reference.records import ReferenceInput, RunRecord
 from calibrate.reference.runs import Run, image_start, past_of
+from calibrate.reference.side_by_side import Each
 from graphs.files.checkpoint import Checkpoint
 from graphs.files.resume import Work, digest
 from graphs.records.errors import InputError
@@ -82,7 +83,7 @@ class StreamedReference(LayeredDecoder):
         one run, or a layer gives numbers that are not finite.
         """
         plans = [plans] if isinstance(plans, PruningPlan) else list(plans)
-        with torch.inference_mode(), torch_without_tf32():
+        with torch.inference_mode(), torch_without_tf32(), self.samples_at_once() as each:
             runs = self._start_all(inputs, plans)
             seen = (*observers, *probes)
             recorder = self._recorder(runs) if record_segments else None
@@ -91,6 +92,7 @@ class StreamedReference(LayeredDecoder):
                 run.embedded = recorder.embedded(run.hidden, run.cos, run.sin, run.last) if recorder else None
             checkpoints = self._checkpoints(inputs, plans, forced_kept, record_segments, seen, edit)
             begin = checkpoints.restore(runs) if checkpoints else 0
+            done = 0
             for layer in range(begin, self.num_layers):
                 with self.loaded(layer) as module:
                     if edit is not None:
@@ -99,9 +101,9 @@ class StreamedReference(LayeredDecoder):
                         edit(layer, module, [run.rows for run in runs])
                     # Whoever looks at every run must be shown it, also where another has the same rows.
                     alone = recorder is not None or bool(observers)
-                    for number in self._through(layer, module, runs, seen, recorder, alone=alone):
+                    for _ in self._through(layer, module, runs, seen, recorder, each, alone=alone):
+                        done += 1
                         if progress is not None:
-                            done = (layer - begin) * len(runs) + number + 1
                             progress(done, (self.num_layers - begin) * len(runs))
                 if checkpoints is not None:
                     checkpoints.save(layer + 1, runs, last=layer + 1 == self.num_layers)
@@ -116,25 +118,36 @@ class StreamedReference(LayeredDecoder):
         runs: Sequence[Run],
         observers: Sequence[Observer],
         recorder: Recorder | None,
+        each: Each,
         *,
         alone: bool,
-    ) -> Iterator[int]:
-        """Every run through one loaded layer; gives the number of each as it is done.
+    ) -> Iterator[Run]:
+        """Every run through one loaded layer, sample by sample; gives each when it is done.
 
         Plans that have pruned alike so far have the same rows, which are computed once unless each run goes `alone`.
         """
         asked = any(stage.layer == layer + 1 and stage.keep for run in runs for stage in run.plan.stages)
-        leaders: dict[Any, Run] = {}
+
+        def through(numbers: Sequence[int]) -> list[Run]:
+            """The runs of one sample, in the order of the plans."""
+            leaders: dict[Any, Run] = {}
+            for number in numbers:
+                run = runs[number]
+                past = number if alone else past_of(run, layer)
+                if past in leaders:
+                    run.follow(leaders[past], layer)
+                else:
+                    leaders[past] = run
+                    self._step(number, run, layer, module, observers, recorder)
+                    if not asked:  # no selection follows that would look at them
+                        run.query = run.key = None
+            return [runs[number] for number in numbers]
+
+        by_sample: dict[int, list[int]] = {}
         for number, run in enumerate(runs):
-            past = number if alone else past_of(run, layer)
-            if past in leaders:
-                run.follow(leaders[past], layer)
-            else:
-                leaders[past] = run
-                self._step(number, run, layer, module, observers, recorder)
-                if not asked:  # no selection follows that would look at them
-                    run.query = run.key = None
-            yield number
+            by_sample.setdefault(run.sample, []).append(number)
+        for done in each(through, by_sample.values()):
+            yield from done
 
     def logits(
         self, inputs: Sequence[ReferenceInput], plans: Sequence[PruningPlan], *, progress: Report | None = None

@@ -1,6 +1,9 @@
-"""How many cores there are for this process."""
+"""How many cores there are for this process, and for which models they are given to samples, not to products."""
 
 import os
+from typing import Final
+
+SMALL_WEIGHTS: Final = 2**28  # bytes of weights up to which several samples or plans are worked on at a time
 
 
 def available_cores() -> int:

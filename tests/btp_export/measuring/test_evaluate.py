@@ -166,7 +166,7 @@ def test_plans_side_by_side_answer_as_one_after_another(
 
     together = evaluated(threads=3)
     assert counts == sorted(counts) and counts[-1] == 4 * 4, "answers of all plans in one count"
-    monkeypatch.setattr(evaluate, "SIDE_BY_SIDE", 0)
+    monkeypatch.setattr(evaluate, "SMALL_WEIGHTS", 0)
     assert evaluated(threads=1) == together
 
 
