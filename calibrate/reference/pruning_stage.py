@@ -14,6 +14,27 @@ from graphs.pruning.spatial_set import stage_seeds
 from graphs.records.plan import PruningPlan, Stage
 
 
+@dataclass
+class Chain:
+    """Tokens picked one after another from nothing, of which plans that keep fewer keep the first.
+
+    Shared by plans that choose from the same rows by the same rule and differ in their counts alone, the largest of
+    which is `most`. `picks` [most] are made by the first that asks.
+    """
+
+    most: int = 0
+    picks: torch.Tensor | None = None
+
+
+def chain_rule(plan: PruningPlan, number: int) -> tuple[str | None, ...] | None:
+    """What picks a stage's tokens from nothing, so that a chain gives them; None where quotas or seeds come first."""
+    stage = plan.stages[number]
+    if stage.keep == 0 or stage.attention_quota or stage.diversity_quota or stage.seeds or not stage.needs_similarity:
+        return None
+    weighing = plan.importance_of(number) if stage.weights == "scores" else None
+    return stage.diversity, stage.features, weighing
+
+
 @dataclass(frozen=True)
 class StageRecord:
     """What stage `number` did to one prompt.
@@ -46,15 +67,16 @@ def apply_stage(
     before: torch.Tensor,
     forced: Sequence[int] | None = None,
     class_attention: torch.Tensor | None = None,
+    chain: Chain | None = None,
 ) -> tuple[StageRecord, tuple[torch.Tensor, ...]]:
     """Prune `rows` (hidden first, then whatever goes along; each [1, S, ...]) as stage `number` of `plan` says.
 
     `query` [1,H,S,D] and `key` [1,K,S,D] are those of the layer before, after RoPE (None at layer 0); `before` [V_i]
-    are the survivors so far in the picture's numbering; `class_attention` [V] is the vision tower's. Gives the record
-    and the gathered rows, each [1, S-V_i+k, ...].
+    are the survivors so far in the picture's numbering; `class_attention` [V] is the vision tower's; `chain` is what
+    the stage shares with others, if anything. Gives the record and the gathered rows, each [1, S-V_i+k, ...].
     """
     stage, count = plan.stages[number], len(before)
-    chosen, scores = _choose(plan, number, rows[0], query, key, last, image_start, class_attention)
+    chosen, scores = _choose(plan, number, rows[0], query, key, last, image_start, class_attention, chain)
     indices = chosen if forced is None else torch.as_tensor(forced, dtype=torch.int32)
     at = indices[None].to(before.device)
     gathered = tuple(_gather(row, at, start=image_start, count=count) for row in rows)
@@ -79,6 +101,7 @@ def _choose(
     last: int,
     image_start: int,
     class_attention: torch.Tensor | None,
+    chain: Chain | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Indices [k] int32 and scores [V_i] float32 of one stage, on the CPU wherever the layers run."""
     stage, count = plan.stages[number], plan.tokens_before(number)
@@ -94,6 +117,12 @@ def _choose(
         vision_cls=None if class_attention is None else class_attention[None].cpu(),
     )  # fmt: skip
     image = hidden[:, image_start : image_start + count]
+    if chain is not None:
+        if chain.picks is None:
+            (similarity,) = torch_scores.stage_similarity(stage, image)
+            rule = {name: value for name, value in stage.attributes.items() if name in ("diversity_rule", "weighted")}
+            chain.picks = select_tokens.picks_from_nothing(scores[0], similarity, chain.most, **rule)
+        return chain.picks[: stage.keep].sort().values.to(torch.int32), scores[0]
     seeds = stage_seeds(plan, number)
     indices = select_tokens.reference(
         scores,

@@ -31,7 +31,7 @@ from calibrate.reference.pass_checkpoints import PassCheckpoints
 from calibrate.reference.positions import position_rule
 from calibrate.reference.recording import SPILL_BYTES, Recorder
 from calibrate.reference.records import ReferenceInput, RunRecord
-from calibrate.reference.runs import Run, image_start, past_of
+from calibrate.reference.runs import Run, image_start, past_of, share_chains
 from calibrate.reference.side_by_side import Each
 from graphs.files.checkpoint import Checkpoint
 from graphs.files.resume import Work, digest
@@ -94,6 +94,7 @@ class StreamedReference(LayeredDecoder):
             begin = checkpoints.restore(runs) if checkpoints else 0
             done = 0
             for layer in range(begin, self.num_layers):
+                share_chains(runs, layer)
                 with self.loaded(layer) as module:
                     if edit is not None:
                         for number, run in enumerate(runs):

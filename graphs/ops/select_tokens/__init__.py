@@ -7,15 +7,27 @@ from graphs.ops.select_tokens.onnx_body import body, form, function, scratch_byt
 from graphs.ops.select_tokens.schema import NAME, SCHEMA, check
 
 if TYPE_CHECKING:
-    from graphs.ops.select_tokens.torch_reference import reference
+    from graphs.ops.select_tokens.torch_reference import picks_from_nothing, reference
 
-__all__ = ["NAME", "SCHEMA", "Case", "body", "cases", "check", "form", "function", "reference", "scratch_bytes"]
+__all__ = [
+    "NAME",
+    "SCHEMA",
+    "Case",
+    "body",
+    "cases",
+    "check",
+    "form",
+    "function",
+    "picks_from_nothing",
+    "reference",
+    "scratch_bytes",
+]
 
 
 def __getattr__(name: str) -> Any:
-    """`reference` needs torch, which nothing else here does."""
-    if name == "reference":
-        from graphs.ops.select_tokens.torch_reference import reference
+    """`reference` and a part of it need torch, which nothing else here does."""
+    if name in ("picks_from_nothing", "reference"):
+        from graphs.ops.select_tokens import torch_reference
 
-        return reference
+        return getattr(torch_reference, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

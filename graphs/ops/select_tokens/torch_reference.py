@@ -1,5 +1,6 @@
 """BtpSelectTokens in torch: the operator as it is defined, rule by rule. Every other form equals it index for index."""
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -51,15 +52,30 @@ def reference(
         if similarity is None:
             kept = _union([attention, order])[:keep]
         else:
-            if diversity_rule == COVERAGE:
-                pick = partial(_best_covering, _columns(similarity[b]), _weights(row, weighted))
-            else:
-                pick = partial(_farthest_points, _distance(similarity[b]))
+            pick = _picker(row, similarity[b], diversity_rule, weighted)
             diverse = pick(order[:0], diversity_quota)
             base = _union([attention, diverse, *([] if seeds is None else [seeds.to(order)])])[:keep]
             kept = torch.cat([base, pick(base, keep - len(base))])
         rows.append(kept.sort().values)
     return torch.stack(rows).to(torch.int32)
+
+
+def picks_from_nothing(
+    scores: Tensor, similarity: Tensor, count: int, *, diversity_rule: str = FARTHEST, weighted: int = 0
+) -> Tensor:
+    """What rule 4 picks where nothing was selected before, in its order, [count] of scores [V], similarity [V,V].
+
+    Each pick depends on those before it alone: the first k of them, sorted, are what `reference` gives for a `keep` of
+    k without quotas and seeds.
+    """
+    return _picker(scores, similarity, diversity_rule, weighted)(torch.empty(0, dtype=torch.int64), count)
+
+
+def _picker(scores: Tensor, similarity: Tensor, diversity_rule: str, weighted: int) -> Callable[[Tensor, int], Tensor]:
+    """Rules 2 and 4 on one sample: selected tokens, count -> the next `count` tokens."""
+    if diversity_rule == COVERAGE:
+        return partial(_best_covering, _columns(similarity), _weights(scores, weighted))
+    return partial(_farthest_points, _distance(similarity))
 
 
 def _order(scores: Tensor) -> Tensor:
@@ -113,6 +129,8 @@ def _weights(scores: Tensor, weighted: int) -> Tensor:
 
 def _best_covering(columns: Tensor, weights: Tensor, selected: Tensor, count: int) -> Tensor:
     """Rules 2 and 4 by gain: the next `count` tokens, each the one that adds most to what is covered."""
+    if count == 0:
+        return selected[:0]
     covered = columns[:, selected].amax(dim=1) if len(selected) else torch.zeros_like(columns[:, 0])  # c
     gain = _gain(columns, covered)
     taken = torch.zeros_like(covered, dtype=torch.bool).index_fill(0, selected, True)
@@ -129,7 +147,7 @@ def _best_covering(columns: Tensor, weights: Tensor, selected: Tensor, count: in
         gain = gain - lost + low.sum(dtype=torch.int32)
         covered = better
         picks.append(pick)
-    return torch.cat(picks) if picks else selected[:0]
+    return torch.cat(picks)
 
 
 def _gain(columns: Tensor, covered: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from calibrate.reference.observers import LayerView
 from calibrate.reference.records import ReferenceInput
 from calibrate.reference.runs import image_start
 from calibrate.reference.streamed_model import StreamedReference
+from graphs.ops import select_tokens
 from graphs.records.errors import InputError
 from graphs.records.plan import PruningPlan, Stage
 from tests.calibrate.models import IMAGE_TOKEN, PREFIX, checkpoint, make_input, make_llava
@@ -135,6 +136,43 @@ def test_several_plans_in_one_pass_equal_single_runs(model: tuple[Any, Path], re
     for a, b in zip(together, single, strict=True):
         np.testing.assert_allclose(a.logits, b.logits, atol=1e-5)
         assert [list(stage.absolute) for stage in a.stages] == [list(stage.absolute) for stage in b.stages]
+
+
+def test_plans_that_keep_fewer_by_one_rule_share_its_picks(
+    model: tuple[Any, Path], reference: StreamedReference, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What they keep is what the operator gives for each count alone; the rows chosen from differ after layer 2."""
+
+    def covering(layer: int, keep: int, features: str = "raw", importance: str | None = None) -> Stage:
+        weights = "none" if importance is None else "scores"
+        return Stage.model_validate(
+            {"layer": layer, "keep": keep, "importance": importance, "diversity": "coverage", "features": features,
+             "weights": weights}
+        )  # fmt: skip
+
+    stages: list[tuple[Stage, ...]] = [
+        *((covering(0, keep),) for keep in (5, 11, 8)),
+        *((covering(0, keep, "centred", "norm"),) for keep in (9, 4)),
+        *((Stage(layer=0, keep=keep), Stage(layer=3, keep=2)) for keep in (7, 12)),
+        *((BALANCED.stages[0], covering(2, keep)) for keep in (6, 3)),
+        (Stage(layer=1, keep=19), covering(2, 6)),
+    ]
+    plans = [SHAPE.plan(each) for each in stages]
+    inputs = [make_input(model[0], seed=seed)[0] for seed in range(2)]
+    single = [run for plan in plans for run in reference.run(inputs, plan)]
+    asked: list[int] = []
+    original = select_tokens.picks_from_nothing
+    monkeypatch.setattr(
+        select_tokens, "picks_from_nothing",
+        lambda scores, similarity, count, **rule: asked.append(count) or original(scores, similarity, count, **rule),
+        raising=False,
+    )  # fmt: skip
+    together = reference.run(inputs, plans)
+    for a, b in zip(together, single, strict=True):
+        assert [list(stage.absolute) for stage in a.stages] == [list(stage.absolute) for stage in b.stages]
+        np.testing.assert_allclose(a.logits, b.logits, atol=1e-5)
+    rules = [11, 9, 12, 19, 6, 6, 2, 2]  # by rule and rows the largest count
+    assert sorted(asked) == sorted(2 * rules)
 
 
 def test_only_one_layer_is_in_memory(tmp_path: Path) -> None:

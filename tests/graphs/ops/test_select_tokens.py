@@ -47,6 +47,25 @@ def test_reference_follows_the_rules(name: str) -> None:
     assert indices.tolist() == oracle.select(CASES[name])
 
 
+@pytest.mark.parametrize(
+    "name", ["similarity-ties", "similarity-broken-tokens", "similarity-all-nan", "keep-all-from-nothing",
+             "coverage-similarity-ties", "coverage-weighted-scores-odd", "coverage-similarity-negative"],
+)  # fmt: skip
+def test_first_picks_from_nothing_are_what_fewer_tokens_keep(name: str) -> None:
+    case = CASES[name]
+    batch, tokens = case.scores.shape
+    similarity = torch.from_numpy(case.similarity)
+    none = dict.fromkeys(("attention_quota", "diversity_quota", "pool", "boundary"), 0)
+    rule = {key: value for key, value in case.attributes.items() if key in ("diversity_rule", "weighted")}
+    picks = [
+        select_tokens.picks_from_nothing(torch.from_numpy(case.scores[b]), similarity[b], tokens, **rule)
+        for b in range(batch)
+    ]
+    for keep in range(1, tokens + 1):
+        fewer = replace(case, seeds=None, attributes=none | rule | {"keep": keep})
+        assert [sorted(each[:keep].tolist()) for each in picks] == oracle.select(fewer)
+
+
 @pytest.mark.parametrize("opset", OPSETS)
 @every_case
 def test_exact_body_in_onnxruntime(name: str, opset: int) -> None:
