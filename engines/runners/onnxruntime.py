@@ -117,15 +117,16 @@ class OrtLoader:
         if own_nodes:
             with refusing_graph(path):
                 ops.for_onnxruntime(model, accuracy_level=self.accuracy_level)
+        in_place: dict[str, str] = {}
         if attention:
             with refusing_graph(path):
-                _causal_attention().for_cpu(model)
+                in_place = _attention().for_cpu(model)
         kept: list[Any] = []
         if self._packed is not None:
             kept = self._packed.share(model, path, options)
         else:
             options.add_session_config_entry(FOLDER_OPTION, str(path.parent))
-        runner = self._open(model.SerializeToString(), path, options)
+        runner = self._open(model.SerializeToString(), path, options, in_place)
         runner.weights = kept
         return runner
 
@@ -136,13 +137,15 @@ class OrtLoader:
     def _turns_attention(self, content: bytes) -> bool:
         """Whether attention is computed by another node; without onnx graphs are taken as they are."""
         there = self._kind == "cpu" and find_spec("onnx") is not None
-        return there and _causal_attention().may_have(content)
+        return there and _attention().may_have(content)
 
-    def _open(self, source: str | bytes, path: Path, options: ort.SessionOptions) -> "OrtRunner":
+    def _open(
+        self, source: str | bytes, path: Path, options: ort.SessionOptions, in_place: Mapping[str, str] | None = None
+    ) -> "OrtRunner":
         try:
             # Its fallback prints what went wrong and tries the CPU, which is said here.
             session = ort.InferenceSession(source, options, providers=self._providers(), enable_fallback=0)
-            runner = OrtRunner(session, path, self)
+            runner = OrtRunner(session, path, self, in_place or {})
         except OPEN_ERRORS as error:
             raise explain(error, path, "open") from error
         if self._kind == "cuda" and session.get_providers()[0] != "CUDAExecutionProvider":
@@ -194,13 +197,16 @@ class OrtLoader:
 
 
 class OrtRunner:
-    """One ONNX Runtime session."""
+    """One ONNX Runtime session. in_place: outputs that have to be the memory of an input, and are not told."""
 
-    def __init__(self, session: ort.InferenceSession, path: Path, loader: OrtLoader) -> None:
-        self.session, self.path, self.loader = session, path, loader
+    def __init__(
+        self, session: ort.InferenceSession, path: Path, loader: OrtLoader, in_place: Mapping[str, str]
+    ) -> None:
+        self.session, self.path, self.loader, self.in_place = session, path, loader, in_place
         self.weights: list[Any] = []  # mapped tensors that the session reads
         self.inputs = {node.name: _spec(node, path) for node in session.get_inputs()}
-        self.outputs = {node.name: _spec(node, path) for node in session.get_outputs()}
+        given = [node for node in session.get_outputs() if node.name not in in_place]
+        self.outputs = {node.name: _spec(node, path) for node in given}
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         check_arrays(self.path.name, inputs, self.inputs)
@@ -231,7 +237,8 @@ class _OrtBound:
         self._inputs, self._outputs = dict(inputs), dict(outputs)
         for name, buffer in self._inputs.items():
             self._bind_input(name, buffer)
-        for name, buffer in self._outputs.items():
+        same = {name: self._inputs[source] for name, source in runner.in_place.items()}
+        for name, buffer in (self._outputs | same).items():
             element = dtypes.BY_NUMPY[buffer.dtype].onnx
             self._binding.bind_output(name, self._kind, self._number, element, buffer.shape, buffer.pointer)
         # On a GPU, ONNX Runtime places small integer arithmetic on the CPU and copies such an input over when it is
@@ -264,11 +271,11 @@ def _packed_files(folder: Path) -> "PackedFiles":
     return PackedFiles(folder)
 
 
-def _causal_attention() -> ModuleType:
-    """It needs onnx, which only comes with graphs to change."""
-    from engines.runners import causal_attention
+def _attention() -> ModuleType:
+    """It needs onnx, which not every installation has."""
+    from engines.runners import attention
 
-    return causal_attention
+    return attention
 
 
 def explain(error: Exception, path: Path, doing: str) -> BtpError:

@@ -45,10 +45,15 @@ def for_cpu(model: onnx.ModelProto) -> None:
     for node in model.graph.node:
         if node.output[0] not in graph.superseded:
             nodes.extend(replaced.get(node.output[0], [node]))
-    needed = _needed(nodes, {value.name for value in model.graph.output})
+    read = needed(nodes, {value.name for value in model.graph.output})
     model.graph.initializer.extend(graph.constants.values())
     del model.graph.node[:]
-    model.graph.node.extend(needed)
+    model.graph.node.extend(read)
+    know_node(model)
+
+
+def know_node(model: onnx.ModelProto) -> None:
+    """Declare the domain of the node."""
     if all(opset.domain != MICROSOFT.domain for opset in model.opset_import):
         model.opset_import.append(MICROSOFT)
 
@@ -68,7 +73,7 @@ class _Graph:
 
     def is_replaced(self, node: NodeProto) -> bool:
         """Causal, of nothing but query, key and value of whole sequences, each of a shape that is known."""
-        settings = _attributes(node)
+        settings = attributes(node)
         if node.op_type != OPERATOR or node.domain or set(settings) - {"is_causal", "scale"}:
             return False
         if settings.get("is_causal") != 1 or len(node.input) != 3 or len(node.output) != 1:
@@ -94,7 +99,7 @@ class _Graph:
         settings: dict[str, Any] = {
             "num_heads": heads,
             "kv_num_heads": self._shapes[key][1],
-            "scale": _attributes(node).get("scale"),
+            "scale": attributes(node).get("scale"),
         }
         yield helper.make_node(NODE, given, [context], domain=MICROSOFT.domain, name=node.name, **settings)
         split = f"{context}.split"
@@ -126,7 +131,7 @@ class _Graph:
     def _before_transposition(self, name: str) -> str | None:
         """[B,S,H,D], if that is what the tensor was made from."""
         node = self._producers.get(name)
-        if node is None or node.op_type != "Transpose" or _attributes(node).get("perm") != BY_TOKEN:
+        if node is None or node.op_type != "Transpose" or attributes(node).get("perm") != BY_TOKEN:
             return None
         return str(node.input[0])
 
@@ -139,11 +144,12 @@ class _Graph:
         return name
 
 
-def _attributes(node: NodeProto) -> dict[str, Any]:
+def attributes(node: NodeProto) -> dict[str, Any]:
+    """A node's attributes as Python values."""
     return {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
 
 
-def _needed(nodes: Sequence[NodeProto], wanted: set[str]) -> list[NodeProto]:
+def needed(nodes: Sequence[NodeProto], wanted: set[str]) -> list[NodeProto]:
     """Those that something reads, in their order."""
     read, kept = set(wanted), list[NodeProto]()
     for node in reversed(nodes):
