@@ -7,6 +7,7 @@ not installed or not reachable; 130 interrupted (Ctrl-C, SIGTERM, SIGHUP).
 import contextlib
 import errno
 import functools
+import gc
 import importlib
 import os
 import pkgutil
@@ -200,6 +201,9 @@ def _in_a_folder() -> bool:
 
 def _set_up_libraries(debug: bool) -> None:
     """Threads that wait asleep, and no progress bars or warnings of other libraries; what the user has set stays."""
+    # Loading PyTorch and transformers makes a million objects that stay. Python would look through them for garbage
+    # each time that 700 more are there: a seventh of the time of a small export.
+    gc.set_threshold(5000)
     # By default PyTorch's OpenMP threads wait in a loop. Where another process has a core too, every short operation
     # then waits for a time slice: calibration of the demo took 171 s so, and 9 s with threads that sleep.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
