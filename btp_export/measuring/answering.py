@@ -71,13 +71,13 @@ def _encode(model: BundleModel, chosen: SampleSet) -> tuple[Encoded, int]:
         raise
 
 
-def answer(model: BundleModel, questions: Questions, report: Report | None) -> Answers:
-    """Greedy answers of one bundle."""
+def answer(model: BundleModel, questions: Questions, report: Report | None, samples: range | None = None) -> Answers:
+    """Greedy answers of one bundle, to some of the samples if they are given: whole batches, in order."""
     texts: list[str] = []
     kept: dict[int, list[float]] = {}
-    total = len(questions.encoded)
-    for first in range(0, total, model.profile.batch):
-        part = questions.encoded.part(range(first, min(first + model.profile.batch, total)))
+    asked = range(len(questions.encoded)) if samples is None else samples
+    for first in asked[:: model.profile.batch]:
+        part = questions.encoded.part(range(first, min(first + model.profile.batch, asked.stop)))
         known = questions.vision.setdefault(first, {})
         prefill = model.prefill(part, vision=known)
         if prefill.vision_ms is not None:  # it was run: something was not known yet
@@ -87,8 +87,17 @@ def answer(model: BundleModel, questions: Questions, report: Report | None) -> A
         for greedy in model.greedy(prefill, part, questions.room):
             texts.append(model.prompter.decode(greedy.without_end()))
         if report is not None:
-            report(len(texts), total)
+            report(len(texts), len(asked))
     return Answers(model.plan, texts, kept)
+
+
+def joined(parts: Sequence[Answers]) -> Answers:
+    """One plan's answers to parts of the samples, as answers to all."""
+    kept: dict[int, list[float]] = {}
+    for part in parts:
+        for stage, shares in part.attention_kept.items():
+            kept.setdefault(stage, []).extend(shares)
+    return Answers(parts[0].plan, [text for part in parts for text in part.texts], kept)
 
 
 def _attention_kept(model: BundleModel, prefill: Prefill) -> dict[int, list[float]]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from btp_export.exporting import vision_with_attention
-from btp_export.measuring.answering import Answers, answer, ask
+from btp_export.measuring.answering import Answers, answer, ask, joined
 from btp_export.planning.plan_files import CALIBRATED, plan_for
 from btp_export.results.evaluation import EvaluatedPlan, Evaluation, WeightsCost
 from btp_export.spreading import Cluster, connected
@@ -246,15 +246,18 @@ def _answers(
 ) -> tuple[dict[str, Answers], int]:
     """What each (name, bundle) answers, by its key, and how many pictures were scaled.
 
-    The first is asked alone and leaves what the vision graph made; the others are asked side by side, if their weights
-    are small, with a share of the threads each: small products gain little from a second thread.
+    Small bundles are asked side by side, with a share of the threads each: small products gain little from a second
+    thread. The samples of the first are shared out, which leaves what the vision graph made; then the others come.
     """
     (first, (name, bundle)), *others = asked.items()
     progress = _Progress(report, len(asked) * len(chosen.samples))
-    model = opens(bundle)
-    questions = ask(model, chosen)
-    answers = {first: answer(model, questions, progress.of(name))}
     workers, threads = _shares(bundle, len(others), opens.keywords["threads"])
+    model = opens(bundle, threads=threads)
+    questions = ask(model, chosen)
+
+    def asks_part(samples: range) -> Answers:
+        own = model if samples.start == 0 else opens(bundle, threads=threads)
+        return answer(own, questions, progress.of(name), samples)
 
     def asks(entry: tuple[str, tuple[str, Bundle]]) -> tuple[str, Answers]:
         key, (name, bundle) = entry
@@ -262,12 +265,20 @@ def _answers(
 
     with ThreadPoolExecutor(workers) as pool:
         try:
+            parts = pool.map(asks_part, _parts(len(chosen.samples), model.profile.batch, workers))
+            answers = {first: joined(list(parts))}
             answers |= dict(pool.map(asks, others))
         except BaseException:  # Ctrl-C too: nobody waits for the plans that are under way
             progress.stopped = True
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     return answers, questions.resized
+
+
+def _parts(samples: int, batch: int, workers: int) -> list[range]:
+    """The samples in whole batches, as evenly as they go among the workers."""
+    size = -(-samples // (batch * workers)) * batch
+    return [range(begin, min(begin + size, samples)) for begin in range(0, samples, size)]
 
 
 def _shares(bundle: Bundle, count: int, threads: int | None) -> tuple[int, int | None]:

@@ -187,7 +187,7 @@ def test_an_interruption_ends_the_plans_that_are_under_way(
     monkeypatch.setattr(evaluate, "answer", answer)
     with pytest.raises(KeyboardInterrupt):
         evaluate_plans(tiny_bundle(PLAN), plans, data=questions, threads=2)
-    assert len(asked) <= 4, "what had not begun does not begin"
+    assert len(set(asked)) <= 4, "what had not begun does not begin"
 
 
 def test_attention_kept_is_what_transformers_attention_says(tiny_bundle: Any, questions: Path) -> None:
