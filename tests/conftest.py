@@ -66,9 +66,9 @@ def pytest_runtest_setup() -> None:
     """What costs most and gives the same each time is done once or never, where it is loaded.
 
     An export takes the vision graph of a tower that was captured before (tests/captures.py). torch.onnx reads its 500
-    translations once, not for every export. transformers does not write every configuration that it reads as text, for
-    a log that is off. Other processes do all of this each time, and test_exporting.py compares the bundle of one with
-    ours byte for byte.
+    translations once, not for every export, and torch.export lists the operators that are written in C++ once.
+    transformers does not write every configuration that it reads as text, for a log that is off. Other processes do all
+    of this each time, and test_exporting.py compares the bundle of one with ours byte for byte.
     """
     exporting = sys.modules.get("btp_export.exporting")
     if exporting is not None and not isinstance(exporting.capture_vision, Remembered):
@@ -80,6 +80,10 @@ def pytest_runtest_setup() -> None:
     read = getattr(registry, "from_torchlib", None)
     if read is not None and not hasattr(read, "cache_info"):
         registry.from_torchlib = staticmethod(functools.cache(read))  # type: ignore[union-attr]
+    exports = sys.modules.get("torch._export.utils")
+    ask = getattr(exports, "_materialize_cpp_cia_ops", None)
+    if ask is not None and not hasattr(ask, "cache_info"):
+        exports._materialize_cpp_cia_ops = functools.cache(ask)  # type: ignore[union-attr]
 
 
 @pytest.fixture(scope="session")
