@@ -2,21 +2,26 @@
 
     python -m benchmarks.quantisation [--samples 96] [--calibration 64] [--plan btp] > divergence.md
     python -m benchmarks.quantisation --questions 1000 > accuracy.md
+    python -m benchmarks.quantisation --full-size 3 > cost.md
 
-benchmarks/results/quantisation.md holds both. Divergence is KL in nats at every token of the full model's own answers,
+benchmarks/results/quantisation.md holds them. Divergence is KL in nats at every token of the full model's own answers,
 as the calibration measures plans; pictures have another seed than those that scales were searched on. Accuracy is exact
-match through the exported graphs. Plans are calibrated on full weights.
+match through the exported graphs. Plans are calibrated on full weights. The last is what searching the codes of
+LLaVA-1.5-7B's shapes costs: each layer's seconds and the highest memory so far, for as many layers of dummy weights.
 """
 
 import argparse
+import resource
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
+from btp_export.dummy.checkpoints import dummy_checkpoint
 from btp_export.exporting import Options, export_bundle
 from btp_export.measuring.evaluate import ScoredEvaluation, evaluate_plans
 from btp_export.model.defaults import default_profile, fitted_samples
@@ -47,7 +52,11 @@ def main() -> None:
     parser.add_argument("--calibration", type=int, default=64, help="pictures of plans and, up to 32, of scales")
     parser.add_argument("--plan", default="btp", help="btp, or a preset, which is calibrated on nothing")
     parser.add_argument("--questions", type=int, help="measure accuracy on so many questions instead")
+    parser.add_argument("--full-size", type=int, help="measure time and memory of the search on so many layers instead")
     options = parser.parse_args()
+    if options.full_size is not None:
+        _full_size(options.full_size)
+        return
     model = open_model("demo")
     profile = default_profile(model)
     settings = CalibrationSettings(samples=options.calibration)
@@ -138,6 +147,25 @@ def _accuracy(
             columns = " | ".join(f"{accuracy:.3f} | {accuracy / best:.1%}" for accuracy in accuracies)
             only = f"{against.first_only}, {against.second_only}"
             print(f"| {name} | {columns} | {only} | {against.p_value:.2f} |", flush=True)
+
+
+def _full_size(layers: int) -> None:
+    """The search as for published weights, which dummy weights are spared otherwise, with a plan that prunes first."""
+    model = open_model(str(dummy_checkpoint("llava-1.5-7b", layers=layers)))
+    profile = default_profile(model)
+    plan = choose_plan(model, "scope", CalibrationSettings(), profile=profile)
+    print("| layer | s since the last | peak, GB | processor time, s |\n|---|---|---|---|", flush=True)
+    ends: list[tuple[float, float]] = [(time.perf_counter(), time.process_time())]
+
+    def report(done: int, total: int, doing: str) -> None:
+        wall, busy = time.perf_counter(), time.process_time()
+        peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9
+        seconds = f"{wall - ends[-1][0]:.0f} | {peak:.2f} | {busy - ends[-1][1]:.0f}"
+        print(f"| {doing}, {done} of {total} | {seconds} |", flush=True)
+        ends.append((wall, busy))
+
+    quantise_model(model, plan, CalibrationSettings(), "int4", profile=profile, method="awq", report=report)
+    report(layers, layers, "done")
 
 
 def _evaluated(model: Model, planned: Sequence[tuple[str, PruningPlan]], out: Path, count: int) -> ScoredEvaluation:
