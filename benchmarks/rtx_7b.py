@@ -1,11 +1,14 @@
 """Engines of a full-size LLaVA-1.5-7B in segments, by TensorRT for RTX, for a GPU that need not be there.
 
-    python -m benchmarks.rtx_7b [--layers 32] [--target rtx-ada] [--memory 24] [--folder DIR]
+    python -m benchmarks.rtx_7b [--layers 32] [--weights int4] [--target rtx-ada] [--memory 24]
 
 Makes a checkpoint with made-up weights in the model's shapes (13.5 GB, kept in the cache), exports it with the
 published plan, and builds every engine twice: with shared weights, then with baked ones. Seconds, size and peak memory
 of the building process are written to benchmarks/results/rtx_7b.md. A graph whose build would take more than --memory
 GiB by the estimate is left out and said. Needs 13.5 GB of disk for the checkpoint and as much for the baked engines.
+
+With --weights int4 the projections are random codes in groups of 128 (4.5 GB), the engines are baked, the form in which
+TensorRT for RTX keeps them packed, and the page is benchmarks/results/four_bits_rtx.md.
 """
 
 import argparse
@@ -34,7 +37,11 @@ from graphs.files.memory import available_memory
 from graphs.records.plan import PruningPlan, Stage
 
 MODEL = "llava-1.5-7b"
-RESULTS = Path(__file__).parent / "results" / "rtx_7b.md"
+RESULTS = Path(__file__).parent / "results"
+PAGES = {"model": RESULTS / "rtx_7b.md", "int4": RESULTS / "four_bits_rtx.md"}
+KINDS: dict[str, tuple[EngineWeights, ...]] = {"model": ("shared", "baked"), "int4": ("baked",)}
+GROUP = 128
+MADE = {"model": "made-up weights", "int4": f"random codes in groups of {GROUP}"}
 PUBLISHED = (  # the released stages of LLaVA-1.5-7B
     Stage(layer=3, keep=288, attention_quota=86, diversity_quota=86, pool=318, boundary=288, seeds=144),
     Stage(layer=6, keep=144, attention_quota=129, diversity_quota=14, pool=194, boundary=144),
@@ -56,10 +63,11 @@ class Built:
     skipped: dict[str, str]
 
 
-def make_bundle(layers: int, folder: Path) -> Bundle:
+def make_bundle(layers: int, weights: str, folder: Path) -> Bundle:
     """The dummy model with the published plan, float16, one profile."""
     with console.progress("checkpoint") as bar:
-        checkpoint = dummy_checkpoint(MODEL, layers=layers, report=bar)
+        group = GROUP if weights == "int4" else None
+        checkpoint = dummy_checkpoint(MODEL, layers=layers, group=group, report=bar)
     model = open_model(str(checkpoint))
     stages = tuple(stage for stage in PUBLISHED if stage.layer < layers) if layers > 3 else SHORT
     plan = PruningPlan(model_type="llava", num_layers=layers, image_tokens=576, grid=(24, 24), stages=stages)
@@ -85,19 +93,20 @@ def build_all(bundle: Bundle, target: str, weights: EngineWeights, memory: int) 
     return Built(weights, plan, result.summary(), skipped)
 
 
-def render(layers: int, builds: Sequence[Built]) -> str:
+def render(layers: int, weights: str, builds: Sequence[Built]) -> str:
     """The page of results, Markdown."""
     first = builds[0]
     version = next(engine.tensorrt_version for engine in first.summary.engines if engine.file)
     plan, memory = first.plan, available_memory()
     parts = [
         "# Engines of LLaVA-1.5-7B by TensorRT for RTX, without a GPU",
-        f"`python -m benchmarks.rtx_7b --layers {layers}`, {date.today().isoformat()}: {layers} of 32 decoder layers, "
-        f"made-up weights, {plan.bundle.manifest.build.precision}, opset {plan.choices.opset}, the published plan, in "
-        f"segments, from the portable bodies, for {plan.target.title} (compute capability "
-        f"{plan.target.compute_capability}). TensorRT for RTX {version}, Python {platform.python_version()}, "
-        f"{len(os.sched_getaffinity(0))} cores, {_gib(memory or 0)} of memory available. *Memory* is the peak of the "
-        "process that builds the engine; mapped weight files are part of it.",
+        f"`python -m benchmarks.rtx_7b --layers {layers} --weights {weights}`, {date.today().isoformat()}: "
+        f"{layers} of 32 decoder layers, {MADE[weights]}, {plan.bundle.manifest.build.precision}, opset "
+        f"{plan.choices.opset}, the published plan, in segments, from the portable bodies, for {plan.target.title} "
+        f"(compute capability {plan.target.compute_capability}). TensorRT for RTX {version}, Python "
+        f"{platform.python_version()}, {len(os.sched_getaffinity(0))} cores with a load of {os.getloadavg()[1]:.1f}, "
+        f"{_gib(memory or 0)} of memory available. *Memory* is the peak of the process that builds the engine; mapped "
+        "weight files are part of it.",
     ]
     for built in builds:
         parts += [f"## Weights {built.weights}", _table(built), *_totals(built)]
@@ -149,22 +158,23 @@ def main() -> None:
     """Make, build, write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--weights", choices=tuple(PAGES), default="model")
     parser.add_argument("--target", default="rtx-ada")
     parser.add_argument("--memory", type=float, default=24, help="GiB that a build may take")
     parser.add_argument(
         "--folder", type=Path, help="where the bundle and its engines lie  [default: beside the checkpoint]"
     )
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     place = given.folder or cache_folder()  # on the checkpoint's disk, so that weights are linked
     place.mkdir(parents=True, exist_ok=True)
     memory = int(min(given.memory * GIB, available_memory() or given.memory * GIB))
     with tempfile.TemporaryDirectory(prefix=".rtx-7b-", dir=place) as folder:
-        bundle = make_bundle(given.layers, Path(folder))
-        kinds: tuple[EngineWeights, ...] = ("shared", "baked")
-        builds = [build_all(bundle, given.target, kind, memory) for kind in kinds]
-        given.out.write_text(render(given.layers, builds), encoding="utf-8")
-    print(given.out.read_text(encoding="utf-8"))
+        bundle = make_bundle(given.layers, given.weights, Path(folder))
+        builds = [build_all(bundle, given.target, kind, memory) for kind in KINDS[given.weights]]
+        page = render(given.layers, given.weights, builds)
+    (given.out or PAGES[given.weights]).write_text(page, encoding="utf-8")
+    print(page)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@
 Small models: a LLaVA and a Qwen2.5-VL of the families' own shapes with narrow layers and random weights, the whole
 calibration as it is run, in a process of its own. LLaVA-1.5-7B: dummy weights at full width with few decoder layers and
 few samples (--depths, --large-samples), from which the whole is extrapolated: floating point operations are counted
-while it runs, they grow with layers and samples, and so does the time. Writes
+while it runs, they grow with layers and samples. Writes
 benchmarks/results/streamed_calibration.md.
 """
 
@@ -122,15 +122,16 @@ def line_through(runs: Sequence[dict[str, Any]], key: str, layers: int) -> float
 def extrapolated(runs: Sequence[dict[str, Any]], weight_bytes: int) -> dict[str, float]:
     """The whole model on SAMPLES samples: here, and by arithmetic on one GPU.
 
-    Operations and seconds grow with the samples; a pass reads each layer once whatever the samples.
+    Operations grow with the samples, and the machine does as many a second as in the faster run: other work may have
+    disturbed one of them. A pass reads each layer once whatever the samples.
     """
-    more = SAMPLES / runs[0]["samples"]
-    flops, seconds = (line_through(runs, key, LAYERS) * more for key in ("flops", "seconds"))
+    flops = line_through(runs, "flops", LAYERS) * SAMPLES / runs[0]["samples"]
+    rate = max(run["flops"] / run["seconds"] for run in runs)
     passes = max(run["plans"] for run in runs) + 2 + 16  # as if each plan had one of its own, and each answer token
     return {
         "flops": flops,
-        "hours": seconds / 3600,
-        "rate": flops / seconds,
+        "hours": flops / rate / 3600,
+        "rate": rate,
         "gpu_seconds": flops / (GPU_FLOPS * GPU_SHARE) + passes * weight_bytes / GPU_LINK,
         "passes": passes,
     }
@@ -157,8 +158,8 @@ above the number of cores, times say little.
 """
 WHOLE = """
 LLaVA-1.5-7B has {layers} layers, and a calibration {samples} samples. **This was not run**; a straight line through
-the two depths above, times {more:g} for the samples, gives {flops:.0f} T operations, {hours:.1f} hours on this machine
-({rate:.0f} G operations a second). The plans that are tried depend on the depth, so this is good to perhaps a third.
+the operations of the two depths above, times {more:g} for the samples, gives {flops:.0f} T operations: {hours:.1f}
+hours at the {rate:.0f} G operations a second that the faster of the runs did. The plans that are tried depend on the depth, so this is good to perhaps a third.
 Memory does not grow with the layers: one is in memory at a time. With the samples grow the rows between two layers,
 {rows_gb:.2f} GB for {samples}; with them the whole stays at about {peak:.1f} GB.
 
