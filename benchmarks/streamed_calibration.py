@@ -5,8 +5,7 @@
 Small models: a LLaVA and a Qwen2.5-VL of the families' own shapes with narrow layers and random weights, the whole
 calibration as it is run, in a process of its own. LLaVA-1.5-7B: dummy weights at full width with few decoder layers and
 few samples (--depths, --large-samples), from which the whole is extrapolated: floating point operations are counted
-while it runs, they grow with layers and samples. Writes
-benchmarks/results/streamed_calibration.md.
+while it runs, they grow with layers and samples. Writes benchmarks/results/streamed_calibration.md.
 """
 
 import argparse
@@ -159,7 +158,8 @@ above the number of cores, times say little.
 WHOLE = """
 LLaVA-1.5-7B has {layers} layers, and a calibration {samples} samples. **This was not run**; a straight line through
 the operations of the two depths above, times {more:g} for the samples, gives {flops:.0f} T operations: {hours:.1f}
-hours at the {rate:.0f} G operations a second that the faster of the runs did. The plans that are tried depend on the depth, so this is good to perhaps a third.
+hours at the {rate:.0f} G operations a second that the faster of the runs did. The plans that are tried depend on the
+depth, so this is good to perhaps a third.
 Memory does not grow with the layers: one is in memory at a time. With the samples grow the rows between two layers,
 {rows_gb:.2f} GB for {samples}; with them the whole stays at about {peak:.1f} GB.
 

@@ -21,7 +21,8 @@ from graphs.records.progress import Report, part_of
 # (samples, candidates of a group that go on to more of them): sample sets interleave their kinds, so that the first few
 # hold each kind.
 ROUNDS = ((12, 12), (32, 4))
-PASS_BYTES = 5 * 2**28  # of hidden states, queries, keys, logits in one streamed pass: a 7B on 64 samples stays below 4 GB
+# Hidden states, queries, keys and logits that one streamed pass may hold: a 7B on 64 samples stays below 4 GB.
+PASS_BYTES = 5 * 2**28
 _ROWS_A_TOKEN = 3  # hidden state, query and key
 
 
