@@ -7,8 +7,8 @@ published plan, and builds every engine twice: with shared weights, then with ba
 of the building process are written to benchmarks/results/rtx_7b.md. A graph whose build would take more than --memory
 GiB by the estimate is left out and said. Needs 13.5 GB of disk for the checkpoint and as much for the baked engines.
 
-With --weights int4 the projections are random codes in groups of 128 (4.5 GB), the engines are baked, the form in which
-TensorRT for RTX keeps them packed, and the page is benchmarks/results/four_bits_rtx.md.
+With --weights int4 the projections are random codes in groups of 128 (4.5 GB), and the page is
+benchmarks/results/four_bits_rtx.md.
 """
 
 import argparse
@@ -39,7 +39,7 @@ from graphs.records.plan import PruningPlan, Stage
 MODEL = "llava-1.5-7b"
 RESULTS = Path(__file__).parent / "results"
 PAGES = {"model": RESULTS / "rtx_7b.md", "int4": RESULTS / "four_bits_rtx.md"}
-KINDS: dict[str, tuple[EngineWeights, ...]] = {"model": ("shared", "baked"), "int4": ("baked",)}
+KINDS: tuple[EngineWeights, ...] = ("shared", "baked")
 GROUP = 128
 MADE = {"model": "made-up weights", "int4": f"random codes in groups of {GROUP}"}
 PUBLISHED = (  # the released stages of LLaVA-1.5-7B
@@ -171,7 +171,7 @@ def main() -> None:
     memory = int(min(given.memory * GIB, available_memory() or given.memory * GIB))
     with tempfile.TemporaryDirectory(prefix=".rtx-7b-", dir=place) as folder:
         bundle = make_bundle(given.layers, given.weights, Path(folder))
-        builds = [build_all(bundle, given.target, kind, memory) for kind in KINDS[given.weights]]
+        builds = [build_all(bundle, given.target, kind, memory) for kind in KINDS]
         page = render(given.layers, given.weights, builds)
     (given.out or PAGES[given.weights]).write_text(page, encoding="utf-8")
     print(page)
