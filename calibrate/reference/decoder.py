@@ -30,10 +30,10 @@ _ATTENTION = "btp_capture"
 class _Attention(threading.local):
     """What goes into and comes out of a layer's attention beside its rows; threads share the layer."""
 
-    past: tuple[torch.Tensor, torch.Tensor] | None = None  # keys and values of earlier tokens, which rows look at too
-    captured: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = (
-        None  # query, key and value, as the layer made them
-    )
+    # Keys and values of earlier tokens, which rows look at, too.
+    past: tuple[torch.Tensor, torch.Tensor] | None = None
+    # Query, key and value, as the layer made them.
+    captured: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
 
 
 _attention = _Attention()
