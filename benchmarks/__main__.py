@@ -1,6 +1,6 @@
 """All that this machine can measure, in one table with the limit beside each number.
 
-    python -m benchmarks [--only NAME] [--quick] [--out FILE] [--write] [--threads N] [--folder DIR]
+    python -m benchmarks [--only NAME[:PART]] [--quick] [--out FILE] [--write] [--threads N] [--folder DIR]
 
 Benchmarks are the modules of this folder that have a function `benchmark`; what one cannot run here is a row that
 says why. The others are programs of their own (python -m benchmarks.NAME), named below the table. --out writes machine,
@@ -11,10 +11,11 @@ import argparse
 import ast
 import importlib
 import json
+import os
 import tempfile
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,12 +49,13 @@ def programs() -> dict[str, bool]:
 
 def measure(names: Sequence[str], wishes: Wishes) -> Iterator[tuple[str, Row]]:
     """The rows of these benchmarks, one after another. One that breaks is a row too, and the others still run."""
-    for name in names:
-        wishes.note(name)
+    for wanted in names:
+        name, _, part = wanted.partition(":")
+        wishes.note(wanted)
         try:
-            for row in importlib.import_module(f"benchmarks.{name}").benchmark(wishes):
+            for row in importlib.import_module(f"benchmarks.{name}").benchmark(replace(wishes, part=part)):
                 wishes.note(f"  {row.what}: {row.missing or f'{row.value:.3g} {row.unit}, {row.detail}'}")
-                yield name, row
+                yield name, replace(row, load=os.getloadavg()[0])
         except (NotHere, BtpError, ImportError) as error:
             yield name, skipped("all", error)
         except Exception as error:
@@ -79,7 +81,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     everything = programs()
     mine = [name for name, is_mine in everything.items() if is_mine]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=mine, action="append", help="this one; repeat for several")
+    parser.add_argument(
+        "--only",
+        metavar="NAME[:PART]",
+        action="append",
+        help="this one, of its models only those with PART in their name; repeat for several",
+    )
     parser.add_argument("--quick", action="store_true", help="tiny models and few rounds, to try the programs")
     parser.add_argument("--out", type=Path, help="where the JSON goes")
     parser.add_argument("--write", action="store_true", help="record the results, and show them in docs/performance.md")
@@ -87,6 +94,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=7, help="turns of each program; medians count")
     parser.add_argument("--folder", type=Path, help="where models are made and stay; a temporary one if left out")
     given = parser.parse_args(arguments)
+    for name in given.only or ():
+        if name.partition(":")[0] not in mine:
+            parser.error(f"no benchmark {name}: one of {', '.join(mine)}")
     cache_folder().mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache_folder(), prefix="benchmarks-") as scratch:
         rounds = min(given.rounds, 2) if given.quick else given.rounds

@@ -15,13 +15,15 @@ from graphs.records.errors import BtpError
 class Wishes:
     """How much is measured. `quick`: tiny models, to try the programs; their times say nothing.
 
-    threads: of every program. rounds: turns of each. folder: where models are made, several GB.
+    threads: of every program. rounds: turns of each. folder: where models are made, several GB. part: of a benchmark
+    that has several models, only those whose name holds it.
     """
 
     folder: Path
     threads: int
     rounds: int = 5
     quick: bool = False
+    part: str = ""
     note: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True)
 
 
@@ -30,6 +32,7 @@ class Row:
     """One number. limit: what it should be at most, or at least with `more_is_better`; None where there is none.
 
     detail: the times a ratio was made of, and between what numbers the ratio lies. missing: why there is no number.
+    load: of the machine in the minute before, the measurement's own included.
     """
 
     what: str
@@ -40,6 +43,7 @@ class Row:
     more_is_better: bool = False
     detail: str = ""
     missing: str = ""
+    load: float | None = None
 
     @property
     def holds(self) -> bool | None:
@@ -76,7 +80,8 @@ def number(value: float) -> str:
 
 def markdown(found: Iterable[tuple[str, Row]]) -> str:
     """Rows of several benchmarks as one table."""
-    lines = ["| benchmark | what | measured | limit | where the limit comes from | |", "|---|---|---|---|---|---|"]
+    columns = ("benchmark", "what", "measured", "limit", "where the limit comes from", "", "load")
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     return "\n".join([*lines, *(f"| {' | '.join(_cells(name, row))} |" for name, row in found)])
 
 
@@ -88,6 +93,7 @@ def _cells(name: str, row: Row) -> Iterator[str]:
     yield "" if row.limit is None else f"{bound} {number(row.limit)} {row.unit}".strip()
     yield row.limit_from
     yield row.detail + {True: "", False: " **missed**", None: ""}[row.holds]
+    yield "" if row.load is None else f"{row.load:.1f}"
 
 
 def document(found: Iterable[tuple[str, Row]]) -> list[dict[str, Any]]:

@@ -30,7 +30,7 @@ from graphs.files.memory import available_memory
 from graphs.records.errors import InputError
 
 NEEDED = 14 * 2**30  # bytes of memory: two programs with 4 GB of weights, what they compute with, and some room
-DISK = 20 * 2**30
+DISK = 17 * 2**30
 STEPS = 4
 ROUNDS = 2
 WINS = "pruning has to show"

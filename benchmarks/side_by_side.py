@@ -23,6 +23,7 @@ from benchmarks.peers import Given
 from benchmarks.peers.genai import build
 from benchmarks.peers.process import Failed, prefills_in_turns, same, started, steps_in_turns
 from btp_export.model.open_model import open_model
+from engines.native.libraries import custom_ops
 from graphs.files.bundle import Bundle
 from graphs.files.folders import scratch_beside
 from graphs.pruning.operations import cost
@@ -83,6 +84,8 @@ class Model:
 def benchmark(wishes: Wishes) -> Iterator[Row]:
     """All comparisons, one model after another, the largest last."""
     for name, make in _models(wishes).items():
+        if wishes.part not in name:
+            continue
         wishes.note(f"side_by_side: {name}")
         model = make()
         for program in PROGRAMS:
@@ -139,7 +142,8 @@ def pruned(model: Model) -> Iterator[Row]:
         found = ratio("", times[0], times[1], unit="ms", limit=limit, why="operations that pruning saves")
         reached = (found.value or 0.0) / limit
         what = f"{model.name}: prefill with {share:.0%} of the image tokens, times as fast"
-        yield replace(found, what=what, more_is_better=True, detail=f"{reached:.0%} of it; {found.detail}")
+        portable = "" if custom_ops() else "; selections in their portable form, btp_ort is not built"
+        yield replace(found, what=what, more_is_better=True, detail=f"{reached:.0%} of it; {found.detail}{portable}")
         yield ratio(
             f"{model.name}: a token with {share:.0%} of the image tokens, of the unpruned time",
             steps[1], steps[0], unit="ms", limit=1.0, why="less to read",
