@@ -101,14 +101,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory(dir=cache_folder(), prefix="benchmarks-") as scratch:
         rounds = min(given.rounds, 2) if given.quick else given.rounds
         wishes = Wishes(given.folder or Path(scratch), given.threads, rounds, given.quick)
-        found = list(measure(given.only or mine, wishes))
-    machine = this_machine()
-    text = json.dumps(recorded(machine, found, wishes), indent=1) + "\n"
-    for path in [given.out] * (given.out is not None) + [RESULTS] * given.write:
-        write_text(path, text)
+        found: list[tuple[str, Row]] = []
+        for one in measure(given.only or mine, wishes):
+            found.append(one)  # written as they come: a run that is stopped leaves what it found
+            document = recorded(this_machine(), found, wishes)
+            for path in [given.out] * (given.out is not None) + [RESULTS] * given.write:
+                write_text(path, json.dumps(document, indent=1) + "\n")
     if given.write:
-        put_between_marks(PAGE, render(json.loads(text)))
-    print(render(json.loads(text)))
+        put_between_marks(PAGE, render(document))
+    print(render(document))
     print(f"\nby themselves: {', '.join(name for name in everything if name not in mine)}")
 
 

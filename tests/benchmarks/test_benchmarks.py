@@ -84,3 +84,10 @@ def test_plans_leave_the_share_they_are_asked_for(tiny_checkpoint: Path) -> None
     for share in (0.5, 0.25):
         made = plan(spec, share)
         assert len(made.stages) == 2 and made.average_tokens == pytest.approx(share * made.image_tokens, abs=1)
+
+
+def test_the_page_shows_what_was_recorded() -> None:
+    """`python -m benchmarks --write` writes both."""
+    recorded = json.loads(program.RESULTS.read_text(encoding="utf-8"))
+    assert program.render(recorded) in program.PAGE.read_text(encoding="utf-8")
+    assert recorded["format"] == program.FORMAT and not recorded["settings"]["quick"]
