@@ -119,7 +119,7 @@ def beside(model: Model, program: str) -> Iterator[Row]:
             ours, other = running
             same(ours.prefill()[1], other.prefill()[1], least=INT8 if model.four_bits else 0.9999)
             rounds = model.wishes.rounds
-            times = prefills_in_turns(running, rounds)
+            times = prefills_in_turns(running, rounds, warm=True)
             what = f"{model.name}: prefill, ours / {other.label}"
             yield ratio(what, times[0], times[1], unit="ms", limit=1.0, why=REASON)
             steps = steps_in_turns(running, rounds, STEPS, vocab=model.vocab)
