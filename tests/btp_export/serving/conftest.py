@@ -56,4 +56,4 @@ def square() -> Image.Image:
 
 @pytest.fixture(scope="session")
 def wide() -> Image.Image:
-    return parity.picture(40, 72, seed=2)
+    return parity.picture(40, 72, seed=3)  # its answer fills the room that there is
