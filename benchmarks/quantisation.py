@@ -11,7 +11,6 @@ LLaVA-1.5-7B's shapes costs: each layer's seconds and the highest memory so far,
 """
 
 import argparse
-import resource
 import sys
 import tempfile
 import time
@@ -21,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.memory import memory
 from btp_export.dummy.checkpoints import dummy_checkpoint
 from btp_export.exporting import Options, export_bundle
 from btp_export.measuring.evaluate import ScoredEvaluation, evaluate_plans
@@ -159,7 +159,7 @@ def _full_size(layers: int) -> None:
 
     def report(done: int, total: int, doing: str) -> None:
         wall, busy = time.perf_counter(), time.process_time()
-        peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9
+        peak = memory()["VmHWM"] * 2**20 / 1e9
         seconds = f"{wall - ends[-1][0]:.0f} | {peak:.2f} | {busy - ends[-1][1]:.0f}"
         print(f"| {doing}, {done} of {total} | {seconds} |", flush=True)
         ends.append((wall, busy))

@@ -22,6 +22,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any, Final
 
+from benchmarks.memory import memory
 from btp_export.dummy.checkpoints import dummy_checkpoint
 from btp_export.dummy.processor import save_processor
 from btp_export.families import known_models
@@ -93,8 +94,7 @@ def calibrate_here(folder: str, samples: int, size: tuple[int, int] | None) -> d
     with counter:
         plan = calibrate_model(model, CalibrationSettings(samples=samples, cache=False), profile=profile)
     seconds = time.perf_counter() - start
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    peak = 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+    peak = memory()["VmHWM"] * 2**20
     record = plan.calibration
     return {
         "seconds": seconds, "peak": peak, "flops": counter.get_total_flops(), "tokens": profile.image_tokens,
@@ -111,11 +111,11 @@ def calibrate(folder: Path, samples: int, size: tuple[int, int] | None = None) -
     return found
 
 
-def line_through(runs: Sequence[dict[str, Any]], key: str, layers: int) -> float:
-    """A value at so many layers, by the straight line through the runs with the fewest and the most."""
+def operations_of(runs: Sequence[dict[str, Any]], layers: int) -> float:
+    """Operations at so many layers, by the straight line through the runs with the fewest and the most."""
     low, high = (pick(runs, key=lambda run: run["layers"]) for pick in (min, max))
-    slope = (high[key] - low[key]) / (high["layers"] - low["layers"])
-    return float(high[key] + slope * (layers - high["layers"]))
+    slope = (high["flops"] - low["flops"]) / (high["layers"] - low["layers"])
+    return float(high["flops"] + slope * (layers - high["layers"]))
 
 
 def extrapolated(runs: Sequence[dict[str, Any]], weight_bytes: int) -> dict[str, float]:
@@ -124,7 +124,7 @@ def extrapolated(runs: Sequence[dict[str, Any]], weight_bytes: int) -> dict[str,
     Operations grow with the samples, and the machine does as many a second as in the faster run: other work may have
     disturbed one of them. A pass reads each layer once whatever the samples.
     """
-    flops = line_through(runs, "flops", LAYERS) * SAMPLES / runs[0]["samples"]
+    flops = operations_of(runs, LAYERS) * SAMPLES / runs[0]["samples"]
     rate = max(run["flops"] / run["seconds"] for run in runs)
     passes = max(run["plans"] for run in runs) + 2 + 16  # as if each plan had one of its own, and each answer token
     return {

@@ -17,7 +17,7 @@ import numpy as np
 import onnx
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
-from engines.runners.attention.causal import MICROSOFT, NODE, Shape, know_node, needed
+from engines.runners.attention.rewriting import NODE, Rewriting
 from graphs import names
 
 IN_PLACE: Final = ".in_place"  # what an output is called that is the input's own memory
@@ -41,15 +41,10 @@ def for_cpu(model: onnx.ModelProto) -> dict[str, str]:
             replaced[layer.context] = list(graph.replacement(layer))
     if not replaced:
         return {}
-    nodes = [new for node in model.graph.node for new in replaced.get(node.output[0], [node])]
     for name, source in graph.in_place.items():
         kind = helper.make_tensor_value_info(name, TensorProto.FLOAT, graph.shapes[source])
         model.graph.output.append(kind)
-    read = needed(nodes, {value.name for value in model.graph.output})
-    model.graph.initializer.extend(graph.constants.values())
-    del model.graph.node[:]
-    model.graph.node.extend(read)
-    know_node(model)
+    graph.put(replaced)
     return graph.in_place
 
 
@@ -65,20 +60,17 @@ class _Layer:
     scale: float
 
 
-class _Graph:
+class _Graph(Rewriting):
+    """The attention of a model over its caches."""
+
     def __init__(self, model: onnx.ModelProto) -> None:
-        values = {value.name: value.type.tensor_type for value in (*model.graph.input, *model.graph.value_info)}
-        values |= {value.name: value.type.tensor_type for value in model.graph.output}
-        self.shapes: dict[str, Shape] = {n: tuple(d.dim_value for d in t.shape.dim) for n, t in values.items()}
-        self._types = {name: tensor.elem_type for name, tensor in values.items()}
+        super().__init__(model)
         self._inputs = {value.name for value in model.graph.input}
         self._stored = {tensor.name: tensor for tensor in model.graph.initializer}
-        self._producers = {output: node for node in model.graph.node for output in node.output}
         self._readers: dict[str, list[NodeProto]] = {}
         for node in model.graph.node:
             for name in node.input:
                 self._readers.setdefault(name, []).append(node)
-        self.constants: dict[str, TensorProto] = {}
         self.in_place: dict[str, str] = {}
 
     def layer_of(self, node: NodeProto) -> _Layer | None:
@@ -92,7 +84,7 @@ class _Graph:
         past, rows = (names.past_key(number), names.past_value(number)), (names.key(number), names.value(number))
         context = self._only(node.output[0], "Add")
         masked = self._masked_scores(past[0])
-        if context is None or masked is None or self._types.get(past[0]) != TensorProto.FLOAT:
+        if context is None or masked is None or self.types.get(past[0]) != TensorProto.FLOAT:
             return None
         scaled, valid = (self._made_by(name) for name in masked)
         if scaled is None or scaled.op_type != "Mul" or valid is None or valid.op_type != "Less":
@@ -118,11 +110,11 @@ class _Graph:
 
     def _laid_out(self, name: str) -> str:
         """The tensor whose elements a tensor has in another shape; the tensor itself where it is no Reshape."""
-        node = self._producers.get(name)
+        node = self.producers.get(name)
         return self._laid_out(node.input[0]) if node is not None and node.op_type == "Reshape" else name
 
     def _made_by(self, name: str) -> NodeProto | None:
-        return self._producers.get(self._laid_out(name))
+        return self.producers.get(self._laid_out(name))
 
     def replacement(self, layer: _Layer) -> Iterator[NodeProto]:
         """Nodes that give the layer's context."""
@@ -131,23 +123,14 @@ class _Graph:
         given = []
         for name, count in zip((layer.query, *layer.rows), (heads, kv_heads, kv_heads), strict=True):
             given.append(f"{name}.by_token")
-            yield self._reshape(name, (batch, 1, count * size), given[-1])
+            yield self.reshape(name, (batch, 1, count * size), given[-1])
         total = f"{layer.length}.total.{layer.past[0]}"
-        most, one = f"{total}.most", self._constant(f"{NODE}.one", np.array([1], np.int32))
+        most, one = f"{total}.most", self.constant(f"{NODE}.one", np.array([1], np.int32))
         yield helper.make_node("ReduceMax", [layer.length], [most], keepdims=1)
         yield helper.make_node("Add", [most, one], [total])
         present = [f"{name}{IN_PLACE}" for name in layer.past]
         self.in_place |= dict(zip(present, layer.past, strict=True))
         rows = f"{layer.context}.rows"
         settings: dict[str, Any] = {"num_heads": heads, "kv_num_heads": kv_heads, "scale": layer.scale}
-        inputs, domain = [*given, *layer.past, layer.length, total], MICROSOFT.domain
-        yield helper.make_node(NODE, inputs, [rows, *present], domain=domain, **settings)
-        yield self._reshape(rows, self.shapes[layer.context], layer.context)
-
-    def _reshape(self, name: str, shape: Shape, output: str) -> NodeProto:
-        sizes = self._constant(f"{NODE}.shape.{'_'.join(map(str, shape))}", np.array(shape, np.int64))
-        return helper.make_node("Reshape", [name, sizes], [output])
-
-    def _constant(self, name: str, array: np.ndarray) -> str:
-        self.constants.setdefault(name, numpy_helper.from_array(array, name))
-        return name
+        yield self.attention([*given, *layer.past, layer.length, total], [rows, *present], **settings)
+        yield self.reshape(rows, self.shapes[layer.context], layer.context)

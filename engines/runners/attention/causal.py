@@ -13,21 +13,19 @@ outputs, key and value in the order of the caches, are not asked for: with them 
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, Final
 
 import numpy as np
 import onnx
-from onnx import NodeProto, TensorProto, helper, numpy_helper
+from onnx import NodeProto, TensorProto, helper
+
+from engines.runners.attention.rewriting import NODE, Rewriting
 
 OPERATOR: Final = "Attention"
-NODE: Final = "GroupQueryAttention"
-MICROSOFT: Final = helper.make_opsetid("com.microsoft", 1)
 BY_TOKEN: Final = [0, 2, 1, 3]  # [B,H,S,D] <-> [B,S,H,D]
 HEAD_STEP: Final = 8  # what the node wants head sizes to be multiples of
 TYPES: Final = (TensorProto.FLOAT,)
-
-Shape = tuple[int, ...]
 
 
 def may_have(serialized: bytes) -> bool:
@@ -39,47 +37,27 @@ def for_cpu(model: onnx.ModelProto) -> None:
     """Replace every causal Attention of float32 without mask and past; others, and what nothing reads then, stay."""
     graph = _Graph(model)
     replaced = {n.output[0]: list(graph.replacement(n)) for n in model.graph.node if graph.is_replaced(n)}
-    if not replaced:
-        return
-    nodes: list[NodeProto] = []
-    for node in model.graph.node:
-        if node.output[0] not in graph.superseded:
-            nodes.extend(replaced.get(node.output[0], [node]))
-    read = needed(nodes, {value.name for value in model.graph.output})
-    model.graph.initializer.extend(graph.constants.values())
-    del model.graph.node[:]
-    model.graph.node.extend(read)
-    know_node(model)
+    if replaced:
+        graph.put(replaced, frozenset(graph.superseded))
 
 
-def know_node(model: onnx.ModelProto) -> None:
-    """Declare the domain of the node."""
-    if all(opset.domain != MICROSOFT.domain for opset in model.opset_import):
-        model.opset_import.append(MICROSOFT)
-
-
-class _Graph:
-    """The model's nodes by what they give, shapes, and constants that the new nodes share."""
+class _Graph(Rewriting):
+    """The causal attention of a model."""
 
     def __init__(self, model: onnx.ModelProto) -> None:
-        values = [*model.graph.input, *model.graph.value_info, *model.graph.output]
-        tensors = {value.name: value.type.tensor_type for value in values}
-        self._shapes: dict[str, Shape] = {n: tuple(d.dim_value for d in t.shape.dim) for n, t in tensors.items()}
-        self._types = {name: tensor.elem_type for name, tensor in tensors.items()}
-        self._producers = {output: node for node in model.graph.node for output in node.output}
+        super().__init__(model)
         self._readers = Counter(name for node in model.graph.node for name in node.input)
-        self.constants: dict[str, TensorProto] = {}
         self.superseded: set[str] = set()  # what new nodes give in place of old ones
 
     def is_replaced(self, node: NodeProto) -> bool:
         """Causal, of nothing but query, key and value of whole sequences, each of a shape that is known."""
-        settings = attributes(node)
+        settings = _attributes(node)
         if node.op_type != OPERATOR or node.domain or set(settings) - {"is_causal", "scale"}:
             return False
         if settings.get("is_causal") != 1 or len(node.input) != 3 or len(node.output) != 1:
             return False
-        shapes = [self._shapes.get(name, ()) for name in node.input]
-        if any(len(shape) != 4 or 0 in shape for shape in shapes) or self._types[node.input[0]] not in TYPES:
+        shapes = [self.shapes.get(name, ()) for name in node.input]
+        if any(len(shape) != 4 or 0 in shape for shape in shapes) or self.types[node.input[0]] not in TYPES:
             return False
         (_, _, tokens, size), key, value = shapes
         return key == value and key[2] == tokens and key[3] == size and size % HEAD_STEP == 0
@@ -87,73 +65,55 @@ class _Graph:
     def replacement(self, node: NodeProto) -> Iterator[NodeProto]:
         """Nodes that give what the node gave."""
         query, key, _ = node.input
-        batch, heads, tokens, size = self._shapes[query]
+        batch, heads, tokens, size = self.shapes[query]
         rows = []
         for name in node.input:
             yield from self._by_token(name)
             rows.append(f"{name}.by_token")
-        valid = self._constant(f"{NODE}.valid.{batch}.{tokens}", np.full(batch, tokens - 1, np.int32))
-        total = self._constant(f"{NODE}.total.{tokens}", np.array([tokens], np.int32))
+        valid = self.constant(f"{NODE}.valid.{batch}.{tokens}", np.full(batch, tokens - 1, np.int32))
+        total = self.constant(f"{NODE}.total.{tokens}", np.array([tokens], np.int32))
         context = f"{node.output[0]}.rows"
         given = [*rows, "", "", valid, total]
         settings: dict[str, Any] = {
             "num_heads": heads,
-            "kv_num_heads": self._shapes[key][1],
-            "scale": attributes(node).get("scale"),
+            "kv_num_heads": self.shapes[key][1],
+            "scale": _attributes(node).get("scale"),
         }
-        yield helper.make_node(NODE, given, [context], domain=MICROSOFT.domain, name=node.name, **settings)
+        yield self.attention(given, [context], name=node.name, **settings)
         split = f"{context}.split"
-        yield self._reshape(context, (batch, tokens, heads, size), split)
+        yield self.reshape(context, (batch, tokens, heads, size), split)
         yield helper.make_node("Transpose", [split], [node.output[0]], perm=BY_TOKEN)
 
     def _by_token(self, name: str) -> Iterator[NodeProto]:
         """[B,H,S,D] as [B,S,H*D]: what it was made from where that is in this order, rotated in it where it is."""
-        batch, heads, tokens, size = self._shapes[name]
+        batch, heads, tokens, size = self.shapes[name]
         made, split, whole = f"{name}.by_token", f"{name}.split", (batch, tokens, heads * size)
-        producer = self._producers.get(name)
+        producer = self.producers.get(name)
         rotated = producer is not None and producer.op_type == "RotaryEmbedding" and not producer.attribute
         source = self._before_transposition(producer.input[0] if producer is not None and rotated else name)
         if source is None:
             yield helper.make_node("Transpose", [name], [split], perm=BY_TOKEN)
-            yield self._reshape(split, whole, made)
+            yield self.reshape(split, whole, made)
         elif producer is None or not rotated:
-            yield self._reshape(source, whole, made)
+            yield self.reshape(source, whole, made)
         else:
-            yield self._reshape(source, whole, f"{made}.unrotated")
+            yield self.reshape(source, whole, f"{made}.unrotated")
             inputs = [f"{made}.unrotated", *producer.input[1:]]
             rotation = helper.make_node("RotaryEmbedding", inputs, [made], num_heads=heads)
             yield rotation
             if self._readers[name] == 1:  # beside the attention only the caches want it: it is rotated once
                 self.superseded.add(name)
-                yield self._reshape(made, (batch, tokens, heads, size), split)
+                yield self.reshape(made, (batch, tokens, heads, size), split)
                 yield helper.make_node("Transpose", [split], [name], perm=BY_TOKEN)
 
     def _before_transposition(self, name: str) -> str | None:
         """[B,S,H,D], if that is what the tensor was made from."""
-        node = self._producers.get(name)
-        if node is None or node.op_type != "Transpose" or attributes(node).get("perm") != BY_TOKEN:
+        node = self.producers.get(name)
+        if node is None or node.op_type != "Transpose" or _attributes(node).get("perm") != BY_TOKEN:
             return None
         return str(node.input[0])
 
-    def _reshape(self, name: str, shape: Shape, output: str) -> NodeProto:
-        sizes = self._constant(f"{NODE}.shape.{'_'.join(map(str, shape))}", np.array(shape, np.int64))
-        return helper.make_node("Reshape", [name, sizes], [output])
 
-    def _constant(self, name: str, array: np.ndarray) -> str:
-        self.constants.setdefault(name, numpy_helper.from_array(array, name))
-        return name
-
-
-def attributes(node: NodeProto) -> dict[str, Any]:
+def _attributes(node: NodeProto) -> dict[str, Any]:
     """A node's attributes as Python values."""
     return {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
-
-
-def needed(nodes: Sequence[NodeProto], wanted: set[str]) -> list[NodeProto]:
-    """Those that something reads, in their order."""
-    read, kept = set(wanted), list[NodeProto]()
-    for node in reversed(nodes):
-        if read & set(node.output):
-            kept.append(node)
-            read.update(node.input)
-    return kept[::-1]

@@ -1,0 +1,64 @@
+"""What both replacements know of a graph and put into it: ONNX Runtime's node, reshapes, constants that are shared."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+import numpy as np
+import onnx
+from onnx import NodeProto, TensorProto, helper, numpy_helper
+
+NODE: Final = "GroupQueryAttention"
+MICROSOFT: Final = helper.make_opsetid("com.microsoft", 1)
+
+Shape = tuple[int, ...]
+
+
+class Rewriting:
+    """A model's tensors and the nodes that give them, and constants that the new nodes share."""
+
+    def __init__(self, model: onnx.ModelProto) -> None:
+        self._model = model
+        values = [*model.graph.input, *model.graph.value_info, *model.graph.output]
+        tensors = {value.name: value.type.tensor_type for value in values}
+        self.shapes: dict[str, Shape] = {n: tuple(d.dim_value for d in t.shape.dim) for n, t in tensors.items()}
+        self.types = {name: tensor.elem_type for name, tensor in tensors.items()}
+        self.producers = {output: node for node in model.graph.node for output in node.output}
+        self._constants: dict[str, TensorProto] = {}
+
+    def reshape(self, name: str, shape: Shape, output: str) -> NodeProto:
+        """The node that lays a tensor out anew."""
+        sizes = self.constant(f"{NODE}.shape.{'_'.join(map(str, shape))}", np.array(shape, np.int64))
+        return helper.make_node("Reshape", [name, sizes], [output])
+
+    def constant(self, name: str, array: np.ndarray) -> str:
+        """The name of a constant, which is made once."""
+        self._constants.setdefault(name, numpy_helper.from_array(array, name))
+        return name
+
+    def attention(self, inputs: Sequence[str], outputs: Sequence[str], **settings: Any) -> NodeProto:
+        """ONNX Runtime's node."""
+        return helper.make_node(NODE, inputs, outputs, domain=MICROSOFT.domain, **settings)
+
+    def put(self, replaced: Mapping[str, Sequence[NodeProto]], superseded: frozenset[str] = frozenset()) -> None:
+        """Put nodes in place of those whose first output is their key; what is superseded, or read by nobody, goes."""
+        graph = self._model.graph
+        nodes: list[NodeProto] = []
+        for node in graph.node:
+            if node.output[0] not in superseded:
+                nodes.extend(replaced.get(node.output[0], [node]))
+        read = _needed(nodes, {value.name for value in graph.output})
+        graph.initializer.extend(self._constants.values())
+        del graph.node[:]
+        graph.node.extend(read)
+        if all(opset.domain != MICROSOFT.domain for opset in self._model.opset_import):
+            self._model.opset_import.append(MICROSOFT)
+
+
+def _needed(nodes: Sequence[NodeProto], wanted: set[str]) -> list[NodeProto]:
+    """Those that something reads, in their order."""
+    read, kept = set(wanted), list[NodeProto]()
+    for node in reversed(nodes):
+        if read & set(node.output):
+            kept.append(node)
+            read.update(node.input)
+    return kept[::-1]
