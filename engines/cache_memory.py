@@ -4,7 +4,7 @@ With one sample, all keys and values of a segment lie in one piece, [1, all head
 the new rows of all its layers: on a GPU every copy is a launch of its own, however few its bytes.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from engines.runners.interface import Buffer, Loader, TensorSpec
@@ -16,16 +16,16 @@ ALIGNMENT = 256  # bytes: what TensorRT wants of every address
 
 @dataclass
 class LayerMemory:
-    """Buffers by their names in the decode graph; `appended`: for each segment, which rows go into which cache."""
+    """Buffers by their names in the decode graph; `appended`: for each segment, what writes rows into its caches."""
 
     caches: dict[str, Buffer] = field(default_factory=dict)
     rows: dict[str, Buffer] = field(default_factory=dict)
-    appended: list[list[tuple[Buffer, Buffer]]] = field(default_factory=list)
+    appended: list[list[Callable[[Sequence[int]], None]]] = field(default_factory=list)
 
     def append(self, segment: int, starts: Sequence[int]) -> None:
         """Write the new rows of a segment's layers into their caches, sample b's at row starts[b]."""
-        for cache, row in self.appended[segment]:
-            cache.write_rows(row, starts)
+        for write in self.appended[segment]:
+            write(starts)
 
 
 def allocate_layers(
@@ -49,9 +49,9 @@ def allocate_layers(
         memory.caches |= {names.past(name): cache for name, cache in zip(fresh, caches, strict=True)}
         memory.rows |= dict(zip(fresh, rows, strict=True))
         if joined_caches is not None and joined_rows is not None:
-            memory.appended.append([(joined_caches, joined_rows)])
+            memory.appended.append([joined_caches.row_writer(joined_rows)])
         else:
-            memory.appended.append(list(zip(caches, rows, strict=True)))
+            memory.appended.append([cache.row_writer(row) for cache, row in zip(caches, rows, strict=True)])
     return memory
 
 

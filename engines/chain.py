@@ -85,7 +85,7 @@ class Chain:
         self._kept: dict[int, Buffer] = {}
         self._scores: dict[int, Buffer] = {}
         self._last: list[Buffer] = []
-        self._lengths = [np.zeros(profile.batch, np.int32) for _ in self.segments]
+        self._lengths = np.zeros((len(self.segments), profile.batch), np.int32)
         self._places = np.zeros(profile.batch, np.int64)  # of the next token, in the unpruned sequence
         decode = self._open(names.DECODE)
         self.dtype: Dtype = decode.inputs["hidden"].dtype
@@ -123,7 +123,7 @@ class Chain:
         logits, *found = (output.copy() for output in program.outputs)
         lasts, kept = found[: len(self.segments)], dict(zip(self._kept, found[len(self.segments) :], strict=True))
         self._check_pruning(np.asarray(batch.last), lasts, kept)
-        self._lengths = [values.astype(np.int32) + 1 for values in lasts]
+        self._lengths = np.stack(lasts).astype(np.int32) + 1
         self._places = np.asarray(batch.last, np.int64) + 1
         return PrefillRun(logits, kept, tuple(values.copy() for values in self._lengths), times)
 
@@ -140,19 +140,18 @@ class Chain:
         token, cos, sin, *lengths = self._decode.inputs
         token[...] = hidden.reshape(token.shape)
         for array, table in zip((cos, sin), self._rope, strict=True):
-            array[:, 0] = table[self._places]
+            table.take(self._places, axis=0, out=array[:, 0], mode="clip")  # the check above bounds the places
         for array, rows in zip(lengths, self._lengths, strict=True):
             array[...] = rows
         self._decode(after=self._append)
-        for rows in self._lengths:
-            rows += 1
+        self._lengths += 1
         self._places += 1
         return self._decode.outputs[0]
 
     def _append(self) -> None:
         """Put the new rows of all layers behind the valid ones of their caches."""
-        for segment, rows in zip(self.segments, self._lengths, strict=True):
-            self._layers.append(segment.index, rows.tolist())
+        for segment, rows in zip(self.segments, self._lengths.tolist(), strict=True):
+            self._layers.append(segment.index, rows)
 
     @property
     def lengths(self) -> tuple[Array, ...]:

@@ -35,7 +35,7 @@ class TokenEmbedding:
                 wanted=f"ids below {len(self._table)}, the rows of the embedding",
                 do="use the tokenizer that belongs to the weights",
             )
-        return np.asarray(self._table[ids]).astype(self._dtype)
+        return np.asarray(self._table[ids]).astype(self._dtype, copy=False)  # taking rows has copied them
 
     def batch(self, encoded: Encoded, profile: ShapeProfile, samples: Sequence[int]) -> Batch:
         """What a prefill takes of these samples, as many as the profile's batch. Text is filled up with zeros."""

@@ -70,7 +70,7 @@ def answers_for(
     """
 
     def choose_with(rules: LogitRules, generator: np.random.Generator) -> Choose:
-        return lambda new, logits: chosen_by.choose(rules(new, logits), generator)
+        return lambda new, logits: rules.choose(new, logits, lambda scores: chosen_by.choose(scores, generator))
 
     ends = frozenset[int]() if endless else frozenset(spec.eos_token_ids)
     return [

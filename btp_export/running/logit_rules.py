@@ -4,7 +4,7 @@ transformers' logits processors, without torch, one sample at a time, in the ord
 Everything is computed in float32, so that ties and roundings are the same.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,52 +28,107 @@ class LogitRules:
     def __init__(
         self, settings: GenerationSettings, ends: Sequence[int], prompt: Sequence[int] | Vector, room: int
     ) -> None:
-        self._settings, self._ends, self._room = settings, list(ends), room
+        self._settings, self._room = settings, room
         self._prompt = np.asarray(prompt, np.int64)
         self._in_prompt = np.unique(self._prompt)  # few, however many tokens an image has
+        self._context, self._seen = _Grown(self._prompt, room), _Grown(self._in_prompt, room)
+        self._ends = np.array(list(ends), np.int64)
         # As in `generate`, an end token by itself is no bad word.
         self._bad_words = [
             np.array(word) for word in settings.bad_words_ids if len(word) > 1 or (word and word[0] not in self._ends)
         ]
+        self._suppressed = np.array(settings.suppress_tokens, np.int64)
+        self._suppressed_first = np.array(settings.begin_suppress_tokens, np.int64)
+        self._forced = list(settings.forced_eos_token_id)
         self._neutral = not settings.change_logits
 
     def __call__(self, new: Sequence[int], logits: Vector) -> Vector:
         """Logits [vocab] of the token after the `new` ones, as the next token is chosen from them."""
-        if self._neutral:
-            return logits
-        settings = self._settings
-        scores = logits.astype(np.float32)
-        context = np.concatenate([self._prompt, np.asarray(new, np.int64)])
-        seen = np.concatenate([self._in_prompt, np.asarray(new, np.int64)])
-        _penalise(scores, self._in_prompt, 1 / settings.encoder_repetition_penalty)
-        _penalise(scores, seen, settings.repetition_penalty)
-        _ban(scores, _followers(context, context, settings.no_repeat_ngram_size))
-        _ban(scores, _followers(self._prompt, context, settings.encoder_no_repeat_ngram_size))
+        return logits if self._neutral else self._applied(new, logits.astype(np.float32), [])
+
+    def choose(self, new: Sequence[int], logits: Vector, chosen: Callable[[Vector], int]) -> int:
+        """What `chosen` takes of the logits [vocab] under the rules.
+
+        Rules change few of the many logits, so they are changed where they are while it chooses, and put back.
+        """
+        if self._neutral or logits.dtype != np.float32 or not logits.flags.writeable:
+            return chosen(self(new, logits))
+        former: list[tuple[Any, Vector]] = []
+        try:
+            return chosen(self._applied(new, logits, former))
+        finally:
+            for ids, values in reversed(former):
+                logits[ids] = values
+
+    def _applied(self, new: Sequence[int], logits: Vector, former: list[tuple[Any, Vector]]) -> Vector:
+        """The logits, changed in place. What stood there goes to `former` in the order of the changes."""
+        settings, length = self._settings, len(self._prompt) + len(new)
+        scores = _Scores(logits, former)
+        scores.penalise(self._in_prompt, 1 / settings.encoder_repetition_penalty)
+        if settings.repetition_penalty != 1.0:
+            scores.penalise(self._seen.with_new(new), settings.repetition_penalty)
+        if self._bad_words or settings.no_repeat_ngram_size or settings.encoder_no_repeat_ngram_size:
+            self._ban_by_context(scores, self._context.with_new(new))
+        if length < settings.min_length or len(new) < settings.min_new_tokens:
+            scores.ban(self._ends)
+        if self._forced and len(new) == self._room - 1:
+            scores.put(slice(None), NEVER)
+            scores.put(self._forced, np.float32(0))
+        scores.ban(self._suppressed)
+        if not new:
+            scores.ban(self._suppressed_first)
+        return logits
+
+    def _ban_by_context(self, scores: "_Scores", context: Vector) -> None:
+        """Ban tokens that would repeat an n-gram, and those that would complete bad words."""
+        scores.ban(_followers(context, context, self._settings.no_repeat_ngram_size))
+        scores.ban(_followers(self._prompt, context, self._settings.encoder_no_repeat_ngram_size))
         for word in self._bad_words:
             if _ends_with(context, word[:-1]):
-                _ban(scores, word[-1:])
-        if len(context) < settings.min_length or len(new) < settings.min_new_tokens:
-            _ban(scores, np.array(self._ends, np.int64))
-        if settings.forced_eos_token_id and len(new) == self._room - 1:
-            scores[:] = NEVER
-            scores[list(settings.forced_eos_token_id)] = 0
-        _ban(scores, np.array(settings.suppress_tokens, np.int64))
-        if not new:
-            _ban(scores, np.array(settings.begin_suppress_tokens, np.int64))
-        return scores
+                scores.ban(word[-1:])
 
 
-def _penalise(scores: Vector, ids: Vector, penalty: float) -> None:
-    """Make tokens that occurred less likely (penalty > 1), each once however often it occurred."""
-    if penalty == 1.0:
-        return
-    seen = np.unique(ids[ids < len(scores)])
-    score = scores[seen]
-    scores[seen] = np.where(score < 0, score * penalty, score / penalty)
+class _Scores:
+    """Logits [vocab] that are changed in place, and what stood there before each change."""
+
+    def __init__(self, logits: Vector, former: list[tuple[Any, Vector]]) -> None:
+        self._logits, self._former = logits, former
+
+    def put(self, ids: Any, values: Any) -> None:
+        """Change the logits of ids, which may be named more than once with the same value."""
+        self._former.append((ids, self._logits[ids].copy()))
+        self._logits[ids] = values
+
+    def penalise(self, ids: Vector, penalty: float) -> None:
+        """Make tokens less likely (penalty > 1), each once however often it is named."""
+        if penalty == 1.0:
+            return
+        seen = ids[ids < len(self._logits)]
+        score = self._logits[seen]
+        self.put(seen, np.where(score < 0, score * penalty, score / penalty))
+
+    def ban(self, ids: Vector) -> None:
+        if len(ids):
+            self.put(ids[ids < len(self._logits)], NEVER)
 
 
-def _ban(scores: Vector, ids: Vector) -> None:
-    scores[ids[ids < len(scores)]] = NEVER
+class _Grown:
+    """An array of ids and new tokens behind them: of an answer that grows, only what came since is written."""
+
+    def __init__(self, ids: Vector, room: int) -> None:
+        self._ids = np.concatenate([ids, np.zeros(room, np.int64)])
+        self._first, self._new = len(ids), list[int]()
+
+    def with_new(self, new: Sequence[int]) -> Vector:
+        """The ids and `new`, as long as the next call."""
+        there = len(self._new)
+        if list(new[:there]) != self._new:  # another answer
+            there = 0
+        if self._first + len(new) > len(self._ids):
+            self._ids = np.concatenate([self._ids, np.zeros(len(new), np.int64)])
+        self._ids[self._first + there : self._first + len(new)] = new[there:]
+        self._new[there:] = new[there:]
+        return self._ids[: self._first + len(new)]
 
 
 def _followers(text: Vector, context: Vector, size: int) -> Vector:

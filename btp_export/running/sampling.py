@@ -1,5 +1,7 @@
 """Choosing the next token from logits: greedy, or by temperature and top-p (nucleus sampling, Holtzman et al. 2020)."""
 
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -9,6 +11,10 @@ from graphs.records.errors import CheckError, InputError
 
 Vector = np.ndarray[Any, np.dtype[Any]]
 BLOCK: Final = 256  # weights summed together
+NEAR: Final = 15.0  # temperatures below the largest logit: a token further down weighs less than e^-15 of the largest
+ROUNDING: Final = 1e-5  # of a float32 sum of BLOCK weights, generously
+GROUP: Final = 8  # logits looked at together: their comparisons are one word
+SMALLEST, LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 
 
 def check_settings(temperature: float, top_p: float, seed: int = 0) -> None:
@@ -45,9 +51,15 @@ def probabilities(logits: Vector, *, temperature: float, top_p: float) -> Vector
 
     Raises CheckError if a logit is NaN or all are minus infinity: the model's numbers overflowed.
     """
-    ids, weights = _possible(logits, temperature=temperature, top_p=top_p)
+    likeliest = _largest(logits)
     dense = np.zeros(logits.size)
-    dense[ids] = weights
+    if temperature == 0:
+        dense[likeliest] = 1
+        return dense
+    tokens = _all(logits, float(logits[likeliest]), temperature)
+    kept = tokens if top_p == 1 else _nucleus(tokens, top_p)
+    assert kept is not None, "of all tokens a nucleus is certain"
+    dense[kept.ids(np.arange(kept.weights.size))] = kept.weights
     dense /= dense.sum()
     return dense
 
@@ -55,68 +67,143 @@ def probabilities(logits: Vector, *, temperature: float, top_p: float) -> Vector
 def choose(logits: Vector, rng: np.random.Generator, *, temperature: float, top_p: float) -> int:
     """Draw one token id from logits [vocab]; at temperature 0 nothing is drawn from `rng`.
 
-    This is done for every token, so it makes few passes over the vocabulary. Raises as `probabilities`.
+    This is done for every token, so it makes few passes over the vocabulary: it looks at the tokens near the largest
+    logit first, which nearly always decide, whatever the others weigh exactly. Raises as `probabilities`.
     """
-    ids, weights = _possible(logits, temperature=temperature, top_p=top_p)
-    if weights.size == 1:
-        return int(ids.start if isinstance(ids, slice) else ids[0])
-    place = _draw(weights, rng.random())
-    return place if isinstance(ids, slice) else int(ids[place])
+    likeliest = _largest(logits)
+    if temperature == 0:
+        return likeliest
+    share: float | None = None
+    for tokens in _candidates(logits, float(logits[likeliest]), temperature):
+        possible = tokens if top_p == 1 else _nucleus(tokens, top_p)
+        if possible is None:
+            continue
+        if possible.weights.size == 1:
+            return int(possible.ids(0))
+        share = rng.random() if share is None else share
+        place = _draw(possible, share)
+        if place is not None:
+            return int(possible.ids(place))
+    raise AssertionError("the last candidates are all tokens, of which one is drawn")
 
 
-def _possible(logits: Vector, *, temperature: float, top_p: float) -> tuple[Vector | slice, Vector]:
-    """The tokens that can be drawn, in rising order, and their weights, which need not sum to 1."""
+@dataclass(frozen=True)
+class _Tokens:
+    """Tokens in rising order of their ids, by their places here.
+
+    weights: float32, softmax's numerators; the largest is 1. missing: what all other tokens together weigh at most.
+    ids: a place, or an array of them, to the token's id.
+    """
+
+    weights: Vector
+    missing: float
+    ids: Callable[[Any], Any]
+
+
+def _largest(logits: Vector) -> int:
+    """The id of the largest logit, the lowest among equals. Raises CheckError if it is not a finite number."""
     likeliest = int(logits.argmax())  # the first NaN if there is one
-    largest = float(logits[likeliest])
-    if not np.isfinite(largest):
+    if not np.isfinite(logits[likeliest]):
         raise CheckError(
-            f"the largest of the model's logits is {largest}",
+            f"the largest of the model's logits is {logits[likeliest]}",
             wanted="finite numbers",
             do="btp-export verify shows which graph overflows; --precision float32 may help",
         )
-    if temperature == 0:
-        return np.array([likeliest]), np.ones(1)
+    return likeliest
+
+
+def _candidates(logits: Vector, largest: float, temperature: float) -> Iterator[_Tokens]:
+    """Tokens to choose from: those near the largest logit if they are few, then all."""
+    near = _near(logits, largest, temperature)
+    if near is not None:
+        yield near
+    yield _all(logits, largest, temperature)
+
+
+def _near(logits: Vector, largest: float, temperature: float) -> _Tokens | None:
+    """The tokens within NEAR temperatures of the largest logit; None if they are so many that nothing is saved."""
+    if logits.size % GROUP:
+        return None
+    with np.errstate(over="ignore"):  # a huge temperature: minus infinity, and every token is near
+        bound = logits.dtype.type(largest - NEAR * temperature)
+    hits = (logits >= bound).view(np.uint64) != 0
+    if np.count_nonzero(hits) > hits.size // 4:
+        return None
+    groups = np.flatnonzero(hits)
+    scores = logits.reshape(-1, GROUP).take(groups, axis=0).ravel()
+    return _Tokens(
+        _weights(scores, largest, temperature),
+        missing=logits.size * math.exp(-NEAR),
+        ids=lambda places: groups[places // GROUP] * GROUP + places % GROUP,
+    )
+
+
+def _all(logits: Vector, largest: float, temperature: float) -> _Tokens:
+    return _Tokens(_weights(logits, largest, temperature), missing=0.0, ids=lambda places: places)
+
+
+def _weights(logits: Vector, largest: float, temperature: float) -> Vector:
     weights: Vector = logits - np.float32(largest)
     if temperature != 1:
+        factor = min(max(1 / temperature, SMALLEST), LARGEST)  # never 0: minus infinity stays what it is
         with np.errstate(over="ignore"):  # a tiny temperature pushes all but the largest to minus infinity
-            weights *= np.float32(min(1 / temperature, float(np.finfo(np.float32).max)))
+            weights *= np.float32(factor)
     np.exp(weights, out=weights)
-    return (slice(0, weights.size), weights) if top_p == 1 else _nucleus(weights, top_p)
+    return weights
 
 
-def _nucleus(weights: Vector, top_p: float) -> tuple[Vector, Vector]:
-    """The likeliest tokens whose weights first reach `top_p` of all, the largest of which is 1."""
-    wanted = top_p * float(_sums(weights).sum())
+def _nucleus(tokens: _Tokens, top_p: float) -> _Tokens | None:
+    """The likeliest tokens whose weights first reach `top_p` of all; None if the missing ones may change which."""
+    weights = tokens.weights
+    total = float(_sums(weights).sum())
+    wanted, at_most = top_p * total, top_p * (total + tokens.missing)
     for least in (1e-3, 1e-6, 0.0):  # nearly always a few hundred tokens do, and only those are sorted
-        ids = np.flatnonzero(weights >= least)
-        part = weights[ids].astype(np.float64)
-        if part.sum() >= wanted:
+        places = np.flatnonzero(weights >= least)
+        part = weights[places].astype(np.float64)
+        if part.sum() >= at_most:
             break
     ranked = np.sort(part)[::-1]
-    count = int(np.searchsorted(np.cumsum(ranked) - ranked, wanted))  # those before which less than that has come
+    before = np.cumsum(ranked) - ranked
+    count, most = np.searchsorted(before, (wanted, at_most)).tolist()  # those before which less than that has come
+    if count != most or (tokens.missing and part.sum() < at_most):
+        return None
     surely = part > ranked[count - 1]
     ties = np.flatnonzero(part == ranked[count - 1])[: count - int(surely.sum())]  # the lowest ids among equals
     surely[ties] = True
-    return ids[surely], part[surely]
+    kept = tokens.ids(places[surely])
+    return _Tokens(part[surely], missing=0.0, ids=lambda places: kept[places])
 
 
 def _sums(weights: Vector) -> Vector:
     """float64 sums of blocks of BLOCK weights, then of the rest: faster than one sum, and exact enough."""
     whole = weights.size // BLOCK * BLOCK
-    blocks = weights[:whole].reshape(-1, BLOCK) @ np.ones(BLOCK, weights.dtype)
-    return np.append(blocks.astype(np.float64), weights[whole:].sum(dtype=np.float64))
+    blocks = (weights[:whole].reshape(-1, BLOCK) @ np.ones(BLOCK, weights.dtype)).astype(np.float64)
+    return blocks if whole == weights.size else np.append(blocks, weights[whole:].sum(dtype=np.float64))
 
 
-def _draw(weights: Vector, share: float) -> int:
-    """Where the sum of the weights up to there first exceeds `share` of the whole."""
-    sums = _sums(weights)
-    bounds = np.cumsum(sums)
-    block = min(int(np.searchsorted(bounds, share * bounds[-1], side="right")), int(np.flatnonzero(sums)[-1]))
-    inside = np.cumsum(weights[block * BLOCK : (block + 1) * BLOCK], dtype=np.float64)
-    rest = share * bounds[-1] - (bounds[block] - sums[block])
-    # The last token with weight ends the range, so that rounding in the sum can never choose a token without weight.
-    last = int(np.searchsorted(inside, inside[-1]))
-    return block * BLOCK + min(int(np.searchsorted(inside, rest, side="right")), last)
+def _draw(tokens: _Tokens, share: float) -> int | None:
+    """Where the sum of the weights up to there first exceeds `share` of the whole.
+
+    None if that depends on where the missing tokens stand and what they weigh.
+    """
+    weights, sums = tokens.weights, _sums(tokens.weights)
+    bounds = sums.cumsum()
+    total = float(bounds[-1])
+    wanted = share * (total + tokens.missing)
+    block = int(bounds.searchsorted(wanted, side="right"))
+    if block == bounds.size:  # by rounding: the last block with weight
+        block = int(np.flatnonzero(sums)[-1])
+    before = float(bounds[block] - sums[block])
+    inside = weights[block * BLOCK : (block + 1) * BLOCK].cumsum(dtype=np.float64)
+    place = int(inside.searchsorted(wanted - before, side="right"))
+    if place == inside.size:  # by rounding too: the last token with weight, never one without
+        place = int(inside.searchsorted(inside[-1]))
+    if tokens.missing:
+        below, above = before + float(inside[place - 1] if place else 0), before + float(inside[place])
+        slack = ROUNDING * total
+        if below + tokens.missing + slack > share * total or above <= wanted + slack:
+            return None
+    return block * BLOCK + place
 
 
 GREEDY = Sampling()

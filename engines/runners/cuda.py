@@ -10,7 +10,7 @@ Not yet run on a GPU: written after the CUDA runtime's documentation and tested 
 
 import ctypes
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from importlib.util import find_spec
 from math import prod
@@ -149,18 +149,33 @@ class CudaBuffer:
         return CudaBuffer(self._owner, self.dtype, shape, self._transfers, self._offset + offset)
 
     def write_rows(self, rows: Array | Buffer, starts: Sequence[int]) -> None:
-        check_rows(self.shape, rows.shape, starts)
-        host = np.array(rows, dtype=self.dtype, order="C") if isinstance(rows, np.ndarray) else None
-        source = rows.pointer if host is None else host.ctypes.data  # type: ignore[union-attr]
+        if isinstance(rows, np.ndarray):
+            host = np.array(rows, dtype=self.dtype, order="C")
+            self._row_writer(rows.shape, host.ctypes.data, keep=host)(starts)
+        else:
+            self.row_writer(rows)(starts)
+
+    def row_writer(self, rows: Buffer) -> Callable[[Sequence[int]], None]:
+        return self._row_writer(rows.shape, rows.pointer)
+
+    def _row_writer(self, shape: Sequence[int], source: int, keep: object = None) -> Callable[[Sequence[int]], None]:
+        check_rows(self.shape, shape, [0] * self.shape[0])
         row = self.shape[-1] * self.dtype.itemsize
-        width, pitch = rows.shape[-2] * row, self.shape[-2] * row  # bytes copied, bytes from one head to the next
+        width, pitch = shape[-2] * row, self.shape[-2] * row  # bytes copied, bytes from one head to the next
         heads = prod(self.shape[1:-2])
-        for sample, start in enumerate(starts):
-            target = self.pointer + sample * heads * pitch + start * row
-            origin = source + sample * heads * width
-            self._transfers.copy_rows(target, pitch, origin, width, width, heads, keep=host)
-        if isinstance(self._transfers, Immediate):
-            self._transfers.finish()
+        batch, last = self.shape[0], self.shape[-2] - shape[-2]
+        transfers, target = self._transfers, self.pointer
+
+        def write(starts: Sequence[int]) -> None:
+            if len(starts) != batch or min(starts) < 0 or max(starts) > last:
+                raise ValueError(f"rows of shape {tuple(shape)} do not fit into {self.shape} at rows {list(starts)}")
+            for sample, start in enumerate(starts):
+                to, origin = target + sample * heads * pitch + start * row, source + sample * heads * width
+                transfers.copy_rows(to, pitch, origin, width, width, heads, keep=keep)
+            if isinstance(transfers, Immediate):
+                transfers.finish()
+
+        return write
 
 
 def use_device(device: int) -> None:

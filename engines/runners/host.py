@@ -1,6 +1,7 @@
 """Buffers in host memory: numpy arrays at fixed, aligned addresses."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from math import prod
 
 import numpy as np
@@ -68,6 +69,9 @@ class HostBuffer:
             return
         for sample, start in enumerate(starts):
             self.array[sample, ..., start : start + count, :] = source[sample]
+
+    def row_writer(self, rows: Buffer) -> Callable[[Sequence[int]], None]:
+        return partial(self.write_rows, rows)
 
 
 def check_rows(shape: Sequence[int], rows: Sequence[int], starts: Sequence[int]) -> None:

@@ -53,6 +53,9 @@ class Buffer(Protocol):
         replaced. `rows` is a host array or a buffer of the same device.
         """
 
+    def row_writer(self, rows: "Buffer") -> Callable[[Sequence[int]], None]:
+        """`write_rows` of that buffer at the starts it is called with: for copies that every token needs."""
+
 
 class Bound(Protocol):
     """A graph tied to buffers: reads the input buffers, computes, writes the output buffers."""

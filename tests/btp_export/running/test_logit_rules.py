@@ -67,8 +67,13 @@ def test_the_rules_are_those_of_transformers(
     assume(not forced or not forced <= suppressed)
     row = np.random.default_rng(seed).normal(size=VOCABULARY).astype(np.float32) * 5
     before = row.copy()
-    got = LogitRules(GenerationSettings(**settings), ends, prompt, ROOM)(new, row)
-    np.testing.assert_array_equal(got, wanted(model, settings, ends, prompt, new, row))
+    rules = LogitRules(GenerationSettings(**settings), ends, prompt, ROOM)
+    for answer in (new[:1], new, new[::-1]):  # one that grows, then another
+        expected = wanted(model, settings, ends, prompt, answer, row)
+        np.testing.assert_array_equal(rules(answer, row), expected)
+        seen = []
+        assert rules.choose(answer, row, lambda scores: seen.append(scores.copy()) or 7) == 7  # noqa: B023
+        np.testing.assert_array_equal(seen[0], expected)
     np.testing.assert_array_equal(row, before)
 
 

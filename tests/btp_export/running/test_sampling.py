@@ -63,10 +63,42 @@ def test_draws_follow_the_probabilities() -> None:
     np.testing.assert_allclose(counts, [0.5, 0.3, 0.15, 0.05], atol=0.03)
 
 
+@given(
+    st.integers(0, 2**32 - 1), st.sampled_from([0.5, 3.0, 8.0]), st.floats(0.2, 3), st.sampled_from([1.0, 0.95, 0.5])
+)
+def test_of_many_tokens_the_same_is_drawn_as_by_weighing_all(
+    seed: int, spread: float, temperature: float, top_p: float
+) -> None:
+    """Flat and peaked logits: tokens near the largest decide alone, or all do."""
+    rng = np.random.default_rng(seed)
+    logits = (rng.standard_normal(4096) * spread).astype(np.float32)
+    logits[rng.integers(4096, size=3)] += np.float32(rng.uniform(0, 12))
+    sums = np.cumsum(_weighed(logits.astype(np.float64), temperature, top_p))
+    for draw in range(8):
+        share = np.random.default_rng(draw).random()
+        token = choose(logits, np.random.default_rng(draw), temperature=temperature, top_p=top_p)
+        below = sums[token - 1] if token else 0.0
+        assert below - 1e-5 <= share <= sums[token] + 1e-5
+        assert sums[token] > below
+
+
+def _weighed(logits: Any, temperature: float, top_p: float) -> Any:
+    """The probabilities, in float64 and by ranking every token."""
+    weights = np.exp((logits - logits.max()) / temperature)
+    weights /= weights.sum()
+    order = np.argsort(-weights, kind="stable")
+    before = np.cumsum(weights[order]) - weights[order]
+    weights[order[before >= top_p]] = 0
+    return weights / weights.sum()
+
+
 def test_extreme_numbers() -> None:
     logits = np.array([1.0, -np.inf, 3.0], np.float32)
     assert probabilities(logits, temperature=1e-300, top_p=1.0)[2] == 1
     assert probabilities(logits, temperature=1.0, top_p=1.0)[1] == 0
+    many = np.tile(logits, 8)
+    assert many[choose(many, np.random.default_rng(0), temperature=1e-300, top_p=1.0)] == 3
+    assert many[choose(many, np.random.default_rng(0), temperature=1e300, top_p=1.0)] > 0
     for bad in (np.nan, np.inf):
         with pytest.raises(CheckError, match="largest"):
             probabilities(np.array([0.0, bad], np.float32), temperature=0.0, top_p=1.0)
