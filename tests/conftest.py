@@ -1,4 +1,7 @@
-"""Checkpoints and bundles that several test files use, made once a session."""
+"""Checkpoints and bundles that several test files use, made once a session.
+
+Nothing large is imported here: the process that hands out the tests would load it before the others start.
+"""
 
 import functools
 import gc
@@ -15,8 +18,6 @@ import numpy as np
 import pytest
 from hypothesis import settings
 from PIL import Image
-
-from tests.captures import Remembered
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests never go online
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -71,8 +72,11 @@ def pytest_runtest_setup() -> None:
     of this each time, and test_exporting.py compares the bundle of one with ours byte for byte.
     """
     exporting = sys.modules.get("btp_export.exporting")
-    if exporting is not None and not isinstance(exporting.capture_vision, Remembered):
-        exporting.capture_vision = Remembered(exporting.capture_vision)
+    if exporting is not None:
+        from tests.captures import Remembered
+
+        if not isinstance(exporting.capture_vision, Remembered):
+            exporting.capture_vision = Remembered(exporting.capture_vision)
     configuration = getattr(sys.modules.get("transformers.configuration_utils"), "PreTrainedConfig", None)
     if configuration is not None:
         configuration.__repr__ = object.__repr__

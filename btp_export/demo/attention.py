@@ -6,7 +6,8 @@ units. One picture's scores fit into the cache, where plain products and one fus
 
 from __future__ import annotations
 
-from functools import lru_cache
+from collections.abc import Callable
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -48,8 +49,9 @@ def _attend_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     grads = _like(query), _like(key), _like(value)
     added = causal_mask(query.shape[2]) if mask is None else mask
+    picture_grads = _compiled()
     for i in range(len(query)):
-        parts = _picture_grads(change[i], query[i], key[i], value[i], out[i], sums[i], added)
+        parts = picture_grads(change[i], query[i], key[i], value[i], out[i], sums[i], added)
         for grad, part in zip(grads, parts, strict=True):
             grad[i] = part
     return grads
@@ -68,7 +70,12 @@ def causal_mask(size: int) -> Tensor:
     return torch.triu(torch.full((size, size), float("-inf")), 1)
 
 
-@torch.compile(dynamic=False)
+@cache
+def _compiled() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    """`_picture_grads`, compiled where it is first used: only saying so imports the compiler, which takes a second."""
+    return torch.compile(_picture_grads, dynamic=False)
+
+
 def _picture_grads(
     change: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, sums: Tensor, mask: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:

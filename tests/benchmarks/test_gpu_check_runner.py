@@ -1,9 +1,11 @@
 """The runner of the GPU check's steps: time limits, records, what is missing, steps beside others. No GPU is needed."""
 
+import fcntl
 import json
 import sys
+import time
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import pytest
 
@@ -23,11 +25,13 @@ def run(out: Path, *made: steps.Step, seconds: int = 30) -> dict[str, dict[str, 
 
 
 def test_a_step_that_hangs_costs_its_own_time_only(tmp_path: Path) -> None:
-    """Its children go with it, what it has said is kept, and the next step runs."""
-    mark = tmp_path / "alive"
-    child = f"import time, pathlib; time.sleep(3); pathlib.Path({str(mark)!r}).touch()"
-    start = f"subprocess.Popen([sys.executable, '-c', {child!r}])"
-    hang = f"import subprocess, sys, time; print('begun', flush=True); {start}; time.sleep(60)"
+    """Its children go with it, what it has said is kept, and the next step runs.
+
+    The step and its child hold one lock, which is free once neither of them lives.
+    """
+    lock = f"lock = open({str(tmp_path / 'lock')!r}, 'w'); fcntl.flock(lock, fcntl.LOCK_EX)"
+    start = "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'], pass_fds=[lock.fileno()])"
+    hang = f"import fcntl, subprocess, sys, time; {lock}; {start}; print('begun', flush=True); time.sleep(60)"
     found = run(
         tmp_path,
         steps.Step("hangs", 1, python(hang)),
@@ -36,10 +40,19 @@ def test_a_step_that_hangs_costs_its_own_time_only(tmp_path: Path) -> None:
     assert (found["hangs"]["status"], found["hangs"]["tail"]) == ("timeout", "begun\n")
     assert 1 <= found["hangs"]["seconds"] < 3
     assert (found["next"]["status"], found["next"]["result"]) == ("done", {"rows": [1]})
-    import time
+    end = time.monotonic() + 10
+    with (tmp_path / "lock").open("r+") as lock_file:
+        while not free(lock_file):
+            assert time.monotonic() < end, "the grandchild outlived its step"
+            time.sleep(0.01)
 
-    time.sleep(2.5)
-    assert not mark.exists(), "the grandchild outlived its step"
+
+def free(lock_file: TextIO) -> bool:
+    try:
+        fcntl.flock(lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def test_each_record_is_on_disk_before_the_next_step(tmp_path: Path) -> None:
@@ -74,7 +87,9 @@ def test_failures_say_why_and_stop_nothing(tmp_path: Path) -> None:
 
 
 def test_a_step_beside_runs_while_others_do_and_is_waited_for(tmp_path: Path) -> None:
-    wait = "import time; time.sleep(1.5); print('{\"made\": 1}')"
+    """It ends once the other's record is there."""
+    recorded = f"'quick' in pathlib.Path({str(tmp_path / 'T.jsonl')!r}).read_text()"
+    wait = f"import pathlib, time\nwhile not {recorded}: time.sleep(0.01)\nprint('{{\"made\": 1}}')"
     found = run(
         tmp_path,
         steps.Step("beside", 9, python(wait), beside=True),

@@ -17,11 +17,10 @@ from calibrate.calibrate import DROPPED_SAMPLES
 from graphs.records.errors import InputError, UnavailableError
 from tests.plans import PLAN
 
-ray = pytest.importorskip("ray")
-
 
 @pytest.fixture(scope="module", autouse=True)
 def local() -> Iterator[None]:
+    ray = pytest.importorskip("ray")
     folder = tempfile.mkdtemp(prefix="ray")  # a short one: names of sockets are limited
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
@@ -121,7 +120,7 @@ def test_no_cluster(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monk
     def refused(**_: Any) -> None:
         raise ConnectionError("nothing answers\nat all")
 
-    monkeypatch.setattr(ray, "is_initialized", lambda: False)
-    monkeypatch.setattr(ray, "init", refused)
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setattr("ray.init", refused)
     with pytest.raises(UnavailableError, match="no Ray cluster at nowhere:1: nothing answers"), connected("nowhere:1"):
         pass

@@ -109,7 +109,7 @@ def _no_http(chance: random.Random, good: dict[str, Any]) -> bytes:
         [
             b"\x16\x03\x01" + chance.randbytes(200) + b"\r\n\r\n",
             b"GET\r\n\r\n",
-            b"GET / HTTP/9.9\r\n\r\n",
+            b"GET / HTTP/9.9\r\nconnection: close\r\n\r\n",
             f"POST {CHAT} HTTP/1.1\r\nhost: a\r\nhost: b\r\n\r\n".encode(),
             f"POST {CHAT} HTTP/1.1\r\nhost: a\r\ncontent-length: {chance.choice(['x', '-1', '1, 2'])}\r\n\r\n".encode(),
             f"POST {CHAT} HTTP/1.1\r\nhost: 127.0.0.1\r\ntransfer-encoding: chunked\r\n\r\nzz\r\n".encode(),

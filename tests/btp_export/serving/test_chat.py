@@ -1,9 +1,10 @@
 """Answers over HTTP, asked with OpenAI's own client, are those of the model that is asked alone."""
 
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from __future__ import annotations
 
-import openai
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
 import pytest
 from PIL import Image
 
@@ -12,11 +13,16 @@ from tests.btp_export.families import parity
 from tests.btp_export.serving.conftest import KEY
 from tests.btp_export.serving.running import Server, question
 
+if TYPE_CHECKING:
+    import openai  # takes a second, which only the process that runs these tests need spend
+
 PROMPT = "what color is the circle ?"
 
 
 @pytest.fixture(scope="module")
 def client(serving: Server) -> openai.OpenAI:
+    import openai
+
     return openai.OpenAI(base_url=f"{serving.addresses[0]}/v1", api_key="none", max_retries=0)
 
 
@@ -88,6 +94,8 @@ def wanted_profile(alone: dict[str, BundleModel], picture: Image.Image) -> str:
 
 
 def test_a_conversation(client: openai.OpenAI, alone: dict[str, BundleModel], square: Image.Image) -> None:
+    import openai
+
     turns = ("what color is the circle ?", "red", "is there a blue square ?")
     model = alone[wanted_profile(alone, square)]
     encoded = model.prompter.conversation(square, turns[0], turns[1:], profile=model.profile)
@@ -135,6 +143,8 @@ def retried(client: openai.OpenAI, case: Any) -> Any:
 
 
 def test_models_and_the_key(serving: Server, client: openai.OpenAI, square: Image.Image) -> None:
+    import openai
+
     [model] = client.models.list().data
     assert model.id == "tiny" and client.models.retrieve("tiny").id == "tiny"
     assert [profile["image_size"] for profile in model.profiles] == [[48, 48], [40, 72]]  # type: ignore[attr-defined]

@@ -15,14 +15,10 @@ import pytest
 from PIL import Image
 
 from btp_export.running.runtime import BundleModel
-from btp_export.serving import ray_app
 from graphs.building.derived_bundles import derive
 from graphs.files.bundle import Bundle
 from graphs.records.errors import InputError
 from tests.btp_export.serving.running import JSON, Reply, ask, question, wait_until
-
-ray = pytest.importorskip("ray")
-from ray import serve  # noqa: E402
 
 PROMPT = "what color is the circle ?"
 OPTIONS = {"name": "tiny", "threads": 1, "cpus": 0.5, "queue": 30}
@@ -31,6 +27,9 @@ OPTIONS = {"name": "tiny", "threads": 1, "cpus": 0.5, "queue": 30}
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
     """A Ray of one machine with the proxy at a free port."""
+    ray = pytest.importorskip("ray")
+    from ray import serve
+
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     folder = tempfile.mkdtemp(prefix="ray")  # a short one: names of sockets are limited
@@ -45,13 +44,16 @@ def address() -> Iterator[str]:
             serve.start(http_options={"host": "127.0.0.1", "port": port})
             yield f"http://127.0.0.1:{port}"
         finally:
-            serve.shutdown()
-            ray.shutdown()
+            ray.shutdown()  # ends Serve's processes too; serve.shutdown() would take seconds to end them one by one
             shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(scope="module")
 def running(address: str, served_bundle: Bundle) -> str:
+    from ray import serve
+
+    from btp_export.serving import ray_app
+
     serve.run(ray_app(bundle=served_bundle.root, replicas=2, **OPTIONS), name="bundle")
     return address
 
@@ -102,6 +104,8 @@ def test_answers(running: str, alone: dict[str, BundleModel], square: Image.Imag
 
 
 def test_a_replica_that_is_killed_loses_nothing_that_was_not_streaming(running: str, square: Image.Image) -> None:
+    from ray import serve
+
     handle = serve.get_deployment_handle("Replica", "bundle")
     before = {handle.process_id.remote().result() for _ in range(20)}
     assert len(before) == 2
@@ -118,6 +122,10 @@ def test_a_replica_that_is_killed_loses_nothing_that_was_not_streaming(running: 
 def test_another_bundle_takes_over_without_a_gap(
     running: str, served_bundle: Bundle, square: Image.Image, tmp_path: Path
 ) -> None:
+    from ray import serve
+
+    from btp_export.serving import ray_app
+
     other = derive(served_bundle, served_bundle.plan.without_stages(), tmp_path / "other")
     with Load(running, square) as load:
         wait_until(lambda: len(load.whole) >= 3, 120)
@@ -130,6 +138,9 @@ def test_another_bundle_takes_over_without_a_gap(
 
 
 def test_wrong_options(tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    from btp_export.serving import ray_app
+
     with pytest.raises(InputError, match="nowhere"):
         ray_app(bundle=tmp_path / "nowhere")
     with pytest.raises(ValueError, match="replica"):
