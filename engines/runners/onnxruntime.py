@@ -102,15 +102,15 @@ class OrtLoader:
         if not path.is_file():
             raise InputError(f"no graph {path}", wanted="a complete bundle", do="export it again")
         content = graph_bytes(path)
-        if self._packed is not None or ops.wants_onnxruntime_nodes(content) or self._turns_attention(content):
+        if self._packed is not None or ops.wants_onnxruntime_nodes(content) or self._takes_faster_nodes(content):
             return self.open_model(content, path)
         return self._open(str(path), path, self._options())
 
     def open_model(self, content: bytes, path: Path) -> "OrtRunner":
         """Open a graph from memory; its weights lie where those of the graph at `path` do. Raises as for a file."""
         options = self._options()
-        own_nodes, attention = self._takes_own_nodes(content), self._turns_attention(content)
-        if self._packed is None and not own_nodes and not attention:
+        own_nodes, faster = self._takes_own_nodes(content), self._takes_faster_nodes(content)
+        if self._packed is None and not own_nodes and not faster:
             options.add_session_config_entry(FOLDER_OPTION, str(path.parent))
             return self._open(content, path, options)
         model = parse_graph(content, path)
@@ -118,9 +118,9 @@ class OrtLoader:
             with refusing_graph(path):
                 ops.for_onnxruntime(model, accuracy_level=self.accuracy_level)
         in_place: dict[str, str] = {}
-        if attention:
+        if faster:
             with refusing_graph(path):
-                in_place = _attention().for_cpu(model)
+                in_place = _on_cpu().for_cpu(model, native=self.custom_ops is not None)
         kept: list[Any] = []
         if self._packed is not None:
             kept = self._packed.share(model, path, options)
@@ -134,10 +134,10 @@ class OrtLoader:
         """Whether nodes are put in that ONNX Runtime has itself; on CUDA our library's come first."""
         return ops.wants_onnxruntime_nodes(content) and (self._kind == "cpu" or self.custom_ops is None)
 
-    def _turns_attention(self, content: bytes) -> bool:
-        """Whether attention is computed by another node; without onnx graphs are taken as they are."""
+    def _takes_faster_nodes(self, content: bytes) -> bool:
+        """Whether nodes are put in that are faster on a CPU; without onnx graphs are taken as they are."""
         there = self._kind == "cpu" and find_spec("onnx") is not None
-        return there and _attention().may_have(content)
+        return there and _on_cpu().may_have(content, native=self.custom_ops is not None)
 
     def _open(
         self, source: str | bytes, path: Path, options: ort.SessionOptions, in_place: Mapping[str, str] | None = None
@@ -271,11 +271,11 @@ def _packed_files(folder: Path) -> "PackedFiles":
     return PackedFiles(folder)
 
 
-def _attention() -> ModuleType:
+def _on_cpu() -> ModuleType:
     """It needs onnx, which not every installation has."""
-    from engines.runners import attention
+    from engines.runners import on_cpu
 
-    return attention
+    return on_cpu
 
 
 def explain(error: Exception, path: Path, doing: str) -> BtpError:

@@ -75,7 +75,9 @@ struct OrtApi {
     OrtStatus* (*GetTensorMemoryInfo)(const OrtValue*, const OrtMemoryInfo**);
     void* skip_195[58];
     OrtStatus* (*KernelContext_GetAllocator)(const OrtKernelContext*, const OrtMemoryInfo*, OrtAllocator**);  // 253
-    void* skip_254[23];
+    void* skip_254[20];
+    OrtStatus* (*KernelContext_ParallelFor)(const OrtKernelContext*, void (*)(void*, size_t), size_t, size_t, void*);  // 274
+    void* skip_275[2];
     OrtStatus* (*KernelContext_GetScratchBuffer)(const OrtKernelContext*, const OrtMemoryInfo*, size_t, void**);  // 277
 };
 

@@ -8,6 +8,7 @@
 #include "ort_abi.h"
 #endif
 
+#include <atomic>
 #include <cstdint>
 #include <exception>
 #include <stdexcept>
@@ -149,6 +150,31 @@ inline void* output(OrtKernelContext* context, size_t index, const std::vector<i
     return data;
 }
 
+// Runs body(0) to body(count - 1) on the session's threads, and throws what one of them has thrown.
+template <typename Body>
+void parallel_for(const OrtKernelContext* context, int count, const Body& body)
+{
+    struct Work {
+        const Body& body;
+        std::atomic<bool> failed{false};
+        std::exception_ptr error;
+    } work{body, {}, {}};
+    const auto one = [](void* data, size_t place) {
+        auto& shared = *static_cast<Work*>(data);
+        try {
+            shared.body(static_cast<int>(place));
+        } catch (...) {
+            if (!shared.failed.exchange(true)) {
+                shared.error = std::current_exception();
+            }
+        }
+    };
+    check(ort()->KernelContext_ParallelFor(context, one, static_cast<size_t>(count), 0, &work));
+    if (work.error) {
+        std::rethrow_exception(work.error);
+    }
+}
+
 // Memory beside the tensor `beside`, for work on the kernel's stream. The arena keeps what is freed for this stream: another
 // run gets it only behind the work that is on the stream by then. (OrtAllocator::Alloc knows no stream: memory from there
 // may be handed to two runs at once.)
@@ -230,11 +256,13 @@ OrtOp ort_op(const char* name, const char* device, ONNXTensorElementDataType typ
     op.GetName = [](const OrtCustomOp* self) { return OrtOp::of(self).name; };
     op.GetExecutionProviderType = [](const OrtCustomOp* self) { return OrtOp::of(self).device; };
     op.GetInputTypeCount = [](const OrtCustomOp*) { return Kernel::kInputs; };
-    op.GetOutputTypeCount = [](const OrtCustomOp*) -> size_t { return 1; };
+    op.GetOutputTypeCount = [](const OrtCustomOp*) { return Kernel::kOutputs; };
     op.GetInputType = [](const OrtCustomOp* self, size_t index) {
         return Kernel::input_type(OrtOp::of(self).type, index);
     };
-    op.GetOutputType = [](const OrtCustomOp* self, size_t) { return Kernel::output_type(OrtOp::of(self).type); };
+    op.GetOutputType = [](const OrtCustomOp* self, size_t index) {
+        return Kernel::output_type(OrtOp::of(self).type, index);
+    };
     op.GetInputCharacteristic = [](const OrtCustomOp*, size_t index) {
         return index < Kernel::kRequired ? INPUT_OUTPUT_REQUIRED : INPUT_OUTPUT_OPTIONAL;
     };

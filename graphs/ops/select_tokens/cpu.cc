@@ -11,6 +11,7 @@
 #include "../common/half.h"
 #include "cpu_coverage.h"
 #include "cpu_loops.h"
+#include "cpu_rows.h"
 
 namespace btp {
 namespace {
@@ -18,7 +19,6 @@ namespace {
 constexpr int32_t kChosen = std::numeric_limits<int32_t>::min();  // below every key: not to be picked again
 constexpr int32_t kLowest = kChosen + 1;                          // NaN
 constexpr int32_t kFar = std::numeric_limits<int32_t>::max();
-constexpr int kChunk = 64;
 
 // Signed key with the order of the floats: NaN lowest, then -inf ... +inf, -0 equal to +0.
 inline int32_t order_key(float x)
@@ -34,73 +34,57 @@ inline int32_t distance_key(float similarity) { return order_key(1.0f - similari
 inline int32_t distance_key(uint16_t similarity) { return distance_key(half_to_float(similarity)); }
 
 // distance = min(distance, distance to the token whose similarities are `row`); returns the largest that is left.
-#define BTP_APPROACH(name, T)                                                             \
-    BTP_CLONES int32_t name(int32_t* __restrict distance, const T* __restrict row, int n) \
-    {                                                                                     \
-        int32_t best = kChosen;                                                           \
-        for (int i = 0; i < n; ++i) {                                                     \
-            const int32_t key = distance_key(row[i]);                                     \
-            const int32_t nearer = key < distance[i] ? key : distance[i];                 \
-            distance[i] = nearer;                                                         \
-            best = nearer > best ? nearer : best;                                         \
-        }                                                                                 \
-        return best;                                                                      \
-    }
-BTP_APPROACH(approach, float)
-BTP_APPROACH(approach, uint16_t)
-
-#define BTP_NEAREST(name, T)                                 \
-    BTP_CLONES int32_t name(const T* __restrict row, int n)  \
-    {                                                        \
-        int32_t best = kFar;                                 \
-        for (int i = 0; i < n; ++i) {                        \
-            const int32_t key = distance_key(row[i]);        \
-            best = key < best ? key : best;                  \
-        }                                                    \
-        return best;                                         \
-    }
-BTP_NEAREST(nearest, float)
-BTP_NEAREST(nearest, uint16_t)
-
-// First place of `value`, which is there: whole chunks are compared at once.
-BTP_CLONES int first_of(const int32_t* __restrict values, int n, int32_t value)
+template <typename T>
+BTP_INLINE int32_t approach_body(int32_t* __restrict distance, const T* __restrict row, int n)
 {
-    int start = 0;
-    for (; start + kChunk <= n; start += kChunk) {
-        int32_t found = 0;
-        for (int i = 0; i < kChunk; ++i) {
-            found |= values[start + i] == value ? 1 : 0;
-        }
-        if (found != 0) {
-            break;
-        }
+    int32_t best = kChosen;
+    for (int i = 0; i < n; ++i) {
+        const int32_t key = distance_key(row[i]);
+        const int32_t nearer = key < distance[i] ? key : distance[i];
+        distance[i] = nearer;
+        best = nearer > best ? nearer : best;
     }
-    while (values[start] != value) {
-        ++start;
-    }
-    return start;
+    return best;
 }
+BTP_FOR_PROCESSORS(int32_t, approach, (int32_t* distance, const float* row, int n), (distance, row, n))
+BTP_FOR_PROCESSORS(int32_t, approach, (int32_t* distance, const uint16_t* row, int n), (distance, row, n))
+
+template <typename T>
+BTP_INLINE int32_t nearest_body(const T* __restrict row, int n)
+{
+    int32_t best = kFar;
+    for (int i = 0; i < n; ++i) {
+        const int32_t key = distance_key(row[i]);
+        best = key < best ? key : best;
+    }
+    return best;
+}
+BTP_FOR_PROCESSORS(int32_t, nearest, (const float* row, int n), (row, n))
+BTP_FOR_PROCESSORS(int32_t, nearest, (const uint16_t* row, int n), (row, n))
 
 template <typename T>
 class Selection {
 public:
-    Selection(const BtpSelect& select, const float* scores, const T* similarity, const int32_t* seeds)
-        : select_(select), tokens_(select.tokens), scores_(scores), similarity_(similarity), seeds_(seeds),
-          member_(static_cast<size_t>(tokens_), 0)
+    // levels: what the coverage rule reads, in place of the similarity.
+    Selection(const BtpSelect& select, const float* scores, const T* similarity, const int16_t* levels,
+              const int32_t* seeds)
+        : select_(select), tokens_(select.tokens), scores_(scores), similarity_(similarity), levels_(levels),
+          seeds_(seeds), member_(static_cast<size_t>(tokens_), 0)
     {
     }
 
     void run(int32_t* indices)
     {
-        if (select_.attention_quota > 0 || similarity_ == nullptr) {
+        const bool by_order = similarity_ == nullptr && levels_ == nullptr;
+        if (select_.attention_quota > 0 || by_order) {
             sort_by_score();
             pick_attention();
         }
-        if (similarity_ == nullptr) {
+        if (by_order) {
             for (const int token : order_) {
                 take(token);
             }
-        } else if (select_.diversity_rule == BTP_COVERAGE) {
+        } else if (levels_ != nullptr) {
             select_by_gain();
         } else {
             select_by_distance();
@@ -163,7 +147,7 @@ private:
     // Rules 2 to 4 by gain.
     void select_by_gain()
     {
-        Coverage coverage(tokens_, similarity_, select_.weighted != 0 ? scores_ : nullptr);
+        Coverage coverage(tokens_, levels_, select_.weighted != 0 ? scores_ : nullptr);
         coverage.start();
         for (int pick = 0; pick < select_.diversity_quota; ++pick) {
             take(coverage.select_next());
@@ -214,11 +198,11 @@ private:
             alone[static_cast<size_t>(token)] =
                 std::min(nearest(values, token), nearest(values + token + 1, tokens_ - token - 1));
         }
-        int token = first_of(alone.data(), tokens_, *std::max_element(alone.begin(), alone.end()));
+        int token = next_not_below(alone.data(), tokens_, 0, *std::max_element(alone.begin(), alone.end()));
         take(token);
         int32_t best = approach_token(token);
         for (int pick = 1; pick < count; ++pick) {
-            token = first_of(distance_.data(), tokens_, best);
+            token = next_not_below(distance_.data(), tokens_, 0, best);
             take(token);
             best = approach_token(token);
         }
@@ -238,7 +222,7 @@ private:
             best = approach_token(base_[place]);
         }
         while (static_cast<int>(base_.size()) < select_.keep) {
-            const int token = first_of(distance_.data(), tokens_, best);
+            const int token = next_not_below(distance_.data(), tokens_, 0, best);
             take(token);
             best = approach_token(token);
         }
@@ -248,6 +232,7 @@ private:
     const int tokens_;
     const float* const scores_;
     const T* const similarity_;
+    const int16_t* const levels_;
     const int32_t* const seeds_;
     std::vector<uint8_t> member_;
     std::vector<int> order_;
@@ -255,16 +240,58 @@ private:
     std::vector<int32_t> distance_;
 };
 
+template <typename T>
+void select_with(const BtpSelect& select, const float* scores, const T* similarity, const int32_t* seeds,
+                 int16_t* levels, int32_t* indices)
+{
+    if (select.similarity == BTP_NO_SIMILARITY || select.diversity_rule != BTP_COVERAGE) {
+        Selection<T>(select, scores, similarity, nullptr, seeds).run(indices);
+        return;
+    }
+    const size_t tokens = static_cast<size_t>(select.tokens);
+    for (size_t place = 0; place < tokens * tokens; place += tokens) {
+        levels_of(levels + place, similarity + place, select.tokens);
+    }
+    Selection<T>(select, scores, nullptr, levels, seeds).run(indices);
+}
+
 }  // namespace
 
-void select_tokens_cpu(const BtpSelect& select, const float* scores, const void* similarity, const int32_t* seeds,
-                       int32_t* indices)
+size_t select_tokens_cpu_scratch(const BtpSelect& select)
 {
+    const size_t tokens = static_cast<size_t>(select.tokens);
+    const bool coverage = select.similarity != BTP_NO_SIMILARITY && select.diversity_rule == BTP_COVERAGE;
+    return coverage ? tokens * tokens * sizeof(int16_t) : 0;
+}
+
+void select_tokens_cpu(const BtpSelect& select, const float* scores, const void* similarity, const int32_t* seeds,
+                       void* scratch, int32_t* indices)
+{
+    auto* const levels = static_cast<int16_t*>(scratch);
     if (select.similarity == BTP_FLOAT16) {
-        Selection<uint16_t>(select, scores, static_cast<const uint16_t*>(similarity), seeds).run(indices);
+        select_with(select, scores, static_cast<const uint16_t*>(similarity), seeds, levels, indices);
     } else {
-        Selection<float>(select, scores, static_cast<const float*>(similarity), seeds).run(indices);
+        select_with(select, scores, static_cast<const float*>(similarity), seeds, levels, indices);
     }
+}
+
+size_t select_rows_cpu_scratch(const BtpSelect& select, int width)
+{
+    return levels_bytes(select.tokens) + units_bytes(select.tokens, width);
+}
+
+void select_rows_cpu(const BtpSelect& select, const TokenRows& rows, const float* scores, const int32_t* seeds,
+                     const Parallel& parallel, void* scratch, int32_t* indices, float* norms)
+{
+    auto* const levels = static_cast<int16_t*>(scratch);
+    auto* const units = reinterpret_cast<float*>(static_cast<char*>(scratch) + levels_bytes(select.tokens));
+    unit_rows(units, norms, rows, select.tokens);
+    const int stripes = static_cast<int>((static_cast<size_t>(select.tokens) + kStripe - 1) / kStripe);
+    parallel(stripes, [&](int stripe) {
+        // The last ones are the longest.
+        multiply_stripe(levels, units, select.tokens, rows.width, (stripes - 1 - stripe) * static_cast<int>(kStripe));
+    });
+    Selection<float>(select, scores == nullptr ? norms : scores, nullptr, levels, seeds).run(indices);
 }
 
 }  // namespace btp

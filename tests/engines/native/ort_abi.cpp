@@ -68,6 +68,7 @@ SAME_PLACE(OurApi, OrtApi, ReleaseAllocator);
 SAME_PLACE(OurApi, OrtApi, KernelContext_GetGPUComputeStream);
 SAME_PLACE(OurApi, OrtApi, GetTensorMemoryInfo);
 SAME_PLACE(OurApi, OrtApi, KernelContext_GetAllocator);
+SAME_PLACE(OurApi, OrtApi, KernelContext_ParallelFor);
 SAME_PLACE(OurApi, OrtApi, KernelContext_GetScratchBuffer);
 SAME_PLACE(OurApiBase, OrtApiBase, GetApi);
 SAME_PLACE(OurAllocator, OrtAllocator, Alloc);

@@ -8,7 +8,7 @@ import onnx
 import pytest
 from onnx import NodeProto, TensorProto, helper
 
-from engines.runners.attention.causal import NODE, for_cpu
+from engines.runners.on_cpu.causal_attention import NODE, for_cpu
 from engines.runners.onnxruntime import OrtLoader
 
 BATCH, HEADS, KV_HEADS, TOKENS, SIZE = 2, 4, 2, 37, 16

@@ -17,7 +17,7 @@ import numpy as np
 import onnx
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
-from engines.runners.attention.rewriting import NODE, Rewriting
+from engines.runners.on_cpu.rewriting import NODE, Rewriting
 from graphs import names
 
 IN_PLACE: Final = ".in_place"  # what an output is called that is the input's own memory

@@ -20,7 +20,7 @@ import numpy as np
 import onnx
 from onnx import NodeProto, TensorProto, helper
 
-from engines.runners.attention.rewriting import NODE, Rewriting
+from engines.runners.on_cpu.rewriting import NODE, Rewriting
 
 OPERATOR: Final = "Attention"
 BY_TOKEN: Final = [0, 2, 1, 3]  # [B,H,S,D] <-> [B,S,H,D]

@@ -1,0 +1,28 @@
+"""Nodes that are faster on a CPU than those of the files, put in while a session is prepared; needs onnx.
+
+Attention by ONNX Runtime's own node: `causal_attention` over whole sequences (prefill), `cached_attention` of a new
+token over caches (decode). `selection`: by btp_ort, from rows in place of their similarity.
+"""
+
+import onnx
+
+from engines.runners.on_cpu import cached_attention, causal_attention, selection
+
+__all__ = ["for_cpu", "may_have"]
+
+
+def may_have(serialized: bytes, *, native: bool) -> bool:
+    """Whether a model's bytes may hold what `for_cpu` replaces. Reads no protobuf."""
+    attention = causal_attention.may_have(serialized) or cached_attention.may_have(serialized)
+    return attention or (native and selection.may_have(serialized))
+
+
+def for_cpu(model: onnx.ModelProto, *, native: bool) -> dict[str, str]:
+    """Replace what can be; gives the new outputs that have to be bound to the memory of an input.
+
+    native: whether the session has the operators of btp_ort.
+    """
+    causal_attention.for_cpu(model)
+    if native:
+        selection.for_cpu(model)
+    return cached_attention.for_cpu(model)
