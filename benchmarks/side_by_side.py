@@ -134,8 +134,9 @@ def pruned(model: Model) -> Iterator[Row]:
     for share in SHARES:
         less = models.pruned(model.bundle, model.folder / f"pruned-{share}", share)
         spec, plan, rounds = model.bundle.spec.decoder, less.plan_for(model.profile.name), model.wishes.rounds
-        full = cost(spec, model.bundle.plan_for(model.profile.name), model.profile).decoder
-        limit = full / cost(spec, plan, model.profile).decoder
+        full = cost(spec, model.bundle.plan_for(model.profile.name), model.profile)
+        left = cost(spec, plan, model.profile)
+        limit, square = full.needed / left.needed, full.decoder / left.decoder
         with started(model.ours(), model.ours(less)) as running:
             times = prefills_in_turns(running, rounds)
             steps = steps_in_turns(running, rounds, STEPS, vocab=model.vocab)
@@ -143,7 +144,7 @@ def pruned(model: Model) -> Iterator[Row]:
         reached = (found.value or 0.0) / limit
         what = f"{model.name}: prefill with {share:.0%} of the image tokens, times as fast"
         portable = "" if custom_ops() else "; selections in their portable form, btp_ort is not built"
-        yield replace(found, what=what, more_is_better=True, detail=f"{reached:.0%} of it; {found.detail}{portable}")
+        yield replace(found, what=what, more_is_better=True, detail=f"{reached:.0%} of it; {found.detail}; {square:.2f} x with whole squares of attention{portable}")
         yield ratio(
             f"{model.name}: a token with {share:.0%} of the image tokens, of the unpruned time",
             steps[1], steps[0], unit="ms", limit=1.0, why="less to read",

@@ -206,7 +206,7 @@ def model_7b() -> dict[str, Any]:
         new_tokens=64,
     )  # fmt: skip
     plan = plans["btp-paper"]
-    operations = {name: cost(decoder, plan, profile, "float16").decoder for name, plan in plans.items()}
+    operations = {name: cost(decoder, plan, profile, "float16").needed for name, plan in plans.items()}
     stages = []
     for number, stage in enumerate(plan.stages):
         seeds = stage_seeds(plan, number) if stage.keep else None

@@ -7,7 +7,10 @@ and S tokens in a layer, one layer of one sample takes
     attention     2 S S H D + 2 S S H D                 scores and weighted values, the full square
     MLP           3 * 2 S C I                           gate, up and down
 
-The square is counted whole: the graphs compute it under a mask. A runtime that skips the upper half does a little less.
+The square is counted whole, as torch's counter and publications do, so plans and their `flops_ratio` compare with
+those. What is *needed* is less, as a token looks at itself and those before it: 2 S (S + 1) H D. Runtimes stop there
+(ONNX Runtime's causal node, fused attention on GPUs), so limits on times are ratios of `Cost.needed`: where there is
+little else to compute, as in the demo, the squares would allow speed-ups (4.65) that skipped operations cannot give (4.03).
 Selection is the similarity product 2 V_i V_i C where a stage needs it, the importance scores 2 H D S_i for each query
 row that a stage looks from, and 2 n V_i C for n pivots. The output projection is 2 C vocab for the one row it is
 computed on. Norms, rotary rows, softmax and the greedy selection itself are left out: they are no matrix products and
@@ -30,6 +33,7 @@ class Cost:
     """Operations of one batch.
 
     segments: of each segment's prefill. selection: of each stage. head: the output projection after the prefill.
+    needed: segments and head without what lies above the diagonals of attention.
     decode: one token through all layers, over caches of their whole static capacity.
     cache_bytes: of all key and value caches.
     """
@@ -37,12 +41,13 @@ class Cost:
     segments: tuple[int, ...]
     selection: tuple[int, ...]
     head: int
+    needed: int
     decode: int
     cache_bytes: int
 
     @property
     def decoder(self) -> int:
-        """Prefill without selection: what time would be proportional to, if selecting were free."""
+        """Prefill without selection."""
         return sum(self.segments) + self.head
 
     @property
@@ -59,10 +64,12 @@ def cost(decoder: DecoderSpec, plan: PruningPlan, profile: ShapeProfile, precisi
     )  # a token's key and value in one layer
     rows = sum(_layers(segment) * profile.capacity_with(segment.image_tokens) for segment in segments)
     head = 2 * decoder.head_elements
+    tokens = [(_layers(segment), profile.tokens_with(segment.image_tokens)) for segment in segments]
     return Cost(
-        segments=tuple(batch * _layers(s) * layer(decoder, profile.tokens_with(s.image_tokens)) for s in segments),
+        segments=tuple(batch * layers * layer(decoder, count) for layers, count in tokens),
         selection=tuple(batch * selection(decoder, plan, n, profile) for n in range(len(plan.stages))),
         head=batch * head,
+        needed=batch * (head + sum(layers * needed(decoder, count) for layers, count in tokens)),
         # A new token looks at the cache and at itself.
         decode=batch
         * (head + sum(_layers(s) * layer(decoder, 1, profile.capacity_with(s.image_tokens) + 1) for s in segments)),
@@ -75,6 +82,12 @@ def layer(decoder: DecoderSpec, tokens: int, context: int | None = None) -> int:
     width = decoder.num_heads * decoder.head_dim
     attention = 2 * (2 * tokens * (tokens if context is None else context) * width)
     return 2 * tokens * decoder.layer_elements + attention
+
+
+def needed(decoder: DecoderSpec, tokens: int) -> int:
+    """One layer on `tokens` tokens that look at themselves and those before them, for one sample."""
+    above = tokens * (tokens - 1) // 2
+    return layer(decoder, tokens) - 2 * 2 * above * decoder.num_heads * decoder.head_dim
 
 
 def selection(decoder: DecoderSpec, plan: PruningPlan, stage: int, profile: ShapeProfile) -> int:

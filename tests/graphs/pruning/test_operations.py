@@ -44,6 +44,13 @@ def test_layers_and_head_are_what_torch_counts(tokens: int) -> None:
     assert operations.cost(SPEC, unpruned, profile).decoder == counted(4, tokens)
 
 
+def test_what_is_needed_stops_at_the_diagonal() -> None:
+    built = operations.cost(SPEC, PLAN, PROFILE.model_copy(update={"batch": 2}), "float16")
+    above = [sum(1 for row in range(n) for column in range(n) if column > row) for n in (50, 32, 20, 14)]
+    products = 2 * 2 * 16 * 4  # of scores and of weighted values, multiplied and added, in all heads
+    assert built.decoder - built.needed == 2 * products * sum(above)
+
+
 def test_segments_selection_and_caches_add_up() -> None:
     built = operations.cost(SPEC, PLAN, PROFILE, "float16")
     assert built.segments == tuple(operations.layer(SPEC, tokens) for tokens in (50, 32, 20, 14))
