@@ -63,6 +63,7 @@ class Chain:
         plan, profile: what the graphs were built for.
         rope: cos and sin, float32 [S + new tokens, D/2] each, a row for every token
         (graphs.building.rope.token_tables). loader: backend and device.
+        opened: graphs by name that another chain of this backend and device has open; they are not opened again.
 
     Raises InputError if a graph is missing or its inputs are not those of the plan and the profile.
     """
@@ -76,11 +77,13 @@ class Chain:
         rope: tuple[Array, Array],
         loader: Loader,
         alignment: int = ALIGNMENT,
+        opened: Mapping[str, Runner] | None = None,
     ) -> None:
         self._alignment = alignment  # bytes, of every address of the caches
         self.plan, self.profile, self.segments = plan, profile, plan.segments()
         self._graphs, self._loader = graphs, loader
-        self._runners: dict[str, Runner] = {}
+        self.runners: dict[str, Runner] = {}  # the opened graphs by name
+        self._opened = opened or {}
         self._steps: list[Step] = []
         self._kept: dict[int, Buffer] = {}
         self._scores: dict[int, Buffer] = {}
@@ -185,16 +188,17 @@ class Chain:
     def _open(self, name: str) -> Runner:
         if name not in self._graphs:
             raise InputError(f"the bundle has no graph {name}", wanted="a complete bundle", do="export it again")
-        self._runners[name] = self._loader(self._graphs[name])
-        return self._runners[name]
+        runner = self._opened[name] if name in self._opened else self._loader(self._graphs[name])
+        self.runners[name] = runner
+        return runner
 
     def _inputs(self, name: str) -> Tensors:
         """A new buffer for every input of an opened graph."""
-        return self._buffers(name, self._runners[name].inputs, {})
+        return self._buffers(name, self.runners[name].inputs, {})
 
     def _outputs(self, name: str, **given: Buffer) -> Tensors:
         """A buffer for every output of an opened graph: the given ones, new ones for the rest."""
-        return self._buffers(name, self._runners[name].outputs, given)
+        return self._buffers(name, self.runners[name].outputs, given)
 
     def _buffers(self, graph: str, specs: Mapping[str, TensorSpec], given: Mapping[str, Buffer]) -> Tensors:
         tensors = Tensors(graph)

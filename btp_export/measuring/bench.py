@@ -92,7 +92,8 @@ def _open_graphs(bundle: Bundle, folder: Path, **options: Any) -> dict[str, Bund
     bundles = {"full": derive(bundle, bundle.plan.without_stages(), folder / "full"), "pruned": bundle}
     if bundle.manifest.build.assemble == "whole":
         bundles["pruned"] = derive(bundle, bundle.plan, folder / "pruned")
-    return {name: load(each, **options) for name, each in bundles.items()}
+    full = load(bundles["full"], **options)
+    return {"full": full, "pruned": load(bundles["pruned"], beside=full, **options)}
 
 
 def _open_engines(bundle: Bundle, target: str, *, profile: str | None, **options: Any) -> dict[str, BundleModel]:

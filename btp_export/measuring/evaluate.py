@@ -261,7 +261,8 @@ def _answers(
 
     def asks(entry: tuple[str, tuple[str, Bundle]]) -> tuple[str, Answers]:
         key, (name, bundle) = entry
-        return key, answer(opens(bundle, threads=threads), questions, progress.of(name))
+        # Every picture went through the first one's vision graph by now.
+        return key, answer(opens(bundle, threads=threads, beside=model), questions, progress.of(name))
 
     with ThreadPoolExecutor(workers) as pool:
         try:

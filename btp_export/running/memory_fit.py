@@ -2,8 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
+from engines.runners.session_options import LARGE
 from graphs import dtypes, names
 from graphs.files.atomic import size_text
 from graphs.files.bundle import Bundle
@@ -31,14 +33,16 @@ class Streaming:
 def open_bytes(files: Mapping[str, Path], *, models: int = 1, shared: bool = False) -> int:
     """Weights of all graphs of so many models together, floats in float32, in which ONNX Runtime computes on a CPU.
 
-    shared: packed weights are mapped from files that all sessions share, and count once.
+    The models have one vision graph. shared: large matrices are mapped from files that all sessions share, and count
+    once.
     """
-    graphs = [GraphFile(path) for path in files.values()]
-    packed: dict[str, int] = {}
-    for graph in graphs if shared else ():
-        packed |= graph.packed_weights()
-    own = sum(graph.wide_weights() - (sum(graph.packed_weights().values()) if shared else 0) for graph in graphs)
-    return models * own + sum(packed.values())
+    total, once = 0, dict[str, int]()
+    for name, path in files.items():
+        graph = GraphFile(path)
+        matrices = graph.matrices(LARGE) if shared else {}
+        total += (1 if name == names.VISION else models) * (graph.wide_weights() - sum(matrices.values()))
+        once |= matrices
+    return total + sum(once.values())
 
 
 def must_stream(files: Mapping[str, Path], device: str, *, above: int = STREAM_ABOVE) -> bool:
@@ -55,7 +59,7 @@ def too_large(
     `models` are how many of its size are open at a time (another plan's graphs take about as much).
     """
     files = {graph.name: bundle.root / graph.file for graph in bundle.graphs(profile)}
-    shared = shares_packed(bundle, activations)
+    shared = shares_weights(bundle, bundle.profile(profile).name, activations)
     needed, there = open_bytes(files, models=models, shared=shared) + LIBRARIES, available_memory()
     if there is None or needed <= max(there, STREAM_ABOVE):
         return None
@@ -65,9 +69,15 @@ def too_large(
     )
 
 
-def shares_packed(bundle: Bundle, activations: Activations) -> bool:
-    """Whether sessions share packed weights: that costs disk, and float32 rows are for checking part by part."""
-    return bundle.manifest.quantization is not None and activations == "int8"
+def shares_weights(bundle: Bundle, profile: str, activations: Activations) -> bool:
+    """Whether sessions share weights through files: that costs disk, and float32 rows are for checking part by part.
+
+    Of bundles with full weights only large ones do, those that cannot be checked as a whole.
+    """
+    if activations != "int8" or find_spec("onnx") is None:
+        return False
+    files = {graph.name: bundle.root / graph.file for graph in bundle.graphs(profile)}
+    return bundle.manifest.quantization is not None or open_bytes(files) > STREAM_ABOVE
 
 
 def check_fits_memory(

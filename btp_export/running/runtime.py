@@ -22,10 +22,10 @@ from btp_export.model.prompting import Encoded, Prompter
 from btp_export.running.detokenise import Detokeniser, OnText, TextPieces
 from btp_export.running.embedding import TokenEmbedding, filled
 from btp_export.running.generation import Answer, answers_for, generate
-from btp_export.running.memory_fit import check_fits_memory, shares_packed
+from btp_export.running.memory_fit import check_fits_memory, shares_weights
 from btp_export.running.sampling import Sampling
 from engines.chain import Chain
-from engines.runners.interface import Loader
+from engines.runners.interface import Loader, Runner
 from graphs import names
 from graphs.building.rope import token_tables
 from graphs.files.bundle import ROPE_WEIGHTS, Bundle, Check
@@ -101,6 +101,7 @@ def load(
     target: str | None = None,
     activations: Activations = "int8",
     cuda_graphs: bool = True,
+    beside: "BundleModel | None" = None,
     note: Note = lambda text: None,
 ) -> "BundleModel":
     """Open a bundle for running: its graphs in ONNX Runtime, or the engines built from them for a target.
@@ -113,6 +114,7 @@ def load(
         target: run the engines built for this device, which lie in the bundle, see docs/engines.md.
         activations: what ONNX Runtime multiplies four-bit weights with: rows rounded to int8, or float32 rows.
         cuda_graphs: whether a prefill and a decode step of engines are CUDA graphs. note: told where they cannot be.
+        beside: a model with these settings that is open already; what both have is not opened again, see BundleModel.
 
     Raises InputError for a bundle that is missing, damaged, without that profile or without engines, and
     UnavailableError if its graphs or engines cannot run on this device.
@@ -131,7 +133,7 @@ def load(
     )
     if target is None:
         check_fits_memory(opened, chosen, device, activations=activations)
-    return BundleModel(opened, loader, profile=chosen, graphs=graphs)
+    return BundleModel(opened, loader, profile=chosen, graphs=graphs, beside=beside)
 
 
 def open_graphs(
@@ -159,7 +161,7 @@ def open_graphs(
 
         files = {graph.name: bundle.root / graph.file for graph in bundle.graphs(profile)}
         tf32 = allows_tf32(bundle.manifest.build.precision)
-        packed = cache_folder("onnxruntime") if shares_packed(bundle, activations) else None
+        packed = cache_folder("onnxruntime") if shares_weights(bundle, profile, activations) else None
         level = LEVELS[activations]
         return OrtLoader(device=device, threads=threads, tf32=tf32, accuracy_level=level, packed=packed), files
     from engines.targets import find_target
@@ -197,9 +199,19 @@ class BundleModel:
     """
 
     def __init__(
-        self, bundle: Bundle, loader: Loader, *, profile: str | None = None, graphs: Mapping[str, Path] | None = None
+        self,
+        bundle: Bundle,
+        loader: Loader,
+        *,
+        profile: str | None = None,
+        graphs: Mapping[str, Path] | None = None,
+        beside: "BundleModel | None" = None,
     ) -> None:
-        """`graphs` are the files that the loader opens, by name; the bundle's own if left out."""
+        """`graphs` are the files that the loader opens, by name; the bundle's own if left out.
+
+        `beside` is another model of the same backend, device and settings: the vision graph, which no plan changes, is
+        opened once for both where it is the same, and they are not to run at the same time.
+        """
         self._lock = threading.RLock()
         self.bundle, self.spec = bundle, bundle.spec
         self.profile, self.plan = bundle.profile(profile), bundle.plan_for(profile)
@@ -211,9 +223,20 @@ class BundleModel:
             profile=self.profile,
             rope=token_tables((rope["cos"].read(), rope["sin"].read()), self.spec.decoder, self.profile),
             loader=loader,
+            opened={} if beside is None else self._shared_with(beside),
         )
         self._embedding = TokenEmbedding(bundle, self.chain.dtype)
         self._prefills = 0
+
+    def _shared_with(self, other: "BundleModel") -> dict[str, Runner]:
+        """The vision graph that the other model has open, if it is this one's with the same weights."""
+        if names.VISION not in other.chain.runners or self.bundle.manifest.weights != other.bundle.manifest.weights:
+            return {}
+        own, others = (
+            {graph.name: graph.sha256 for graph in each.bundle.graphs(each.profile.name)} for each in (self, other)
+        )
+        same = own.get(names.VISION) == others[names.VISION]
+        return {names.VISION: other.chain.runners[names.VISION]} if same else {}
 
     @cached_property
     def prompter(self) -> Prompter:

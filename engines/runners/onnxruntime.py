@@ -59,8 +59,8 @@ class OrtLoader:
             slower, but a model larger than memory runs.
         accuracy_level: how ONNX Runtime multiplies with four-bit weights: 1 with x in float32, to verify with; 4 with x
             rounded to int8, several times as fast.
-        packed: folder for what sessions on the CPU share of four-bit weights (engines/runners/packed_files.py); None
-            lets each session pack its own.
+        packed: folder for weights that sessions on the CPU share (engines/runners/packed_files.py); None lets each
+            session pack its own.
         tf32: whether CUDA may compute float32 products in TF32 (graphs/tf32.py says when).
         log_severity: what ONNX Runtime itself writes on standard error: 0 everything, 2 warnings, 3 errors, 4 nothing
             that it does not also raise.

@@ -7,10 +7,11 @@ entry names them. So each matrix is packed once, by a session of one node, into 
 graphs' entries are pointed there. Results are the same bit for bit; packed weights of another processor or version are
 not taken, those are packed again.
 
-The output projection, which decode has as well as the head of the prefill, is a plain product, computed in float32 on a
-CPU: it is packed and shared in the same way.
+Large plain products, which a CPU computes in float32, are packed and shared in the same way: the output projection,
+which decode has as well as the head of the prefill, and all projections of a large model with its own weights.
 
-A file holds the weights and the packed ones, so the cache takes twice the disk that the weights take.
+A file holds the weights and the packed ones, so the cache takes twice the disk that the weights take: with weights that
+are stored in float16 and computed in float32, four times.
 """
 
 import hashlib
@@ -19,7 +20,7 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import prod
 from pathlib import Path
 from typing import Any, Final
@@ -29,7 +30,7 @@ import onnx
 import onnxruntime as ort
 from onnx import NodeProto, TensorProto, helper
 
-from engines.runners.session_options import FOLDER_OPTION
+from engines.runners.session_options import FOLDER_OPTION, LARGE
 from graphs import dtypes
 from graphs.files.atomic import move
 from graphs.files.folders import scratch
@@ -38,7 +39,7 @@ from graphs.files.onnx_file import read_graph
 NODE: Final = "MatMulNBits"
 PRODUCT: Final = "Gemm"
 WEIGHT: Final = 1  # which of their inputs is packed
-LARGE: Final = 2**25  # elements from which a plain product is shared: the output projection
+FREE_CAST: Final = "InsertedPrecisionFreeCast_"  # how the names of its casts begin
 MODEL_FILE, DATA_FILE = "packed.onnx", "packed.bin"
 SMALLEST: Final = 2**20  # bytes of codes below which packing again costs less than a file
 UNUSED_DAYS: Final = 30  # after which a matrix is removed
@@ -104,73 +105,93 @@ def _casts(model: onnx.ModelProto) -> dict[str, NodeProto]:
     return {node.output[0]: node for node in model.graph.node if node.op_type == "Cast"}
 
 
+def _before(name: str, casts: Mapping[str, NodeProto]) -> list[NodeProto]:
+    """The casts that make a value of a stored tensor, the first one first."""
+    found: list[NodeProto] = []
+    while name in casts:
+        found.insert(0, casts[name])
+        name = casts[name].input[0]
+    return found
+
+
 def _is_shared(node: NodeProto, model: onnx.ModelProto, stored: Stored) -> bool:
     """Whether a node's weight is worth a file: four-bit codes, or a large matrix in float32."""
     if node.op_type == NODE:
         codes = stored.get(node.input[WEIGHT])
         return codes is not None and _nbytes(codes) >= SMALLEST
-    return node.op_type == PRODUCT and _wide_weight(node, _casts(model), stored) is not None
+    return _large_product(node, _casts(model), stored) == TensorProto.FLOAT
 
 
-def _wide_weight(node: NodeProto, casts: Mapping[str, NodeProto], stored: Stored) -> TensorProto | None:
-    """The stored matrix of a product that is computed in float32, if it is a large one and there is no bias."""
-    name = node.input[WEIGHT]
-    wide = name in casts and casts[name].attribute[0].i == TensorProto.FLOAT
-    tensor = stored.get(casts[name].input[0] if wide else name)
-    turned = {attribute.name: attribute.i for attribute in node.attribute}
-    if tensor is None or len(node.input) > 2 or prod(tensor.dims) < LARGE or turned != {"transB": 1}:
+def _large_product(node: NodeProto, casts: Mapping[str, NodeProto], stored: Stored) -> int | None:
+    """The element type in which a plain product gets its stored matrix, if it has a large one."""
+    if node.op_type != PRODUCT or {attribute.name: attribute.i for attribute in node.attribute} != {"transB": 1}:
         return None
-    return tensor if wide or tensor.data_type == TensorProto.FLOAT else None
+    before = _before(node.input[WEIGHT], casts)
+    tensor = stored.get(before[0].input[0] if before else node.input[WEIGHT])
+    if tensor is None or prod(tensor.dims) < LARGE:
+        return None
+    return _type(tensor, before)
+
+
+def _type(tensor: TensorProto, before: Sequence[NodeProto]) -> int:
+    """The element type of a stored tensor behind its casts."""
+    return int(before[-1].attribute[0].i if before else tensor.data_type)
 
 
 def _widen_products(model: onnx.ModelProto, stored: Stored) -> None:
     """Write out what ONNX Runtime does with large products in float16: casts around one in float32."""
-    nodes = []
+    nodes, casts = [], _casts(model)
     for node in model.graph.node:
-        tensor = stored.get(node.input[WEIGHT]) if node.op_type == PRODUCT and len(node.input) == 2 else None
-        if tensor is None or tensor.data_type != TensorProto.FLOAT16 or prod(tensor.dims) < LARGE:
+        if _large_product(node, casts, stored) != TensorProto.FLOAT16:
             nodes.append(node)
             continue
-        (x, weight), y = node.input, node.output[0]
-        wide = [f"{name}.{y}.wide" for name in (x, weight)]
-        nodes += [
-            helper.make_node("Cast", [a], [b], to=TensorProto.FLOAT) for a, b in zip((x, weight), wide, strict=True)
-        ]
+        y = node.output[0]
+        wide = [f"{name}.{y}.wide" for name in node.input]
+        nodes += [_free_cast(a, b, TensorProto.FLOAT) for a, b in zip(node.input, wide, strict=True)]
         product = NodeProto()
         product.CopyFrom(node)
         product.input[:], product.output[:] = wide, [f"{y}.wide"]
-        nodes += [product, helper.make_node("Cast", [f"{y}.wide"], [y], to=TensorProto.FLOAT16)]
+        nodes += [product, _free_cast(f"{y}.wide", y, TensorProto.FLOAT16)]
     del model.graph.node[:]
     model.graph.node.extend(nodes)
 
 
+def _free_cast(before: str, after: str, element: int) -> NodeProto:
+    """A cast like those of ONNX Runtime itself: pairs of them go, so nothing is rounded between two nodes."""
+    return helper.make_node("Cast", [before], [after], f"{FREE_CAST}{after}", to=element)
+
+
 def _alone(node: NodeProto, model: onnx.ModelProto, stored: Stored) -> onnx.ModelProto:
-    """A model of the node alone, on one row, with its stored inputs and the casts behind them."""
+    """A model of the node alone, on one row, with its stored inputs and the casts behind them; no bias of a product."""
     casts = _casts(model)
-    before = [casts[name] for name in node.input[WEIGHT:] if name in casts]
-    names = [cast.input[0] for cast in before] + [name for name in node.input[WEIGHT:] if name in stored]
+    inputs = list(node.input[WEIGHT:] if node.op_type == NODE else node.input[WEIGHT : WEIGHT + 1])
+    chains = [_before(name, casts) for name in inputs]
+    sources = [chain[0].input[0] if chain else name for name, chain in zip(inputs, chains, strict=True)]
     if node.op_type == NODE:
         attributes = {attribute.name: attribute.i for attribute in node.attribute}
-        rows, width, scales = attributes["N"], attributes["K"], node.input[2]
-        element = casts[scales].attribute[0].i if scales in casts else stored[scales].data_type
+        rows, width = attributes["N"], attributes["K"]
+        element = _type(stored[sources[1]], chains[1])  # of the scales, and so of the rows
     else:
-        (rows, width), element = stored[names[0]].dims, TensorProto.FLOAT
+        (rows, width), element = stored[sources[0]].dims, TensorProto.FLOAT
     only = NodeProto()
     only.CopyFrom(node)
     # Names that tell graphs apart are no part of the matrix.
-    only.name, only.input[0], only.output[0] = "", "row", "result"
-    for number, cast in enumerate(before):
-        own = NodeProto()
-        own.CopyFrom(cast)
-        place = list(node.input).index(cast.output[0])
-        own.name, own.output[0] = "", f"wide_{number}"
-        only.input[place], before[number] = own.output[0], own
+    only.name, only.output[0] = "", "result"
+    only.input[:] = ["row", *sources]
+    before: list[NodeProto] = []
+    for place, chain in enumerate(chains, WEIGHT):
+        for cast in chain:
+            own = NodeProto()
+            own.CopyFrom(cast)
+            own.name, own.input[0], own.output[0] = "", only.input[place], f"wide_{len(before)}"
+            only.input[place] = own.output[0]
+            before.append(own)
     graph = helper.make_graph(
         [*before, only],
         "packed",
         [helper.make_tensor_value_info("row", element, [1, width])],
         [helper.make_tensor_value_info("result", element, [1, rows])],
-        initializer=[stored[name] for name in dict.fromkeys(names)],
+        initializer=[stored[name] for name in dict.fromkeys(sources) if name in stored],
     )
     return helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version)
 
@@ -219,14 +240,18 @@ def _make(small: onnx.ModelProto, path: Path, place: Path) -> None:
 def _point(model: onnx.ModelProto, places: Mapping[str, Path]) -> None:
     """Let weights of a graph be those in packed files: the value that a product reads -> the folder of its file.
 
-    A weight that was cast is stored there as it is cast: its cast and the narrow one go.
+    A weight that was cast is stored there as it is cast: its casts and the stored one go, unless others read them.
     """
     graph, stored = model.graph, {tensor.name: tensor for tensor in model.graph.initializer}
-    gone = {node.input[0] for node in graph.node if node.op_type == "Cast" and node.output[0] in places}
-    kept = [node for node in graph.node if node.op_type != "Cast" or node.output[0] not in places]
+    gone = {name for place in places for cast in _before(place, _casts(model)) for name in (*cast.input, *cast.output)}
+    kept, used = list[NodeProto](), set[str]()
+    for node in reversed(graph.node):  # whoever reads a value comes before it
+        if node.op_type == "Cast" and (node.output[0] in places or node.output[0] in gone - used):
+            continue
+        kept.insert(0, node)
+        used.update(node.input)
     del graph.node[:]
     graph.node.extend(kept)
-    used = {name for node in kept for name in node.input}
     for name, place in places.items():
         packed = _packed_tensor(place)
         tensor = stored.get(name)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property, wraps
 from math import prod
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import Concatenate, Final, ParamSpec, TypeVar
 
 from graphs import dtypes
 from graphs.files.memory import WIDE_BYTES
@@ -54,15 +54,16 @@ class Node:
 
 
 Read = TypeVar("Read")
+P = ParamSpec("P")
 
 
-def _read_late(method: "Callable[[GraphFile], Read]") -> "Callable[[GraphFile], Read]":
+def _read_late(method: "Callable[Concatenate[GraphFile, P], Read]") -> "Callable[Concatenate[GraphFile, P], Read]":
     """What a method finds damaged is refused as what is read at the beginning."""
 
     @wraps(method)
-    def read(self: "GraphFile") -> Read:
+    def read(self: "GraphFile", /, *args: P.args, **kwargs: P.kwargs) -> Read:
         with refusing_graph(self.path):
-            return method(self)
+            return method(self, *args, **kwargs)
 
     return read
 
@@ -120,10 +121,16 @@ class GraphFile:
         return sum(count * (WIDE_BYTES if kind.is_precision else kind.nbytes) for count, kind in kinds)
 
     @_read_late
-    def packed_weights(self) -> dict[str, int]:
-        """Bytes of the packed weights of the graph by name."""
-        packed = [tensor for tensor in self.initializers if dtypes.BY_ONNX[tensor.element].name == "uint8"]
-        return {tensor.name: prod(tensor.shape) for tensor in packed}
+    def matrices(self, least: int) -> dict[str, int]:
+        """Bytes of the packed weights of the graph by name, and of matrices from `least` elements on, in float32."""
+        found: dict[str, int] = {}
+        for tensor in self.initializers:
+            kind, count = dtypes.BY_ONNX[tensor.element], prod(tensor.shape)
+            if kind.name == "uint8":
+                found[tensor.name] = count
+            elif kind.is_precision and len(tensor.shape) == 2 and count >= least:
+                found[tensor.name] = WIDE_BYTES * count
+        return found
 
     def has(self, element: int) -> bool:
         """Whether any value of the graph is of that type."""

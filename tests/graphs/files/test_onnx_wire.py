@@ -91,7 +91,7 @@ def read_all(path: Path) -> GraphFile:
     """Everything that a file can be asked for."""
     read = GraphFile(path)
     assert len(read.values) + len(read.nodes) + len(read.shapes) + len(read.outside()) >= 0
-    assert read.wide_weights() >= 0 or read.packed_weights()
+    assert read.wide_weights() >= 0 or read.matrices(1)
     read.has(1)
     return read
 
