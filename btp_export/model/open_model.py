@@ -11,7 +11,7 @@ from pathlib import Path
 
 from btp_export.families import Family, family_for, known_models
 from btp_export.families._checkpoint import count_prefix_tokens
-from btp_export.quantised.formats import OTHERS, find_format
+from btp_export.quantised.formats import OTHERS, find_format, refuse_gguf
 from graphs.files.checkpoint import Checkpoint, missing_shards, open_checkpoint, read_config
 from graphs.files.paths import expanded, require_utf8
 from graphs.records.errors import InputError, UnavailableError
@@ -120,10 +120,11 @@ def open_model(
 
 
 def _opened(source: Source, report: Report | None) -> Model:
+    refuse_gguf(source.folder)
     config = read_config(source.folder)
+    quantised = find_format(source.folder, config)
     family = family_for(config)
     _check_parts(source)
-    quantised = find_format(source.folder, config)
     checkpoint = open_checkpoint(source.folder, family.renames)
     if quantised is not None:
         from btp_export.quantised.reading import open_foreign, read_packed  # loads torch: most names need none of it

@@ -142,5 +142,5 @@ def _refuse(ref: TensorRef, wanted: str) -> NoReturn:
     raise InputError(
         f"{ref.shard}: {ref.stored_name} is {ref.dtype} {list(ref.shape)}",
         wanted=wanted,
-        do="get the packed checkpoint again, or make it again from its source",
+        do="get the checkpoint again, with its own quantization_config in config.json",
     )

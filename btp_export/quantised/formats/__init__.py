@@ -61,7 +61,9 @@ def find_format(folder: Path, config: Mapping[str, Any]) -> tuple[Format, Settin
     Raises InputError for a method that is not read, and for a folder of two.
     """
     named = config.get("quantization_config")
-    method = str(named.get("quant_method", "")).lower() if isinstance(named, Mapping) else None
+    method = None
+    if named is not None:
+        method = str(require_object(named, "quantization_config").get("quant_method", "")).lower()
     recognised = {
         form.name: (form, settings)
         for form in known_formats().values()
@@ -82,9 +84,13 @@ def find_format(folder: Path, config: Mapping[str, Any]) -> tuple[Format, Settin
             "a format that is read, or 16 bits",
             OTHERS.get(method, READ),
         )
-    if not any(folder.glob("*.safetensors")) and any(folder.glob("*.gguf")):
-        refuse(f"{folder.name} holds GGUF files", "safetensors", OTHERS["gguf"])
     return None
+
+
+def refuse_gguf(folder: Path) -> None:
+    """Raise InputError for a folder of GGUF files alone, whatever else it lacks."""
+    if any(folder.glob("*.gguf")) and not any(folder.glob("*.safetensors")):
+        refuse(f"{folder.name} holds GGUF files", "safetensors", OTHERS["gguf"])
 
 
 def quantization_config(config: Mapping[str, Any], method: str) -> Mapping[str, Any] | None:
@@ -100,6 +106,13 @@ def require_value(fields: Mapping[str, Any], key: str, wanted: tuple[Any, ...], 
     if value not in wanted:
         words = " or ".join(json.dumps(value) for value in wanted)
         refuse(f"quantised by {form}: {key} is {json.dumps(value)}", words, READ)
+
+
+def require_object(value: Any, what: str) -> Mapping[str, Any]:
+    """A part of the settings that is a JSON object. Raises InputError for anything else."""
+    if not isinstance(value, Mapping):
+        refuse(f"{what} of the model is {json.dumps(value)[:40]}", "an object", "restore the model's own config.json")
+    return value
 
 
 def require_part(parts: Mapping[str, TensorRef], part: str) -> TensorRef:
@@ -120,6 +133,15 @@ def require_shape(ref: TensorRef, dtype: str, shape: tuple[int, ...]) -> None:
             f"{dtype} {list(shape)}, as the other tensors of the layer say",
             "get the checkpoint again",
         )
+
+
+def require_matrix(ref: TensorRef) -> tuple[int, int]:
+    """Rows and columns. Raises InputError for a tensor that is no matrix."""
+    if len(ref.shape) != 2 or 0 in ref.shape:
+        refuse(
+            f"{ref.shard}: {ref.stored_name} is {ref.dtype} {list(ref.shape)}", "a matrix", "get the checkpoint again"
+        )
+    return ref.shape[0], ref.shape[1]
 
 
 def require_group(ref: TensorRef, k: int, groups: int) -> int:

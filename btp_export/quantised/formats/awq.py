@@ -16,6 +16,7 @@ from btp_export.quantised.formats import (
     Settings,
     quantization_config,
     require_group,
+    require_matrix,
     require_part,
     require_shape,
     require_value,
@@ -48,9 +49,9 @@ class Awq:
     def shape(self, parts: Mapping[str, TensorRef], settings: Settings) -> tuple[int, int, int]:
         """Of qweight and scales."""
         qweight, scales = require_part(parts, "qweight"), require_part(parts, "scales")
-        k, words = (*qweight.shape, 0, 0)[:2]
+        k, words = require_matrix(qweight)
         n = NIBBLES * words
-        group = require_group(scales, k, (*scales.shape, 0)[0])
+        group = require_group(scales, k, require_matrix(scales)[0])
         require_shape(qweight, "I32", (k, words))
         require_shape(scales, "float", (k // group, n))
         require_shape(require_part(parts, "qzeros"), "I32", (k // group, words))

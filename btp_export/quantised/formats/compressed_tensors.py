@@ -20,6 +20,8 @@ from btp_export.quantised.formats import (
     quantization_config,
     refuse,
     require_group,
+    require_matrix,
+    require_object,
     require_part,
     require_shape,
     require_value,
@@ -47,17 +49,19 @@ class CompressedTensors:
         for key in ("kv_cache_scheme", "transform_config"):
             if fields.get(key):
                 refuse(f"a {FORM} checkpoint with a {key}", f"no {key}: graphs do not compute it", READ)
-        if (fields.get("sparsity_config") or {}).get("format", "dense") != "dense":
+        sparsity = require_object(fields.get("sparsity_config") or {}, "sparsity_config")
+        if sparsity.get("format", "dense") != "dense":
             refuse(f"a {FORM} checkpoint that is sparse", "dense matrices", READ)
         groups = fields.get("config_groups")
         if not isinstance(groups, Mapping) or not groups:
             refuse(f"a {FORM} checkpoint without config_groups", "what each layer's codes are", READ)
         for name, group in groups.items():
             where = f"{FORM} ({name})"
+            group = require_object(group, f"group {name}")
             require_value({"format": group.get("format") or fields.get("format")}, "format", ("pack-quantized",), where)
             for key in ("input_activations", "output_activations"):
                 require_value(group, key, (None,), where)
-            weights = group.get("weights") or {"num_bits": None}
+            weights = require_object(group.get("weights") or {"num_bits": None}, f"weights of group {name}")
             require_value(weights, "num_bits", (4,), where)
             require_value(weights, "type", ("int",), where)
             require_value(weights, "strategy", ("group", "channel"), where)
@@ -68,7 +72,7 @@ class CompressedTensors:
         """weight_shape has K, which need not fill its last word."""
         packed, scale = require_part(parts, "weight_packed"), require_part(parts, "weight_scale")
         n, k = self._size(require_part(parts, "weight_shape"))
-        group = require_group(scale, k, (*scale.shape, 0, 0)[1])
+        group = require_group(scale, k, require_matrix(scale)[1])
         require_shape(packed, "I32", (n, -(-k // NIBBLES)))
         require_shape(scale, "float", (n, k // group))
         zero = parts.get("weight_zero_point")

@@ -19,6 +19,8 @@ from btp_export.quantised.formats import (
     quantization_config,
     refuse,
     require_group,
+    require_matrix,
+    require_object,
     require_part,
     require_shape,
     require_value,
@@ -43,20 +45,20 @@ class Gptq:
         require_value(fields, "bits", (4,), "GPTQ")
         require_value(fields, "checkpoint_format", ("gptq", "gptq_v2"), "GPTQ")
         require_value(fields, "is_marlin_format", (False,), "GPTQ")
-        for key, change in (fields.get("dynamic") or {}).items():
-            require_value(change, "bits", (4,), f"GPTQ ({key})")
+        for key, change in require_object(fields.get("dynamic") or {}, "GPTQ's dynamic").items():
+            require_value(require_object(change, f"GPTQ's dynamic {key}"), "bits", (4,), f"GPTQ ({key})")
         return fields
 
     def shape(self, parts: Mapping[str, TensorRef], settings: Settings) -> tuple[int, int, int]:
         """Of all; g_idx tells codes of other bits, whose words are more."""
         qweight, scales = require_part(parts, "qweight"), require_part(parts, "scales")
-        words, n = (*qweight.shape, 0, 0)[:2]
+        words, n = require_matrix(qweight)
         k = NIBBLES * words
         index = parts.get("g_idx")
         if index is not None and len(index.shape) == 1 and index.shape[0] and index.shape[0] != k:
             bits = 32 * words / index.shape[0]
             refuse(f"{qweight.shard}: {qweight.stored_name} has {bits:g} bits a weight", "4 bits", READ)
-        group = require_group(scales, k, (*scales.shape, 0)[0])
+        group = require_group(scales, k, require_matrix(scales)[0])
         require_shape(qweight, "I32", (words, n))
         require_shape(scales, "float", (k // group, n))
         require_shape(require_part(parts, "qzeros"), "I32", (k // group, -(-n // NIBBLES)))

@@ -18,6 +18,7 @@ from btp_export.quantised.formats import (
     quantization_config,
     refuse,
     require_group,
+    require_matrix,
     require_part,
     require_shape,
     require_value,
@@ -53,8 +54,8 @@ class ModelOpt:
     def shape(self, parts: Mapping[str, TensorRef], settings: Settings) -> tuple[int, int, int]:
         """Two rows lie in one of the stored matrix."""
         weight, scale = require_part(parts, "weight"), require_part(parts, "weight_scale")
-        pairs, k = (*weight.shape, 0, 0)[:2]
-        group = require_group(scale, k, (*scale.shape, 0, 0)[1])
+        pairs, k = require_matrix(weight)
+        group = require_group(scale, k, require_matrix(scale)[1])
         require_shape(weight, "U8", (pairs, k))
         require_shape(scale, "float", (2 * pairs, k // group))
         if "pre_quant_scale" in parts:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from btp_export.quantised.formats import Format, find_format, known_formats
+from btp_export.quantised.formats import Format, find_format, known_formats, refuse_gguf
 from graphs.files.checkpoint import TensorRef, open_tensors
 from graphs.files.safetensors_file import write_tensors
 from graphs.records.errors import InputError
@@ -170,6 +170,8 @@ BAD: dict[str, tuple[str, Callable[[], dict[str, np.ndarray]], str]] = {
         lambda: {"weight": np.zeros((4, 32), np.uint8), "pre_quant_scale": np.ones(32, np.float16)},
         r"no q_proj\.weight_scale",
     ),
+    "no codes": ("awq", lambda: changed(pack_awq, qweight=lambda q: q[:0]), r"qweight is I32 \[0, 1\]"),
+    "codes in a row": ("gptq", lambda: changed(pack_gptq, qweight=lambda q: q.reshape(-1)), r"qweight is I32 \[64\]"),
     "8 bits, gptq": ("gptq", lambda: changed(pack_gptq, g_idx=lambda g: g[:32].copy()), "8 bits a weight"),
 }
 
@@ -240,6 +242,20 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any] | None, str]] = {
     "bitsandbytes": ({"quant_method": "bitsandbytes", "load_in_4bit": True}, None, "quantised by bitsandbytes"),
     "fp8": ({"quant_method": "fp8"}, None, "quantised by fp8"),
     "a method that nobody knows": ({"quant_method": "new"}, None, "quantised by new"),
+    "settings that are a list": (["awq"], None, r'quantization_config of the model is \["awq"\]'),  # type: ignore[dict-item]
+    "GPTQ, dynamic that is a list": (
+        {"quant_method": "gptq", "dynamic": ["down"]},
+        None,
+        "GPTQ's dynamic of the model",
+    ),
+    "GPTQ, a rule that is a word": ({"quant_method": "gptq", "dynamic": {"a": "b"}}, None, "GPTQ's dynamic a of the"),
+    "a group that is a number": (COMPRESSED | {"config_groups": {"g": 1}}, None, "group g of the model is 1"),
+    "weights that are a list": (COMPRESSED | {"config_groups": {"g": {"weights": [1]}}}, None, "weights of group g"),
+    "sparsity that is a word": (
+        COMPRESSED | {"sparsity_config": "none"},
+        None,
+        'sparsity_config of the model is "none"',
+    ),
     "a method without a name": ({"bits": 4}, None, "by a method without a name"),
     "ModelOpt in FP8": ({}, {"quant_algo": "FP8"}, 'ModelOpt: quant_algo is "FP8"'),
     "ModelOpt, mixed": ({}, {"quant_algo": "MIXED_PRECISION"}, '"MIXED_PRECISION"'),
@@ -280,9 +296,9 @@ def test_other_folders_are_nobodys(tmp_path: Path) -> None:
     assert find_format(tmp_path, {"quantization_config": {"quant_method": "btp"}}) is None
     (tmp_path / "model-Q4_K_M.gguf").write_bytes(b"GGUF")
     with pytest.raises(InputError, match="holds GGUF files"):
-        find_format(tmp_path, {})
+        refuse_gguf(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"")
-    assert find_format(tmp_path, {}) is None
+    refuse_gguf(tmp_path)
     (tmp_path / "hf_quant_config.json").write_text("{}")
     with pytest.raises(InputError, match="no readable quantization"):
         find_format(tmp_path, {})
