@@ -144,7 +144,9 @@ def pruned(model: Model) -> Iterator[Row]:
         reached = (found.value or 0.0) / limit
         what = f"{model.name}: prefill with {share:.0%} of the image tokens, times as fast"
         portable = "" if custom_ops() else "; selections in their portable form, btp_ort is not built"
-        yield replace(found, what=what, more_is_better=True, detail=f"{reached:.0%} of it; {found.detail}; {square:.2f} x with whole squares of attention{portable}")
+        squares = f"{square:.2f} x with whole squares of attention"
+        detail = f"{reached:.0%} of it; {found.detail}; {squares}{portable}"
+        yield replace(found, what=what, more_is_better=True, detail=detail)
         yield ratio(
             f"{model.name}: a token with {share:.0%} of the image tokens, of the unpruned time",
             steps[1], steps[0], unit="ms", limit=1.0, why="less to read",

@@ -50,10 +50,10 @@ def measure(
     `flops_limit` is how many times fewer operations in matrix products the pruned decoder needs
     (graphs/pruning/operations.py, selection not counted): the speed-up there would be if time were proportional to them
     and selecting were free. Attention is counted up to its diagonal, as both models compute it; `square_limit` is the
-    same with whole squares. `share_of_limit` is the measured speed-up as a share of `flops_limit`. `variation` is how far the
-    middle half of the prefill times lies apart, as a share of the median, of the model that varies more: on a busy
-    machine it is large, and the other numbers mean little. `speedup_interval`, from the rounds taken in pairs, holds
-    the speed-up; where it holds 1 as well, there is none to be told.
+    same with whole squares. `share_of_limit` is the measured speed-up as a share of `flops_limit`. `variation` is how
+    far the middle half of the prefill times lies apart, as a share of the median, of the model that varies more: on a
+    busy machine it is large, and the other numbers mean little. `speedup_interval`, from the rounds taken in pairs,
+    holds the speed-up; where it holds 1 as well, there is none to be told.
 
     A bundle of one whole prefill graph is measured as segments, so that vision and selection can be told apart. With
     `target`, the engines of that device are measured, beside the unpruned ones that `build --unpruned` made.
