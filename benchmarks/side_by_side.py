@@ -78,7 +78,8 @@ class Model:
     @cached_property
     def _genai(self) -> Path:
         with scratch_beside(self.folder) as full:  # the decoder alone, which only the builder reads
-            return build(models.llama(self.source, full / "llama"), self.folder / "genai", four_bits=self.four_bits)
+            out = self.folder / ("genai-projections" if self.four_bits else "genai")
+            return build(models.llama(self.source, full / "llama"), out, four_bits=self.four_bits)
 
 
 def benchmark(wishes: Wishes) -> Iterator[Row]:

@@ -14,11 +14,13 @@ from benchmarks.peers import Array, Given, Opened, Program
 def build(llama: Path, out: Path, *, four_bits: bool = False) -> Path:
     """The builder's model for CPUs: only the last token goes through the output projection, as in every other program.
 
-    In four bits it rounds the weights itself, in groups of 32, and multiplies with rows of int8.
+    In four bits it rounds the weights itself, in groups of 32, multiplies with rows of int8, and leaves the output
+    projection as it is, as ours does.
     """
     if not (out / "genai_config.json").is_file():
         out.mkdir(parents=True, exist_ok=True)
-        precision = ["int4", "accuracy_level=4", "block_size=32"] if four_bits else ["fp32"]
+        rounding = ["accuracy_level=4", "block_size=32", "nodes_to_exclude=/lm_head/MatMul"]
+        precision = ["int4", *rounding] if four_bits else ["fp32"]
         arguments = ["-i", str(llama), "-o", str(out), "-p", precision[0], "-e", "cpu", "-c", str(out / "cache")]
         arguments += ["--extra_options", "prune_lm_head=true", *precision[1:]]
         command = [sys.executable, "-m", "onnxruntime_genai.models.builder", *arguments]
