@@ -49,11 +49,11 @@ def measure(
 
     `flops_limit` is how many times fewer operations in matrix products the pruned decoder needs
     (graphs/pruning/operations.py, selection not counted): the speed-up there would be if time were proportional to them
-    and selecting were free. Attention is counted up to its diagonal, as both models compute it; `square_limit` is the
-    same with whole squares. `share_of_limit` is the measured speed-up as a share of `flops_limit`. `variation` is how
-    far the middle half of the prefill times lies apart, as a share of the median, of the model that varies more: on a
-    busy machine it is large, and the other numbers mean little. `speedup_interval`, from the rounds taken in pairs,
-    holds the speed-up; where it holds 1 as well, there is none to be told.
+    and selecting were free. It counts attention's whole square, as `flops` does; `causal_limit` counts it up to its
+    diagonal, as far as both models compute it. `share_of_limit` is the measured speed-up as a share of `flops_limit`.
+    `variation` is how far the middle half of the prefill times lies apart, as a share of the median, of the model that
+    varies more: on a busy machine it is large, and the other numbers mean little. `speedup_interval`, from the rounds
+    taken in pairs, holds the speed-up; where it holds 1 as well, there is none to be told.
 
     A bundle of one whole prefill graph is measured as segments, so that vision and selection can be told apart. With
     `target`, the engines of that device are measured, beside the unpruned ones that `build --unpruned` made.
@@ -183,7 +183,7 @@ def _result(
     precision = bundle.manifest.build.precision
     full, pruned = (cost(decoder, model.plan, profile, precision) for model in (models["full"], models["pruned"]))
     full_ms, pruned_ms = median(times["full"].prefill), median(times["pruned"].prefill)
-    limit = full.needed / pruned.needed
+    limit = full.decoder / pruned.decoder
     token_ms, full_token_ms = median(times["pruned"].decode), median(times["full"].decode)
     full_steps, steps = (_by_round(times[name].decode, settings["rounds"]) for name in ("full", "pruned"))
     return Bench(
@@ -193,7 +193,7 @@ def _result(
             speedup=full_ms / pruned_ms,
             speedup_interval=speedup_interval(times["full"].prefill, times["pruned"].prefill),
             flops_limit=limit,
-            square_limit=full.decoder / pruned.decoder,
+            causal_limit=full.needed / pruned.needed,
             share_of_limit=full_ms / pruned_ms / limit,
         ),
         select_ms=tuple(median(stage) for stage in zip(*times["pruned"].select, strict=True)),

@@ -13,7 +13,7 @@ from graphs.records.record import Record
 class PrefillTimes(Record):
     """The decoder chain with selection and head. `flops_limit` is the speed-up that saved operations allow.
 
-    It counts attention up to its diagonal, `square_limit` as a whole square.
+    It counts attention as a whole square, `causal_limit` up to its diagonal, as far as both models compute it.
 
     `speedup_interval` holds the median of the rounds' speed-ups with a probability of 95 % or more; null for fewer than
     6 rounds. Where it holds 1, the measurement does not tell the two apart.
@@ -24,7 +24,7 @@ class PrefillTimes(Record):
     speedup: float
     speedup_interval: tuple[float, float] | None = None
     flops_limit: float
-    square_limit: float | None = None
+    causal_limit: float | None = None
     share_of_limit: float
 
 

@@ -9,9 +9,10 @@ and S tokens in a layer, one layer of one sample takes
 
 The square is counted whole, as torch's counter and publications do, so plans and their `flops_ratio` compare with
 those. What is *needed* is less, as a token looks at itself and those before it: 2 S (S + 1) H D. Runtimes stop there
-(ONNX Runtime's causal node, fused attention on GPUs), so limits on times are ratios of `Cost.needed`: where there is
-little else to compute, as in the demo, the squares would allow speed-ups (4.65 x) that skipped operations cannot give
-(4.03 x).
+(ONNX Runtime's causal node, fused attention on GPUs), so limits on times are given as ratios of `Cost.needed` too:
+where there is little else to compute, as in the demo, the squares would allow speed-ups (4.65 x) that skipped
+operations cannot give (4.03 x).
+
 Selection is the similarity product 2 V_i V_i C where a stage needs it, the importance scores 2 H D S_i for each query
 row that a stage looks from, and 2 n V_i C for n pivots. The output projection is 2 C vocab for the one row it is
 computed on. Norms, rotary rows, softmax and the greedy selection itself are left out: they are no matrix products and

@@ -31,8 +31,8 @@ def test_bench_measures_both_models(bundle: Any, capsys: pytest.CaptureFixture[s
         operations.cost(bundle.spec.decoder, plan, bundle.profile())
         for plan in (PLAN.model_copy(update={"stages": ()}), PLAN)
     )
-    assert prefill["flops_limit"] == pytest.approx(full.needed / pruned.needed)
-    assert prefill["square_limit"] == pytest.approx(full.decoder / pruned.decoder)
+    assert prefill["flops_limit"] == pytest.approx(full.decoder / pruned.decoder)
+    assert prefill["causal_limit"] == pytest.approx(full.needed / pruned.needed)
     assert document["cache_bytes"] == {"full": full.cache_bytes, "pruned": pruned.cache_bytes}
     assert len(document["select_ms"]) == 3
     assert document["decode"]["ms_per_token"] > 0 and document["vision_ms"] > 0
