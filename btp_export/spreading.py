@@ -41,7 +41,7 @@ class Cluster:
                 yield numbers[done], self._result(done)
         finally:
             for reference in waiting:
-                self._ray.cancel(reference, force=True)
+                self._ray.cancel(reference)
 
     def _result(self, reference: Any) -> Any:
         try:

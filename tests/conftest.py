@@ -23,6 +23,15 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests never go online
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+
+def _no_fsync(handle: int) -> None:
+    os.fstat(handle)  # what is not open stays an error
+
+
+# No test pulls the plug: what this process writes need not be waited for until it is on the disk, thousands of times.
+# (test_weights.py, which needs its file there, calls fdatasync.)
+os.fsync = _no_fsync
+
 # How long an example takes depends on what else the machine does; what hangs is ended by pytest-timeout.
 settings.register_profile("tests", deadline=None)
 settings.load_profile("tests")

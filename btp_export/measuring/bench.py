@@ -89,9 +89,9 @@ def _open_graphs(bundle: Bundle, folder: Path, **options: Any) -> dict[str, Bund
     """The bundle and the same model without pruning, derived into `folder`."""
     from graphs.building.derived_bundles import derive
 
-    bundles = {"full": derive(bundle, bundle.plan.without_stages(), folder / "full"), "pruned": bundle}
+    bundles = {"full": derive(bundle, bundle.plan.without_stages(), folder / "full", sync=False), "pruned": bundle}
     if bundle.manifest.build.assemble == "whole":
-        bundles["pruned"] = derive(bundle, bundle.plan, folder / "pruned")
+        bundles["pruned"] = derive(bundle, bundle.plan, folder / "pruned", sync=False)
     full = load(bundles["full"], **options)
     return {"full": full, "pruned": load(bundles["pruned"], beside=full, **options)}
 

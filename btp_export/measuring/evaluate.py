@@ -149,7 +149,7 @@ def evaluate_plans(
         different.setdefault(digest, entry)
     with scratch_beside(bundle.root) as folder, connected(ray) as cluster:
         derived = {bundle.plan.digest(): bundle} | {
-            digest: derive(bundle, plan, folder / digest, vision=vision_with_attention)
+            digest: derive(bundle, plan, folder / digest, vision=vision_with_attention, sync=False)
             for digest, (_, plan) in different.items()
             if digest != bundle.plan.digest()
         }

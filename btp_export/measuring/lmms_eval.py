@@ -182,7 +182,7 @@ def _with_plan(bundle: Bundle, plan: str, compression: float | None, cleanup: co
     if chosen == bundle.plan:
         return bundle
     folder = cleanup.enter_context(scratch_beside(bundle.root)) / "bundle"
-    return derive(bundle, chosen, folder, vision=vision_with_attention)
+    return derive(bundle, chosen, folder, vision=vision_with_attention, sync=False)
 
 
 def _document(tasks: Any, doc_id: int, task: str, split: str) -> Any:

@@ -91,5 +91,5 @@ def _unpruned_answers(
     from graphs.building.derived_bundles import derive
 
     with scratch_beside(bundle.root) as folder:
-        model = load(derive(bundle, bundle.plan.without_stages(), folder / "full"), threads=threads)
+        model = load(derive(bundle, bundle.plan.without_stages(), folder / "full", sync=False), threads=threads)
         return [answer.text for answer in model.generate(images, prompts, resize=True)]

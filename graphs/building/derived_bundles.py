@@ -19,17 +19,23 @@ Vision = Callable[[Bundle, ShapeProfile], BuiltGraph]  # the vision graph with c
 
 
 def derive(
-    bundle: Bundle, plan: PruningPlan, out: Path, *, force: bool = False, vision: Vision | None = None
+    bundle: Bundle,
+    plan: PruningPlan,
+    out: Path,
+    *,
+    force: bool = False,
+    vision: Vision | None = None,
+    sync: bool = True,
 ) -> Bundle:
     """The same model, shapes and vision graph with another plan, as a bundle of segments at `out`.
 
     The plan is brought to each profile's image tokens; the bundle's own is what it is for each. Only the decoder graphs
     are built anew, from the bundle's own weights; no torch is needed. Weights are hard-linked where possible whatever
     their size, as a derived bundle is for measuring. Where the plan scores by the vision tower's class token and the
-    bundle's vision graph does not give its attention, `vision` makes one that does. Raises InputError if the plan does
-    not fit the model, or asks for that and there is no `vision`.
+    bundle's vision graph does not give its attention, `vision` makes one that does. `sync` as in graphs.files.atomic.
+    Raises InputError if the plan does not fit the model, or asks for that and there is no `vision`.
     """
-    with staged(out, force=force) as root:
+    with staged(out, force=force, sync=sync) as root:
         derive_into(bundle, plan, root, vision=vision)
         derived = Bundle.open(root)
     return replace(derived, root=out)

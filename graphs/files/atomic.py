@@ -43,13 +43,19 @@ HASH_THREADS = 2  # beside the capture of the vision tower, which wants the othe
 
 @contextlib.contextmanager
 def staged(
-    destination: Path, *, force: bool = False, is_ours: Callable[[Path], bool] | None = None, noun: str = "bundle"
+    destination: Path,
+    *,
+    force: bool = False,
+    is_ours: Callable[[Path], bool] | None = None,
+    noun: str = "bundle",
+    sync: bool = True,
 ) -> Iterator[Path]:
     """Yield an empty folder beside `destination`; when the block ends well it becomes `destination`.
 
     On any error, Ctrl-C included, the folder and the parents made for it are removed and `destination` is as before.
     A bundle at `destination` is replaced only with `force`, in one step; anything else there is never touched.
     `is_ours` and `noun`: what else than a bundle is made and may be replaced. What a killed run left is cleared up.
+    `sync` waits until the contents are on the disk; leave it out only for what lies in a folder that is removed again.
     Raises InputError if the destination is taken or cannot be written.
     """
     destination = destination.resolve()
@@ -60,7 +66,8 @@ def staged(
             folder = stack.enter_context(_sibling(destination, parents))
         try:
             yield folder
-            _sync_tree(folder)
+            if sync:
+                _sync_tree(folder)
             check_destination(destination, force=force, is_ours=is_ours, noun=noun)  # it may have appeared meanwhile
             with uninterrupted():
                 put_in_place(folder, destination)

@@ -16,6 +16,7 @@ from graphs.files.checkpoint import TensorRef, open_checkpoint
 from graphs.files.safetensors_file import write_tensors
 from graphs.records.errors import InputError
 from graphs.records.plan import Stage
+from tests.captures import Remembered
 from tests.graphs.models import DECODERS, NEW, PREFIX, TEXT, Runner, sample_model, write_graphs
 
 STAGES = (
@@ -217,11 +218,11 @@ def test_float16_runs_near_float32(opset, models, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def whole(models, tmp_path_factory):
+def whole(models):
     """Segments and the whole graph of a plan whose stages need different forms of the operator, run on one picture."""
     sample = sample_model("mistral-gqa", models)
     module = family_for(sample.checkpoint.config).vision_module(sample.checkpoint)
-    return sample, module, tmp_path_factory.mktemp("whole")
+    return sample, module, Remembered(capture_vision)
 
 
 FIRST = (Stage(layer=0, keep=9, attention_quota=9, pool=9),)
@@ -238,9 +239,9 @@ FIRST = (Stage(layer=0, keep=9, attention_quota=9, pool=9),)
     ],
 )
 def test_whole_equals_the_segments(opset, batch, importance, stages, whole, tmp_path, capfd):
-    sample, module, _ = whole
+    sample, module, captured = whole
     plan, profile = sample.plan(*stages, importance=importance), sample.profile(batch)
-    vision, weights = capture_vision(module, batch=batch, image_size=(16, 16), opset=opset)
+    vision, weights = captured(module, batch=batch, image_size=(16, 16), opset=opset)
     graphs = build(sample, plan, batch=batch, opset=opset)
     joined = assemble_whole(vision, sample.spec, sample.checkpoint, plan, profile, opset=opset, precision="float32")
     again = assemble_whole(vision, sample.spec, sample.checkpoint, plan, profile, opset=opset, precision="float32")

@@ -42,6 +42,25 @@ def test_it_is_not_there_until_the_block_ends(tmp_path: Path) -> None:
     assert (tmp_path / "b" / "mark").read_text() == "new"
 
 
+@pytest.mark.parametrize("lasting", [True, False])
+def test_what_lasts_is_on_the_disk_before_it_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lasting: bool
+) -> None:
+    """Every file and folder of it, and then the name itself."""
+    synced, out = list[Path](), tmp_path / "b"
+
+    def fsync(handle: int) -> None:
+        synced.append(Path(os.readlink(f"/proc/self/fd/{handle}")))
+
+    with staged(out, sync=lasting) as folder:
+        (folder / "deep").mkdir()
+        for path in (folder / "a.txt", folder / "deep" / "b.txt"):
+            path.write_text("new")
+        monkeypatch.setattr(os, "fsync", fsync)
+    inside = [folder / "a.txt", folder / "deep", folder / "deep" / "b.txt", folder] if lasting else []
+    assert synced == [*inside, tmp_path] and (out / "deep" / "b.txt").read_text() == "new"
+
+
 def test_permissions_are_those_of_an_ordinary_folder(tmp_path: Path) -> None:
     (tmp_path / "ordinary").mkdir()
     with staged(tmp_path / "b") as root:

@@ -177,7 +177,7 @@ def test_reading_weights_leaves_no_pages(tmp_path: Path, monkeypatch: pytest.Mon
     path = tmp_path / "w.safetensors"
     save_file({"a": np.arange(size // 4, dtype=np.float32).reshape(-1, 1024)}, path)
     with path.open("rb") as file:
-        os.fsync(file.fileno())
+        os.fdatasync(file.fileno())
         release(file.fileno())
     if cached_bytes(path):
         pytest.skip("this file system keeps its pages, whatever is advised")
