@@ -16,7 +16,7 @@ from typing import Any, Final
 from graphs.records.errors import BtpError, InputError, UnavailableError
 
 VARIABLE: Final = "BTP_NATIVE_DIR"
-VERSION: Final = 2  # common/status.h: btp_kernels_version; ort_library.cc: btp_ort_version
+VERSION: Final = 3  # common/status.h: btp_kernels_version; ort_library.cc: btp_ort_version
 BUILD: Final = "cmake -S engines/native -B engines/native/build && cmake --build engines/native/build"
 # Name of each library -> what it is for, and the option that it needs beside the compilers.
 LIBRARIES: Final = {
@@ -84,6 +84,11 @@ def custom_ops() -> Path | None:
     if path is not None:
         inspect("btp_ort", path)
     return path
+
+
+def has_int8(path: Path) -> bool:
+    """Whether btp_ort multiplies four-bit weights with rows in int8 on this processor."""
+    return bool(open_library(path).btp_ort_int8())
 
 
 def survey() -> list[dict[str, Any]]:

@@ -1,6 +1,7 @@
 // Entry point of the ONNX Runtime library: sessionOptions.register_custom_ops_library(path) calls RegisterCustomOps.
 #include <vector>
 
+#include "../../graphs/ops/common/cpu_loops.h"
 #include "../../graphs/ops/common/ort_common.h"
 
 #ifdef _WIN32
@@ -52,8 +53,10 @@ OrtCustomOpDomain* domain()
 }  // namespace
 
 // What this library is: interface version and the GPU architectures it was built for ("" for a CPU-only build).
-BTP_EXPORT int32_t btp_ort_version() { return 2; }
+BTP_EXPORT int32_t btp_ort_version() { return 3; }
 BTP_EXPORT const char* btp_ort_architectures() { return BTP_ARCHITECTURES; }
+// Whether this processor has BtpLinearInt8: 1 or 0.
+BTP_EXPORT int32_t btp_ort_int8() { return btp::has_byte_products() ? 1 : 0; }
 
 BTP_EXPORT OrtStatus* RegisterCustomOps(OrtSessionOptions* options, const OrtApiBase* base)
 {

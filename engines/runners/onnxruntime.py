@@ -44,6 +44,7 @@ RUN_ERRORS: tuple[type[Exception], ...] = (
 # ONNX Runtime gives names on to Python as they are, UTF-8 or not, and its own errors not always types of their own.
 OPEN_ERRORS: tuple[type[Exception], ...] = (*RUN_ERRORS, ValueError, TypeError, OverflowError)
 
+INT8_LEVEL = 4  # the accuracy level at which rows are rounded
 ASKED = re.compile(r"allocate memory for requested buffer of size (\d+)")
 
 
@@ -94,6 +95,8 @@ class OrtLoader:
                 _require_code_for_gpu(custom_ops, self._number)
         self.custom_ops = custom_ops
         self.accuracy_level = accuracy_level
+        rounds = self._kind == "cpu" and accuracy_level == INT8_LEVEL
+        self._int8 = rounds and custom_ops is not None and libraries.has_int8(custom_ops)
         self._packed = None if packed is None or self._kind != "cpu" else _packed_files(packed)
         self.tf32 = tf32
         self._settings = (threads or 0, custom_ops, prepack, log_severity)
@@ -114,13 +117,12 @@ class OrtLoader:
             options.add_session_config_entry(FOLDER_OPTION, str(path.parent))
             return self._open(content, path, options)
         model = parse_graph(content, path)
-        if own_nodes:
-            with refusing_graph(path):
-                ops.for_onnxruntime(model, accuracy_level=self.accuracy_level)
         in_place: dict[str, str] = {}
-        if faster:
-            with refusing_graph(path):
-                in_place = _on_cpu().for_cpu(model, native=self.custom_ops is not None)
+        with refusing_graph(path):
+            if faster:
+                in_place = _on_cpu().for_cpu(model, native=self.custom_ops is not None, int8=self._int8)
+            if own_nodes:
+                ops.for_onnxruntime(model, accuracy_level=self.accuracy_level)
         kept: list[Any] = []
         if self._packed is not None:
             kept = self._packed.share(model, path, options)
@@ -137,7 +139,7 @@ class OrtLoader:
     def _takes_faster_nodes(self, content: bytes) -> bool:
         """Whether nodes are put in that are faster on a CPU; without onnx graphs are taken as they are."""
         there = self._kind == "cpu" and find_spec("onnx") is not None
-        return there and _on_cpu().may_have(content, native=self.custom_ops is not None)
+        return there and _on_cpu().may_have(content, native=self.custom_ops is not None, int8=self._int8)
 
     def _open(
         self, source: str | bytes, path: Path, options: ort.SessionOptions, in_place: Mapping[str, str] | None = None

@@ -141,6 +141,18 @@ inline Input input(const OrtKernelContext* context, size_t index)
     return result;
 }
 
+// For an input that may be of several types.
+inline ONNXTensorElementDataType element_type(const Input& input)
+{
+    OrtTensorTypeAndShapeInfo* info = nullptr;
+    check(ort()->GetTensorTypeAndShape(input.value, &info));
+    ONNXTensorElementDataType type = ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;
+    OrtStatus* const status = ort()->GetTensorElementType(info, &type);
+    ort()->ReleaseTensorTypeAndShapeInfo(info);
+    check(status);
+    return type;
+}
+
 inline void* output(OrtKernelContext* context, size_t index, const std::vector<int64_t>& shape)
 {
     OrtValue* value = nullptr;

@@ -10,7 +10,7 @@
 
 #include "../common/half.h"
 #include "cpu_coverage.h"
-#include "cpu_loops.h"
+#include "../common/cpu_loops.h"
 #include "cpu_rows.h"
 
 namespace btp {

@@ -8,7 +8,7 @@
 #include <cstring>
 #include <vector>
 
-#include "cpu_loops.h"
+#include "../common/cpu_loops.h"
 
 namespace btp {
 

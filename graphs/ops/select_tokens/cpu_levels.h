@@ -6,7 +6,7 @@
 #include <cstdint>
 
 #include "../common/half.h"
-#include "cpu_loops.h"
+#include "../common/cpu_loops.h"
 
 namespace btp {
 

@@ -6,7 +6,7 @@
 #include <vector>
 
 #include "cpu.h"
-#include "cpu_loops.h"
+#include "../common/cpu_loops.h"
 #include "cpu_product.h"
 
 namespace btp {

@@ -70,7 +70,7 @@ def test_a_large_plain_product_is_shared_too(
     (tmp_path / "weights").mkdir()
     write_tensors(tmp_path / "weights/model.safetensors", {"w": weight})
     path = _projection(tmp_path, weight, dtypes.BY_NAME[precision].onnx)
-    runners = [OrtLoader(threads=1, packed=place) for place in (tmp_path / "cache", None)]
+    runners = [OrtLoader(threads=1, custom_ops=None, packed=place) for place in (tmp_path / "cache", None)]
     got, wanted = (run(loader, path) for loader in runners)
     np.testing.assert_array_equal(got, wanted)
     (place,) = (tmp_path / "cache").iterdir()
@@ -115,7 +115,9 @@ def test_sessions_map_the_same_file_and_compute_the_same(
 ) -> None:
     monkeypatch.setattr(packed_files, "SMALLEST", 0)
     folder = tmp_path / "cache"
-    shared, alone = (OrtLoader(threads=1, accuracy_level=level, packed=place) for place in (folder, None))
+    shared, alone = (
+        OrtLoader(threads=1, custom_ops=None, accuracy_level=level, packed=place) for place in (folder, None)
+    )
     for path in graphs:
         np.testing.assert_array_equal(run(shared, path), run(alone, path))
     (place,) = folder.iterdir()
@@ -130,7 +132,7 @@ def test_small_matrices_and_full_disks_go_without(
     graphs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "cache"
-    loader = OrtLoader(threads=1, packed=folder)
+    loader = OrtLoader(threads=1, custom_ops=None, packed=folder)
     wanted = run(loader, graphs[0])
     assert not folder.exists(), "too small"
     monkeypatch.setattr(packed_files, "SMALLEST", 0)
@@ -148,7 +150,7 @@ def test_other_weights_get_other_files_and_old_ones_go_as_do_those_of_killed_run
     folder = tmp_path / "cache"
     killed = folder / ".making-0123abcd"  # nobody holds its lock
     killed.mkdir(parents=True)
-    run(OrtLoader(threads=1, packed=folder), graphs[0])
+    run(OrtLoader(threads=1, custom_ops=None, packed=folder), graphs[0])
     (first,) = folder.iterdir()
     old = time.time() - 86400 * (packed_files.UNUSED_DAYS + 1)
     os.utime(first, (old, old))
@@ -157,7 +159,7 @@ def test_other_weights_get_other_files_and_old_ones_go_as_do_those_of_killed_run
     content[-1] ^= 1
     weights.unlink()
     weights.write_bytes(content)
-    run(OrtLoader(threads=1, packed=folder), graphs[0])
+    run(OrtLoader(threads=1, custom_ops=None, packed=folder), graphs[0])
     (second,) = folder.iterdir()
     assert second != first
     assert onnx.load(second / packed_files.MODEL_FILE, load_external_data=False).graph.node

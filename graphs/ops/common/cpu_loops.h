@@ -10,10 +10,13 @@
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <cpuid.h>
+#include <immintrin.h>
 
 #define BTP_X86 1
 #define BTP_AVX2 __attribute__((target("avx2,fma,bmi,bmi2,f16c")))
 #define BTP_AVX512 __attribute__((target("avx512f,avx512bw,avx512cd,avx512dq,avx512vl,avx2,fma,bmi,bmi2,f16c")))
+#define BTP_VNNI \
+    __attribute__((target("avx512f,avx512bw,avx512cd,avx512dq,avx512vl,avx512vnni,avx2,fma,bmi,bmi2,f16c")))
 #endif
 
 namespace btp {
@@ -44,6 +47,17 @@ inline Instructions instructions()
 }
 
 inline const Instructions kInstructions = instructions();
+
+// Whether the processor sums products of bytes in registers of 512 bits (AVX512-VNNI).
+inline bool has_byte_products()
+{
+#ifdef BTP_X86
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    return kInstructions == Instructions::avx512 && __get_cpuid_count(7, 0, &a, &b, &c, &d) != 0 && (c >> 11 & 1u) != 0;
+#else
+    return false;
+#endif
+}
 
 #ifdef BTP_X86
 #define BTP_FOR_PROCESSORS(result, name, parameters, arguments)                            \

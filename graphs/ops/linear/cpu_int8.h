@@ -1,0 +1,193 @@
+// BtpLinear on a CPU with the rows of x rounded to int8: products of bytes, summed in 32 bits (AVX512-VNNI).
+//
+// Codes are read as they are stored, so nothing is packed when a session opens and all sessions share the file's pages.
+// 64 bytes of a row of w are a block of 128 codes: their low nibbles are its even places, their high ones the odd ones,
+// so x is stored with each block's even places before its odd ones. Sums of a block stay in 16 lanes, each of 8 places
+// side by side: no group of 16 or more is split between lanes, and a lane is scaled by its group's scales.
+#pragma once
+
+#include "../common/cpu_loops.h"
+
+#ifdef BTP_X86
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"  // of GCC's own headers: _mm512_undefined_ps and the like
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wpsabi"
+#endif
+
+namespace btp {
+
+constexpr size_t kBlock = 128;  // places; K is a multiple of it
+constexpr size_t kLanes = 16;
+constexpr size_t kColumns = 4;  // N is a multiple of it
+
+// Rows of x in int8, with a scale for each group: (q - z) x s = q x s - z x s.
+struct ByteRows {
+    int8_t* bytes;    // [M,K], each block's even places first
+    float* scales;    // [M,K/8]: by lane
+    int32_t* less;    // [M,K/8]: less the sum of a lane's bytes, times 8 where that is what codes are less
+};
+
+struct Codes {
+    const uint8_t* codes;  // [N,K/2]
+    const void* scales;    // [N,K/group] float32, or float16 if halves
+    bool halves;
+    const uint8_t* zeros;  // [N,ceil(K/group/2)], null: 8
+    size_t inputs, group;  // K
+};
+
+inline size_t byte_rows_size(size_t rows, size_t inputs) { return 2 * rows * inputs; }
+
+inline ByteRows byte_rows(void* memory, size_t rows, size_t inputs)
+{
+    auto* const bytes = static_cast<int8_t*>(memory);
+    auto* const scales = reinterpret_cast<float*>(bytes + rows * inputs);
+    return {bytes, scales, reinterpret_cast<int32_t*>(scales + rows * inputs / 8)};
+}
+
+BTP_VNNI BTP_INLINE __m512i joined(__m256i a, __m256i b) { return _mm512_inserti64x4(_mm512_castsi256_si512(a), b, 1); }
+
+// One row of x. The largest of a group becomes 127.
+BTP_VNNI inline void round_row(const float* x, const Codes& w, int8_t* bytes, float* scales, int32_t* less)
+{
+    const size_t inputs = w.inputs, count = std::min(w.group, kBlock);
+    const auto times = static_cast<unsigned>(w.zeros == nullptr ? 3 : 0);
+    for (size_t block = 0; block < inputs; block += kBlock) {
+        alignas(64) int8_t rounded[kBlock];
+        for (size_t first = 0; first < kBlock; first += count) {
+            const float* const given = x + block + first;
+            __m512 most = _mm512_setzero_ps();
+            for (size_t place = 0; place < count; place += kLanes) {
+                most = _mm512_max_ps(most, _mm512_abs_ps(_mm512_loadu_ps(given + place)));
+            }
+            const float largest = _mm512_reduce_max_ps(most);
+            const __m512 by = _mm512_set1_ps(largest > 0.0f ? 127.0f / largest : 0.0f);
+            for (size_t place = 0; place < count; place += kLanes) {
+                const __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(given + place), by));
+                _mm_store_si128(reinterpret_cast<__m128i*>(rounded + first + place), _mm512_cvtsepi32_epi8(whole));
+            }
+            for (size_t lane = first / 8; lane < (first + count) / 8; ++lane) {
+                scales[block / 8 + lane] = largest / 127.0f;
+            }
+        }
+        const __m512i ones = _mm512_set1_epi8(1);
+        const __m512i lower = _mm512_load_si512(rounded), upper = _mm512_load_si512(rounded + 64);
+        const __m512i even = joined(_mm512_cvtepi16_epi8(lower), _mm512_cvtepi16_epi8(upper));
+        const __m512i odd = joined(_mm512_cvtepi16_epi8(_mm512_srli_epi16(lower, 8)),
+                                   _mm512_cvtepi16_epi8(_mm512_srli_epi16(upper, 8)));
+        _mm512_store_si512(bytes + block, even);
+        _mm512_store_si512(bytes + block + 64, odd);
+        const __m512i total = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(_mm512_setzero_si512(), ones, even), ones, odd);
+        const __m512i scaled = _mm512_slli_epi32(total, times);
+        _mm512_store_si512(less + block / 8, _mm512_sub_epi32(_mm512_setzero_si512(), scaled));
+    }
+}
+
+// What scales and zeros of a block are for each lane. some: which of 16 neighbouring groups are the block's.
+BTP_VNNI BTP_INLINE __m512i places_of(size_t group)
+{
+    alignas(64) int32_t places[kLanes];
+    for (size_t lane = 0; lane < kLanes; ++lane) {
+        places[lane] = group < kBlock ? static_cast<int32_t>(8 * lane / group) : 0;
+    }
+    return _mm512_load_si512(places);
+}
+
+template <bool Halves>
+BTP_VNNI BTP_INLINE __m512 block_scales(const Codes& w, size_t first, __m512i places, uint16_t some)
+{
+    if (Halves) {
+        const auto* const halves = static_cast<const uint16_t*>(w.scales) + first;
+        const __m256 wide = _mm256_cvtph_ps(_mm_maskz_loadu_epi16(static_cast<__mmask8>(some), halves));
+        return _mm512_permutexvar_ps(places, _mm512_castps256_ps512(wide));
+    }
+    return _mm512_permutexvar_ps(places, _mm512_maskz_loadu_ps(some, static_cast<const float*>(w.scales) + first));
+}
+
+BTP_VNNI inline __m512i block_zeros(const uint8_t* row, size_t group, size_t count, __m512i places)
+{
+    alignas(64) int32_t found[kLanes] = {};
+    for (size_t place = 0; place < count; ++place, ++group) {
+        found[place] = row[group / 2] >> (4 * (group % 2)) & 15;
+    }
+    return _mm512_permutexvar_epi32(places, _mm512_load_si512(found));
+}
+
+// y [M rows, N columns], `next` apart, of rows from `row` on and columns from `column` on.
+template <int M, int N, bool Zeros, bool Halves>
+BTP_VNNI BTP_INLINE void multiply_bytes(const ByteRows& x, size_t row, const Codes& w, size_t column, const float* bias,
+                                        float* y, size_t next)
+{
+    const size_t inputs = w.inputs, groups = inputs / w.group, step = w.group < kBlock ? kBlock / w.group : 1;
+    const int twice = w.group > kBlock ? 1 : 0;  // 256: two blocks have one group
+    const int8_t* const bytes = x.bytes + row * inputs;
+    const float* const row_scales = x.scales + row * inputs / 8;
+    const int32_t* const less = x.less + row * inputs / 8;
+    const uint8_t* const codes = w.codes + column * inputs / 2;
+    const __m512i low = _mm512_set1_epi8(15), places = places_of(w.group);
+    const auto some = static_cast<uint16_t>((1u << step) - 1);
+    __m512 sums[N][M];
+    for (int n = 0; n < N; ++n) {
+        for (int m = 0; m < M; ++m) {
+            sums[n][m] = _mm512_setzero_ps();
+        }
+    }
+    for (size_t block = 0; block < inputs / kBlock; ++block) {
+        const size_t group = (block >> twice) * step;
+        for (int n = 0; n < N; ++n) {
+            const size_t own = column + static_cast<size_t>(n);
+            const __m512i both = _mm512_loadu_si512(codes + static_cast<size_t>(n) * inputs / 2 + block * kBlock / 2);
+            const __m512i even = _mm512_and_si512(both, low);
+            const __m512i odd = _mm512_and_si512(_mm512_srli_epi16(both, 4), low);
+            const __m512 scales = block_scales<Halves>(w, own * groups + group, places, some);
+            const __m512i zeros =
+                Zeros ? block_zeros(w.zeros + own * ((groups + 1) / 2), group, step, places) : _mm512_setzero_si512();
+            for (int m = 0; m < M; ++m) {
+                const size_t place = static_cast<size_t>(m) * inputs + block * kBlock;
+                __m512i total = _mm512_load_si512(less + place / 8);
+                total = Zeros ? _mm512_mullo_epi32(zeros, total) : total;
+                total = _mm512_dpbusd_epi32(total, even, _mm512_load_si512(bytes + place));
+                total = _mm512_dpbusd_epi32(total, odd, _mm512_load_si512(bytes + place + 64));
+                const __m512 scale = _mm512_mul_ps(scales, _mm512_load_ps(row_scales + place / 8));
+                sums[n][m] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(total), scale, sums[n][m]);
+            }
+        }
+    }
+    for (int n = 0; n < N; ++n) {
+        for (int m = 0; m < M; ++m) {
+            const size_t own = column + static_cast<size_t>(n);
+            const float sum = _mm512_reduce_add_ps(sums[n][m]);
+            y[(row + static_cast<size_t>(m)) * next + own] = bias != nullptr ? sum + bias[own] : sum;
+        }
+    }
+}
+
+// Columns [first, last) of y [M,N], multiples of kColumns. The order of a sum is the same however many rows there are.
+template <bool Zeros, bool Halves>
+BTP_VNNI inline void multiply_columns(const ByteRows& x, size_t rows, const Codes& w, const float* bias, float* y,
+                                      size_t next, size_t first, size_t last)
+{
+    size_t row = 0;
+    for (; row + 4 <= rows; row += 4) {
+        for (size_t column = first; column < last; column += 4) {
+            multiply_bytes<4, 4, Zeros, Halves>(x, row, w, column, bias, y, next);
+        }
+    }
+    for (; row < rows; ++row) {
+        for (size_t column = first; column < last; column += 4) {
+            multiply_bytes<1, 4, Zeros, Halves>(x, row, w, column, bias, y, next);
+        }
+    }
+}
+
+}  // namespace btp
+
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic pop
+#endif
+#endif

@@ -1,0 +1,122 @@
+"""Four-bit products of btp_ort: the definition with rows in int8, for every form of the weights."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from engines.native.libraries import has_int8
+from engines.runners.on_cpu import linear
+from engines.runners.onnxruntime import OrtLoader
+from graphs.ops.linear import function
+from tests.engines.native import builds
+
+Array = np.ndarray[Any, np.dtype[Any]]
+OUTPUTS = 12
+
+here = pytest.mark.skipif(not has_int8(builds.ort_library()), reason="this processor has no AVX512-VNNI")
+
+
+def weights(inputs: int, group: int, *, zeros: bool, bias: bool) -> dict[str, Array]:
+    rng = np.random.default_rng(inputs + group)
+    groups = inputs // group
+    made: dict[str, Array] = {
+        "qweight": rng.integers(0, 256, (OUTPUTS, groups, group // 2), np.uint8),
+        "scales": (rng.random((OUTPUTS, groups)) * 0.1 + 0.01).astype(np.float16).astype(np.float32),
+    }
+    if zeros:
+        made["zeros"] = rng.integers(0, 256, (OUTPUTS, (groups + 1) // 2), np.uint8)
+    if bias:
+        made["bias"] = rng.standard_normal(OUTPUTS).astype(np.float32)
+    return made
+
+
+def rows_of(count: int, inputs: int) -> Array:
+    """Rows whose groups are of very different sizes, one of them zeros."""
+    rng = np.random.default_rng(count)
+    x = rng.standard_normal((count, inputs)) * 10.0 ** rng.integers(-3, 3, (count, inputs // 16)).repeat(16, 1)
+    x[0, :16] = 0
+    return x.astype(np.float32)
+
+
+def model_of(given: dict[str, Array], rows: int, group: int, *, half: bool = False) -> onnx.ModelProto:
+    """One BtpLinear; half: its scales are stored in float16 and cast, as those of a float16 checkpoint are."""
+    inputs = given["qweight"].shape[1] * group
+    stored = {name: array.astype(np.float16) if half and name == "scales" else array for name, array in given.items()}
+    nodes = []
+    if half:
+        nodes = [helper.make_node("Cast", ["stored"], ["scales"], to=TensorProto.FLOAT)]
+        stored["stored"] = stored.pop("scales")
+    names = ["x", "qweight", "scales", *(name if name in given else "" for name in ("zeros", "bias"))]
+    nodes.append(helper.make_node("BtpLinear", names, ["y"], domain="btp", bits=4, group=group))
+    graph = helper.make_graph(
+        nodes,
+        "linear",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [rows, inputs])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [rows, OUTPUTS])],
+        [numpy_helper.from_array(array, name) for name, array in stored.items()],
+    )
+    opsets = [helper.make_opsetid("", 23), helper.make_opsetid("btp", 1)]
+    return helper.make_model(graph, opset_imports=opsets, ir_version=10, functions=[function(23)])
+
+
+def multiplied_out(given: dict[str, Array], group: int) -> Array:
+    """The weights [N,K] in float64."""
+    codes = np.stack([given["qweight"] & 15, given["qweight"] >> 4], -1).reshape(OUTPUTS, -1, group).astype(np.float64)
+    zeros: Any = 8
+    if "zeros" in given:
+        both = np.stack([given["zeros"] & 15, given["zeros"] >> 4], -1).reshape(OUTPUTS, -1)
+        zeros = both[:, : codes.shape[1], None]
+    return ((codes - zeros) * given["scales"][:, :, None]).reshape(OUTPUTS, -1)
+
+
+def rounded(x: Array, group: int) -> Array:
+    """Rows in int8, in groups of at most 128, as the numbers that they stand for."""
+    parts = x.reshape(len(x), -1, min(group, 128))
+    most = np.abs(parts).max(-1, keepdims=True)
+    by = np.divide(np.float32(127), most, out=np.zeros_like(most), where=most > 0)
+    codes = np.rint(parts * by).astype(np.float64)
+    return (codes * (most / np.float32(127))).reshape(x.shape)
+
+
+def run(model: onnx.ModelProto, x: Array, folder: Path, threads: int = 1) -> Array:
+    path = folder / "linear.onnx"
+    onnx.save(model, path)
+    runner = OrtLoader(threads=threads, accuracy_level=4, custom_ops=builds.ort_library())(path)
+    return runner.run({"x": x})["y"]
+
+
+@here
+@pytest.mark.parametrize("zeros", [False, True])
+@pytest.mark.parametrize(("group", "inputs"), [(16, 128), (32, 384), (64, 256), (128, 384), (256, 512)])
+def test_is_the_definition_with_rows_in_int8(group: int, inputs: int, zeros: bool, tmp_path: Path) -> None:
+    half, bias = group in (16, 64), group != 128
+    given = weights(inputs, group, zeros=zeros, bias=bias)
+    x = rows_of(21, inputs)  # more than are rounded together, in fours and one by one
+    found = run(model_of(given, len(x), group, half=half), x, tmp_path, threads=2)
+    w, added = multiplied_out(given, group), given.get("bias", np.zeros(OUTPUTS))
+    norm = np.linalg.norm(x, axis=1)[:, None] * np.linalg.norm(w, axis=1)
+    assert (np.abs(found - (rounded(x, group) @ w.T + added)) <= 2e-6 * norm).all()
+    assert (np.abs(found - (x @ w.T + added)) <= 1e-2 * norm).all()
+
+
+@here
+def test_a_row_does_not_depend_on_the_others(tmp_path: Path) -> None:
+    given, x = weights(256, 32, zeros=True, bias=False), rows_of(6, 256)
+    whole = run(model_of(given, 6, 32), x, tmp_path)
+    for place in range(6):
+        alone = run(model_of(given, 1, 32), x[place : place + 1], tmp_path)
+        np.testing.assert_array_equal(alone[0], whole[place])
+
+
+def test_what_is_replaced() -> None:
+    """All but rows of a length that the operator does not take."""
+    for inputs, replaced in ((128, True), (160, False)):
+        model = model_of(weights(inputs, 32, zeros=False, bias=True), 2, 32, half=True)
+        linear.for_cpu(model)
+        (kept,) = (node for node in model.graph.node if node.op_type != "Cast")
+        assert kept.op_type == (linear.INT8 if replaced else linear.LINEAR)
+        assert kept.input[2] == ("stored" if replaced else "scales")
