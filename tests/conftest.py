@@ -46,12 +46,17 @@ LONG_FILES = (
     "tests/btp_export/serving/test_ray.py",
     "tests/engines/verify/test_streamed_graphs.py",
     "tests/engines/native/test_tensorrt.py",
+    "tests/btp_export/demo/test_reading.py",
+    "tests/benchmarks/test_gpu_check.py",
     "tests/btp_export/families/test_qwen_parity.py",
     "tests/btp_export/planning/test_study.py",
     "tests/btp_export/commands/test_options_arrive.py",
     "tests/btp_export/families/test_llava_next.py",
     "tests/graphs/building/test_decoder_graphs.py",
     "tests/graphs/ops/test_select_tokens.py",
+    "tests/test_jetson_page.py",
+    "tests/test_tf32.py",
+    "tests/test_light.py",
 )
 
 

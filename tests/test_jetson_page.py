@@ -50,7 +50,7 @@ def steps(device: Device, folder: Path, picture: Path, capture: Any) -> dict[str
     command("verify", "verify", bundle, *target, "--samples", "1")
     said["profile.sh"] = device.script("profile.sh")
     command("profile", "profile", bundle, *target)
-    command("report", "report", bundle)
+    command("report", "report", bundle, "--samples", "8")
     return said
 
 
