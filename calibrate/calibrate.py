@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from calibrate.measure.answered import measure_answers
 from calibrate.measure.statistics import Statistics, bootstrap_spread, measure, rounded
 from calibrate.place.bootstrap import stage_spread
 from calibrate.place.candidates import STAGES, Budget, Candidate, Evidence, Request, propose
@@ -33,7 +34,6 @@ from calibrate.place.counts import Shape
 from calibrate.place.rank_by_divergence import judge
 from calibrate.place.search import check_tuning, tune
 from calibrate.place.stages import is_dead
-from calibrate.reference.answers import greedy_answers
 from calibrate.reference.records import ReferenceInput
 from calibrate.reference.streamed_model import StreamedReference
 from graphs.records.errors import CheckError, InputError
@@ -112,12 +112,11 @@ def measure_statistics(
     `answer_tokens` of the model's own answer are looked at, at most, until one of the ids `ends`. Inputs that carry an
     answer already keep it. What dropping does is measured on the first `dropped` inputs.
     """
-    unpruned = shape.unpruned
+    unpruned, taus = shape.unpruned, taus_for(tau, model_tau)
     if answer_tokens > 1 and not any(prompt.new_tokens for prompt in inputs):
-        asked = labelled(progress, "asking the model")
-        answers = greedy_answers(reference, inputs, unpruned, tokens=answer_tokens, ends=ends, progress=asked)
-        inputs = [replace(prompt, new_tokens=answer[:-1]) for prompt, answer in zip(inputs, answers, strict=True)]
-    taus = taus_for(tau, model_tau)
+        return measure_answers(
+            reference, inputs, unpruned, taus=taus, dropped=dropped, tokens=answer_tokens, ends=ends, progress=progress
+        )
     report = labelled(progress, "measuring the layers")
     return measure(reference, inputs, unpruned, taus=taus, dropped=dropped, progress=report)
 

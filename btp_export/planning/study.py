@@ -229,13 +229,17 @@ def request_of(settings: CalibrationSettings) -> Request:
 def model_inputs(
     model: Model, prompter: Prompter, profile: ShapeProfile, samples: Sequence[Sample], report: Report | None
 ) -> list[ReferenceInput]:
-    """What the reference takes of each sample."""
+    """What the reference takes of each sample; of one that has a right answer, that answer is expected."""
     from calibrate.data.samples import prepare
 
     attention = bool(model.spec.vision.class_token)  # among the plans tried are some that score by it
     vision = model.family.vision_module(model.checkpoint, profile.image_size, class_attention=attention)
     prepared = prepare(samples, prompter, vision, progress=labelled(report, "reading the pictures"))
-    return [sample.input for sample in prepared]
+    end = model.spec.eos_token_ids[:1]
+    return [
+        replace(one.input, expected=(*prompter.token_ids(sample.answer), *end)) if sample.answer and end else one.input
+        for one, sample in zip(prepared, samples, strict=True)
+    ]
 
 
 def _cache_key(

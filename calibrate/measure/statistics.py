@@ -67,6 +67,26 @@ class Statistics:
         names = [each.name for each in fields(Statistics) if each.name != "taus"]
         return Statistics(taus=parts[0].taus, **{name: all_of(name) for name in names})
 
+    def each(self) -> list[Statistics]:
+        """Those of every sample by itself: `joined` makes one of them again."""
+        parts = []
+        for number, end in enumerate(np.cumsum(self.lengths)):
+            one, tokens = slice(number, number + 1), slice(end - self.lengths[number], end)
+            parts.append(
+                Statistics(
+                    taus=self.taus,
+                    counts=self.counts[one],
+                    attention=self.attention[one],
+                    top_shares=self.top_shares[one],
+                    divergence=self.divergence[one],
+                    agreement=self.agreement[one],
+                    logits=self.logits[tokens],
+                    answers=self.answers[tokens],
+                    lengths=self.lengths[one],
+                )
+            )
+        return parts
+
     @property
     def samples(self) -> int:
         """n, the samples that were looked at."""

@@ -18,6 +18,7 @@ class ReferenceInput:
 
     `input_ids` [n] int64; `image_features` [V, C]; `new_tokens` are generated ids to check (or none);
     `class_attention` [V] float32 of the vision tower, for plans that score by it;
+    `expected` are the ids of the answer that the model probably gives, to its end (or none: nobody knows);
     `position_ids` [n + N] or, for M-RoPE, [3, n + N]; None means the model's own rule
     (calibrate/reference/positions.py).
     """
@@ -27,6 +28,7 @@ class ReferenceInput:
     new_tokens: tuple[int, ...] = ()
     position_ids: torch.Tensor | None = None
     class_attention: torch.Tensor | None = None
+    expected: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ the first appended id, the second row saw what the second step would have seen, 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -253,7 +254,7 @@ class StreamedReference(LayeredDecoder):
         self._enter(number, run, layer, recorder)
         before = run.hidden
         run.hidden, query, key, value = forward_with_attention(module, before, run.cos, run.sin)
-        if not bool(torch.isfinite(run.hidden).all()):
+        if not _finite(run.hidden):
             raise _not_finite(layer, self._dtype)
         if recorder is not None:
             run.open_segment = recorder.extend(
@@ -294,6 +295,11 @@ class StreamedReference(LayeredDecoder):
             stages, segments = tuple(run.stages), tuple(run.segments)
             records.append(RunRecord(run.plan, run.sample, start, prompt, part.numpy(), stages, segments, run.embedded))
         return records
+
+
+def _finite(values: torch.Tensor) -> bool:
+    """Whether all are. Their sum, which is far quicker to make, is finite only then; it may overflow all the same."""
+    return math.isfinite(values.sum().item()) or bool(torch.isfinite(values).all())
 
 
 def _not_finite(layer: int, dtype: torch.dtype) -> InputError:

@@ -1,6 +1,7 @@
 """`btp-export calibrate` as a user calls it: cache, sources, budgets, front, search, switches."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,11 @@ import pytest
 from PIL import Image
 
 from btp_export import cli
+from btp_export.model.defaults import default_profile, fitted_samples
+from btp_export.model.open_model import open_model
+from btp_export.model.prompting import Prompter
+from btp_export.planning.calibration_settings import CalibrationSettings
+from btp_export.planning.study import calibration_samples, model_inputs
 from graphs.records.plan import PruningPlan
 
 Run = Any
@@ -36,6 +42,18 @@ def run(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
         return code, captured.out, captured.err
 
     return call
+
+
+def test_the_right_answers_of_drawn_pictures_are_expected(tiny_checkpoint: Path) -> None:
+    """The model's end behind each, as its own answer would have."""
+    model = open_model(str(tiny_checkpoint))
+    profile, prompter = default_profile(model), Prompter(model.source.folder, model.spec)
+    chosen = calibration_samples(CalibrationSettings(samples=3), prompter, None, profile.image_size)
+    samples, _ = fitted_samples(chosen.samples, model.spec, profile)
+    known = [*samples[:2], replace(samples[2], answer=None)]
+    expected = [sample.expected for sample in model_inputs(model, prompter, profile, known, None)]
+    assert expected[2] == () and [prompter.decode(ids) for ids in expected[:2]] == [s.answer for s in samples[:2]]
+    assert all(len(ids) > 1 and ids[-1] == model.spec.eos_token_ids[0] for ids in expected[:2])
 
 
 def test_statistics_are_reused_and_it_is_said(run: Run, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from calibrate.place.presets import preset
 from calibrate.reference.observers import LayerView
 from calibrate.reference.records import ReferenceInput
 from calibrate.reference.runs import image_start
-from calibrate.reference.streamed_model import StreamedReference
+from calibrate.reference.streamed_model import StreamedReference, _finite
 from graphs.ops import select_tokens
 from graphs.records.errors import InputError
 from graphs.records.plan import PruningPlan, Stage
@@ -218,3 +218,11 @@ def test_a_plan_for_another_depth_is_refused(model: tuple[Any, Path], reference:
     other = PruningPlan(model_type="llava", num_layers=5, image_tokens=36, grid=(6, 6))
     with pytest.raises(InputError, match="5 layers"):
         reference.run([make_input(model[0])[0]], other)
+
+
+@pytest.mark.parametrize("odd", [float("nan"), float("inf"), -float("inf"), 1.0])
+def test_one_number_that_is_not_finite_is_noticed(odd: float) -> None:
+    """And a sum that overflows is none."""
+    values = torch.full((4, 5), 6e4, dtype=torch.float16)
+    values[2, 3] = odd
+    assert _finite(values) == (odd == 1.0) and not bool(torch.isfinite(values.sum()))
