@@ -86,9 +86,15 @@ def custom_ops() -> Path | None:
     return path
 
 
-def has_int8(path: Path) -> bool:
-    """Whether btp_ort multiplies four-bit weights with rows in int8 on this processor."""
-    return bool(open_library(path).btp_ort_int8())
+def multiplies(path: Path) -> bool:
+    """Whether btp_ort multiplies with weights of 4 and of 16 bits as they are stored on this processor.
+
+    Not where the file is no such library, which is said when it is registered.
+    """
+    try:
+        return bool(open_library(path).btp_ort_linear())
+    except BtpError:
+        return False
 
 
 def survey() -> list[dict[str, Any]]:

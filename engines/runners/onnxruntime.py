@@ -32,6 +32,7 @@ from graphs.files.onnx_file import graph_bytes, parse_graph, refusing_graph
 from graphs.records.errors import BtpError, CheckError, InputError, UnavailableError
 
 if TYPE_CHECKING:
+    from engines.runners.on_cpu import Native
     from engines.runners.packed_files import PackedFiles
 
 ORT_ERRORS: tuple[type[Exception], ...] = tuple(
@@ -95,8 +96,7 @@ class OrtLoader:
                 _require_code_for_gpu(custom_ops, self._number)
         self.custom_ops = custom_ops
         self.accuracy_level = accuracy_level
-        rounds = self._kind == "cpu" and accuracy_level == INT8_LEVEL
-        self._int8 = rounds and custom_ops is not None and libraries.has_int8(custom_ops)
+        self._multiplies = self._kind == "cpu" and custom_ops is not None and libraries.multiplies(custom_ops)
         self._packed = None if packed is None or self._kind != "cpu" else _packed_files(packed)
         self.tf32 = tf32
         self._settings = (threads or 0, custom_ops, prepack, log_severity)
@@ -120,7 +120,7 @@ class OrtLoader:
         in_place: dict[str, str] = {}
         with refusing_graph(path):
             if faster:
-                in_place = _on_cpu().for_cpu(model, native=self.custom_ops is not None, int8=self._int8)
+                in_place = _on_cpu().for_cpu(model, self._native)
             if own_nodes:
                 ops.for_onnxruntime(model, accuracy_level=self.accuracy_level)
         kept: list[Any] = []
@@ -139,7 +139,16 @@ class OrtLoader:
     def _takes_faster_nodes(self, content: bytes) -> bool:
         """Whether nodes are put in that are faster on a CPU; without onnx graphs are taken as they are."""
         there = self._kind == "cpu" and find_spec("onnx") is not None
-        return there and _on_cpu().may_have(content, native=self.custom_ops is not None, int8=self._int8)
+        return there and _on_cpu().may_have(content, self._native)
+
+    @property
+    def _native(self) -> "Native":
+        """What btp_ort does in this loader's sessions."""
+        return _on_cpu().Native(  # type: ignore[no-any-return]
+            selections=self.custom_ops is not None,
+            halves=self._multiplies,
+            int8=self._multiplies and self.accuracy_level == INT8_LEVEL,
+        )
 
     def _open(
         self, source: str | bytes, path: Path, options: ort.SessionOptions, in_place: Mapping[str, str] | None = None

@@ -1,31 +1,44 @@
 """Nodes that are faster on a CPU than those of the files, put in while a session is prepared; needs onnx.
 
 Attention by ONNX Runtime's own node: `causal_attention` over whole sequences (prefill), `cached_attention` of a new
-token over caches (decode). By btp_ort: `selection` from rows in place of their similarity, `linear` of four-bit weights
-with rows in int8.
+token over caches (decode). By btp_ort: `selection` from rows in place of their similarity, `linear` with weights of
+4 and of 16 bits as they are stored.
 """
+
+from dataclasses import dataclass
 
 import onnx
 
 from engines.runners.on_cpu import cached_attention, causal_attention, linear, selection
 
-__all__ = ["for_cpu", "may_have"]
+__all__ = ["Native", "for_cpu", "may_have"]
 
 
-def may_have(serialized: bytes, *, native: bool, int8: bool = False) -> bool:
+@dataclass(frozen=True)
+class Native:
+    """What btp_ort does in a session.
+
+    selections: choose from rows. halves: multiply few rows with weights of float16. int8: multiply rows, rounded to
+    int8, with four-bit weights.
+    """
+
+    selections: bool = False
+    halves: bool = False
+    int8: bool = False
+
+
+def may_have(serialized: bytes, native: Native) -> bool:
     """Whether a model's bytes may hold what `for_cpu` replaces. Reads no protobuf."""
     attention = causal_attention.may_have(serialized) or cached_attention.may_have(serialized)
-    return attention or (native and selection.may_have(serialized)) or (int8 and linear.may_have(serialized))
+    selections = native.selections and selection.may_have(serialized)
+    return attention or selections or linear.may_have(serialized, halves=native.halves, int8=native.int8)
 
 
-def for_cpu(model: onnx.ModelProto, *, native: bool, int8: bool = False) -> dict[str, str]:
-    """Replace what can be; gives the new outputs that have to be bound to the memory of an input.
-
-    native: whether the session has the operators of btp_ort. int8: whether it may round rows to int8, by BtpLinearInt8.
-    """
-    if int8:
-        linear.for_cpu(model)
-    causal_attention.for_cpu(model)
-    if native:
+def for_cpu(model: onnx.ModelProto, native: Native) -> dict[str, str]:
+    """Replace what can be; gives the new outputs that have to be bound to the memory of an input."""
+    if native.halves or native.int8:
+        linear.for_cpu(model, halves=native.halves, int8=native.int8)
+    if native.selections:
         selection.for_cpu(model)
+    causal_attention.for_cpu(model)
     return cached_attention.for_cpu(model)

@@ -1,9 +1,13 @@
-"""Four-bit products on a CPU by btp_ort, where x may be rounded to int8 and the processor has AVX512-VNNI.
+"""Products on a CPU by btp_ort with weights as they are stored, on processors with AVX512-VNNI.
 
-ONNX Runtime's MatMulNBits packs its codes anew in every session, and keeps scales in float32. BtpLinearInt8 reads codes
-and scales as they are stored, mapped from the file, so a session opens without packing and all share the same pages.
+ONNX Runtime's MatMulNBits packs four-bit codes anew in every session, and keeps their scales in float32. BtpLinearInt8
+reads codes and scales mapped from the file, so a session opens without packing and all share the same pages.
+
+Weights of float16 are cast to float32 while a session opens, and then packed. A product with few rows, as a new token
+and the output projection have them, takes the time in which its weights are read: BtpLinearHalf reads the file's.
 
     BtpLinear(x [M,K] float32, qweight, scales, zeros, bias), group -> BtpLinearInt8 of the same, scales not cast
+    Gemm(x [M,K] float32, Cast(w [N,K] float16)), transB -> BtpLinearHalf(x, w), M up to FEW
 """
 
 from typing import Final
@@ -12,53 +16,76 @@ import onnx
 from onnx import NodeProto, TensorProto, helper
 
 from engines.runners.on_cpu.rewriting import Rewriting
-from graphs.ops.domain import DOMAIN
+from graphs.ops.domain import DOMAIN, VERSION
 
 LINEAR: Final = "BtpLinear"
 INT8: Final = "BtpLinearInt8"  # graphs/ops/linear/ort_op.cc
+HALF: Final = "BtpLinearHalf"
 BLOCK, COLUMNS = 128, 4  # K and N are multiples of them: cpu_int8.h
 STORED: Final = (TensorProto.FLOAT, TensorProto.FLOAT16)  # types of scales
+FEW: Final = 16  # rows
 
 
-def may_have(serialized: bytes) -> bool:
+def may_have(serialized: bytes, *, halves: bool, int8: bool) -> bool:
     """Whether a model's bytes may hold what `for_cpu` replaces. Reads no protobuf."""
-    return LINEAR.encode() in serialized
+    return (int8 and LINEAR.encode() in serialized) or (halves and b"Gemm" in serialized and b"Cast" in serialized)
 
 
-def for_cpu(model: onnx.ModelProto) -> None:
+def for_cpu(model: onnx.ModelProto, *, halves: bool = False, int8: bool = False) -> None:
     """Replace products of float32 rows whose sizes fit; others stay."""
     graph = _Graph(model)
-    replaced = {node.output[0]: [graph.replacement(node)] for node in model.graph.node if graph.is_replaced(node)}
+    replaced: dict[str, list[NodeProto]] = {}
+    for node in model.graph.node:
+        if int8 and graph.is_packed(node):
+            replaced[node.output[0]] = [graph.packed(node)]
+        elif halves and graph.is_half(node):
+            replaced[node.output[0]] = [graph.half(node)]
     if replaced:
         graph.put(replaced)
+        if all(opset.domain != DOMAIN for opset in model.opset_import):
+            model.opset_import.append(helper.make_opsetid(DOMAIN, VERSION))
 
 
 class _Graph(Rewriting):
-    """The four-bit products of a model."""
+    """The products of a model."""
 
     def __init__(self, model: onnx.ModelProto) -> None:
         super().__init__(model)
         for tensor in model.graph.initializer:
             self.shapes[tensor.name], self.types[tensor.name] = tuple(tensor.dims), tensor.data_type
 
-    def is_replaced(self, node: NodeProto) -> bool:
-        """One of float32 rows, with as many columns and outputs as the operator takes at once."""
+    def is_packed(self, node: NodeProto) -> bool:
+        """Four-bit weights and float32 rows, with as many columns and outputs as the operator takes at once."""
         if node.op_type != LINEAR or node.domain != DOMAIN or self.types.get(node.input[0]) != TensorProto.FLOAT:
             return False
         columns, groups, half = self.shapes.get(node.input[1], (0, 0, 0))
         inputs = groups * half * 2
         fits = inputs > 0 and columns > 0 and columns % COLUMNS == 0 and inputs % max(BLOCK, 2 * half) == 0
-        return fits and self.types.get(self._scales(node)) in STORED
+        return fits and self.types.get(self._as_stored(node.input[2])) in STORED
 
-    def replacement(self, node: NodeProto) -> NodeProto:
-        """The node of btp_ort."""
+    def packed(self, node: NodeProto) -> NodeProto:
+        """The node for four-bit weights."""
         inputs = list(node.input)
-        inputs[2] = self._scales(node)
+        inputs[2] = self._as_stored(inputs[2])
         (group,) = (attribute.i for attribute in node.attribute if attribute.name == "group")
         return helper.make_node(INT8, inputs, list(node.output), name=node.name, domain=DOMAIN, group=group)
 
-    def _scales(self, node: NodeProto) -> str:
-        """The scales as they are stored: what is cast from float16 needs no copy in float32."""
-        cast = self.producers.get(node.input[2])
+    def is_half(self, node: NodeProto) -> bool:
+        """Few rows of float32 with the rows of a matrix that is stored in float16, without a bias."""
+        turned = {attribute.name: attribute.i for attribute in node.attribute}
+        if node.op_type != "Gemm" or node.domain or len(node.input) != 2 or turned != {"transB": 1}:
+            return False
+        rows, weight = self.shapes.get(node.input[0], ()), self._as_stored(node.input[1])
+        narrow = weight != node.input[1] and len(self.shapes.get(weight, ())) == 2
+        return narrow and len(rows) == 2 and 0 < rows[0] <= FEW and self.types[node.input[0]] == TensorProto.FLOAT
+
+    def half(self, node: NodeProto) -> NodeProto:
+        """The node for weights of float16."""
+        inputs = [node.input[0], self._as_stored(node.input[1])]
+        return helper.make_node(HALF, inputs, list(node.output), name=node.name, domain=DOMAIN)
+
+    def _as_stored(self, name: str) -> str:
+        """What is cast from a float16 tensor of the file; the tensor itself where it is not."""
+        cast = self.producers.get(name)
         narrow = cast is not None and cast.op_type == "Cast" and self.types.get(cast.input[0]) == TensorProto.FLOAT16
-        return str(cast.input[0]) if cast is not None and narrow else str(node.input[2])
+        return str(cast.input[0]) if cast is not None and narrow else name

@@ -9,6 +9,7 @@
 
 #include "../common/half.h"
 #include "../common/ort_common.h"
+#include "cpu_half.h"
 #include "cpu_int8.h"
 #include "rules.h"
 
@@ -18,6 +19,7 @@ namespace {
 constexpr const char* kName = "BtpLinear";
 #ifdef BTP_X86
 constexpr const char* kInt8 = "BtpLinearInt8";
+constexpr const char* kHalf = "BtpLinearHalf";
 #endif
 
 // Floats of 16 bits on the CPU: to float32, and to the nearest one, halves to even.
@@ -317,6 +319,51 @@ private:
 
     const int32_t group_;
 };
+
+// x [M,K] float32, weight [N,K] float16 -> y [M,N] float32, for few rows. On processors with AVX-512, and in no file either.
+class LinearHalf {
+public:
+    static constexpr size_t kInputs = 2;
+    static constexpr size_t kRequired = 2;
+    static constexpr size_t kOutputs = 1;
+
+    static ONNXTensorElementDataType input_type(ONNXTensorElementDataType floats, size_t index)
+    {
+        return index == 0 ? floats : ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16;
+    }
+
+    static ONNXTensorElementDataType output_type(ONNXTensorElementDataType floats, size_t) { return floats; }
+
+    LinearHalf(const OrtOp&, const OrtKernelInfo*) {}
+
+    void run(OrtKernelContext* context) const
+    {
+        const Input x = input(context, 0), weight = input(context, 1);
+        if (x.shape.size() != 2 || weight.shape.size() != 2 || x.shape[1] != weight.shape[1]) {
+            throw std::invalid_argument(std::string(kHalf) + ": x has shape " + text(x.shape) + " and weight "
+                                        + text(weight.shape) + ", wanted [M,K] and [N,K]");
+        }
+        const size_t rows = static_cast<size_t>(x.shape[0]), inputs = static_cast<size_t>(x.shape[1]);
+        const size_t outputs = static_cast<size_t>(weight.shape[0]);
+        const auto* const given = static_cast<const float*>(x.data);
+        const auto* const stored = static_cast<const uint16_t*>(weight.data);
+        auto* const y = static_cast<float*>(output(context, 0, {x.shape[0], weight.shape[0]}));
+        const auto some = [&](size_t first, size_t last) {
+            multiply_half_columns(given, rows, inputs, stored + first * inputs, last - first, y + first, outputs);
+        };
+        if (rows * inputs * outputs < kWorthThreads) {
+            return some(0, outputs);
+        }
+        parallel_for(context, static_cast<int>((outputs + kTogether - 1) / kTogether), [&](int part) {
+            const size_t first = static_cast<size_t>(part) * kTogether;
+            some(first, std::min(outputs, first + kTogether));
+        });
+    }
+
+private:
+    static constexpr size_t kWorthThreads = 524288;  // products: below, a thread takes longer to wake than to multiply
+    static constexpr size_t kTogether = 64;          // columns
+};
 #endif
 
 std::vector<OrtOp> ops_of(bool with_gpu)
@@ -332,6 +379,7 @@ std::vector<OrtOp> ops_of(bool with_gpu)
 #ifdef BTP_X86
     if (has_byte_products()) {
         ops.push_back(ort_op<LinearInt8>(kInt8, nullptr, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT));
+        ops.push_back(ort_op<LinearHalf>(kHalf, nullptr, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT));
     }
 #endif
     return ops;

@@ -1,4 +1,4 @@
-"""Four-bit products of btp_ort: the definition with rows in int8, for every form of the weights."""
+"""Products of btp_ort with weights as they are stored: the definition, with rows in int8 for those of four bits."""
 
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from engines.native.libraries import has_int8
+from engines.native.libraries import multiplies
 from engines.runners.on_cpu import linear
 from engines.runners.onnxruntime import OrtLoader
 from graphs.ops.linear import function
@@ -17,7 +17,7 @@ from tests.engines.native import builds
 Array = np.ndarray[Any, np.dtype[Any]]
 OUTPUTS = 12
 
-here = pytest.mark.skipif(not has_int8(builds.ort_library()), reason="this processor has no AVX512-VNNI")
+here = pytest.mark.skipif(not multiplies(builds.ort_library()), reason="this processor has no AVX512-VNNI")
 
 
 def weights(inputs: int, group: int, *, zeros: bool, bias: bool) -> dict[str, Array]:
@@ -116,7 +116,40 @@ def test_what_is_replaced() -> None:
     """All but rows of a length that the operator does not take."""
     for inputs, replaced in ((128, True), (160, False)):
         model = model_of(weights(inputs, 32, zeros=False, bias=True), 2, 32, half=True)
-        linear.for_cpu(model)
+        linear.for_cpu(model, int8=True)
         (kept,) = (node for node in model.graph.node if node.op_type != "Cast")
         assert kept.op_type == (linear.INT8 if replaced else linear.LINEAR)
         assert kept.input[2] == ("stored" if replaced else "scales")
+
+
+def half_model(rows: int, weight: Array) -> onnx.ModelProto:
+    """y = x w^T of a matrix in float16 that the graph casts."""
+    nodes = [
+        helper.make_node("Cast", ["w"], ["wide"], to=TensorProto.FLOAT),
+        helper.make_node("Gemm", ["x", "wide"], ["y"], transB=1),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "half",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [rows, weight.shape[1]])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [rows, len(weight)])],
+        [numpy_helper.from_array(weight, "w")],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=10)
+
+
+@here
+@pytest.mark.parametrize("shape", [(7, 19), (130, 4099)])  # parts of vectors and of columns; several threads
+def test_few_rows_with_weights_of_float16(shape: tuple[int, int], tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    weight, x = rng.standard_normal(shape).astype(np.float16), rng.standard_normal((6, shape[1])).astype(np.float32)
+    found = run(half_model(6, weight), x, tmp_path, threads=2)
+    np.testing.assert_allclose(found, x.astype(np.float64) @ weight.astype(np.float64).T, atol=1e-6 * shape[1])
+    np.testing.assert_array_equal(run(half_model(1, weight), x[5:], tmp_path)[0], found[5])
+
+
+def test_many_rows_with_weights_of_float16_stay() -> None:
+    for rows, replaced in ((linear.FEW, True), (linear.FEW + 1, False)):
+        model = half_model(rows, np.zeros((8, 16), np.float16))
+        linear.for_cpu(model, halves=True)
+        assert [node.op_type for node in model.graph.node] == ([linear.HALF] if replaced else ["Cast", "Gemm"])
