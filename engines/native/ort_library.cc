@@ -22,18 +22,19 @@ constexpr bool kWithGpu = true;
 constexpr bool kWithGpu = false;
 #endif
 
+// Never destroyed, like ort_operators().
 const std::vector<btp::OrtOp>& operators()
 {
-    static const std::vector<btp::OrtOp> ops = [] {
-        std::vector<btp::OrtOp> all;
-        for (const btp::OrtOps ops : btp::ort_operators()) {
-            for (const btp::OrtOp& op : ops(kWithGpu)) {
-                all.push_back(op);
+    static const auto* const ops = [] {
+        auto* const all = new std::vector<btp::OrtOp>;
+        for (const btp::OrtOps some : btp::ort_operators()) {
+            for (const btp::OrtOp& op : some(kWithGpu)) {
+                all->push_back(op);
             }
         }
         return all;
     }();
-    return ops;
+    return *ops;
 }
 
 // Lives as long as the process: sessions hold pointers into the domain and its operators.

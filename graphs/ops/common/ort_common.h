@@ -296,10 +296,11 @@ OrtOp ort_op(const char* name, const char* device, ONNXTensorElementDataType typ
 // static OrtRegistration. So a library holds the operators whose sources it is linked from, and no list names them.
 using OrtOps = std::vector<OrtOp> (*)(bool with_gpu);
 
+// It is never destroyed: what zig links runs destructors when the process ends, where the library may be unloaded by then.
 inline std::vector<OrtOps>& ort_operators()
 {
-    static std::vector<OrtOps> operators;
-    return operators;
+    static auto* const operators = new std::vector<OrtOps>;
+    return *operators;
 }
 
 struct OrtRegistration {
