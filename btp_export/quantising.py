@@ -8,7 +8,7 @@ for; those that `--dummy-weights` makes are random codes from the beginning (btp
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -44,8 +44,10 @@ from graphs.records.spec import ModelSpec
 if TYPE_CHECKING:
     import torch
 
-    from calibrate.data.samples import SampleSet
+    from btp_export.model.prompting import Prompter
+    from calibrate.data.samples import Sample, SampleSet
     from calibrate.quantise.search import QuantisedLayer
+    from calibrate.reference.records import ReferenceInput
 
 Method = Literal["awq", "rtn"]
 VERSION = 3  # of what is made; raise it when the same model gives other bytes
@@ -153,6 +155,7 @@ class _Job:
         seen = {
             "plan": self.plan.digest(),
             "pictures": self.pictures.digest(),
+            "answers": [sample.answer for sample in self.pictures.samples],
             "processor": {path.name: sha256(path) for path in self.model.processor_files},
             "profile": self.profile.model_dump(mode="json"),
             "system": self.model.spec.system,
@@ -191,7 +194,8 @@ class _Job:
         spec, decoder = self.model.spec, self.model.spec.decoder
         samples, _ = fitted_samples(self.pictures.samples, spec, self.profile)
         prompter = Prompter(self.model.source.folder, spec)
-        inputs = model_inputs(self.model, prompter, self.profile, samples, report)
+        prompts = model_inputs(self.model, prompter, self.profile, samples, report)
+        inputs = with_answers(prompts, samples, prompter, self.profile.new_tokens)
 
         def tell(layer: int) -> None:
             if report is not None:
@@ -227,6 +231,17 @@ class _Job:
         elements = 2 * decoder.layer_elements + 6 * largest + 3 * rows * decoder.hidden_size + passed_on
         needed = LIBRARIES + 4 * elements
         check_memory(needed, f"quantising {self.model.spec.name} on {count} samples", do="fewer --samples")
+
+
+def with_answers(
+    prompts: Sequence[ReferenceInput], samples: Sequence[Sample], prompter: Prompter, most: int
+) -> list[ReferenceInput]:
+    """The prompts with the answers that are known behind them, of at most so many tokens.
+
+    Rows of answers come to the weights too, one by one, when they are generated.
+    """
+    tokens = [prompter.token_ids(sample.answer)[:most] if sample.answer else [] for sample in samples]
+    return [replace(prompt, new_tokens=tuple(ids)) for prompt, ids in zip(prompts, tokens, strict=True)]
 
 
 def _pictures(model: Model, settings: CalibrationSettings, profile: ShapeProfile, note: Note) -> SampleSet:

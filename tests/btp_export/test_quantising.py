@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from btp_export.model.defaults import default_profile, fitted_samples
 from btp_export.model.open_model import Model, open_model
@@ -16,7 +17,7 @@ from btp_export.planning.calibration_settings import CalibrationSettings
 from btp_export.planning.choose_plan import choose_plan
 from btp_export.planning.study import calibration_samples, model_inputs
 from btp_export.quantised.packed_folder import PackedWriter
-from btp_export.quantising import check_weights, quantise_model
+from btp_export.quantising import check_weights, quantise_model, with_answers
 from calibrate.reference.records import ReferenceInput
 from calibrate.reference.streamed_model import StreamedReference
 from graphs.files.cache_folder import cache_folder
@@ -68,6 +69,20 @@ def noise(setup: Setup) -> list[ReferenceInput]:
 
 def logits(model: Model, plan: PruningPlan, inputs: list[ReferenceInput]) -> np.ndarray:
     return np.stack([run.logits[0] for run in StreamedReference(model.checkpoint).run(inputs, plan)])
+
+
+def test_answers_that_are_known_follow_their_prompts(setup: Setup) -> None:
+    model, _, profile = setup
+    prompter = Prompter(model.source.folder, model.spec)
+    chosen = calibration_samples(SETTINGS, prompter, None, profile.image_size)
+    answers = ["green square", None, "red"]
+    samples = [replace(sample, answer=answer) for sample, answer in zip(chosen.samples, answers, strict=True)]
+    prompts = model_inputs(model, prompter, profile, samples, None)
+    shown = with_answers(prompts, samples, prompter, 1)
+    own = AutoTokenizer.from_pretrained(model.source.folder)
+    wanted = [own(answer or "", add_special_tokens=False).input_ids[:1] for answer in answers]
+    assert [list(one.new_tokens) for one in shown] == wanted and len(wanted[0]) == len(wanted[2]) == 1
+    assert all(one.input_ids is prompt.input_ids for one, prompt in zip(shown, prompts, strict=True))
 
 
 def test_every_matrix_is_in_four_bits_and_nothing_else_is(made: dict[str, Model], setup: Setup) -> None:
