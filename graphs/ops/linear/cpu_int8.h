@@ -12,6 +12,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic push
@@ -61,11 +62,14 @@ BTP_VNNI inline void round_row(const float* x, const Codes& w, int8_t* bytes, fl
         alignas(64) int8_t rounded[kBlock];
         for (size_t first = 0; first < kBlock; first += count) {
             const float* const given = x + block + first;
-            __m512 most = _mm512_setzero_ps();
+            __m512i most = _mm512_setzero_si512();  // as integers: floats without a sign have their order, NaN is the largest
             for (size_t place = 0; place < count; place += kLanes) {
-                most = _mm512_max_ps(most, _mm512_abs_ps(_mm512_loadu_ps(given + place)));
+                const __m512 size = _mm512_abs_ps(_mm512_loadu_ps(given + place));
+                most = _mm512_max_epi32(most, _mm512_castps_si512(size));
             }
-            const float largest = _mm512_reduce_max_ps(most);
+            const int32_t bits = _mm512_reduce_max_epi32(most);
+            float largest;
+            std::memcpy(&largest, &bits, sizeof largest);
             const __m512 by = _mm512_set1_ps(largest > 0.0f ? 127.0f / largest : 0.0f);
             for (size_t place = 0; place < count; place += kLanes) {
                 const __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(given + place), by));

@@ -112,6 +112,15 @@ def test_a_row_does_not_depend_on_the_others(tmp_path: Path) -> None:
         np.testing.assert_array_equal(alone[0], whole[place])
 
 
+@here
+def test_nan_stays(tmp_path: Path) -> None:
+    """Rounding must not make a number of it, wherever it is in a group."""
+    given = weights(128, 32, zeros=False, bias=False)
+    x = rows_of(128, 128)
+    x[np.arange(128), np.arange(128)] = np.nan
+    assert np.isnan(run(model_of(given, 128, 32), x, tmp_path)).all()
+
+
 def test_what_is_replaced() -> None:
     """All but rows of a length that the operator does not take."""
     for inputs, replaced in ((128, True), (160, False)):
