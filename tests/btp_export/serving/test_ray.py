@@ -59,10 +59,13 @@ def running(address: str, served_bundle: Bundle) -> str:
 
 
 class Load:
-    """Whole requests from two clients and streamed ones from a third until it is stopped."""
+    """Whole requests from two clients and streamed ones from a third until it is stopped.
 
-    def __init__(self, address: str, picture: Image.Image) -> None:
-        self._address, self._stop = address, threading.Event()
+    Each client pauses between them, which leaves a little room for the replicas that start meanwhile.
+    """
+
+    def __init__(self, address: str, picture: Image.Image, pause: float = 0.05) -> None:
+        self._address, self._pause, self._stop = address, pause, threading.Event()
         self._body = {"model": "tiny", "messages": question(picture, PROMPT)}
         self.whole, self.streamed = list[Reply](), list[Reply]()
         self._threads = [threading.Thread(target=self._ask, args=(n,), daemon=True) for n in range(3)]
@@ -79,7 +82,7 @@ class Load:
             assert not thread.is_alive()
 
     def _ask(self, number: int) -> None:
-        while not self._stop.wait(0.05):  # a little room for the replicas that start meanwhile
+        while not self._stop.wait(self._pause):
             streamed = number == 0
             body = json.dumps(self._body | {"stream": streamed}).encode()
             reply = ask(self._address, "POST", "/v1/chat/completions", body, JSON)
@@ -127,7 +130,7 @@ def test_another_bundle_takes_over_without_a_gap(
     from btp_export.serving import ray_app
 
     other = derive(served_bundle, served_bundle.plan.without_stages(), tmp_path / "other")
-    with Load(running, square) as load:
+    with Load(running, square, pause=0.25) as load:
         wait_until(lambda: len(load.whole) >= 3, 120)
         serve.run(ray_app(bundle=other.root, replicas=1, max_replicas=2, **OPTIONS), name="bundle")
         at = len(load.whole)
