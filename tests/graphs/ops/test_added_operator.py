@@ -85,8 +85,9 @@ class ScaleTokens {
 public:
     static constexpr size_t kInputs = 1;
     static constexpr size_t kRequired = 1;
+    static constexpr size_t kOutputs = 1;
     static ONNXTensorElementDataType input_type(ONNXTensorElementDataType type, size_t) { return type; }
-    static ONNXTensorElementDataType output_type(ONNXTensorElementDataType type) { return type; }
+    static ONNXTensorElementDataType output_type(ONNXTensorElementDataType type, size_t) { return type; }
 
     ScaleTokens(const OrtOp&, const OrtKernelInfo* info) : factor_(int_attribute(info, "BtpScaleTokens", "factor")) {}
 
