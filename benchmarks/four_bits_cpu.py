@@ -3,11 +3,12 @@
     python -m benchmarks.four_bits_cpu [--layers 32] [--steps 8] [--folder DIR] [--plain-layers 2]
 
 Makes a checkpoint of the model's shapes with random codes (4.5 GB, kept in the cache; nothing is searched for: random
-weights have nothing to keep), exports it with the published plan in float16, and measures in processes of their own:
-the first opening, which packs the weights into files that all sessions map (7 GB in the cache), a second one, and the
-model without pruning. Beside it the same model in float16, as ONNX Runtime computes it on a CPU where memory does not
-hold it: one layer open at a time, from --plain-layers layers. The load of the machine is
-recorded. Writes benchmarks/results/four_bits_cpu.md.
+weights have nothing to keep), exports it with the published plan in float32, in which a CPU computes, and measures in
+processes of their own: the first opening, a second one, and the model without pruning. Where btp_ort does not multiply
+(processors without AVX512-VNNI, or it is not built) the first packs the weights into files that all sessions map (7 GB
+in the cache). Beside it the same model in float16, as ONNX Runtime computes it on a CPU where memory does not hold it:
+one layer open at a time, from --plain-layers layers. The load of the machine is recorded. Writes
+benchmarks/results/four_bits_cpu.md.
 """
 
 import argparse
@@ -51,12 +52,12 @@ def plan_for(layers: int) -> PruningPlan:
 
 
 def make_bundle(layers: int, folder: Path) -> Bundle:
-    """The dummy model with random codes and the published plan, float16."""
+    """The dummy model with random codes and the published plan."""
     with console.progress("checkpoint") as bar:
         checkpoint = dummy_checkpoint(MODEL, layers=layers, group=GROUP, report=bar)
     model = open_model(str(checkpoint))
     with console.progress("export") as bar:
-        return export_bundle(model, plan_for(layers), folder, Options(precision="float16"), report=bar)
+        return export_bundle(model, plan_for(layers), folder, Options(precision="float32"), report=bar)
 
 
 def measure_here(bundle: Bundle, steps: int) -> dict[str, Any]:
@@ -119,7 +120,7 @@ PAGE = """\
 # LLaVA-1.5-7B with four-bit weights on a CPU
 
 `python -m benchmarks.four_bits_cpu`, {date}, {cores} cores ({machine}), ONNX Runtime with int8 rows, {layers} layers of
-random codes in groups of {group}, float16, batch 1, 576 image tokens, the published plan. The first prefill after
+random codes in groups of {group}, float32, batch 1, 576 image tokens, the published plan. The first prefill after
 opening, the median of the decode steps. `load` is the machine's: where it is above the number of cores, times say
 little.{limit}
 
