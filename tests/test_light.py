@@ -4,6 +4,7 @@ Here the libraries are hidden from one interpreter. benchmarks/installed.py make
 """
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -57,9 +58,10 @@ def run_hidden(commands: list[list[str]], *, hidden: tuple[str, ...] = HEAVY) ->
 
 
 @pytest.fixture(scope="module")
-def bundle(tiny_bundle: Any) -> Bundle:
+def bundle(tiny_bundle: Any, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """A copy: other files share the bundle, and here engines come into it."""
     made: Bundle = tiny_bundle(tiny_plan(*STAGES))
-    return made
+    return Bundle.open(shutil.copytree(made.root, tmp_path_factory.mktemp("light") / "bundle"))
 
 
 @pytest.fixture(scope="module")
