@@ -145,7 +145,7 @@ private:
 };
 
 // Coverage without a similarity: from the rows whose cosines it would be. On the CPU only, and in no file: it is put in
-// place of the nodes that compute the similarity when a session is prepared (engines/runners/selection.py).
+// place of the nodes that compute the similarity when a session is prepared (engines/runners/on_cpu/selection.py).
 //   rows [B,S,C] float32, scores [B,V] (optional), seeds [m] int32 (optional) -> indices [B,keep] int32, norms [B,V]
 // The V tokens begin at row `start`; from their rows the mean is taken if `centred` is 1. Without scores the norms are.
 class SelectTokensByRows {
