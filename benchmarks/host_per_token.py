@@ -28,7 +28,7 @@ import numpy as np
 
 from benchmarks.findings import NotHere, Row, Wishes
 from btp_export.running.embedding import TokenEmbedding
-from btp_export.running.generation import Answer, Choose, generate
+from btp_export.running.generation import Answer, chooser, generate
 from btp_export.running.logit_rules import LogitRules
 from btp_export.running.sampling import Sampling
 from engines.chain import Chain
@@ -226,11 +226,6 @@ def measure(model: Model, sampling: Sampling, tokens: int, folder: Path) -> Cost
         generate([answer], logits, lambda ids: chain.decode(rows(ids)))  # noqa: B023
         costs.append((choose.seconds, rows.seconds, time.thread_time() - begin))
     return Cost(*(median(column) / tokens * 1000 for column in zip(*costs[1:], strict=True)))
-
-
-def chooser(rules: LogitRules, sampling: Sampling, generator: np.random.Generator) -> Choose:
-    """Choosing a token as `answers_for` does it."""
-    return lambda new, row: rules.choose(new, row, lambda scores: sampling.choose(scores, generator))
 
 
 class Timed:

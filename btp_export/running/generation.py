@@ -68,15 +68,12 @@ def answers_for(
     `first` is the number of the first sample: sample n draws from its own generator, seeded with (seed, n). `endless`
     answers take no notice of end tokens.
     """
-
-    def choose_with(rules: LogitRules, generator: np.random.Generator) -> Choose:
-        return lambda new, logits: rules.choose(new, logits, lambda scores: chosen_by.choose(scores, generator))
-
     ends = frozenset[int]() if endless else frozenset(spec.eos_token_ids)
     return [
         Answer(
-            choose_with(
+            chooser(
                 LogitRules(spec.generation, spec.eos_token_ids, prompt, room),
+                chosen_by,
                 np.random.default_rng((chosen_by.seed, number)),
             ),
             ends,
@@ -84,6 +81,11 @@ def answers_for(
         )
         for number, prompt in enumerate(prompts, first)
     ]
+
+
+def chooser(rules: LogitRules, chosen_by: Sampling, generator: np.random.Generator) -> Choose:
+    """Choosing one sample's tokens: by `chosen_by`, with draws from `generator`, of logits under the rules."""
+    return lambda new, logits: rules.choose(new, logits, lambda scores: chosen_by.choose(scores, generator))
 
 
 def generate(answers: Sequence[Answer], logits: Array, decode: Decode) -> None:

@@ -66,7 +66,6 @@ class _Graph(Rewriting):
     def __init__(self, model: onnx.ModelProto) -> None:
         super().__init__(model)
         self._inputs = {value.name for value in model.graph.input}
-        self._stored = {tensor.name: tensor for tensor in model.graph.initializer}
         self._readers: dict[str, list[NodeProto]] = {}
         for node in model.graph.node:
             for name in node.input:
@@ -89,7 +88,7 @@ class _Graph(Rewriting):
         scaled, valid = (self._made_by(name) for name in masked)
         if scaled is None or scaled.op_type != "Mul" or valid is None or valid.op_type != "Less":
             return None
-        length, factor = self._laid_out(valid.input[1]), self._stored.get(scaled.input[1])
+        length, factor = self._laid_out(valid.input[1]), self.stored.get(scaled.input[1])
         if length not in self._inputs or factor is None:
             return None
         return _Layer(scaled.input[0], rows, past, length, context, float(numpy_helper.to_array(factor)))

@@ -51,8 +51,8 @@ class _Graph(Rewriting):
 
     def __init__(self, model: onnx.ModelProto) -> None:
         super().__init__(model)
-        for tensor in model.graph.initializer:
-            self.shapes[tensor.name], self.types[tensor.name] = tuple(tensor.dims), tensor.data_type
+        for name, tensor in self.stored.items():
+            self.shapes[name], self.types[name] = tuple(tensor.dims), tensor.data_type
 
     def is_packed(self, node: NodeProto) -> bool:
         """Four-bit weights and float32 rows, with as many columns and outputs as the operator takes at once."""

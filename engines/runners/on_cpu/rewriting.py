@@ -1,4 +1,4 @@
-"""What both replacements know of a graph and put into it: ONNX Runtime's node, reshapes, constants that are shared."""
+"""What all replacements know of a graph and put into it: ONNX Runtime's node, reshapes, constants that are shared."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
@@ -22,6 +22,7 @@ class Rewriting:
         tensors = {value.name: value.type.tensor_type for value in values}
         self.shapes: dict[str, Shape] = {n: tuple(d.dim_value for d in t.shape.dim) for n, t in tensors.items()}
         self.types = {name: tensor.elem_type for name, tensor in tensors.items()}
+        self.stored = {tensor.name: tensor for tensor in model.graph.initializer}
         self.producers = {output: node for node in model.graph.node for output in node.output}
         self._constants: dict[str, TensorProto] = {}
 

@@ -58,7 +58,6 @@ class _Graph(Rewriting):
 
     def __init__(self, model: onnx.ModelProto) -> None:
         super().__init__(model)
-        self._stored = {tensor.name: tensor for tensor in model.graph.initializer}
         self._readers = Counter(name for node in model.graph.node for name in node.input)
 
     def rows_of(self, node: NodeProto) -> _Rows | None:
@@ -125,5 +124,5 @@ class _Graph(Rewriting):
 
     def _constant(self, name: str) -> list[int] | None:
         """A stored list of integers."""
-        stored = self._stored.get(name)
+        stored = self.stored.get(name)
         return None if stored is None else [int(number) for number in numpy_helper.to_array(stored).ravel()]
