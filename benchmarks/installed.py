@@ -18,6 +18,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from benchmarks.table import put_between_marks
+
 ROOT: Final = Path(__file__).parents[1]
 RESULTS: Final = ROOT / "benchmarks" / "results" / "installed.md"
 LIMIT: Final = 120.0  # MB, of the smallest installation
@@ -77,8 +79,7 @@ def sizes(*, write: bool) -> int:
     table = "\n".join(lines)
     print(table)
     if write:
-        before, mark, _ = RESULTS.read_text(encoding="utf-8").partition("<!-- sizes -->\n")
-        RESULTS.write_text(f"{before}{mark}{table}\n", encoding="utf-8")
+        put_between_marks(RESULTS, table)
     return int(totals[0] > LIMIT)
 
 
