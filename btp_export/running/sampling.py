@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import numpy as np
@@ -12,6 +12,7 @@ from graphs.records.errors import CheckError, InputError
 Vector = np.ndarray[Any, np.dtype[Any]]
 BLOCK: Final = 256  # weights summed together
 NEAR: Final = 15.0  # temperatures below the largest logit: a token further down weighs less than e^-15 of the largest
+FAR: Final = 20.0  # the same, where it is asked how many tokens weigh less than that
 ROUNDING: Final = 1e-5  # of a float32 sum of BLOCK weights, generously
 GROUP: Final = 8  # logits looked at together: their comparisons are one word
 SMALLEST, LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
@@ -113,10 +114,12 @@ def _largest(logits: Vector) -> int:
 
 
 def _candidates(logits: Vector, largest: float, temperature: float) -> Iterator[_Tokens]:
-    """Tokens to choose from: those near the largest logit if they are few, then all."""
+    """Tokens to choose from: those near the largest logit if they are few, the same with a closer bound, then all."""
     near = _near(logits, largest, temperature)
     if near is not None:
         yield near
+        further = np.count_nonzero(logits >= _below(logits, largest, FAR * temperature))
+        yield replace(near, missing=further * math.exp(-NEAR) + logits.size * math.exp(-FAR))
     yield _all(logits, largest, temperature)
 
 
@@ -124,9 +127,7 @@ def _near(logits: Vector, largest: float, temperature: float) -> _Tokens | None:
     """The tokens within NEAR temperatures of the largest logit; None if they are so many that nothing is saved."""
     if logits.size % GROUP:
         return None
-    with np.errstate(over="ignore"):  # a huge temperature: minus infinity, and every token is near
-        bound = logits.dtype.type(largest - NEAR * temperature)
-    hits = (logits >= bound).view(np.uint64) != 0
+    hits = (logits >= _below(logits, largest, NEAR * temperature)).view(np.uint64) != 0
     if np.count_nonzero(hits) > hits.size // 4:
         return None
     groups = np.flatnonzero(hits)
@@ -136,6 +137,12 @@ def _near(logits: Vector, largest: float, temperature: float) -> _Tokens | None:
         missing=logits.size * math.exp(-NEAR),
         ids=lambda places: groups[places // GROUP] * GROUP + places % GROUP,
     )
+
+
+def _below(logits: Vector, largest: float, distance: float) -> Any:
+    """`distance` below the largest, as one of the logits; minus infinity at a huge temperature."""
+    with np.errstate(over="ignore"):
+        return logits.dtype.type(largest - distance)
 
 
 def _all(logits: Vector, largest: float, temperature: float) -> _Tokens:
