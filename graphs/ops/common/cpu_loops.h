@@ -19,6 +19,20 @@
     __attribute__((target("avx512f,avx512bw,avx512cd,avx512dq,avx512vl,avx512vnni,avx2,fma,bmi,bmi2,f16c")))
 #endif
 
+// Around code with intrinsics: GCC warns of what its own headers do (_mm512_undefined_ps and the like), and of how vectors
+// would be passed between libraries, which ours never are.
+#if defined(__GNUC__) && !defined(__clang__)
+#define BTP_QUIET_INTRINSICS                               \
+    _Pragma("GCC diagnostic push")                         \
+    _Pragma("GCC diagnostic ignored \"-Wuninitialized\"")  \
+    _Pragma("GCC diagnostic ignored \"-Wmaybe-uninitialized\"") \
+    _Pragma("GCC diagnostic ignored \"-Wpsabi\"")
+#define BTP_QUIET_END _Pragma("GCC diagnostic pop")
+#else
+#define BTP_QUIET_INTRINSICS
+#define BTP_QUIET_END
+#endif
+
 namespace btp {
 
 enum class Instructions { plain, avx2, avx512 };

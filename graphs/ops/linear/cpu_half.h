@@ -1,24 +1,22 @@
-// Products of few float32 rows with float16 weights as they are stored, in float32 (AVX-512). A new token reads every weight
-// once, so its time is that of reading: half of what the same weights take in float32, and no copy of them is made.
+// Products of few rows of float32 or float16 with float16 weights as they are stored, summed in float32 (AVX-512). A new token
+// reads every weight once, so its time is that of reading: half of what the same weights take in float32, and no copy of
+// them is made.
 #pragma once
 
-#include "../common/cpu_loops.h"
+#include "cpu_floats.h"
 
 #ifdef BTP_X86
 #include <cstddef>
 #include <cstdint>
 
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wuninitialized"  // of GCC's own headers: _mm512_undefined_ps and the like
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#endif
+BTP_QUIET_INTRINSICS
 
 namespace btp {
 
-// y [M, N columns], `next` apart. x [M,K], weights [N,K]. A sum has 16 chains, whatever M and N are.
-template <int M, int N>
-BTP_AVX512 BTP_INLINE void multiply_halves(const float* x, size_t inputs, const uint16_t* weights, float* y, size_t next)
+// y [M, N columns], `next` apart. x [M,K], weights [N,K]. T: float or uint16_t, of x and y. A sum has 16 chains, whatever M
+// and N are.
+template <int M, int N, typename T>
+BTP_AVX512 BTP_INLINE void multiply_halves(const T* x, size_t inputs, const uint16_t* weights, T* y, size_t next)
 {
     constexpr size_t kTogether = 16;
     __m512 sums[M][N];
@@ -32,11 +30,10 @@ BTP_AVX512 BTP_INLINE void multiply_halves(const float* x, size_t inputs, const 
         const auto some = static_cast<__mmask16>(whole ? 0xffff : (1u << (inputs - place)) - 1);
         __m512 w[N];
         for (int n = 0; n < N; ++n) {
-            const uint16_t* const stored = weights + static_cast<size_t>(n) * inputs + place;
-            w[n] = _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(some, stored));
+            w[n] = floats_at(weights + static_cast<size_t>(n) * inputs + place, some);
         }
         for (int m = 0; m < M; ++m) {
-            const __m512 given = _mm512_maskz_loadu_ps(some, x + static_cast<size_t>(m) * inputs + place);
+            const __m512 given = floats_at(x + static_cast<size_t>(m) * inputs + place, some);
             for (int n = 0; n < N; ++n) {
                 sums[m][n] = _mm512_fmadd_ps(given, w[n], sums[m][n]);
             }
@@ -44,14 +41,14 @@ BTP_AVX512 BTP_INLINE void multiply_halves(const float* x, size_t inputs, const 
     }
     for (int m = 0; m < M; ++m) {
         for (int n = 0; n < N; ++n) {
-            y[static_cast<size_t>(m) * next + static_cast<size_t>(n)] = _mm512_reduce_add_ps(sums[m][n]);
+            put_float(y + static_cast<size_t>(m) * next + static_cast<size_t>(n), _mm512_reduce_add_ps(sums[m][n]));
         }
     }
 }
 
-template <int M>
-BTP_AVX512 inline void multiply_half_rows(const float* x, size_t inputs, const uint16_t* weights, size_t columns,
-                                          float* y, size_t next)
+template <int M, typename T>
+BTP_AVX512 inline void multiply_half_rows(const T* x, size_t inputs, const uint16_t* weights, size_t columns, T* y,
+                                          size_t next)
 {
     size_t column = 0;
     for (; column + 4 <= columns; column += 4) {
@@ -63,8 +60,9 @@ BTP_AVX512 inline void multiply_half_rows(const float* x, size_t inputs, const u
 }
 
 // Columns of y [rows,N] from y on. weights [columns,K].
-inline void multiply_half_columns(const float* x, size_t rows, size_t inputs, const uint16_t* weights, size_t columns,
-                                  float* y, size_t next)
+template <typename T>
+void multiply_half_columns(const T* x, size_t rows, size_t inputs, const uint16_t* weights, size_t columns, T* y,
+                           size_t next)
 {
     size_t row = 0;
     for (; row + 4 <= rows; row += 4) {
@@ -77,7 +75,5 @@ inline void multiply_half_columns(const float* x, size_t rows, size_t inputs, co
 
 }  // namespace btp
 
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic pop
-#endif
+BTP_QUIET_END
 #endif

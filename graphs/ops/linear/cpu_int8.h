@@ -6,7 +6,7 @@
 // side by side: no group of 16 or more is split between lanes, and a lane is scaled by its group's scales.
 #pragma once
 
-#include "../common/cpu_loops.h"
+#include "cpu_floats.h"
 
 #ifdef BTP_X86
 #include <algorithm>
@@ -14,12 +14,7 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wuninitialized"  // of GCC's own headers: _mm512_undefined_ps and the like
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#pragma GCC diagnostic ignored "-Wpsabi"
-#endif
+BTP_QUIET_INTRINSICS
 
 namespace btp {
 
@@ -36,7 +31,7 @@ struct ByteRows {
 
 struct Codes {
     const uint8_t* codes;  // [N,K/2]
-    const void* scales;    // [N,K/group] float32, or float16 if halves
+    const void* scales;    // [N,K/group] float16 if halves, else float32
     bool halves;
     const uint8_t* zeros;  // [N,ceil(K/group/2)], null: 8
     size_t inputs, group;  // K
@@ -53,18 +48,19 @@ inline ByteRows byte_rows(void* memory, size_t rows, size_t inputs)
 
 BTP_VNNI BTP_INLINE __m512i joined(__m256i a, __m256i b) { return _mm512_inserti64x4(_mm512_castsi256_si512(a), b, 1); }
 
-// One row of x. The largest of a group becomes 127.
-BTP_VNNI inline void round_row(const float* x, const Codes& w, int8_t* bytes, float* scales, int32_t* less)
+// One row of x. The largest of a group becomes 127. T: float or uint16_t.
+template <typename T>
+BTP_VNNI inline void round_row(const T* x, const Codes& w, int8_t* bytes, float* scales, int32_t* less)
 {
     const size_t inputs = w.inputs, count = std::min(w.group, kBlock);
     const auto times = static_cast<unsigned>(w.zeros == nullptr ? 3 : 0);
     for (size_t block = 0; block < inputs; block += kBlock) {
         alignas(64) int8_t rounded[kBlock];
         for (size_t first = 0; first < kBlock; first += count) {
-            const float* const given = x + block + first;
+            const T* const given = x + block + first;
             __m512i most = _mm512_setzero_si512();  // as integers: floats without a sign have their order, NaN is the largest
             for (size_t place = 0; place < count; place += kLanes) {
-                const __m512 size = _mm512_abs_ps(_mm512_loadu_ps(given + place));
+                const __m512 size = _mm512_abs_ps(floats_at(given + place));
                 most = _mm512_max_epi32(most, _mm512_castps_si512(size));
             }
             const int32_t bits = _mm512_reduce_max_epi32(most);
@@ -72,7 +68,7 @@ BTP_VNNI inline void round_row(const float* x, const Codes& w, int8_t* bytes, fl
             std::memcpy(&largest, &bits, sizeof largest);
             const __m512 by = _mm512_set1_ps(largest > 0.0f ? 127.0f / largest : 0.0f);
             for (size_t place = 0; place < count; place += kLanes) {
-                const __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(given + place), by));
+                const __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(floats_at(given + place), by));
                 _mm_store_si128(reinterpret_cast<__m128i*>(rounded + first + place), _mm512_cvtsepi32_epi8(whole));
             }
             for (size_t lane = first / 8; lane < (first + count) / 8; ++lane) {
@@ -102,15 +98,10 @@ BTP_VNNI BTP_INLINE __m512i places_of(size_t group)
     return _mm512_load_si512(places);
 }
 
-template <bool Halves>
+template <typename S>
 BTP_VNNI BTP_INLINE __m512 block_scales(const Codes& w, size_t first, __m512i places, uint16_t some)
 {
-    if (Halves) {
-        const auto* const halves = static_cast<const uint16_t*>(w.scales) + first;
-        const __m256 wide = _mm256_cvtph_ps(_mm_maskz_loadu_epi16(static_cast<__mmask8>(some), halves));
-        return _mm512_permutexvar_ps(places, _mm512_castps256_ps512(wide));
-    }
-    return _mm512_permutexvar_ps(places, _mm512_maskz_loadu_ps(some, static_cast<const float*>(w.scales) + first));
+    return _mm512_permutexvar_ps(places, floats_at(static_cast<const S*>(w.scales) + first, some));
 }
 
 BTP_VNNI inline __m512i block_zeros(const uint8_t* row, size_t group, size_t count, __m512i places)
@@ -122,10 +113,10 @@ BTP_VNNI inline __m512i block_zeros(const uint8_t* row, size_t group, size_t cou
     return _mm512_permutexvar_epi32(places, _mm512_load_si512(found));
 }
 
-// y [M rows, N columns], `next` apart, of rows from `row` on and columns from `column` on.
-template <int M, int N, bool Zeros, bool Halves>
-BTP_VNNI BTP_INLINE void multiply_bytes(const ByteRows& x, size_t row, const Codes& w, size_t column, const float* bias,
-                                        float* y, size_t next)
+// y [M rows, N columns], `next` apart, of rows from `row` on and columns from `column` on. T: of bias and y, S: of scales.
+template <int M, int N, bool Zeros, typename S, typename T>
+BTP_VNNI BTP_INLINE void multiply_bytes(const ByteRows& x, size_t row, const Codes& w, size_t column, const T* bias, T* y,
+                                        size_t next)
 {
     const size_t inputs = w.inputs, groups = inputs / w.group, step = w.group < kBlock ? kBlock / w.group : 1;
     const int twice = w.group > kBlock ? 1 : 0;  // 256: two blocks have one group
@@ -148,7 +139,7 @@ BTP_VNNI BTP_INLINE void multiply_bytes(const ByteRows& x, size_t row, const Cod
             const __m512i both = _mm512_loadu_si512(codes + static_cast<size_t>(n) * inputs / 2 + block * kBlock / 2);
             const __m512i even = _mm512_and_si512(both, low);
             const __m512i odd = _mm512_and_si512(_mm512_srli_epi16(both, 4), low);
-            const __m512 scales = block_scales<Halves>(w, own * groups + group, places, some);
+            const __m512 scales = block_scales<S>(w, own * groups + group, places, some);
             const __m512i zeros =
                 Zeros ? block_zeros(w.zeros + own * ((groups + 1) / 2), group, step, places) : _mm512_setzero_si512();
             for (int m = 0; m < M; ++m) {
@@ -166,32 +157,31 @@ BTP_VNNI BTP_INLINE void multiply_bytes(const ByteRows& x, size_t row, const Cod
         for (int m = 0; m < M; ++m) {
             const size_t own = column + static_cast<size_t>(n);
             const float sum = _mm512_reduce_add_ps(sums[n][m]);
-            y[(row + static_cast<size_t>(m)) * next + own] = bias != nullptr ? sum + bias[own] : sum;
+            T* const to = y + (row + static_cast<size_t>(m)) * next + own;
+            put_float(to, bias != nullptr ? sum + float_at(bias + own) : sum);
         }
     }
 }
 
 // Columns [first, last) of y [M,N], multiples of kColumns. The order of a sum is the same however many rows there are.
-template <bool Zeros, bool Halves>
-BTP_VNNI inline void multiply_columns(const ByteRows& x, size_t rows, const Codes& w, const float* bias, float* y,
-                                      size_t next, size_t first, size_t last)
+template <bool Zeros, typename S, typename T>
+BTP_VNNI inline void multiply_columns(const ByteRows& x, size_t rows, const Codes& w, const T* bias, T* y, size_t next,
+                                      size_t first, size_t last)
 {
     size_t row = 0;
     for (; row + 4 <= rows; row += 4) {
         for (size_t column = first; column < last; column += 4) {
-            multiply_bytes<4, 4, Zeros, Halves>(x, row, w, column, bias, y, next);
+            multiply_bytes<4, 4, Zeros, S>(x, row, w, column, bias, y, next);
         }
     }
     for (; row < rows; ++row) {
         for (size_t column = first; column < last; column += 4) {
-            multiply_bytes<1, 4, Zeros, Halves>(x, row, w, column, bias, y, next);
+            multiply_bytes<1, 4, Zeros, S>(x, row, w, column, bias, y, next);
         }
     }
 }
 
 }  // namespace btp
 
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic pop
-#endif
+BTP_QUIET_END
 #endif

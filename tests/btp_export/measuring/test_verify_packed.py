@@ -3,15 +3,25 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from btp_export.exporting import Options, export_bundle
-from btp_export.measuring.bench import measure
+from btp_export.measuring.bench import measure, random_samples
 from btp_export.measuring.verify import verify_bundle
 from btp_export.model.open_model import open_model
 from btp_export.running.memory_fit import Streaming
+from btp_export.running.runtime import BundleModel
+from engines.native.libraries import multiplies
+from engines.runners.on_cpu.linear import INT8, LINEAR, for_cpu
+from engines.runners.onnxruntime import OrtLoader
+from engines.verify.gates import GATES, compare
 from graphs.building.derived_bundles import derive
 from graphs.files.bundle import Bundle
+from graphs.files.onnx_file import read_graph
+from tests.conftest import make_tiny
+from tests.engines.native import builds
 from tests.packed import pack_folder
 from tests.plans import PLAN
 
@@ -46,3 +56,40 @@ def test_a_derived_bundle_keeps_its_weights_packed(packed: Bundle, tmp_path: Pat
     derived = derive(packed, PLAN.without_stages(), tmp_path / "derived")
     assert derived.manifest.quantization == packed.manifest.quantization is not None
     assert b"BtpLinear" in (derived.root / derived.graph("decode").file).read_bytes()
+
+
+@pytest.fixture(scope="module")
+def halves(demo_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A bundle of a float16 checkpoint whose rows are long enough for codes to be multiplied as they are stored."""
+    folder = tmp_path_factory.mktemp("halves")
+    make_tiny(demo_checkpoint, folder / "model", hidden_size=128, intermediate_size=128, head_dim=32)
+    file = folder / "model" / "model.safetensors"
+    save_file({name: array.astype(np.float16) for name, array in load_file(file).items()}, file)
+    pack_folder(folder / "model", folder / "packed", group=32)
+    options = Options(text_tokens=16, new_tokens=12, precision="float16")
+    return export_bundle(open_model(str(folder / "packed")), PLAN, folder / "bundle", options)
+
+
+def test_a_float16_bundle_holds_its_gates(halves: Bundle) -> None:
+    result = verify_bundle(halves, samples=2, tokens=4, threads=1)
+    assert result.passed, result.failures
+    assert result.int8_rows is not None
+    assert result.int8_rows.logits_cosine > 0.99
+
+
+@pytest.mark.skipif(not multiplies(builds.ort_library()), reason="this processor has no AVX512-VNNI")
+def test_stored_codes_of_a_float16_bundle_give_what_packed_ones_do(halves: Bundle) -> None:
+    graph = read_graph(halves.root / halves.graph("decode").file)
+    before = [node.op_type for node in graph.graph.node].count(LINEAR)
+    for_cpu(graph, int8=True)
+    assert [node.op_type for node in graph.graph.node].count(INT8) == before == 7 * 6
+    found = []
+    for library in (builds.ort_library(), None):
+        model = BundleModel(halves, OrtLoader(threads=1, accuracy_level=4, custom_ops=library))
+        encoded = random_samples(model)
+        prefill = model.prefill(encoded)
+        logits = [np.asarray(prefill.logits), *(model.decode_step(prefill, [token]) for token in (5, 9))]
+        found.append(np.concatenate(logits))
+    cosine, ratio, _ = compare(found[1], found[0])
+    assert cosine >= GATES["float16"].cosine
+    assert abs(ratio - 1) <= GATES["float16"].norm

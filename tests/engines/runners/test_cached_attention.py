@@ -59,11 +59,11 @@ def test_the_new_row_is_written_into_the_cache_itself(tiny_bundle: Any) -> None:
 
 
 def test_other_graphs_stay(tiny_bundle: Any) -> None:
-    """Half precision keeps the form of the file."""
+    """Attention in half precision keeps the form of the file."""
     from engines.runners.on_cpu import Native, for_cpu
 
     bundle = tiny_bundle(precision="float16")
     (graph,) = [graph for graph in bundle.graphs(bundle.manifest.profiles[0].name) if graph.name == "decode"]
     model = read_graph(bundle.root / graph.file)
     before = model.SerializeToString()
-    assert for_cpu(model, Native(selections=True, halves=True, int8=True)) == {} and model.SerializeToString() == before
+    assert for_cpu(model, Native(selections=True, int8=True)) == {} and model.SerializeToString() == before

@@ -6,12 +6,17 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from hypothesis import given as drawn
+from hypothesis import settings
+from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 from engines.native.libraries import multiplies
 from engines.runners.on_cpu import linear
 from engines.runners.onnxruntime import OrtLoader
+from graphs.dtypes import BFLOAT16
 from graphs.ops.linear import function
+from graphs.records.errors import BtpError
 from tests.engines.native import builds
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -21,6 +26,7 @@ here = pytest.mark.skipif(not multiplies(builds.ort_library()), reason="this pro
 
 
 def weights(inputs: int, group: int, *, zeros: bool, bias: bool) -> dict[str, Array]:
+    """In float32, with scales and bias that float16 holds."""
     rng = np.random.default_rng(inputs + group)
     groups = inputs // group
     made: dict[str, Array] = {
@@ -30,22 +36,26 @@ def weights(inputs: int, group: int, *, zeros: bool, bias: bool) -> dict[str, Ar
     if zeros:
         made["zeros"] = rng.integers(0, 256, (OUTPUTS, (groups + 1) // 2), np.uint8)
     if bias:
-        made["bias"] = rng.standard_normal(OUTPUTS).astype(np.float32)
+        made["bias"] = rng.standard_normal(OUTPUTS).astype(np.float16).astype(np.float32)
     return made
 
 
-def rows_of(count: int, inputs: int) -> Array:
-    """Rows whose groups are of very different sizes, one of them zeros."""
+def rows_of(count: int, inputs: int, dtype: Any = np.float32) -> Array:
+    """Rows whose groups are of very different sizes, one of them zeros; no product leaves the range of float16."""
     rng = np.random.default_rng(count)
     x = rng.standard_normal((count, inputs)) * 10.0 ** rng.integers(-3, 3, (count, inputs // 16)).repeat(16, 1)
     x[0, :16] = 0
-    return x.astype(np.float32)
+    return x.astype(dtype)
 
 
-def model_of(given: dict[str, Array], rows: int, group: int, *, half: bool = False) -> onnx.ModelProto:
-    """One BtpLinear; half: its scales are stored in float16 and cast, as those of a float16 checkpoint are."""
+def model_of(
+    given: dict[str, Array], rows: int, group: int, *, half: bool = False, dtype: Any = np.float32
+) -> onnx.ModelProto:
+    """One BtpLinear; half: its scales are stored in float16 and cast, as those of a float16 checkpoint may be."""
     inputs = given["qweight"].shape[1] * group
-    stored = {name: array.astype(np.float16) if half and name == "scales" else array for name, array in given.items()}
+    floats = {"scales": np.float16 if half else dtype, "bias": dtype}
+    stored = {name: array.astype(floats.get(name, np.uint8)) for name, array in given.items()}
+    element = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
     nodes = []
     if half:
         nodes = [helper.make_node("Cast", ["stored"], ["scales"], to=TensorProto.FLOAT)]
@@ -55,8 +65,8 @@ def model_of(given: dict[str, Array], rows: int, group: int, *, half: bool = Fal
     graph = helper.make_graph(
         nodes,
         "linear",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [rows, inputs])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [rows, OUTPUTS])],
+        [helper.make_tensor_value_info("x", element, [rows, inputs])],
+        [helper.make_tensor_value_info("y", element, [rows, OUTPUTS])],
         [numpy_helper.from_array(array, name) for name, array in stored.items()],
     )
     opsets = [helper.make_opsetid("", 23), helper.make_opsetid("btp", 1)]
@@ -89,18 +99,50 @@ def run(model: onnx.ModelProto, x: Array, folder: Path, threads: int = 1) -> Arr
     return runner.run({"x": x})["y"]
 
 
+def half_a_place(y: Array, dtype: Any) -> Array:
+    """How far rounding to a type may move numbers: nothing for float32, whose sums have errors of their own."""
+    return np.spacing(np.abs(y).astype(np.float16)).astype(np.float64) / 2 if dtype == np.float16 else np.zeros(y.shape)
+
+
 @here
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
 @pytest.mark.parametrize("zeros", [False, True])
 @pytest.mark.parametrize(("group", "inputs"), [(16, 128), (32, 384), (64, 256), (128, 384), (256, 512)])
-def test_is_the_definition_with_rows_in_int8(group: int, inputs: int, zeros: bool, tmp_path: Path) -> None:
-    half, bias = group in (16, 64), group != 128
+def test_is_the_definition_with_rows_in_int8(group: int, inputs: int, zeros: bool, dtype: Any, tmp_path: Path) -> None:
+    half, bias = group in (16, 64) and dtype == np.float32, group != 128
     given = weights(inputs, group, zeros=zeros, bias=bias)
-    x = rows_of(21, inputs)  # more than are rounded together, in fours and one by one
-    found = run(model_of(given, len(x), group, half=half), x, tmp_path, threads=2)
-    w, added = multiplied_out(given, group), given.get("bias", np.zeros(OUTPUTS))
+    x = rows_of(21, inputs, dtype)  # more than are rounded together, in fours and one by one
+    found = run(model_of(given, len(x), group, half=half, dtype=dtype), x, tmp_path, threads=2)
+    assert found.dtype == dtype
+    x, w, added = x.astype(np.float32), multiplied_out(given, group), given.get("bias", np.zeros(OUTPUTS))
     norm = np.linalg.norm(x, axis=1)[:, None] * np.linalg.norm(w, axis=1)
-    assert (np.abs(found - (rounded(x, group) @ w.T + added)) <= 2e-6 * norm).all()
+    exact = rounded(x, group) @ w.T + added
+    assert (np.abs(found - exact) <= 2e-6 * norm + half_a_place(exact, dtype)).all()
     assert (np.abs(found - (x @ w.T + added)) <= 1e-2 * norm).all()
+
+
+@here
+@settings(max_examples=30, deadline=None)
+@drawn(
+    group=st.sampled_from([16, 32, 64, 128, 256]),
+    blocks=st.integers(1, 3),
+    rows=st.integers(1, 6),
+    zeros=st.booleans(),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_rows_of_float16_are_those_of_float32_rounded_at_the_end(
+    group: int, blocks: int, rows: int, zeros: bool, seed: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Bit for bit: subnormal numbers, the largest, infinities and NaN in rows, and sums beyond float16, included."""
+    inputs = blocks * max(group, 128)
+    given = weights(inputs, group, zeros=zeros, bias=True)
+    x = np.random.default_rng(seed).integers(0, 2**16, (rows, inputs), np.uint16).view(np.float16)
+    x[1:] = np.where(np.isfinite(x[1:]), x[1:], 0)
+    folder = tmp_path_factory.mktemp("halves")
+    half = run(model_of(given, rows, group, dtype=np.float16), x, folder)
+    with np.errstate(over="ignore", invalid="ignore"):
+        single = run(model_of(given, rows, group, half=True), x.astype(np.float32), folder).astype(np.float16)
+    np.testing.assert_array_equal(half, single)
 
 
 @here
@@ -113,52 +155,81 @@ def test_a_row_does_not_depend_on_the_others(tmp_path: Path) -> None:
 
 
 @here
-def test_nan_stays(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_nan_stays(dtype: Any, tmp_path: Path) -> None:
     """Rounding must not make a number of it, wherever it is in a group."""
     given = weights(128, 32, zeros=False, bias=False)
-    x = rows_of(128, 128)
+    x = rows_of(128, 128, dtype)
     x[np.arange(128), np.arange(128)] = np.nan
-    assert np.isnan(run(model_of(given, 128, 32), x, tmp_path)).all()
+    assert np.isnan(run(model_of(given, 128, 32, dtype=dtype), x, tmp_path)).all()
 
 
-def test_what_is_replaced() -> None:
-    """All but rows of a length that the operator does not take."""
-    for inputs, replaced in ((128, True), (160, False)):
-        model = model_of(weights(inputs, 32, zeros=False, bias=True), 2, 32, half=True)
-        linear.for_cpu(model, int8=True)
-        (kept,) = (node for node in model.graph.node if node.op_type != "Cast")
-        assert kept.op_type == (linear.INT8 if replaced else linear.LINEAR)
-        assert kept.input[2] == ("stored" if replaced else "scales")
+@pytest.mark.parametrize(
+    ("inputs", "dtype", "replaced"),
+    [(128, np.float32, True), (128, np.float16, True), (160, np.float16, False), (128, BFLOAT16, False)],
+)
+def test_what_is_replaced(inputs: int, dtype: Any, replaced: bool) -> None:
+    """All but rows of a length or a type that the operator does not take; scales are those of the file."""
+    half = dtype == np.float32
+    model = model_of(weights(inputs, 32, zeros=False, bias=True), 2, 32, half=half, dtype=dtype)
+    linear.for_cpu(model, int8=True)
+    (kept,) = (node for node in model.graph.node if node.op_type != "Cast")
+    assert kept.op_type == (linear.INT8 if replaced else linear.LINEAR)
+    assert kept.input[2] == ("stored" if half else "scales")
 
 
-def half_model(rows: int, weight: Array) -> onnx.ModelProto:
-    """y = x w^T of a matrix in float16 that the graph casts."""
-    nodes = [
-        helper.make_node("Cast", ["w"], ["wide"], to=TensorProto.FLOAT),
-        helper.make_node("Gemm", ["x", "wide"], ["y"], transB=1),
-    ]
+@here
+def test_scales_of_another_type_are_refused(tmp_path: Path) -> None:
+    """Rows of float16 come with scales of float16; a graph that says otherwise is no graph of ours."""
+    model = model_of(weights(128, 32, zeros=False, bias=False), 2, 32, dtype=np.float16)
+    linear.for_cpu(model, int8=True)
+    (scales,) = (tensor for tensor in model.graph.initializer if tensor.name == "scales")
+    scales.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(scales).astype(np.float32), "scales"))
+    with pytest.raises(BtpError, match="scales are of another type, wanted that of x or float16"):
+        run(model, rows_of(2, 128, np.float16), tmp_path)
+
+
+def half_model(rows: int, weight: Array, dtype: Any = np.float32) -> onnx.ModelProto:
+    """y = x w^T of a matrix in float16, which the graph casts for rows of float32."""
+    nodes = [helper.make_node("Gemm", ["x", "w"], ["y"], transB=1)]
+    if dtype == np.float32:
+        nodes[0].input[1] = "wide"
+        nodes.insert(0, helper.make_node("Cast", ["w"], ["wide"], to=TensorProto.FLOAT))
+    element = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
     graph = helper.make_graph(
         nodes,
         "half",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [rows, weight.shape[1]])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [rows, len(weight)])],
+        [helper.make_tensor_value_info("x", element, [rows, weight.shape[1]])],
+        [helper.make_tensor_value_info("y", element, [rows, len(weight)])],
         [numpy_helper.from_array(weight, "w")],
     )
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=10)
 
 
 @here
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
 @pytest.mark.parametrize("shape", [(7, 19), (130, 4099)])  # parts of vectors and of columns; several threads
-def test_few_rows_with_weights_of_float16(shape: tuple[int, int], tmp_path: Path) -> None:
+def test_few_rows_with_weights_of_float16(shape: tuple[int, int], dtype: Any, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
-    weight, x = rng.standard_normal(shape).astype(np.float16), rng.standard_normal((6, shape[1])).astype(np.float32)
-    found = run(half_model(6, weight), x, tmp_path, threads=2)
-    np.testing.assert_allclose(found, x.astype(np.float64) @ weight.astype(np.float64).T, atol=1e-6 * shape[1])
-    np.testing.assert_array_equal(run(half_model(1, weight), x[5:], tmp_path)[0], found[5])
+    weight, x = rng.standard_normal(shape).astype(np.float16), rng.standard_normal((6, shape[1])).astype(dtype)
+    found = run(half_model(6, weight, dtype), x, tmp_path, threads=2)
+    assert found.dtype == dtype
+    exact = x.astype(np.float64) @ weight.astype(np.float64).T
+    assert (np.abs(found - exact) <= 1e-6 * shape[1] + half_a_place(exact, dtype)).all()
+    np.testing.assert_array_equal(run(half_model(1, weight, dtype), x[5:], tmp_path)[0], found[5])
 
 
-def test_many_rows_with_weights_of_float16_stay() -> None:
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_many_rows_with_weights_of_float16_stay(dtype: Any) -> None:
     for rows, replaced in ((linear.FEW, True), (linear.FEW + 1, False)):
-        model = half_model(rows, np.zeros((8, 16), np.float16))
+        model = half_model(rows, np.zeros((8, 16), np.float16), dtype)
+        left = [node.op_type for node in model.graph.node]
         linear.for_cpu(model, halves=True)
-        assert [node.op_type for node in model.graph.node] == ([linear.HALF] if replaced else ["Cast", "Gemm"])
+        assert [node.op_type for node in model.graph.node] == ([linear.HALF] if replaced else left)
+
+
+def test_products_of_float32_weights_stay() -> None:
+    model = half_model(1, np.zeros((8, 16), np.float32), np.float32)
+    model.graph.node[1].input[1] = "w"
+    linear.for_cpu(model, halves=True)
+    assert "Gemm" in [node.op_type for node in model.graph.node]
