@@ -1,28 +1,39 @@
-"""The vision graph of a tower is captured once a process of tests; an export of the same tower takes a copy.
+"""The vision graph of a tower is captured once a run of tests; an export of the same tower takes a copy.
 
-Most exports of the tests are of one tiny tower, and capturing it takes most of their time. That a capture of the same
+Most exports of the tests are of one tiny tower, and capturing it takes most of their time. Processes of a run share
+captures by a folder. That a capture of the same
 tower gives the same bytes is shown by tests/graphs/building/test_vision_capture.py, which captures each time, and by
 tests/btp_export/test_exporting.py, where another process captures.
 """
 
 import hashlib
 import io
+import os
 import pickle
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from graphs.building.graph_builder import BuiltGraph
+import onnx
+import onnx_ir as ir
+
+from graphs import names
+from graphs.building.graph_builder import BuiltGraph, serialize
+from graphs.files.folders import lock_file
 
 Captured = tuple[BuiltGraph, dict[str, Any]]
 
 
+FOLDER = "TESTS_SHARE_CAPTURES"  # names the folder in the environment, from the first fixture of a run on
+
+
 class Remembered:
-    """`capture_vision`, asked once for each tower and settings."""
+    """`capture_vision`, asked once for each tower and settings by all processes of a run."""
 
     def __init__(self, capture: Callable[..., Captured]) -> None:
         self._capture = capture
-        self._known: dict[bytes, Captured] = {}
+        self._known: dict[str, Captured] = {}
 
     def __call__(self, module: Any, **settings: Any) -> Captured:
         digest = hashlib.sha256(repr(sorted(settings.items())).encode())
@@ -31,11 +42,27 @@ class Remembered:
                 digest.update(hashlib.sha256(part).digest())
         except Exception:  # it holds what cannot be compared
             return self._capture(module, **settings)
-        key = digest.digest()
+        key = digest.hexdigest()
         if key not in self._known:
-            self._known[key] = self._capture(module, **settings)
+            self._known[key] = shared(key, lambda: self._capture(module, **settings))
         graph, weights = self._known[key]
         return BuiltGraph(graph.name, graph.model.clone(), graph.layers), dict(weights)
+
+
+def shared(key: str, capture: Callable[[], Captured]) -> Captured:
+    """What another process of the run left under `key`, or a capture that is left there."""
+    folder = Path(os.environ[FOLDER])
+    folder.mkdir(exist_ok=True)
+    path = folder / key
+    with lock_file(path.with_suffix(".lock"), wait=True):
+        if path.exists():
+            model, weights = pickle.loads(path.read_bytes())
+            return BuiltGraph(
+                names.VISION, ir.serde.deserialize_model(onnx.ModelProto.FromString(model)), None
+            ), weights
+        graph, weights = capture()
+        path.write_bytes(pickle.dumps((serialize(graph), weights)))
+        return graph, weights
 
 
 class Pickler(pickle.Pickler):

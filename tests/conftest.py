@@ -126,11 +126,12 @@ def made_once(folder: Path, make: Callable[[Path], Any]) -> Path:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Calibration statistics are cached: not the user's are read, and none are left behind."""
+def own_cache(tmp_path_factory: pytest.TempPathFactory, shared_folder: Path) -> Iterator[Path]:
+    """Calibration statistics are cached: not the user's are read, and none are left behind. Captures are shared."""
     folder = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(folder))
+        patch.setenv("TESTS_SHARE_CAPTURES", str(shared_folder / "captures"))  # tests/captures.py
         yield folder
 
 

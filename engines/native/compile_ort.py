@@ -11,19 +11,20 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final
 
 from engines.native.libraries import inspect
 from graphs import ops
 from graphs.files.atomic import sha256, write_bytes, write_text
+from graphs.files.cores import available_cores
 from graphs.records.errors import BtpError, CheckError, UnavailableError
 
 NATIVE: Final = Path(__file__).parent
 # -ffp-contract=off: some compilers join a product and a sum where they may, and results must be equal everywhere.
-FLAGS: Final = (
-    "-std=c++17", "-fPIC", "-O3", "-ffp-contract=off", "-shared", "-fvisibility=hidden", "-Wl,--no-undefined",
-)  # fmt: skip
+FLAGS: Final = ("-std=c++17", "-fPIC", "-O3", "-ffp-contract=off", "-fvisibility=hidden")
+LINKED: Final = ("-shared", "-Wl,--no-undefined")
 
 
 def sources() -> list[Path]:
@@ -36,7 +37,7 @@ def digest(flags: Sequence[str] = FLAGS) -> str:
     """sha256 of everything that is compiled, headers included, and of the compiler's flags."""
     folders = [NATIVE, Path(ops.__file__).parent / "common", *ops.folders()]
     files = sorted(path for folder in folders for path in folder.glob("*") if path.suffix in (".cc", ".h"))
-    state = hashlib.sha256(" ".join(flags).encode())
+    state = hashlib.sha256(" ".join([*flags, *LINKED]).encode())
     for path in files:
         state.update(path.name.encode() + path.read_bytes())
     return state.hexdigest()
@@ -63,14 +64,26 @@ def compile_ort(folder: Path = NATIVE / "build", *, flags: Sequence[str] = FLAGS
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         built = Path(scratch) / library.name
-        command = [compiler, *flags, *map(str, sources()), "-o", str(built)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode != 0:
-            reason = (done.stderr.strip().splitlines() or ["no reason given"])[0]
-            raise CheckError(f"{Path(compiler).name} does not compile btp_ort: {reason}", do="a compiler with C++17")
+        _build([compiler, *flags], built)
         write_bytes(library, built.read_bytes())
     write_text(note, f"{wanted} {sha256(library)}\n")
     return library
+
+
+def _build(compiler: Sequence[str], library: Path) -> None:
+    """The library, its sources compiled side by side: somebody waits for it in the set-up of a checkout."""
+    objects = {library.with_name(f"{number}.o"): source for number, source in enumerate(sources())}
+    commands = [[*compiler, "-c", str(source), "-o", str(compiled)] for compiled, source in objects.items()]
+    with ThreadPoolExecutor(available_cores()) as pool:
+        list(pool.map(_run, commands))
+    _run([*compiler, *LINKED, *map(str, objects), "-o", str(library)])
+
+
+def _run(command: Sequence[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        reason = (done.stderr.strip().splitlines() or ["no reason given"])[0]
+        raise CheckError(f"{Path(command[0]).name} does not compile btp_ort: {reason}", do="a compiler with C++17")
 
 
 def main(folder: Path = NATIVE / "build") -> int:
