@@ -15,9 +15,9 @@ from typing import Any, Final
 
 import numpy as np
 import onnx
-from onnx import NodeProto, TensorProto, helper, numpy_helper
+from onnx import NodeProto, helper, numpy_helper
 
-from engines.runners.on_cpu.rewriting import NODE, Rewriting
+from engines.runners.on_cpu.rewriting import NODE, TAKEN, Rewriting
 from graphs import names
 
 IN_PLACE: Final = ".in_place"  # what an output is called that is the input's own memory
@@ -29,9 +29,9 @@ def may_have(serialized: bytes) -> bool:
 
 
 def for_cpu(model: onnx.ModelProto) -> dict[str, str]:
-    """Replace attention over caches of float32; gives the outputs that are new, with the input each is the memory of.
+    """Replace attention over caches; gives the outputs that are new, with the input that each is the memory of.
 
-    Layers of another form stay as they are.
+    Layers of another form, and of types other than float32 and float16, stay as they are.
     """
     graph = _Graph(model)
     replaced: dict[str, list[NodeProto]] = {}
@@ -42,7 +42,7 @@ def for_cpu(model: onnx.ModelProto) -> dict[str, str]:
     if not replaced:
         return {}
     for name, source in graph.in_place.items():
-        kind = helper.make_tensor_value_info(name, TensorProto.FLOAT, graph.shapes[source])
+        kind = helper.make_tensor_value_info(name, graph.types[source], graph.shapes[source])
         model.graph.output.append(kind)
     graph.put(replaced)
     return graph.in_place
@@ -83,7 +83,7 @@ class _Graph(Rewriting):
         past, rows = (names.past_key(number), names.past_value(number)), (names.key(number), names.value(number))
         context = self._only(node.output[0], "Add")
         masked = self._masked_scores(past[0])
-        if context is None or masked is None or self.types.get(past[0]) != TensorProto.FLOAT:
+        if context is None or masked is None or self.types.get(past[0]) not in TAKEN:
             return None
         scaled, valid = (self._made_by(name) for name in masked)
         if scaled is None or scaled.op_type != "Mul" or valid is None or valid.op_type != "Less":

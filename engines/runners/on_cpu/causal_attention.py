@@ -10,6 +10,8 @@ files keep the operator, which every runtime knows.
 
 It takes rows by token, as projections give them, so the transpositions before and after it go as well. Its further
 outputs, key and value in the order of the caches, are not asked for: with them it is the slower one of the two.
+
+In float16 it computes in float32 and rounds once, where the operator rounds scores to float16 on their way.
 """
 
 from collections import Counter
@@ -20,12 +22,11 @@ import numpy as np
 import onnx
 from onnx import NodeProto, TensorProto, helper
 
-from engines.runners.on_cpu.rewriting import NODE, Rewriting
+from engines.runners.on_cpu.rewriting import NODE, TAKEN, Rewriting
 
 OPERATOR: Final = "Attention"
 BY_TOKEN: Final = [0, 2, 1, 3]  # [B,H,S,D] <-> [B,S,H,D]
 HEAD_STEP: Final = 8  # what the node wants head sizes to be multiples of
-TYPES: Final = (TensorProto.FLOAT,)
 
 
 def may_have(serialized: bytes) -> bool:
@@ -34,7 +35,7 @@ def may_have(serialized: bytes) -> bool:
 
 
 def for_cpu(model: onnx.ModelProto) -> None:
-    """Replace every causal Attention of float32 without mask and past; others, and what nothing reads then, stay."""
+    """Replace every causal Attention of float32 or float16 without mask and past; others stay."""
     graph = _Graph(model)
     replaced = {n.output[0]: list(graph.replacement(n)) for n in model.graph.node if graph.is_replaced(n)}
     if replaced:
@@ -52,12 +53,14 @@ class _Graph(Rewriting):
     def is_replaced(self, node: NodeProto) -> bool:
         """Causal, of nothing but query, key and value of whole sequences, each of a shape that is known."""
         settings = _attributes(node)
-        if node.op_type != OPERATOR or node.domain or set(settings) - {"is_causal", "scale"}:
+        if node.op_type != OPERATOR or node.domain or set(settings) - {"is_causal", "scale", "softmax_precision"}:
+            return False
+        if settings.get("softmax_precision", TensorProto.FLOAT) != TensorProto.FLOAT:
             return False
         if settings.get("is_causal") != 1 or len(node.input) != 3 or len(node.output) != 1:
             return False
         shapes = [self.shapes.get(name, ()) for name in node.input]
-        if any(len(shape) != 4 or 0 in shape for shape in shapes) or self.types[node.input[0]] not in TYPES:
+        if any(len(shape) != 4 or 0 in shape for shape in shapes) or self.types[node.input[0]] not in TAKEN:
             return False
         (_, _, tokens, size), key, value = shapes
         return key == value and key[2] == tokens and key[3] == size and size % HEAD_STEP == 0

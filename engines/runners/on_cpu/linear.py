@@ -18,14 +18,13 @@ from typing import Final
 import onnx
 from onnx import NodeProto, TensorProto, helper
 
-from engines.runners.on_cpu.rewriting import Rewriting
+from engines.runners.on_cpu.rewriting import TAKEN, Rewriting
 from graphs.ops.domain import DOMAIN, VERSION
 
 LINEAR: Final = "BtpLinear"
 INT8: Final = "BtpLinearInt8"  # graphs/ops/linear/ort_op.cc
 HALF: Final = "BtpLinearHalf"
 BLOCK, COLUMNS = 128, 4  # K and N are multiples of them: cpu_int8.h
-TAKEN: Final = (TensorProto.FLOAT, TensorProto.FLOAT16)  # types of rows and of scales
 FEW: Final = 16  # rows
 
 

@@ -12,6 +12,8 @@ MICROSOFT: Final = helper.make_opsetid("com.microsoft", 1)
 
 Shape = tuple[int, ...]
 
+TAKEN: Final = (TensorProto.FLOAT, TensorProto.FLOAT16)  # what the new nodes compute with on a CPU
+
 
 class Rewriting:
     """A model's tensors and the nodes that give them, and constants that the new nodes share."""

@@ -7,6 +7,7 @@ session is prepared, in memory, and only where the library that has it is regist
     rows [B,S,C] -> Slice -> (less their mean) -> unit rows -> similarity [B,V,V]; scores -> BtpSelectTokens -> indices
     BtpSelectTokensByRows(rows, scores or "", seeds) -> indices, norms [B,V]
 
+Rows of float16 are cast behind the Slice, and so they are for the new node.
 Where the scores are the norms of the same features, they come from the operator too.
 """
 
@@ -17,7 +18,7 @@ from typing import Any, Final
 import onnx
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
-from engines.runners.on_cpu.rewriting import Rewriting
+from engines.runners.on_cpu.rewriting import TAKEN, Rewriting
 from graphs.ops.domain import DOMAIN, PLUGIN
 
 SELECTION: Final = "BtpSelectTokens"
@@ -32,7 +33,7 @@ def may_have(serialized: bytes) -> bool:
 
 
 def for_cpu(model: onnx.ModelProto) -> None:
-    """Replace selections by coverage of float32 rows; others stay."""
+    """Replace selections by coverage of rows in float32, or cast to it; others stay."""
     graph = _Graph(model)
     replaced: dict[str, list[NodeProto]] = {}
     for node in model.graph.node:
@@ -45,12 +46,16 @@ def for_cpu(model: onnx.ModelProto) -> None:
 
 @dataclass(frozen=True)
 class _Rows:
-    """Rows [start, start + count) of a tensor [B,S,C] are tokens; their features are these rows, less their mean."""
+    """Rows [start, start + count) of a tensor [B,S,C] are tokens; their features are these rows, less their mean.
+
+    cast: to float32, in which the features are.
+    """
 
     source: str
     start: int
     count: int
     centred: bool
+    cast: bool
 
 
 class _Graph(Rewriting):
@@ -86,10 +91,12 @@ class _Graph(Rewriting):
         own_settings = [attribute for attribute in node.attribute if attribute.name not in PLUGIN]
         settings: dict[str, Any] = {one.name: helper.get_attribute_value(one) for one in own_settings}
         settings |= {"start": rows.start, "count": rows.count, "centred": int(rows.centred)}
-        inputs = [rows.source, "" if own else scores, *node.input[2:]]
+        source = f"{node.output[0]}.rows" if rows.cast else rows.source
+        before = [helper.make_node("Cast", [rows.source], [source], to=TensorProto.FLOAT)] if rows.cast else []
+        inputs = [source, "" if own else scores, *node.input[2:]]
         outputs = [node.output[0], scores if own else f"{node.output[0]}.norms"]
         selection = helper.make_node(BY_ROWS, inputs, outputs, name=node.name, domain=DOMAIN, **settings)
-        return {node.output[0]: [selection], **({scores: []} if own else {})}
+        return {node.output[0]: [*before, selection], **({scores: []} if own else {})}
 
     def _features(self, name: str) -> _Rows | None:
         """The rows that features [B,V,C] are: a slice of tokens, or that less its mean over the tokens."""
@@ -99,14 +106,18 @@ class _Graph(Rewriting):
             image, mean = centred.input[0], self._made(centred.input[1], "ReduceMean")
             if mean is None or mean.input[0] != image or self._constant(mean.input[1]) != [TOKENS]:
                 return None
-        part = self._made(image, "Slice")
-        if part is None or len(part.input) != 5 or self.types.get(part.input[0]) != TensorProto.FLOAT:
+        wide = self._made(image, "Cast")
+        part = self._made(image if wide is None else wide.input[0], "Slice")
+        if part is None or len(part.input) != 5 or self.types.get(part.input[0]) not in TAKEN:
             return None
         start, stop, axis, step = (self._constant(value) for value in part.input[1:])
         shape = self.shapes[part.input[0]]
         if start is None or stop is None or axis != [TOKENS] or step != [1] or len(shape) != 3:
             return None
-        return _Rows(part.input[0], start[0], stop[0] - start[0], centred is not None)
+        count = stop[0] - start[0]
+        if wide is not None:
+            return _Rows(part.output[0], 0, count, centred is not None, cast=True)
+        return _Rows(part.input[0], start[0], count, centred is not None, cast=False)
 
     def _normed(self, name: str) -> str | None:
         """The tensor of whose rows these are the norms."""

@@ -74,7 +74,7 @@ def test_a_float16_bundle_holds_its_gates(halves: Bundle) -> None:
     result = verify_bundle(halves, samples=2, tokens=4, threads=1)
     assert result.passed, result.failures
     assert result.int8_rows is not None
-    assert result.int8_rows.logits_cosine > 0.99
+    assert 0.95 < result.int8_rows.logits_cosine < 0.9999999, "near, as in float32: a kept token may be another one"
 
 
 @pytest.mark.skipif(not multiplies(builds.ort_library()), reason="this processor has no AVX512-VNNI")

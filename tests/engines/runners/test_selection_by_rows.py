@@ -14,6 +14,7 @@ from graphs.building.decoder import Stream
 from graphs.building.graph_builder import GraphBuilder
 from graphs.building.portable_bodies import embed_bodies
 from graphs.building.selection import add_selection
+from graphs.dtypes import Precision
 from graphs.ops import select_tokens
 from graphs.pruning.spatial_set import stage_seeds
 from graphs.pruning.torch_scores import cosine_similarity, importance_scores
@@ -40,9 +41,9 @@ OTHER_SCORES = Stage(layer=0, keep=20, importance="norm", diversity="coverage", 
 FARTHEST = Stage(layer=0, keep=20, importance="norm", diversity_quota=9, features="centred")
 
 
-def select_model(stage: Stage, opset: int) -> tuple[PruningPlan, ModelProto]:
+def select_model(stage: Stage, opset: int, precision: Precision = "float32") -> tuple[PruningPlan, ModelProto]:
     plan = PruningPlan(model_type="llava", num_layers=4, image_tokens=TOKENS, grid=(7, 11), stages=(stage,))
-    b = GraphBuilder("select_0", opset=opset)
+    b = GraphBuilder("select_0", opset=opset, precision=precision)
     shape = BATCH, PROFILE.tokens_with(TOKENS)
     cos, sin = (b.input(name, (*shape, SPEC.head_dim // 2)) for name in ("cos", "sin"))
     last = b.input("last", (BATCH,), ir.DataType.INT32)
@@ -87,17 +88,20 @@ def reference(plan: PruningPlan, hidden: torch.Tensor) -> tuple[torch.Tensor, to
 
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize(
-    ("stage", "opset"), [(BY_NORM, 23), (BY_NORM, 18), (MIXED, 23), (OTHER_SCORES, 18)],
-    ids=["norm", "norm-18", "mixed", "other-scores"],
+    ("stage", "opset", "precision"),
+    [(BY_NORM, 23, "float32"), (BY_NORM, 18, "float32"), (BY_NORM, 23, "float16"), (MIXED, 23, "float32"),
+     (MIXED, 18, "float16"), (OTHER_SCORES, 18, "float32"), (OTHER_SCORES, 23, "float16")],
 )  # fmt: skip
-def test_selects_what_the_reference_selects(stage: Stage, opset: int, threads: int, tmp_path: Path) -> None:
-    plan, model = select_model(stage, opset)
+def test_selects_what_the_reference_selects(
+    stage: Stage, opset: int, precision: Precision, threads: int, tmp_path: Path
+) -> None:
+    plan, model = select_model(stage, opset, precision)
     path = tmp_path / "select_0.onnx"
     path.write_bytes(model.SerializeToString())
     runner = OrtLoader(threads=threads, custom_ops=builds.ort_library())(path)
     hidden = exact_rows()
     given = {name: np.zeros(spec.shape, spec.dtype) for name, spec in runner.inputs.items()}
-    found = runner.run(given | {"hidden": hidden.numpy()})
+    found = runner.run(given | {"hidden": hidden.numpy().astype(precision)})
     scores, indices = reference(plan, hidden)
     np.testing.assert_allclose(found["scores"], scores, rtol=1e-6)
     np.testing.assert_array_equal(found["indices"], indices)
