@@ -1,11 +1,13 @@
-"""Memory of the decode graph's keys and values: a cache and a new row for each layer.
+"""Memory of keys and values: a cache and a new row for each layer of the decode graph, and what a prefill writes.
 
 With one sample, all keys and values of a segment lie in one piece, [1, all heads, rows, D], so that one copy appends
-the new rows of all its layers: on a GPU every copy is a launch of its own, however few its bytes.
+the new rows of all its layers, and one puts those of a prefill there: on a GPU every copy is a launch of its own,
+however few its bytes, and from Python each costs the more the smaller the model.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import prod
 
 from engines.runners.interface import Buffer, Loader, TensorSpec
 from graphs import names
@@ -16,11 +18,16 @@ ALIGNMENT = 256  # bytes: what TensorRT wants of every address
 
 @dataclass
 class LayerMemory:
-    """Buffers by their names in the decode graph; `appended`: for each segment, what writes rows into its caches."""
+    """Buffers by their names in the decode graph.
+
+    appended: for each segment, what writes rows into its caches. pieces: its caches as one buffer, None where they lie
+    apart.
+    """
 
     caches: dict[str, Buffer] = field(default_factory=dict)
     rows: dict[str, Buffer] = field(default_factory=dict)
     appended: list[list[Callable[[Sequence[int]], None]]] = field(default_factory=list)
+    pieces: list[Buffer | None] = field(default_factory=list)
 
     def append(self, segment: int, starts: Sequence[int]) -> None:
         """Write the new rows of a segment's layers into their caches, sample b's at row starts[b]."""
@@ -48,6 +55,7 @@ def allocate_layers(
         rows, joined_rows = _allocate(loader, [outputs[name] for name in fresh], alignment)
         memory.caches |= {names.past(name): cache for name, cache in zip(fresh, caches, strict=True)}
         memory.rows |= dict(zip(fresh, rows, strict=True))
+        memory.pieces.append(joined_caches)
         if joined_caches is not None and joined_rows is not None:
             memory.appended.append([joined_caches.row_writer(joined_rows)])
         else:
@@ -68,3 +76,55 @@ def _allocate(loader: Loader, specs: Sequence[TensorSpec], alignment: int) -> tu
     whole = loader.allocate(first.dtype, (1, len(specs) * heads, count, size))
     step = heads * count * size
     return [whole.view(first.shape, offset=place * step) for place in range(len(specs))], whole
+
+
+@dataclass
+class Staging:
+    """Where a prefill writes each layer's key and value [B,K,S_i,D], before they go into the caches' first rows.
+
+    stored: for each segment, what puts them there.
+    """
+
+    rows: dict[int, tuple[Buffer, Buffer]] = field(default_factory=dict)
+    stored: list[list[Callable[[Sequence[int]], None]]] = field(default_factory=list)
+
+    def store(self, segments: Sequence[Segment], samples: int) -> None:
+        """Put the staged rows of these segments' layers into their caches."""
+        for segment in segments:
+            for write in self.stored[segment.index]:
+                write([0] * samples)
+
+
+def allocate_staging(
+    loader: Loader,
+    segments: Sequence[Segment],
+    memory: LayerMemory,
+    tokens: Sequence[int],
+    *,
+    whole: bool,
+    alignment: int = ALIGNMENT,
+) -> Staging:
+    """tokens: S_i of each segment. whole: one graph gives all layers at once; else segments run one after another, and
+    all of them write to the same memory. Every address is a multiple of `alignment` bytes from its beginning.
+    """
+    staging, offset = Staging(), 0
+    first = memory.caches[names.past_key(segments[0].start)]
+    batch, heads, _, size = first.shape
+    shapes = [(batch, heads, count, size) for count in tokens]
+    unit = max(1, alignment // first.dtype.itemsize)
+    steps = [-(-prod(shape) // unit) * unit for shape in shapes]
+    totals = [2 * (s.stop - s.start) * step for s, step in zip(segments, steps, strict=True)]
+    flat = loader.allocate(first.dtype, (sum(totals) if whole else max(totals),))
+    for segment, shape, step, total in zip(segments, shapes, steps, totals, strict=True):
+        layers = range(segment.start, segment.stop)
+        views = [flat.view(shape, offset=offset + place * step) for place in range(2 * len(layers))]
+        staging.rows |= dict(zip(layers, zip(views[::2], views[1::2], strict=True), strict=True))
+        piece = memory.pieces[segment.index]
+        if piece is not None and step == prod(shape):
+            joined = flat.view((1, len(views) * heads, *shape[2:]), offset=offset)
+            staging.stored.append([piece.row_writer(joined)])
+        else:
+            caches = [memory.caches[names.past(name)] for layer in layers for name in names.cache_rows(layer)]
+            staging.stored.append([cache.row_writer(view) for cache, view in zip(caches, views, strict=True)])
+        offset += total if whole else 0
+    return staging

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from engines.cache_memory import ALIGNMENT, allocate_layers
+from engines.cache_memory import ALIGNMENT, allocate_layers, allocate_staging
 from engines.runners.interface import Array, Buffer, Dtype, Loader, Program, Runner, Step, TensorSpec
 from engines.wiring import Tensors, check_indices, not_the_plan, pick
 from graphs import names
@@ -89,6 +89,7 @@ class Chain:
         self._scores: dict[int, Buffer] = {}
         self._last: list[Buffer] = []
         self._lengths = np.zeros((len(self.segments), profile.batch), np.int32)
+        self._dropped = np.array([[profile.image_tokens - segment.image_tokens] for segment in self.segments])
         self._places = np.zeros(profile.batch, np.int64)  # of the next token, in the unpruned sequence
         decode = self._open(names.DECODE)
         self.dtype: Dtype = decode.inputs["hidden"].dtype
@@ -100,7 +101,10 @@ class Chain:
             )
         self._rope = (rope[0].astype(self.dtype), rope[1].astype(self.dtype))
         self._bind_decode(decode)
-        self._staging = self._allocate_staging(whole=names.WHOLE in graphs)
+        self._staging = allocate_staging(
+            loader, self.segments, self._layers, [profile.tokens_with(s.image_tokens) for s in self.segments],
+            whole=names.WHOLE in graphs, alignment=alignment,
+        )  # fmt: skip
         if names.WHOLE in graphs:
             self._wire_whole()
         else:
@@ -123,12 +127,13 @@ class Chain:
         ran = program()
         times = {name: ran.lasted(name) for name in ran.spans}
         times["total"] = ran.end - (ran.spans[names.VISION][1] if names.VISION in ran.spans else 0.0)
-        logits, *found = (output.copy() for output in program.outputs)
-        lasts, kept = found[: len(self.segments)], dict(zip(self._kept, found[len(self.segments) :], strict=True))
+        logits, *found = program.outputs
+        lasts = np.stack(found[: len(self.segments)])
+        kept = {stage: chosen.copy() for stage, chosen in zip(self._kept, found[len(self.segments) :], strict=True)}
         self._check_pruning(np.asarray(batch.last), lasts, kept)
-        self._lengths = np.stack(lasts).astype(np.int32) + 1
+        self._lengths = lasts.astype(np.int32) + 1
         self._places = np.asarray(batch.last, np.int64) + 1
-        return PrefillRun(logits, kept, tuple(values.copy() for values in self._lengths), times)
+        return PrefillRun(logits.copy(), kept, tuple(values.copy() for values in self._lengths), times)
 
     # Decode
 
@@ -237,36 +242,14 @@ class Chain:
                     if rows not in decode.outputs:
                         raise not_the_plan(names.DECODE, rows)
 
-    def _allocate_staging(self, *, whole: bool) -> dict[int, tuple[Buffer, Buffer]]:
-        """Where a prefill graph writes each layer's keys and values, before they go into the cache's rows.
-
-        Segments run one after another, so the n-th layers of all segments share memory (the first segment's is the
-        longest). A whole graph gives all layers at once.
-        """
-        slots: list[tuple[Buffer, Buffer]] = []
-        staging: dict[int, tuple[Buffer, Buffer]] = {}
-        for segment in self.segments:
-            for slot, layer in enumerate(range(segment.start, segment.stop)):
-                batch, heads, _, size = self.caches[layer][0].shape
-                shape = (batch, heads, self.profile.tokens_with(segment.image_tokens), size)
-                if whole or slot == len(slots):
-                    slots.append((self._loader.allocate(self.dtype, shape), self._loader.allocate(self.dtype, shape)))
-                    staging[layer] = slots[-1]
-                else:
-                    staging[layer] = (slots[slot][0].view(shape), slots[slot][1].view(shape))
-        return staging
-
     def _staged(self, start: int, stop: int) -> dict[str, Buffer]:
         layers = range(start, stop)
-        keys = {names.key(layer): self._staging[layer][0] for layer in layers}
-        return keys | {names.value(layer): self._staging[layer][1] for layer in layers}
+        keys = {names.key(layer): self._staging.rows[layer][0] for layer in layers}
+        return keys | {names.value(layer): self._staging.rows[layer][1] for layer in layers}
 
-    def _store(self, start: int, stop: int) -> None:
+    def _store(self, segments: Sequence[Segment]) -> None:
         """Write staged keys and values [B,K,S_i,D] to the beginning of the layers' caches."""
-        starts = [0] * self.profile.batch
-        for layer in range(start, stop):
-            for cache, rows in zip(self.caches[layer], self._staging[layer], strict=True):
-                cache.write_rows(rows, starts)
+        self._staging.store(segments, self.profile.batch)
 
     def _allocate_positions(self) -> dict[str, Buffer]:
         """cos and sin [B,S,D/2] of the unpruned sequence and `last` [B]; the first two never change."""
@@ -321,7 +304,7 @@ class Chain:
         runner = self._open(name)
         outputs = self._outputs(name, **self._staged(segment.start, segment.stop))
         run = runner.bind(pick(name, runner, flow), outputs)
-        self._steps.append(Step(name, run, partial(self._store, segment.start, segment.stop)))
+        self._steps.append(Step(name, run, partial(self._store, [segment])))
         after = {**flow, "hidden": outputs[names.after("hidden")], "key": outputs[names.key(segment.stop - 1)]}
         return after | {part: outputs[part] for part in ("query",) if part in outputs}
 
@@ -332,7 +315,7 @@ class Chain:
         flow |= self._allocate_positions()
         self._pixels, self._prefix, self._text = flow["pixel_values"], flow["prefix"], flow["text"]
         run = runner.bind(pick(names.WHOLE, runner, flow), outputs)
-        self._steps.append(Step(names.WHOLE, run, partial(self._store, 0, self.plan.num_layers)))
+        self._steps.append(Step(names.WHOLE, run, partial(self._store, self.segments)))
         self._logits = outputs["logits"]
         self._last = [outputs[names.last(segment.index)] for segment in self.segments]
         self._kept = {
@@ -356,13 +339,15 @@ class Chain:
         writes = [*first, self._last_in, self._prefix, self._text]
         return self._loader.program(steps, writes=writes, reads=[self._logits, *self._last, *self._kept.values()])
 
-    def _check_pruning(self, last: Array, lasts: list[Array], kept: dict[int, Array]) -> None:
+    def _check_pruning(self, last: Array, lasts: Array, kept: dict[int, Array]) -> None:
         """Raise CheckError unless every stage kept exactly its tokens and the sequence shrank by the rest."""
         for number, stage in enumerate(self.plan.stages):
             if stage.keep:
                 check_indices(number, kept[number], keep=stage.keep, tokens=self.plan.tokens_before(number))
-        for segment, values in zip(self.segments, lasts, strict=True):
-            wanted = last - (self.profile.image_tokens - segment.image_tokens)
+        if (lasts == last - self._dropped).all():
+            return
+        for segment, values, dropped in zip(self.segments, lasts, self._dropped, strict=True):
+            wanted = last - dropped
             if not np.array_equal(values, wanted):
                 raise CheckError(
                     f"segment {segment.index} ends at rows {values.tolist()}: pruning did not happen as planned",

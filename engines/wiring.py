@@ -2,16 +2,14 @@
 
 from collections.abc import Mapping
 
-import numpy as np
-
 from engines.runners.interface import Array, Buffer, Runner
 from graphs.records.errors import CheckError, InputError
 
 
 def check_indices(stage: int, indices: Array, *, keep: int, tokens: int) -> None:
     """Raise CheckError unless a stage kept `keep` of so many tokens, each once and in order: indices [B,keep]."""
-    fits = indices.shape[1:] == (keep,) and indices.min() >= 0 and indices.max() < tokens
-    if not fits or not (np.diff(indices.astype(np.int64), axis=1) > 0).all():
+    rising = indices.shape[1:] == (keep,) and bool((indices[:, 1:] > indices[:, :-1]).all())
+    if not rising or indices[:, 0].min() < 0 or indices[:, -1].max() >= tokens:
         raise CheckError(
             f"stage {stage} kept the wrong tokens: {indices.shape[1]} indices from {indices.min()} to {indices.max()}",
             wanted=f"{keep} distinct indices below {tokens} in rising order",

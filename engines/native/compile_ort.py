@@ -29,14 +29,12 @@ LINKED: Final = ("-shared", "-Wl,--no-undefined")
 
 def sources() -> list[Path]:
     """The CPU kernels and ONNX Runtime forms of all operators, and the library's entry point."""
-    files = [folder / name for folder in ops.folders() for name in ("cpu.cc", "ort_op.cc")]
-    return [*(path for path in files if path.is_file()), NATIVE / "ort_library.cc"]
+    return [*ops.native_files("cpu.cc", "ort_op.cc"), NATIVE / "ort_library.cc"]
 
 
 def digest(flags: Sequence[str] = FLAGS) -> str:
     """sha256 of everything that is compiled, headers included, and of the compiler's flags."""
-    folders = [NATIVE, Path(ops.__file__).parent / "common", *ops.folders()]
-    files = sorted(path for folder in folders for path in folder.glob("*") if path.suffix in (".cc", ".h"))
+    files = sorted([*ops.native_files("*.cc", "*.h"), *NATIVE.glob("*.cc"), *NATIVE.glob("*.h")])
     state = hashlib.sha256(" ".join([*flags, *LINKED]).encode())
     for path in files:
         state.update(path.name.encode() + path.read_bytes())

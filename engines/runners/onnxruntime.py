@@ -148,6 +148,7 @@ class OrtLoader:
             selections=self.custom_ops is not None,
             halves=self._multiplies,
             int8=self._multiplies and self.accuracy_level == INT8_LEVEL,
+            rows=self._multiplies,
         )
 
     def _open(

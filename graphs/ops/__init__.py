@@ -34,6 +34,7 @@ __all__ = [
     "forms",
     "functions",
     "names",
+    "native_files",
     "of_node",
     "operator",
     "register_schemas",
@@ -45,6 +46,11 @@ def folders() -> list[Path]:
     """The operators' folders by name: everything on this package's search path that holds a schema.py."""
     schemas = {schema.parent.name: schema.parent for root in __path__ for schema in Path(root).glob("*/schema.py")}
     return [schemas[name] for name in sorted(schemas)]
+
+
+def native_files(*names: str) -> list[Path]:
+    """The files of these names or patterns: of operators, and of what is only put in when a session is prepared."""
+    return sorted(path for root in __path__ for name in names for path in Path(root).glob(f"*/{name}"))
 
 
 def names() -> list[str]:

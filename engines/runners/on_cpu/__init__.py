@@ -1,15 +1,15 @@
 """Nodes that are faster on a CPU than those of the files, put in while a session is prepared; needs onnx.
 
 Attention by ONNX Runtime's own node: `causal_attention` over whole sequences (prefill), `cached_attention` of a new
-token over caches (decode). By btp_ort: `selection` from rows in place of their similarity, `linear` with weights of
-4 and of 16 bits as they are stored.
+token over caches (decode). By btp_ort: `selection` from rows in place of their similarity, `decoder_rows` for all of a
+layer with small weights but its attention, `linear` with weights of 4 and of 16 bits as they are stored.
 """
 
 from dataclasses import dataclass
 
 import onnx
 
-from engines.runners.on_cpu import cached_attention, causal_attention, linear, selection
+from engines.runners.on_cpu import cached_attention, causal_attention, decoder_rows, linear, selection
 
 __all__ = ["Native", "for_cpu", "may_have"]
 
@@ -19,26 +19,31 @@ class Native:
     """What btp_ort does in a session.
 
     selections: choose from rows. halves: multiply few rows with weights of float16. int8: multiply rows, rounded to
-    int8, with four-bit weights.
+    int8, with four-bit weights. rows: take rows through all of a layer with small weights but its attention.
     """
 
     selections: bool = False
     halves: bool = False
     int8: bool = False
+    rows: bool = False
 
 
 def may_have(serialized: bytes, native: Native) -> bool:
     """Whether a model's bytes may hold what `for_cpu` replaces. Reads no protobuf."""
     attention = causal_attention.may_have(serialized) or cached_attention.may_have(serialized)
     selections = native.selections and selection.may_have(serialized)
-    return attention or selections or linear.may_have(serialized, halves=native.halves, int8=native.int8)
+    rows = native.rows and decoder_rows.may_have(serialized)
+    return attention or selections or rows or linear.may_have(serialized, halves=native.halves, int8=native.int8)
 
 
 def for_cpu(model: onnx.ModelProto, native: Native) -> dict[str, str]:
     """Replace what can be; gives the new outputs that have to be bound to the memory of an input."""
-    if native.halves or native.int8:
-        linear.for_cpu(model, halves=native.halves, int8=native.int8)
     if native.selections:
         selection.for_cpu(model)
     causal_attention.for_cpu(model)
-    return cached_attention.for_cpu(model)
+    in_place = cached_attention.for_cpu(model)
+    if native.rows:  # it gives what attention's new nodes read, and takes products that are left to others else
+        decoder_rows.for_cpu(model)
+    if native.halves or native.int8:
+        linear.for_cpu(model, halves=native.halves, int8=native.int8)
+    return in_place

@@ -19,7 +19,7 @@ import onnx
 from onnx import NodeProto, TensorProto, helper
 
 from engines.runners.on_cpu.rewriting import TAKEN, Rewriting
-from graphs.ops.domain import DOMAIN, VERSION
+from graphs.ops.domain import DOMAIN
 
 LINEAR: Final = "BtpLinear"
 INT8: Final = "BtpLinearInt8"  # graphs/ops/linear/ort_op.cc
@@ -44,8 +44,6 @@ def for_cpu(model: onnx.ModelProto, *, halves: bool = False, int8: bool = False)
             replaced[node.output[0]] = [graph.half(node)]
     if replaced:
         graph.put(replaced)
-        if all(opset.domain != DOMAIN for opset in model.opset_import):
-            model.opset_import.append(helper.make_opsetid(DOMAIN, VERSION))
 
 
 class _Graph(Rewriting):

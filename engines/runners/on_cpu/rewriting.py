@@ -7,8 +7,11 @@ import numpy as np
 import onnx
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
+from graphs.ops.domain import DOMAIN, VERSION
+
 NODE: Final = "GroupQueryAttention"
 MICROSOFT: Final = helper.make_opsetid("com.microsoft", 1)
+OURS: Final = helper.make_opsetid(DOMAIN, VERSION)
 
 Shape = tuple[int, ...]
 
@@ -53,8 +56,8 @@ class Rewriting:
         graph.initializer.extend(self._constants.values())
         del graph.node[:]
         graph.node.extend(read)
-        if all(opset.domain != MICROSOFT.domain for opset in self._model.opset_import):
-            self._model.opset_import.append(MICROSOFT)
+        known = {opset.domain for opset in self._model.opset_import}
+        self._model.opset_import.extend(opset for opset in (MICROSOFT, OURS) if opset.domain not in known)
 
 
 def _needed(nodes: Sequence[NodeProto], wanted: set[str]) -> list[NodeProto]:

@@ -59,7 +59,8 @@ struct OrtApi {
     OrtStatus* (*GetDimensions)(const OrtTensorTypeAndShapeInfo*, int64_t*, size_t);
     void* skip_63[2];
     OrtStatus* (*GetTensorTypeAndShape)(const OrtValue*, OrtTensorTypeAndShapeInfo**);  // 65
-    void* skip_66[20];
+    void* skip_66[19];
+    OrtStatus* (*KernelInfoGetAttribute_float)(const OrtKernelInfo*, const char*, float*);  // 85
     OrtStatus* (*KernelInfoGetAttribute_int64)(const OrtKernelInfo*, const char*, int64_t*);  // 86
     OrtStatus* (*KernelInfoGetAttribute_string)(const OrtKernelInfo*, const char*, char*, size_t*);
     OrtStatus* (*KernelContext_GetInputCount)(const OrtKernelContext*, size_t*);
@@ -75,7 +76,9 @@ struct OrtApi {
     void* skip_133[60];
     OrtStatus* (*KernelContext_GetGPUComputeStream)(const OrtKernelContext*, void**);  // 193
     OrtStatus* (*GetTensorMemoryInfo)(const OrtValue*, const OrtMemoryInfo**);
-    void* skip_195[58];
+    void* skip_195[54];
+    OrtStatus* (*KernelInfoGetConstantInput_tensor)(const OrtKernelInfo*, size_t, int*, const OrtValue**);  // 249
+    void* skip_250[3];
     OrtStatus* (*KernelContext_GetAllocator)(const OrtKernelContext*, const OrtMemoryInfo*, OrtAllocator**);  // 253
     void* skip_254[20];
     OrtStatus* (*KernelContext_ParallelFor)(const OrtKernelContext*, void (*)(void*, size_t), size_t, size_t, void*);  // 274

@@ -89,6 +89,15 @@ inline int32_t int_attribute(const OrtKernelInfo* info, const char* op, const ch
     return static_cast<int32_t>(value);
 }
 
+inline float float_attribute(const OrtKernelInfo* info, const char* op, const char* name)
+{
+    float value = 0.0f;
+    if (!attribute_read(ort()->KernelInfoGetAttribute_float(info, name, &value), op, name, "FLOAT")) {
+        throw std::invalid_argument(std::string(op) + ": attribute " + name + " is missing, wanted one FLOAT");
+    }
+    return value;
+}
+
 // The place of a STRING attribute's text among `choices` (null behind the last); 0 where the node does not have it.
 inline int32_t choice_attribute(const OrtKernelInfo* info, const char* op, const char* name, const char* const* choices)
 {
@@ -116,6 +125,23 @@ struct Input {
     std::vector<int64_t> shape;
 };
 
+inline Input tensor_of(const OrtValue* value)
+{
+    Input result;
+    result.value = value;
+    OrtTensorTypeAndShapeInfo* info = nullptr;
+    check(ort()->GetTensorTypeAndShape(value, &info));
+    size_t rank = 0;
+    check(ort()->GetDimensionsCount(info, &rank));
+    result.shape.resize(rank);
+    check(ort()->GetDimensions(info, result.shape.data(), rank));
+    ort()->ReleaseTensorTypeAndShapeInfo(info);
+    void* data = nullptr;
+    check(ort()->GetTensorMutableData(const_cast<OrtValue*>(value), &data));
+    result.data = data;
+    return result;
+}
+
 inline Input input(const OrtKernelContext* context, size_t index)
 {
     Input result;
@@ -124,21 +150,9 @@ inline Input input(const OrtKernelContext* context, size_t index)
     if (index >= count) {
         return result;
     }
-    check(ort()->KernelContext_GetInput(context, index, &result.value));
-    if (result.value == nullptr) {
-        return result;
-    }
-    OrtTensorTypeAndShapeInfo* info = nullptr;
-    check(ort()->GetTensorTypeAndShape(result.value, &info));
-    size_t rank = 0;
-    check(ort()->GetDimensionsCount(info, &rank));
-    result.shape.resize(rank);
-    check(ort()->GetDimensions(info, result.shape.data(), rank));
-    ort()->ReleaseTensorTypeAndShapeInfo(info);
-    void* data = nullptr;
-    check(ort()->GetTensorMutableData(const_cast<OrtValue*>(result.value), &data));
-    result.data = data;
-    return result;
+    const OrtValue* value = nullptr;
+    check(ort()->KernelContext_GetInput(context, index, &value));
+    return value == nullptr ? result : tensor_of(value);
 }
 
 // For an input that may be of several types.
@@ -159,6 +173,18 @@ inline void* output(OrtKernelContext* context, size_t index, const std::vector<i
     check(ort()->KernelContext_GetOutput(context, index, shape.data(), shape.size(), &value));
     void* data = nullptr;
     check(ort()->GetTensorMutableData(value, &data));
+    return data;
+}
+
+// The same for an output that a node need not have: null where nobody wants it.
+inline void* wanted_output(OrtKernelContext* context, size_t index, const std::vector<int64_t>& shape)
+{
+    OrtValue* value = nullptr;
+    check(ort()->KernelContext_GetOutput(context, index, shape.data(), shape.size(), &value));
+    void* data = nullptr;
+    if (value != nullptr) {
+        check(ort()->GetTensorMutableData(value, &data));
+    }
     return data;
 }
 

@@ -24,7 +24,7 @@ KEPT = ROOT / ".pytest_cache" / "d" / "native"
 
 def of_operators(file: str) -> list[Path]:
     """That file of every operator that has it."""
-    return [folder / file for folder in ops.folders() if (folder / file).is_file()]
+    return ops.native_files(file)
 
 
 def compiler() -> str:
