@@ -287,8 +287,12 @@ class GraphBuilder:
         return self.binary("Mul", a, b, name)
 
     def scaled(self, x: ir.Value, factor: float, name: str) -> ir.Value:
-        """x * factor, in x's type."""
-        return self.mul(x, self.scalar(f"{factor:.9g}", factor, dtype_of(x)), name)
+        """x * factor, in x's type.
+
+        The factor is stored in float32 and cast, so that a graph of half precision that is widened has all of it.
+        """
+        exact = self.scalar(f"{factor:.9g}", factor, ir.DataType.FLOAT)
+        return self.mul(x, self.cast(exact, dtype_of(x), f"{name}_factor"), name)
 
     def where(self, condition: ir.Value, a: ir.Value, b: ir.Value, name: str) -> ir.Value:
         """a where the condition holds, else b."""

@@ -15,7 +15,7 @@ from typing import Any, Final
 
 import numpy as np
 import onnx
-from onnx import NodeProto, helper, numpy_helper
+from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from engines.runners.on_cpu.rewriting import NODE, TAKEN, Rewriting
 from graphs import names
@@ -88,10 +88,15 @@ class _Graph(Rewriting):
         scaled, valid = (self._made_by(name) for name in masked)
         if scaled is None or scaled.op_type != "Mul" or valid is None or valid.op_type != "Less":
             return None
-        length, factor = self._laid_out(valid.input[1]), self.stored.get(scaled.input[1])
+        length, factor = self._laid_out(valid.input[1]), self._factor(scaled.input[1])
         if length not in self._inputs or factor is None:
             return None
         return _Layer(scaled.input[0], rows, past, length, context, float(numpy_helper.to_array(factor)))
+
+    def _factor(self, name: str) -> TensorProto | None:
+        """A stored number, which graphs of half precision cast."""
+        cast = self.producers.get(name)
+        return self.stored.get(cast.input[0] if cast is not None and cast.op_type == "Cast" else name)
 
     def _masked_scores(self, past_key: str) -> tuple[str, str] | None:
         """The grouped query and the mask of the product with the cached keys."""

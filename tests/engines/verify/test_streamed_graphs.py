@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 
 from btp_export import cli
@@ -21,6 +22,7 @@ from btp_export.running.memory_fit import Streaming
 from engines.runners.onnxruntime import OrtLoader
 from engines.verify.gates import GATES
 from engines.verify.streamed_graphs import StreamedRunner
+from graphs.building.graph_builder import GraphBuilder
 from graphs.building.graph_parts import has_bfloat16, split, wide_weights, widen
 from graphs.files.bundle import Bundle
 from graphs.files.onnx_file import read_graph
@@ -103,6 +105,16 @@ def test_widened_bfloat16_has_no_bfloat16_but_its_weights(tiny_bundle: Any) -> N
     model = read_graph(tiny_bundle(PLAN, precision="bfloat16").graph_path("prefill_0"))
     assert has_bfloat16(model) and not has_bfloat16(widen(model))
     assert has_bfloat16(model), "the model itself is not changed"
+
+
+def test_widened_bfloat16_has_all_of_a_factor(tmp_path: Path) -> None:
+    """Rounded to bfloat16, the 1 / sqrt(32) that scales a query is off by 1e-4: far too large for float32's gates."""
+    b = GraphBuilder("scaled", opset=23, precision="bfloat16")
+    b.output(b.scaled(b.input("x", (1, 64)), 32**-0.5, "y"), "y")
+    path = tmp_path / "scaled.onnx"
+    onnx.save(widen(ir.to_proto(b.build().model)), path)
+    x = np.random.default_rng(0).standard_normal((1, 64)).astype(np.float32)
+    np.testing.assert_allclose(OrtLoader(threads=1)(path).run({"x": x})["y"], x / np.sqrt(32), rtol=1e-6)
 
 
 def test_a_perturbed_weight_is_found_in_its_graph(tiny_bundle: Any, tmp_path: Path) -> None:
