@@ -89,7 +89,8 @@ def test_what_cannot_be_captured_runs_plainly_and_says_so(
     notes: list[str] = []
     loader, graphs = engines(bundle, tmp_path, note=notes.append)
     model = chain(bundle, graphs, loader)
-    reference = chain(bundle, onnx_graphs(bundle), OrtLoader(threads=1))
+    # The files' own nodes, which engines compute too: rows come from logits, and steps make rounding larger.
+    reference = chain(bundle, onnx_graphs(bundle), OrtLoader(threads=1, custom_ops=None))
     for seed in (0, 1, 2):
         given = inputs(bundle, seed)
         for got, wanted in zip(conversation(model, given), conversation(reference, given), strict=True):
