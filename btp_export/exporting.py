@@ -34,6 +34,7 @@ from graphs.files.atomic import (
     will_link,
 )
 from graphs.files.bundle import ROPE_WEIGHTS, VISION_WEIGHTS, Bundle, place_weights, write_manifest, write_plans
+from graphs.files.packed_weights import check_packed
 from graphs.files.safetensors_file import write_tensors
 from graphs.records.errors import InputError
 from graphs.records.manifest import BuildRecord, FileRecord, GraphRecord, ModelRecord
@@ -140,6 +141,7 @@ def check_target(
         raise InputError(
             f"opset {options.opset}", wanted=f"one of {', '.join(map(str, sorted(IR_VERSIONS)))}", do="--opset 23"
         )
+    check_packed(model.checkpoint)
     profiles = make_profiles(model, options)
     check_processor(model, profiles)
     check_space(out, copied_bytes(model.checkpoint.files, out, options.link) + _made_bytes(model, len(profiles)))

@@ -103,6 +103,14 @@ def packed_linear(checkpoint: Checkpoint, module: str) -> PackedLinear | None:
     return linear
 
 
+def check_packed(checkpoint: Checkpoint) -> None:
+    """Read the scales of all packed matrices; raises InputError for one that is not finite, naming its tensor."""
+    for name, ref in checkpoint.tensors.items():
+        module, _, part = name.rpartition(".")
+        if part in (SCALES, INPUT_SCALE) and f"{module}.{QWEIGHT}" in checkpoint.tensors:
+            check_scales(ref.read(), f"{ref.shard}: {ref.stored_name}")
+
+
 def read_matrix(checkpoint: Checkpoint, module: str, dtype: np.dtype[Any] | None = None) -> np.ndarray:
     """A packed matrix [N,K] as numbers, (q - z) * s, rounded once to `dtype` (by default the type of its scales).
 

@@ -22,7 +22,7 @@ from graphs.records.errors import InputError
 from tests.btp_export.families.qwen import make_qwen
 from tests.btp_export.quantised.packers import Layer, draw_layer, pack_awq, pack_compressed, pack_gptq, pack_modelopt
 from tests.conftest import unpruned
-from tests.packed import is_projection
+from tests.packed import is_projection, pack_folder
 from tests.plans import PLAN
 
 LEFT = "layers.2.mlp.down_proj"  # stays in 16 bits
@@ -216,6 +216,23 @@ def test_nothing_is_left_of_what_cannot_be_read(case: str, tiny_checkpoint: Path
     with pytest.raises(InputError, match=message):
         open_model(str(tmp_path / "model"))
     assert sorted(cache_folder("packed").rglob("*")) == before
+
+
+@pytest.mark.parametrize(("number", "said"), [(np.nan, "nan"), (np.inf, "inf")])
+def test_damaged_scales_of_a_packed_folder_are_found_before_an_export(
+    number: float, said: str, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    """They are linked into the bundle as they are, and would be found by what runs it."""
+    pack_folder(tiny_checkpoint, tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    tensors = load_file(file)
+    (name,) = (name for name in tensors if name.endswith("layers.3.mlp.up_proj.scales"))
+    tensors[name][5, 1] = number
+    save_file(tensors, file)
+    model = open_model(str(tmp_path / "model"))
+    with pytest.raises(InputError, match=rf"model\.safetensors: .*up_proj\.scales holds {said} at \[5, 1\]"):
+        export_bundle(model, unpruned(model.spec), tmp_path / "bundle", Options())
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_a_quantised_head_is_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:
