@@ -58,7 +58,7 @@ def compile_all(target: Path, architecture: str, before: str | None, *, report: 
         target / "libbtp_kernels.so", architecture, kernel_sources(folders, common), [*KERNEL_FLAGS, named], report
     )
     compiled(target / "harness", architecture, [NATIVE / "harness.cu", NATIVE / "probe.cu"], ["-ldl"], report)
-    forms = [folder / file for file in ("ort_op.cc", "cpu.cc") for folder in folders if (folder / file).is_file()]
+    forms = ops.native_files("ort_op.cc", "cpu.cc")
     sources = [*kernel_sources(folders, common), *forms, ROOT / "engines" / "native" / "ort_library.cc"]
     flags = [*KERNEL_FLAGS, named, "-DBTP_WITH_CUDA", "-Xcompiler=-fvisibility=hidden"]
     compiled(target / "libbtp_ort.so", architecture, sources, flags, report)

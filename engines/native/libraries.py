@@ -16,7 +16,7 @@ from typing import Any, Final
 from graphs.records.errors import BtpError, InputError, UnavailableError
 
 VARIABLE: Final = "BTP_NATIVE_DIR"
-VERSION: Final = 4  # common/status.h: btp_kernels_version; ort_library.cc: btp_ort_version
+VERSION: Final = 5  # common/status.h: btp_kernels_version; ort_library.cc: btp_ort_version
 BUILD: Final = "cmake -S engines/native -B engines/native/build && cmake --build engines/native/build"
 # Name of each library -> what it is for, and the option that it needs beside the compilers.
 LIBRARIES: Final = {
@@ -87,7 +87,7 @@ def custom_ops() -> Path | None:
 
 
 def multiplies(path: Path) -> bool:
-    """Whether btp_ort multiplies with weights of 4 and of 16 bits as they are stored on this processor.
+    """Whether btp_ort multiplies with weights as they are stored, and attends, on this processor.
 
     Not where the file is no such library, which is said when it is registered.
     """

@@ -149,6 +149,8 @@ class OrtLoader:
             halves=self._multiplies,
             int8=self._multiplies and self.accuracy_level == INT8_LEVEL,
             rows=self._multiplies,
+            floats=self._multiplies,
+            attention=self._multiplies,
         )
 
     def _open(

@@ -1,15 +1,23 @@
 """Nodes that are faster on a CPU than those of the files, put in while a session is prepared; needs onnx.
 
-Attention by ONNX Runtime's own node: `causal_attention` over whole sequences (prefill), `cached_attention` of a new
-token over caches (decode). By btp_ort: `selection` from rows in place of their similarity, `decoder_rows` for all of a
-layer with small weights but its attention, `linear` with weights of 4 and of 16 bits as they are stored.
+`causal_attention` over whole sequences (prefill), by btp_ort or by ONNX Runtime's own node; by that node alone
+`cached_attention` of a new token over caches (decode). By btp_ort: `selection` from rows in place of their similarity,
+`decoder_rows` for all of a layer with small weights but its attention, `linear` with weights of 4 and of 16 bits as
+they are stored, `float_weights` with those of float32.
 """
 
 from dataclasses import dataclass
 
 import onnx
 
-from engines.runners.on_cpu import cached_attention, causal_attention, decoder_rows, linear, selection
+from engines.runners.on_cpu import (
+    cached_attention,
+    causal_attention,
+    decoder_rows,
+    float_weights,
+    linear,
+    selection,
+)
 
 __all__ = ["Native", "for_cpu", "may_have"]
 
@@ -19,13 +27,16 @@ class Native:
     """What btp_ort does in a session.
 
     selections: choose from rows. halves: multiply few rows with weights of float16. int8: multiply rows, rounded to
-    int8, with four-bit weights. rows: take rows through all of a layer with small weights but its attention.
+    int8, with four-bit weights. rows: take rows through all of a layer with small weights but its attention. floats:
+    multiply with weights of float32. attention: attend over whole sequences.
     """
 
     selections: bool = False
     halves: bool = False
     int8: bool = False
     rows: bool = False
+    floats: bool = False
+    attention: bool = False
 
 
 def may_have(serialized: bytes, native: Native) -> bool:
@@ -33,17 +44,20 @@ def may_have(serialized: bytes, native: Native) -> bool:
     attention = causal_attention.may_have(serialized) or cached_attention.may_have(serialized)
     selections = native.selections and selection.may_have(serialized)
     rows = native.rows and decoder_rows.may_have(serialized)
-    return attention or selections or rows or linear.may_have(serialized, halves=native.halves, int8=native.int8)
+    products = linear.may_have(serialized, halves=native.halves, int8=native.int8)
+    return attention or selections or rows or products or (native.floats and float_weights.may_have(serialized))
 
 
 def for_cpu(model: onnx.ModelProto, native: Native) -> dict[str, str]:
     """Replace what can be; gives the new outputs that have to be bound to the memory of an input."""
     if native.selections:
         selection.for_cpu(model)
-    causal_attention.for_cpu(model)
+    causal_attention.for_cpu(model, native=native.attention)
     in_place = cached_attention.for_cpu(model)
     if native.rows:  # it gives what attention's new nodes read, and takes products that are left to others else
         decoder_rows.for_cpu(model)
     if native.halves or native.int8:
         linear.for_cpu(model, halves=native.halves, int8=native.int8)
+    if native.floats:
+        float_weights.for_cpu(model)
     return in_place

@@ -4,7 +4,7 @@
 #pragma once
 
 #include "../common/ort_common.h"
-#include "cpu_half.h"
+#include "cpu_few_rows.h"
 #include "cpu_int8.h"
 #include "rules.h"
 
@@ -159,7 +159,7 @@ public:
         const auto* const stored = static_cast<const uint16_t*>(weight.data);
         auto* const y = static_cast<T*>(output(context, 0, {x.shape[0], weight.shape[0]}));
         const auto some = [&](size_t first, size_t last) {
-            multiply_half_columns(given, rows, inputs, stored + first * inputs, last - first, y + first, outputs);
+            multiply_few_columns(given, rows, inputs, stored + first * inputs, last - first, y + first, outputs);
         };
         if (rows * inputs * outputs < kWorthThreads) {
             return some(0, outputs);

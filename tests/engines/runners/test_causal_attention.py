@@ -1,18 +1,26 @@
-"""Attention in ONNX Runtime's own node: what the definition gives, wherever it stands in, and left alone elsewhere."""
+"""Attention in other nodes on a CPU: what the definition gives, wherever they stand in, and left alone elsewhere."""
 
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from onnx import NodeProto, TensorProto, helper
+from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument, RuntimeException
 
-from engines.runners.on_cpu.causal_attention import NODE, for_cpu
+from engines.native.libraries import multiplies
+from engines.runners.on_cpu.causal_attention import NODE, OWN, for_cpu
 from engines.runners.onnxruntime import OrtLoader
+from tests.engines.native import builds
 
 BATCH, HEADS, KV_HEADS, TOKENS, SIZE = 2, 4, 2, 37, 16
 QUERY, KEY = (BATCH, HEADS, TOKENS, SIZE), (BATCH, KV_HEADS, TOKENS, SIZE)
+here = pytest.mark.skipif(not multiplies(builds.ort_library()), reason="this processor has no AVX512-VNNI")
+
 BY_TOKEN = {"query": (BATCH, TOKENS, HEADS, SIZE), "key": (BATCH, TOKENS, KV_HEADS, SIZE)}
 
 
@@ -59,11 +67,37 @@ def rotated(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
     return np.concatenate([a * c - b * s, b * c + a * s], axis=3)
 
 
-def run(model: onnx.ModelProto, folder: Path, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """As bundles are run on a CPU."""
+def run(
+    model: onnx.ModelProto, folder: Path, inputs: dict[str, np.ndarray], *, native: bool = False
+) -> dict[str, np.ndarray]:
+    """As bundles are run on a CPU; native: with btp_ort."""
     path = folder / "attention.onnx"
     onnx.save(model, path)
-    return OrtLoader(threads=1)(path).run(inputs)
+    return OrtLoader(threads=1, custom_ops=builds.ort_library() if native else None)(path).run(inputs)
+
+
+def rows_of_tokens(x: np.ndarray) -> np.ndarray:
+    """[B,n,S,D] as [B,S,n*D]."""
+    return x.transpose(0, 2, 1, 3).reshape(len(x), x.shape[2], -1)
+
+
+def native(query: np.ndarray, key: np.ndarray, value: np.ndarray, threads: int = 1) -> np.ndarray:
+    """The context [B,H,S,D] by btp_ort's operator itself."""
+    given_rows = {n: rows_of_tokens(x) for n, x in (("query", query), ("key", key), ("value", value))}
+    heads = {"num_heads": query.shape[1], "kv_num_heads": key.shape[1]}
+    node = helper.make_node(OWN, list(given_rows), ["context"], domain="btp", **heads)
+    shapes = {name: x.shape for name, x in given_rows.items()} | {"context": given_rows["query"].shape}
+    tensors = {name: helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in shapes.items()}
+    graph = helper.make_graph([node], "attention", [tensors[name] for name in given_rows], [tensors["context"]])
+    opsets = [helper.make_opsetid("", 23), helper.make_opsetid("btp", 1)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.register_custom_ops_library(str(builds.ort_library()))
+    session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, given_rows)
+    batch, heads_, tokens, size = query.shape
+    return np.asarray(found).reshape(batch, tokens, heads_, size).transpose(0, 2, 1, 3)
 
 
 def values(shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
@@ -141,3 +175,67 @@ def test_others_stay(change: str) -> None:
     before = model.SerializeToString()
     for_cpu(model)
     assert model.SerializeToString() == before
+
+
+# -- by btp_ort -------------------------------------------------------------------------------------------------------
+
+
+@here
+@settings(max_examples=25, deadline=None)
+@given(
+    batch=st.integers(1, 2), heads=st.sampled_from([(1, 1), (3, 3), (4, 2), (6, 1)]), tokens=st.integers(1, 70),
+    size=st.sampled_from([16, 32, 48, 80, 128]), threads=st.integers(1, 3), spread=st.sampled_from([1e-3, 1.0, 30.0]),
+)  # fmt: skip
+def test_native_is_the_definition(
+    batch: int, heads: tuple[int, int], tokens: int, size: int, threads: int, spread: float
+) -> None:
+    rng = np.random.default_rng(tokens)
+    query, key, value = (
+        rng.standard_normal((batch, n, tokens, size)).astype(np.float32) for n in (heads[0], heads[1], heads[1])
+    )
+    query *= np.float32(spread)  # one key takes all, or all count alike
+    wanted = causal(query, key, value, size**-0.5)
+    np.testing.assert_allclose(native(query, key, value, threads), wanted, atol=3e-6 * max(1, spread))
+
+
+@here
+def test_native_does_not_depend_on_threads_or_later_tokens() -> None:
+    """More tokens than keys are summed at once."""
+    query, key, value = values({"query": (1, 3, 330, 32), "key": (1, 3, 330, 32), "value": (1, 3, 330, 32)}).values()
+    whole = native(query, key, value)
+    np.testing.assert_allclose(whole, causal(query, key, value, 32**-0.5), atol=3e-6)
+    np.testing.assert_array_equal(native(query, key, value, threads=3), whole)
+    less = native(query[:, :, :301], key[:, :, :301], value[:, :, :301])
+    np.testing.assert_array_equal(less, whole[:, :, :301])
+
+
+@here
+def test_native_nan_stays_behind_the_diagonal() -> None:
+    query, key, value = values({"query": (1, 1, 50, 16), "key": (1, 1, 50, 16), "value": (1, 1, 50, 16)}).values()
+    key[0, 0, 40, 3] = np.nan
+    found = native(query, key, value)
+    assert np.isfinite(found[:, :, :40]).all() and np.isnan(found[:, :, 40:]).all()
+
+
+@here
+@pytest.mark.parametrize("scale", [None, SIZE**-0.5, 0.5])
+def test_native_of_inputs(scale: float | None, tmp_path: Path) -> None:
+    """Other scales are ONNX Runtime's."""
+    inputs = values({"query": QUERY, "key": KEY, "value": KEY})
+    chosen = {} if scale is None else {"scale": scale}
+    model = attention_model([], {name: array.shape for name, array in inputs.items()}, **chosen)
+    wanted = causal(inputs["query"], inputs["key"], inputs["value"], scale or SIZE**-0.5)
+    np.testing.assert_allclose(run(model, tmp_path, inputs, native=True)["context"], wanted, atol=2e-6)
+    for_cpu(model, native=True)
+    assert (OWN in kinds(model)) == (scale != 0.5) and (NODE in kinds(model)) == (scale == 0.5)
+
+
+@here
+def test_native_refuses_other_sizes() -> None:
+    good = np.zeros((1, 2, 3, 16), np.float32)
+    with pytest.raises(InvalidArgument, match=r"query has shape .1,3,16., wanted .B,S,H D., D a multiple of 16"):
+        native(good[..., :8], good[..., :8], good[..., :8])
+    with pytest.raises(InvalidArgument, match=r"key has shape .1,2,32., wanted .1,3,32."):
+        native(good, good[:, :, :2], good)
+    with pytest.raises(RuntimeException, match="num_heads is 3, wanted a multiple of kv_num_heads, 2"):
+        native(np.zeros((1, 3, 3, 16), np.float32), good, good)

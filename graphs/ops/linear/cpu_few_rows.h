@@ -1,6 +1,6 @@
-// Products of few rows of float32 or float16 with float16 weights as they are stored, summed in float32 (AVX-512). A new token
-// reads every weight once, so its time is that of reading: half of what the same weights take in float32, and no copy of
-// them is made.
+// Products of few rows with weights as they are stored, both float32 or float16, summed in float32 (AVX-512). A new token
+// reads every weight once, so its time is that of reading: for float16 half of what the same weights take in float32. No
+// copy of them is made.
 #pragma once
 
 #include "cpu_floats.h"
@@ -13,10 +13,10 @@ BTP_QUIET_INTRINSICS
 
 namespace btp {
 
-// y [M, N columns], `next` apart. x [M,K], weights [N,K]. T: float or uint16_t, of x and y. A sum has 16 chains, whatever M
-// and N are.
-template <int M, int N, typename T>
-BTP_AVX512 BTP_INLINE void multiply_halves(const T* x, size_t inputs, const uint16_t* weights, T* y, size_t next)
+// y [M, N columns], `next` apart. x [M,K], weights [N,K]. T: float or uint16_t, of x and y; W: of weights. A sum has 16
+// chains, whatever M and N are.
+template <int M, int N, typename T, typename W>
+BTP_AVX512 BTP_INLINE void multiply_few(const T* x, size_t inputs, const W* weights, T* y, size_t next)
 {
     constexpr size_t kTogether = 16;
     __m512 sums[M][N];
@@ -46,30 +46,34 @@ BTP_AVX512 BTP_INLINE void multiply_halves(const T* x, size_t inputs, const uint
     }
 }
 
-template <int M, typename T>
-BTP_AVX512 inline void multiply_half_rows(const T* x, size_t inputs, const uint16_t* weights, size_t columns, T* y,
+template <int M, typename T, typename W>
+BTP_AVX512 inline void multiply_few_rows(const T* x, size_t inputs, const W* weights, size_t columns, T* y,
                                           size_t next)
 {
+    constexpr size_t kSome = M > 4 ? 2 : 4;  // with as many rows, what registers take
     size_t column = 0;
-    for (; column + 4 <= columns; column += 4) {
-        multiply_halves<M, 4>(x, inputs, weights + column * inputs, y + column, next);
+    for (; column + kSome <= columns; column += kSome) {
+        multiply_few<M, kSome>(x, inputs, weights + column * inputs, y + column, next);
     }
     for (; column < columns; ++column) {
-        multiply_halves<M, 1>(x, inputs, weights + column * inputs, y + column, next);
+        multiply_few<M, 1>(x, inputs, weights + column * inputs, y + column, next);
     }
 }
 
 // Columns of y [rows,N] from y on. weights [columns,K].
-template <typename T>
-void multiply_half_columns(const T* x, size_t rows, size_t inputs, const uint16_t* weights, size_t columns, T* y,
+template <typename T, typename W>
+void multiply_few_columns(const T* x, size_t rows, size_t inputs, const W* weights, size_t columns, T* y,
                            size_t next)
 {
     size_t row = 0;
+    for (; row + 8 <= rows; row += 8) {
+        multiply_few_rows<8>(x + row * inputs, inputs, weights, columns, y + row * next, next);
+    }
     for (; row + 4 <= rows; row += 4) {
-        multiply_half_rows<4>(x + row * inputs, inputs, weights, columns, y + row * next, next);
+        multiply_few_rows<4>(x + row * inputs, inputs, weights, columns, y + row * next, next);
     }
     for (; row < rows; ++row) {
-        multiply_half_rows<1>(x + row * inputs, inputs, weights, columns, y + row * next, next);
+        multiply_few_rows<1>(x + row * inputs, inputs, weights, columns, y + row * next, next);
     }
 }
 

@@ -1,0 +1,83 @@
+// Causal attention on a CPU, in no file: put in when a session is prepared (engines/runners/on_cpu/causal_attention.py).
+#include <cmath>
+#include <stdexcept>
+#include <string>
+
+#include "../common/ort_common.h"
+#include "cpu_attention.h"
+
+#ifdef BTP_X86
+namespace btp {
+namespace {
+
+constexpr const char* kName = "BtpCausalAttention";
+
+// query [B,S,H D], key and value [B,S,K D] float32 -> context [B,S,H D]. Scores are divided by the root of D, which is a
+// multiple of 16; H is one of K.
+class CausalAttention {
+public:
+    static constexpr size_t kInputs = 3;
+    static constexpr size_t kRequired = 3;
+    static constexpr size_t kOutputs = 1;
+
+    static ONNXTensorElementDataType input_type(ONNXTensorElementDataType floats, size_t) { return floats; }
+    static ONNXTensorElementDataType output_type(ONNXTensorElementDataType floats, size_t) { return floats; }
+
+    CausalAttention(const OrtOp&, const OrtKernelInfo* info)
+        : heads_(int_attribute(info, kName, "num_heads")), key_heads_(int_attribute(info, kName, "kv_num_heads"))
+    {
+        if (heads_ < 1 || key_heads_ < 1 || heads_ % key_heads_ != 0) {
+            throw std::invalid_argument(std::string(kName) + ": num_heads is " + std::to_string(heads_)
+                                        + ", wanted a multiple of kv_num_heads, " + std::to_string(key_heads_));
+        }
+    }
+
+    void run(OrtKernelContext* context) const
+    {
+        const Input query = input(context, 0), key = input(context, 1), value = input(context, 2);
+        const int64_t step = static_cast<int64_t>(heads_) * static_cast<int64_t>(kVector);
+        if (query.shape.size() != 3 || query.shape[2] < 1 || query.shape[2] % step != 0) {
+            throw std::invalid_argument(std::string(kName) + ": query has shape " + text(query.shape)
+                                        + ", wanted [B,S,H D], D a multiple of 16 and H " + std::to_string(heads_));
+        }
+        const int64_t size = query.shape[2] / heads_;
+        require_shape(kName, "key", key.shape, {query.shape[0], query.shape[1], key_heads_ * size});
+        require_shape(kName, "value", value.shape, key.shape);
+        auto* const found = static_cast<float*>(output(context, 0, query.shape));
+        Head all{static_cast<const float*>(query.data), static_cast<const float*>(key.data),
+                 static_cast<const float*>(value.data), found, static_cast<size_t>(query.shape[1]),
+                 static_cast<size_t>(size), static_cast<size_t>(query.shape[2]), static_cast<size_t>(key.shape[2]),
+                 static_cast<float>(1.0 / std::sqrt(static_cast<double>(size)))};
+        if (all.tokens == 0) {
+            return;
+        }
+        parallel_for(context, static_cast<int>(query.shape[0]) * heads_, [&](int place) {
+            const size_t batch = static_cast<size_t>(place / heads_), head = static_cast<size_t>(place % heads_);
+            const size_t own = batch * all.tokens * all.queries_apart + head * all.size;
+            const size_t shared = batch * all.tokens * all.keys_apart
+                                  + head / static_cast<size_t>(heads_ / key_heads_) * all.size;
+            Head one = all;
+            one.query += own;
+            one.key += shared;
+            one.value += shared;
+            one.context += own;
+            const StreamBuffer scratch(context, query.value, attention_scratch(one.tokens, one.size) * sizeof(float));
+            Attention(one, static_cast<float*>(scratch.data())).run();
+        });
+    }
+
+private:
+    const int32_t heads_, key_heads_;
+};
+
+const OrtRegistration registration([](bool) {
+    std::vector<OrtOp> ops;
+    if (has_byte_products()) {
+        ops.push_back(ort_op<CausalAttention>(kName, nullptr, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT));
+    }
+    return ops;
+});
+
+}  // namespace
+}  // namespace btp
+#endif
