@@ -113,8 +113,8 @@ def test_other_sizes_are_refused(inputs: int, weight: tuple[int, int]) -> None:
 def test_a_session_reads_the_weights_as_they_are_stored(tmp_path: Path) -> None:
     weight = numbers(0, 1024, 1024)
     path = tmp_path / "product.onnx"
-    onnx.save(model_of("Gemm", weight, rows=300), path)
-    x = numbers(1, 300, 1024)
+    onnx.save(model_of("Gemm", weight, rows=400), path)
+    x = numbers(1, 400, 1024)
     found = OrtLoader(threads=2, custom_ops=builds.ort_library())(path).run({"x": x})["y"]
     np.testing.assert_array_equal(found, product(x, weight, 1))
     plain = OrtLoader(threads=1)(path).run({"x": x})["y"]
@@ -124,17 +124,17 @@ def test_a_session_reads_the_weights_as_they_are_stored(tmp_path: Path) -> None:
 def test_what_is_replaced() -> None:
     wide = np.zeros((1024, 1024), np.float32)
     cases = {
-        "many rows": (model_of("Gemm", wide, rows=256), True),
+        "many rows": (model_of("Gemm", wide, rows=384), True),
         "a batch of a few": (model_of("Gemm", wide, rows=8), True),
         "more rows": (model_of("Gemm", wide, rows=9), False),
-        "not yet many": (model_of("Gemm", wide, rows=255), False),
+        "not yet many": (model_of("Gemm", wide, rows=383), False),
         "any number of rows": (model_of("Gemm", wide), False),
         "small weights": (model_of("Gemm", wide[:512], rows=256), False),
-        "other columns": (model_of("Gemm", np.zeros((1040, 1024), np.float32), rows=256), False),
-        "other places": (model_of("Gemm", np.zeros((1024, 1032), np.float32), rows=256), False),
-        "float16": (model_of("Gemm", wide.astype(np.float16), rows=256), False),
+        "other columns": (model_of("Gemm", np.zeros((1040, 1024), np.float32), rows=384), False),
+        "other places": (model_of("Gemm", np.zeros((1024, 1032), np.float32), rows=384), False),
+        "float16": (model_of("Gemm", wide.astype(np.float16), rows=384), False),
     }
-    scaled = model_of("Gemm", wide, rows=256)
+    scaled = model_of("Gemm", wide, rows=384)
     scaled.graph.node[0].attribute.append(helper.make_attribute("alpha", 2.0))
     for name, (model, replaced) in (cases | {"scaled": (scaled, False)}).items():
         float_weights.for_cpu(model)
