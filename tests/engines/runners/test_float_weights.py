@@ -129,7 +129,7 @@ def test_what_is_replaced() -> None:
         "more rows": (model_of("Gemm", wide, rows=9), False),
         "not yet many": (model_of("Gemm", wide, rows=383), False),
         "any number of rows": (model_of("Gemm", wide), False),
-        "small weights": (model_of("Gemm", wide[:512], rows=256), False),
+        "small weights": (model_of("Gemm", wide[:512], rows=384), False),
         "other columns": (model_of("Gemm", np.zeros((1040, 1024), np.float32), rows=384), False),
         "other places": (model_of("Gemm", np.zeros((1024, 1032), np.float32), rows=384), False),
         "float16": (model_of("Gemm", wide.astype(np.float16), rows=384), False),
