@@ -66,7 +66,7 @@ def _beside(kind: str, running: list[Process], vocab: int, limit: float, why: st
     first = [process.prefill()[1] for process in running]
     if kind == "full":
         same(*first, least=INT8)
-    times = prefills_in_turns(running, ROUNDS, warm=True)
+    times = prefills_in_turns(running, ROUNDS, uncounted=0)
     yield ratio(f"{name}: first token, ours / llama.cpp", *times, unit="ms", limit=limit, why=why)
     steps = steps_in_turns(running, ROUNDS, STEPS, vocab=vocab)
     yield ratio(f"{name}: a token, ours / llama.cpp", *steps, unit="ms", limit=1.2, why=PEER)

@@ -97,10 +97,10 @@ def started(*programs: tuple[str, Given]) -> Iterator[list[Process]]:
             process.close()
 
 
-def prefills_in_turns(running: Sequence[Process], rounds: int, *, warm: bool = False) -> list[list[float]]:
-    """Milliseconds of each program's prefills, after one that is not counted unless all are warm: A B, B A, A B, ..."""
+def prefills_in_turns(running: Sequence[Process], rounds: int, *, uncounted: int = 1) -> list[list[float]]:
+    """Milliseconds of each program's prefills, after those that are not counted: A B, B A, A B, ..."""
     times: list[list[float]] = [[] for _ in running]
-    for number in range(0 if warm else -1, rounds):
+    for number in range(-uncounted, rounds):
         for place in _order(len(running), number):
             spent, _ = running[place].prefill()
             if number >= 0:
