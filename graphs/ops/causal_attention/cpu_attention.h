@@ -5,6 +5,7 @@
 // laid out once for all its queries. How a query's sums are ordered depends on its place alone.
 #pragma once
 
+#include "../common/cpu_exponential.h"
 #include "../common/cpu_tiles.h"
 
 #ifdef BTP_X86
@@ -26,23 +27,6 @@ struct Head {
 inline size_t attention_scratch(size_t tokens, size_t size)
 {
     return 2 * kTileColumns * size + (kTileColumns + 2 * size) * tokens;
-}
-
-// exp of numbers up to 0; what is less than exp(-87) is as large as that, so that nothing is denormal. NaN stays.
-BTP_AVX512 BTP_INLINE __m512 exponential(__m512 x)
-{
-    const __m512 given = _mm512_max_ps(_mm512_set1_ps(-87.0f), x);  // the second one where one is NaN
-    const __m512 whole = _mm512_roundscale_ps(_mm512_mul_ps(given, _mm512_set1_ps(1.44269504f)), 0);
-    __m512 rest = _mm512_fnmadd_ps(whole, _mm512_set1_ps(0.693359375f), given);  // ln 2 in two parts
-    rest = _mm512_fnmadd_ps(whole, _mm512_set1_ps(-2.12194440e-4f), rest);
-    __m512 sum = _mm512_set1_ps(1.9875691500e-4f);  // a polynomial for -ln 2 / 2 to ln 2 / 2 (Cephes, expf)
-    sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(1.3981999507e-3f));
-    sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(8.3334519073e-3f));
-    sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(4.1665795894e-2f));
-    sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(1.6666665459e-1f));
-    sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(5.0000001201e-1f));
-    sum = _mm512_fmadd_ps(_mm512_mul_ps(rest, rest), sum, _mm512_add_ps(rest, _mm512_set1_ps(1.0f)));
-    return _mm512_scalef_ps(sum, whole);
 }
 
 class Attention {
@@ -170,7 +154,7 @@ private:
     float* const queries_;  // [D,32]
     float* const context_;  // [D,32]
     float* const weights_;  // [S,32]
-    const Panels rows_, parts_;
+    const RowPanels rows_, parts_;
     alignas(64) float sums_[kTileColumns];
 };
 

@@ -83,8 +83,8 @@ inline void multiply_tile(size_t rows, const Tile& tile) { kTiles[rows - 1](tile
 
 // Rows in as few panels of at most 12 as hold them, all of nearly the same height: a last panel of few rows takes
 // longer for each.
-struct Panels {
-    explicit Panels(size_t rows)
+struct RowPanels {
+    explicit RowPanels(size_t rows)
         : count((rows + kTileRows - 1) / kTileRows), least(count == 0 ? 0 : rows / count), more(count == 0 ? 0 : rows % count)
     {
     }

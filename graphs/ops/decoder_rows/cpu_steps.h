@@ -1,7 +1,7 @@
 // What a decoder layer does with a row between its products, on the CPU (AVX-512).
 #pragma once
 
-#include "../common/cpu_loops.h"
+#include "../common/cpu_exponential.h"
 
 #ifdef BTP_X86
 #include <cmath>
@@ -32,21 +32,6 @@ BTP_AVX512 inline void add_rows(float* to, const float* one, const float* other,
     for (size_t place = 0; place < width; ++place) {
         to[place] = one[place] + other[place];
     }
-}
-
-// e^x within two units of the last place, from -87 to 87; beyond them as there.
-BTP_AVX512 BTP_INLINE __m512 exponential(__m512 x)
-{
-    const __m512 bounded = _mm512_max_ps(_mm512_min_ps(x, _mm512_set1_ps(87.0f)), _mm512_set1_ps(-87.0f));
-    const __m512 power = _mm512_roundscale_ps(_mm512_mul_ps(bounded, _mm512_set1_ps(1.44269504f)), 8);
-    __m512 rest = _mm512_fnmadd_ps(power, _mm512_set1_ps(0.693359375f), bounded);
-    rest = _mm512_fnmadd_ps(power, _mm512_set1_ps(-2.12194440e-4f), rest);
-    __m512 sum = _mm512_set1_ps(1.9875691500e-4f);
-    for (const float factor : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f}) {
-        sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(factor));
-    }
-    sum = _mm512_fmadd_ps(sum, _mm512_mul_ps(rest, rest), _mm512_add_ps(rest, _mm512_set1_ps(1.0f)));
-    return _mm512_scalef_ps(sum, power);
 }
 
 // gate = gate / (1 + e^-gate) x up, for rows of 32 numbers so far apart.

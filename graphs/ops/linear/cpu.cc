@@ -78,7 +78,7 @@ private:
 
     static void lay_out(const OrtKernelContext* context, const float* x, size_t inputs, size_t first, size_t last, float* to)
     {
-        const Panels panels(last - first);
+        const RowPanels panels(last - first);
         parallel_for(context, static_cast<int>(panels.count), [&](int panel) {
             lay_out_panel(x + first * inputs, inputs, panels, last - first, static_cast<size_t>(panel), to + first * inputs);
         });

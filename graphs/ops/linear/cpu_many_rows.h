@@ -16,14 +16,14 @@ constexpr size_t kDepth = 256;      // places of K: 32 columns of them fill two 
 constexpr size_t kTogether = 768;   // rows at most: with kDepth places, and with their sums, they stay in the second cache
 constexpr size_t kWidest = 256;     // columns whose sums stay there
 
-// Rows [first, last) of x [M,K], laid out: for each kDepth places the panels of Panels(last - first).
+// Rows [first, last) of x [M,K], laid out: for each kDepth places the panels of RowPanels(last - first).
 struct Rows {
     const float* laid_out;
     size_t count;
 };
 
 // One panel of rows for all of K.
-BTP_AVX512 inline void lay_out_panel(const float* x, size_t inputs, const Panels& panels, size_t rows, size_t panel, float* to)
+BTP_AVX512 inline void lay_out_panel(const float* x, size_t inputs, const RowPanels& panels, size_t rows, size_t panel, float* to)
 {
     const size_t first = panels.first(panel), height = panels.height(panel);
     for (size_t place = 0; place < inputs; place += kDepth) {
@@ -39,7 +39,7 @@ inline size_t block_scratch(size_t rows, size_t columns) { return kTileColumns *
 BTP_AVX512 inline void multiply_block(const Rows& x, size_t inputs, const float* weights, size_t columns, float* y,
                                       size_t next, float* scratch)
 {
-    const Panels panels(x.count);
+    const RowPanels panels(x.count);
     float* const sums = scratch + kTileColumns * kDepth;  // tile after tile
     for (size_t place = 0; place < inputs; place += kDepth) {
         const size_t depth = std::min(kDepth, inputs - place), vectors = depth / kVector;
