@@ -66,10 +66,6 @@ class _Graph(Rewriting):
     def __init__(self, model: onnx.ModelProto) -> None:
         super().__init__(model)
         self._inputs = {value.name for value in model.graph.input}
-        self._readers: dict[str, list[NodeProto]] = {}
-        for node in model.graph.node:
-            for name in node.input:
-                self._readers.setdefault(name, []).append(node)
         self.in_place: dict[str, str] = {}
 
     def layer_of(self, node: NodeProto) -> _Layer | None:
@@ -105,7 +101,7 @@ class _Graph(Rewriting):
         return None if product is None or where is None else (product.input[0], where.input[0])
 
     def _only_reader(self, name: str | None, op_type: str) -> NodeProto | None:
-        readers = self._readers.get(name or "", [])
+        readers = self.readers.get(name or "", [])
         return readers[0] if len(readers) == 1 and readers[0].op_type == op_type else None
 
     def _only(self, name: str | None, op_type: str) -> str | None:

@@ -16,7 +16,6 @@ outputs of ONNX Runtime's node, key and value in the order of the caches, are no
 In float16 ONNX Runtime's computes in float32 and rounds once, where the operator rounds scores to float16 on their way.
 """
 
-from collections import Counter
 from collections.abc import Iterator
 from typing import Any, Final
 
@@ -56,7 +55,6 @@ class _Graph(Rewriting):
     def __init__(self, model: onnx.ModelProto, native: bool) -> None:
         super().__init__(model)
         self._native = native
-        self._readers = Counter(name for node in model.graph.node for name in node.input)
         self.superseded: set[str] = set()  # what new nodes give in place of old ones
 
     def is_replaced(self, node: NodeProto) -> bool:
@@ -119,7 +117,7 @@ class _Graph(Rewriting):
             inputs = [f"{made}.unrotated", *producer.input[1:]]
             rotation = helper.make_node("RotaryEmbedding", inputs, [made], num_heads=heads)
             yield rotation
-            if self._readers[name] == 1:  # beside the attention only the caches want it: it is rotated once
+            if len(self.readers[name]) == 1:  # beside the attention only the caches want it: it is rotated once
                 self.superseded.add(name)
                 yield self.reshape(made, (batch, tokens, heads, size), split)
                 yield helper.make_node("Transpose", [split], [name], perm=BY_TOKEN)

@@ -74,10 +74,6 @@ class Layers(Rewriting):
     def __init__(self, model: onnx.ModelProto) -> None:
         super().__init__(model)
         self._outputs = {value.name for value in model.graph.output}
-        self._readers: dict[str, list[NodeProto]] = {}
-        for node in model.graph.node:
-            for name in node.input:
-                self._readers.setdefault(name, []).append(node)
         for name, tensor in self.stored.items():
             self.shapes[name], self.types[name] = tuple(tensor.dims), tensor.data_type
 
@@ -93,7 +89,7 @@ class Layers(Rewriting):
 
     def projection(self, norm: NodeProto) -> Projection | None:
         """The three products behind a norm, if all that is made of them has the known form."""
-        products = self._readers.get(norm.output[0], [])
+        products = self.readers.get(norm.output[0], [])
         parts = [self._part(product) for product in products]
         if len(parts) != 3 or norm.output[0] in self._outputs or any(part is None for part in parts):
             return None
@@ -121,7 +117,7 @@ class Layers(Rewriting):
         open_tensors = [product.output[0]]
         while open_tensors:
             name = open_tensors.pop()
-            for reader in self._readers.get(name, []):
+            for reader in self.readers.get(name, []):
                 if reader.input[0] == name and self._moves(reader):
                     part.inner.add(reader.output[0])
                     open_tensors.append(reader.output[0])
@@ -186,7 +182,7 @@ class Layers(Rewriting):
     def feed(self, norm: NodeProto) -> Feed | None:
         """The part of a layer whose second norm this is, if all of it has the known form."""
         total = norm.input[0]
-        added, gates = self.producers.get(total), self._readers.get(norm.output[0], [])
+        added, gates = self.producers.get(total), self.readers.get(norm.output[0], [])
         if added is None or added.op_type != "Add" or len(gates) != 2 or {total, norm.output[0]} & self._outputs:
             return None
         rows, projected = self._split_sum(added)
@@ -196,7 +192,7 @@ class Layers(Rewriting):
         *products, last = gated
         found = [self._weight(product, biased=False) for product in (projected, *products)]
         weights = [weight for weight in found if weight is not None]
-        readers = {reader.output[0] for reader in self._readers[total]}
+        readers = {reader.output[0] for reader in self.readers[total]}
         alone = readers == {norm.output[0], last.output[0]} and self._only(projected.output[0], "Add") is not None
         if len(weights) != len(found) or not alone or not self.is_small(weights):
             return None
@@ -219,11 +215,11 @@ class Layers(Rewriting):
     def _gated(self, norm: NodeProto, names: Sequence[str]) -> tuple[NodeProto, NodeProto, NodeProto, NodeProto] | None:
         """The products gate, up and down, and the addition, of silu(gate) x up."""
         for gate, up in (names, names[::-1]):
-            sigmoid = next((r for r in self._readers.get(gate, []) if r.op_type == "Sigmoid"), None)
+            sigmoid = next((r for r in self.readers.get(gate, []) if r.op_type == "Sigmoid"), None)
             silu = self._only(sigmoid.output[0], "Mul") if sigmoid is not None else None
             if sigmoid is None or silu is None or set(silu.input) != {gate, sigmoid.output[0]}:
                 continue
-            if len(self._readers[gate]) != 2:
+            if len(self.readers[gate]) != 2:
                 continue
             gated, other = self._only(silu.output[0], "Mul"), self._only(up, "Mul")
             down = self._only(gated.output[0], "Gemm") if gated is not None else None
@@ -236,7 +232,7 @@ class Layers(Rewriting):
 
     def _only(self, name: str, op_type: str) -> NodeProto | None:
         """The one node that reads a tensor, if it is of this type and the tensor no output."""
-        readers = self._readers.get(name, [])
+        readers = self.readers.get(name, [])
         alone = len(readers) == 1 and readers[0].op_type == op_type and name not in self._outputs
         return readers[0] if alone else None
 

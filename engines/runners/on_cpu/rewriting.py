@@ -1,6 +1,7 @@
 """What all replacements know of a graph and put into it: ONNX Runtime's node, reshapes, constants that are shared."""
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any, Final
 
 import numpy as np
@@ -30,6 +31,15 @@ class Rewriting:
         self.stored = {tensor.name: tensor for tensor in model.graph.initializer}
         self.producers = {output: node for node in model.graph.node for output in node.output}
         self._constants: dict[str, TensorProto] = {}
+
+    @cached_property
+    def readers(self) -> dict[str, list[NodeProto]]:
+        """The nodes that read each tensor, once for each time they name it; no entry where none does."""
+        readers: dict[str, list[NodeProto]] = {}
+        for node in self._model.graph.node:
+            for name in node.input:
+                readers.setdefault(name, []).append(node)
+        return readers
 
     def reshape(self, name: str, shape: Shape, output: str) -> NodeProto:
         """The node that lays a tensor out anew."""

@@ -11,7 +11,6 @@ Rows of float16 are cast behind the Slice, and so they are for the new node.
 Where the scores are the norms of the same features, they come from the operator too.
 """
 
-from collections import Counter
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -61,10 +60,6 @@ class _Rows:
 class _Graph(Rewriting):
     """The selections of a model."""
 
-    def __init__(self, model: onnx.ModelProto) -> None:
-        super().__init__(model)
-        self._readers = Counter(name for node in model.graph.node for name in node.input)
-
     def rows_of(self, node: NodeProto) -> _Rows | None:
         """What a selection's similarity is made of, if it is one by coverage and all of that has the known form."""
         settings = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
@@ -87,7 +82,7 @@ class _Graph(Rewriting):
         scores = node.input[0]
         reshaped = self._made(scores, "Reshape")
         normed = self._normed(reshaped.input[0]) if reshaped else None
-        own = normed is not None and self._features(normed) == rows and self._readers[scores] == 1
+        own = normed is not None and self._features(normed) == rows and len(self.readers[scores]) == 1
         own_settings = [attribute for attribute in node.attribute if attribute.name not in PLUGIN]
         settings: dict[str, Any] = {one.name: helper.get_attribute_value(one) for one in own_settings}
         settings |= {"start": rows.start, "count": rows.count, "centred": int(rows.centred)}
