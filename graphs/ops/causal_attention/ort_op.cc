@@ -14,15 +14,8 @@ constexpr const char* kName = "BtpCausalAttention";
 
 // query [B,S,H D], key and value [B,S,K D] float32 -> context [B,S,H D]. Scores are divided by the root of D, which is a
 // multiple of 16; H is one of K.
-class CausalAttention {
+class CausalAttention : public Operands<3> {
 public:
-    static constexpr size_t kInputs = 3;
-    static constexpr size_t kRequired = 3;
-    static constexpr size_t kOutputs = 1;
-
-    static ONNXTensorElementDataType input_type(ONNXTensorElementDataType floats, size_t) { return floats; }
-    static ONNXTensorElementDataType output_type(ONNXTensorElementDataType floats, size_t) { return floats; }
-
     CausalAttention(const OrtOp&, const OrtKernelInfo* info)
         : heads_(int_attribute(info, kName, "num_heads")), key_heads_(int_attribute(info, kName, "kv_num_heads"))
     {

@@ -282,7 +282,18 @@ struct OrtOp : OrtCustomOp {
     bool on_gpu() const { return device != nullptr; }
 };
 
-// The part of the table that is the same for every operator. Kernel: constructed from (op, info), run(context).
+// What a kernel class says of its operands, as most have it: `inputs`, of which the first `required` must be there, and
+// `outputs`, all of the registration's type. A class with other types has an input_type or output_type of its own.
+template <size_t inputs, size_t required = inputs, size_t outputs = 1>
+struct Operands {
+    static constexpr size_t kInputs = inputs, kRequired = required, kOutputs = outputs;
+
+    static ONNXTensorElementDataType input_type(ONNXTensorElementDataType type, size_t) { return type; }
+    static ONNXTensorElementDataType output_type(ONNXTensorElementDataType type, size_t) { return type; }
+};
+
+// The part of the table that is the same for every operator. Kernel: constructed from (op, info), run(context); its
+// operands are an Operands.
 template <typename Kernel>
 OrtOp ort_op(const char* name, const char* device, ONNXTensorElementDataType type)
 {

@@ -259,17 +259,12 @@ private:
 //   feeds:    context [M,K] in any shape, out [C,K], norm [C], gate [I,C], up [I,C], down [C,I]
 //   projects: norm [C], query, key, value [N,C], their biases [N] if `biased`
 //   -> rows [M,C] where it feeds; where it projects query, key, value [B,S,N] and the same [B,N/D,S,D], those that are wanted
-class DecoderRows {
+class DecoderRows : public Operands<kBias + kParts, 1, 1 + 2 * kParts> {
 public:
-    static constexpr size_t kInputs = kBias + kParts;
-    static constexpr size_t kRequired = 1;
-    static constexpr size_t kOutputs = 1 + 2 * kParts;
-
     static ONNXTensorElementDataType input_type(ONNXTensorElementDataType floats, size_t index)
     {
         return index <= kContext ? floats : ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;
     }
-    static ONNXTensorElementDataType output_type(ONNXTensorElementDataType floats, size_t) { return floats; }
 
     DecoderRows(const OrtOp&, const OrtKernelInfo* info) : head_(static_cast<size_t>(int_attribute(info, kName, "head")))
     {

@@ -18,18 +18,12 @@ int64_t element_bytes(ONNXTensorElementDataType type)
     }
 }
 
-class GatherTokens {
+class GatherTokens : public Operands<2> {
 public:
-    static constexpr size_t kInputs = 2;
-    static constexpr size_t kRequired = 2;
-    static constexpr size_t kOutputs = 1;
-
     static ONNXTensorElementDataType input_type(ONNXTensorElementDataType tokens, size_t index)
     {
         return index == 0 ? tokens : ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32;
     }
-
-    static ONNXTensorElementDataType output_type(ONNXTensorElementDataType tokens, size_t) { return tokens; }
 
     GatherTokens(const OrtOp& op, const OrtKernelInfo* info)
         : gpu_(op.on_gpu()), element_bytes_(element_bytes(op.type)), start_(int_attribute(info, kName, "start")),

@@ -15,15 +15,8 @@ namespace {
 constexpr const char* kName = "BtpLinearFloat";
 
 // x [M,K] float32, weight [N,K] float32 -> y [M,N]. K is a multiple of 16 and N one of 32.
-class LinearFloat {
+class LinearFloat : public Operands<2> {
 public:
-    static constexpr size_t kInputs = 2;
-    static constexpr size_t kRequired = 2;
-    static constexpr size_t kOutputs = 1;
-
-    static ONNXTensorElementDataType input_type(ONNXTensorElementDataType floats, size_t) { return floats; }
-    static ONNXTensorElementDataType output_type(ONNXTensorElementDataType floats, size_t) { return floats; }
-
     LinearFloat(const OrtOp&, const OrtKernelInfo*) {}
 
     void run(OrtKernelContext* context) const

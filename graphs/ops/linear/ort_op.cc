@@ -110,18 +110,12 @@ private:
     T* const y_;
 };
 
-class Linear {
+class Linear : public Operands<5, 3> {
 public:
-    static constexpr size_t kInputs = 5;
-    static constexpr size_t kRequired = 3;
-    static constexpr size_t kOutputs = 1;
-
     static ONNXTensorElementDataType input_type(ONNXTensorElementDataType floats, size_t index)
     {
         return index == 1 || index == 3 ? ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8 : floats;
     }
-
-    static ONNXTensorElementDataType output_type(ONNXTensorElementDataType floats, size_t) { return floats; }
 
     Linear(const OrtOp& op, const OrtKernelInfo* info) : gpu_(op.on_gpu())
     {

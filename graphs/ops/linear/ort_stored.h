@@ -25,20 +25,14 @@ constexpr ONNXTensorElementDataType kElement =
 // BtpLinear with rows of x rounded to int8 in groups. T: float or uint16_t, of x, bias and y. Scales are of this type or
 // float16.
 template <typename T>
-class LinearInt8 {
+class LinearInt8 : public Operands<5, 3> {
 public:
-    static constexpr size_t kInputs = 5;
-    static constexpr size_t kRequired = 3;
-    static constexpr size_t kOutputs = 1;
-
     static ONNXTensorElementDataType input_type(ONNXTensorElementDataType floats, size_t index)
     {
         return index == 1 || index == 3 ? ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8
                : index == 2             ? ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED
                                         : floats;
     }
-
-    static ONNXTensorElementDataType output_type(ONNXTensorElementDataType floats, size_t) { return floats; }
 
     LinearInt8(const OrtOp&, const OrtKernelInfo* info) : group_(int_attribute(info, kInt8, "group"))
     {
@@ -131,18 +125,12 @@ private:
 
 // x [M,K], weight [N,K] float16 -> y [M,N], for few rows. T: float or uint16_t, of x and y.
 template <typename T>
-class LinearHalf {
+class LinearHalf : public Operands<2> {
 public:
-    static constexpr size_t kInputs = 2;
-    static constexpr size_t kRequired = 2;
-    static constexpr size_t kOutputs = 1;
-
     static ONNXTensorElementDataType input_type(ONNXTensorElementDataType floats, size_t index)
     {
         return index == 0 ? floats : ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16;
     }
-
-    static ONNXTensorElementDataType output_type(ONNXTensorElementDataType floats, size_t) { return floats; }
 
     LinearHalf(const OrtOp&, const OrtKernelInfo*) {}
 

@@ -42,12 +42,8 @@ int32_t number_of_seeds(const char* name, const Input& seeds)
     return seeds.value != nullptr ? small(seeds.shape[0]) : 0;
 }
 
-class SelectTokens {
+class SelectTokens : public Operands<3, 1> {
 public:
-    static constexpr size_t kInputs = 3;
-    static constexpr size_t kRequired = 1;
-    static constexpr size_t kOutputs = 1;
-
     static ONNXTensorElementDataType input_type(ONNXTensorElementDataType similarity, size_t index)
     {
         return index == 0   ? ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT
@@ -148,12 +144,8 @@ private:
 // place of the nodes that compute the similarity when a session is prepared (engines/runners/on_cpu/selection.py).
 //   rows [B,S,C] float32, scores [B,V] (optional), seeds [m] int32 (optional) -> indices [B,keep] int32, norms [B,V]
 // The V tokens begin at row `start`; from their rows the mean is taken if `centred` is 1. Without scores the norms are.
-class SelectTokensByRows {
+class SelectTokensByRows : public Operands<3, 1, 2> {
 public:
-    static constexpr size_t kInputs = 3;
-    static constexpr size_t kRequired = 1;
-    static constexpr size_t kOutputs = 2;
-
     static ONNXTensorElementDataType input_type(ONNXTensorElementDataType, size_t index)
     {
         return index < 2 ? ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT : ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32;

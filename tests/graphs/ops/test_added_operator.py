@@ -81,14 +81,8 @@ OPERATOR = ScaleTokens
 namespace btp {
 namespace {
 
-class ScaleTokens {
+class ScaleTokens : public Operands<1> {
 public:
-    static constexpr size_t kInputs = 1;
-    static constexpr size_t kRequired = 1;
-    static constexpr size_t kOutputs = 1;
-    static ONNXTensorElementDataType input_type(ONNXTensorElementDataType type, size_t) { return type; }
-    static ONNXTensorElementDataType output_type(ONNXTensorElementDataType type, size_t) { return type; }
-
     ScaleTokens(const OrtOp&, const OrtKernelInfo* info) : factor_(int_attribute(info, "BtpScaleTokens", "factor")) {}
 
     void run(OrtKernelContext* context) const
