@@ -74,8 +74,6 @@ class Layers(Rewriting):
     def __init__(self, model: onnx.ModelProto) -> None:
         super().__init__(model)
         self._outputs = {value.name for value in model.graph.output}
-        for name, tensor in self.stored.items():
-            self.shapes[name], self.types[name] = tuple(tensor.dims), tensor.data_type
 
     def is_norm(self, node: NodeProto) -> bool:
         """A norm of float32 rows [M,C] with stored weights, whose sums are in float32."""

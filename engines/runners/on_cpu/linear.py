@@ -49,11 +49,6 @@ def for_cpu(model: onnx.ModelProto, *, halves: bool = False, int8: bool = False)
 class _Graph(Rewriting):
     """The products of a model."""
 
-    def __init__(self, model: onnx.ModelProto) -> None:
-        super().__init__(model)
-        for name, tensor in self.stored.items():
-            self.shapes[name], self.types[name] = tuple(tensor.dims), tensor.data_type
-
     def is_packed(self, node: NodeProto) -> bool:
         """Four-bit weights and rows of a type, with as many columns and outputs, as the operator takes."""
         if node.op_type != LINEAR or node.domain != DOMAIN or self.types.get(node.input[0]) not in TAKEN:

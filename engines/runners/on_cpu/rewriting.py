@@ -20,7 +20,7 @@ TAKEN: Final = (TensorProto.FLOAT, TensorProto.FLOAT16)  # what the new nodes co
 
 
 class Rewriting:
-    """A model's tensors and the nodes that give them, and constants that the new nodes share."""
+    """A model's tensors, stored ones among them, and the nodes that give them; constants that the new nodes share."""
 
     def __init__(self, model: onnx.ModelProto) -> None:
         self._model = model
@@ -29,6 +29,8 @@ class Rewriting:
         self.shapes: dict[str, Shape] = {n: tuple(d.dim_value for d in t.shape.dim) for n, t in tensors.items()}
         self.types = {name: tensor.elem_type for name, tensor in tensors.items()}
         self.stored = {tensor.name: tensor for tensor in model.graph.initializer}
+        for name, tensor in self.stored.items():
+            self.shapes[name], self.types[name] = tuple(tensor.dims), tensor.data_type
         self.producers = {output: node for node in model.graph.node for output in node.output}
         self._constants: dict[str, TensorProto] = {}
 
