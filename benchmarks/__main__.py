@@ -21,7 +21,7 @@ from typing import Any
 
 from benchmarks.findings import NotHere, Row, Wishes, document, markdown, skipped
 from benchmarks.machine import Machine, this_machine
-from benchmarks.table import put_between_marks
+from benchmarks.pages import put_between_marks
 from graphs.files.atomic import write_text
 from graphs.files.cache_folder import cache_folder
 from graphs.files.cores import available_cores

@@ -1,14 +1,14 @@
 """A full-size LLaVA-1.5-7B with four-bit weights on a CPU: seconds to open, memory, prefill full and pruned, decode.
 
-    python -m benchmarks.four_bits_cpu [--layers 32] [--steps 8] [--folder DIR] [--plain-layers 2]
+    python -m benchmarks.four_bits_cpu [--layers 32] [--steps 8] [--folder DIR] [--plain-layers 2] [--out FILE]
 
 Makes a checkpoint of the model's shapes with random codes (4.5 GB, kept in the cache; nothing is searched for: random
 weights have nothing to keep), exports it with the published plan in float32, in which a CPU computes, and measures in
-processes of their own: the first opening, a second one, and the model without pruning. Where btp_ort does not multiply
-(processors without AVX512-VNNI, or it is not built) the first packs the weights into files that all sessions map (7 GB
-in the cache). Beside it the same model in float16, as ONNX Runtime computes it on a CPU where memory does not hold it:
-one layer open at a time, from --plain-layers layers. The load of the machine is recorded. Writes
-benchmarks/results/four_bits_cpu.md.
+processes of their own: the first opening, a second one, the model without pruning, and the pruned one in float16, into
+which `--weights int4` puts a float16 checkpoint. Where btp_ort does not multiply (processors without AVX512-VNNI, or it
+is not built) the first packs the weights into files that all sessions map (7 GB in the cache). Beside it the same model
+in float16, as ONNX Runtime computes it on a CPU where memory does not hold it: one layer open at a time, from
+--plain-layers layers. The load of the machine is recorded. Writes benchmarks/results/four_bits_cpu.md.
 """
 
 import argparse
@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.memory import memory
+from benchmarks.pages import put_between_marks
 from benchmarks.rtx_7b import MODEL, PUBLISHED, SHORT
 from btp_export import console
 from btp_export.dummy.checkpoints import dummy_checkpoint
@@ -36,6 +37,7 @@ from engines.runners.onnxruntime import OrtLoader
 from engines.verify.streamed_graphs import StreamedRunner
 from graphs.building.decoder_graphs import build_decoder_graphs, serialize
 from graphs.building.derived_bundles import derive
+from graphs.dtypes import Precision
 from graphs.files.atomic import link_or_copy
 from graphs.files.bundle import Bundle
 from graphs.files.cache_folder import cache_folder
@@ -51,13 +53,13 @@ def plan_for(layers: int) -> PruningPlan:
     return PruningPlan(model_type="llava", num_layers=layers, image_tokens=576, grid=(24, 24), stages=stages)
 
 
-def make_bundle(layers: int, folder: Path) -> Bundle:
+def make_bundle(layers: int, folder: Path, precision: Precision = "float32") -> Bundle:
     """The dummy model with random codes and the published plan."""
     with console.progress("checkpoint") as bar:
         checkpoint = dummy_checkpoint(MODEL, layers=layers, group=GROUP, report=bar)
     model = open_model(str(checkpoint))
     with console.progress("export") as bar:
-        return export_bundle(model, plan_for(layers), folder, Options(precision="float32"), report=bar)
+        return export_bundle(model, plan_for(layers), folder, Options(precision=precision), report=bar)
 
 
 def measure_here(bundle: Bundle, steps: int) -> dict[str, Any]:
@@ -66,15 +68,15 @@ def measure_here(bundle: Bundle, steps: int) -> dict[str, Any]:
     from btp_export.running.generation import answers_for
     from btp_export.running.runtime import load
 
-    start = time.perf_counter()
+    start, busy = time.perf_counter(), time.process_time()
     model = load(bundle)
-    opened = time.perf_counter() - start
+    opened, busy = time.perf_counter() - start, time.process_time() - busy
     encoded = random_samples(model)
     prefill = model.prefill(encoded)
     times = model.complete(prefill, answers_for(model.spec, encoded.input_ids, room=steps + 1, endless=True))
     return {
-        "open": opened, "vision": prefill.vision_ms, "prefill": prefill.prefill_ms, "decode": median(times),
-        "load": os.getloadavg()[0], **memory(),
+        "open": opened, "busy": busy, "vision": prefill.vision_ms, "prefill": prefill.prefill_ms,
+        "decode": median(times), "load": os.getloadavg()[0], **memory(),
     }  # fmt: skip
 
 
@@ -104,25 +106,25 @@ def layer_at_a_time(layers: int, folder: Path) -> float:
 
 
 def rows(found: dict[str, dict[str, Any]]) -> list[str]:
-    columns = ("", "opening, s", "vision, ms", "prefill, ms", "decode, ms a token", "peak, GB", "private, GB")
-    columns += ("mapped once, GB", "load")
+    columns = ("", "opening, s", "of processor time, s", "vision, ms", "prefill, ms", "decode, ms a token")
+    columns += ("peak, GB", "private, GB", "mapped once, GB", "load")
     lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     for name, one in found.items():
         gb = {key: one[key] / 1024 for key in ("VmHWM", "RssAnon", "Pss")}
         lines.append(
-            f"| {name} | {one['open']:.0f} | {one['vision']:.0f} | {one['prefill']:.0f} | {one['decode']:.0f} "
-            f"| {gb['VmHWM']:.1f} | {gb['RssAnon']:.1f} | {gb['Pss'] - gb['RssAnon']:.1f} | {one['load']:.1f} |"
+            f"| {name} | {one['open']:.0f} | {one['busy']:.1f} | {one['vision']:.0f} | {one['prefill']:.0f} "
+            f"| {one['decode']:.0f} | {gb['VmHWM']:.1f} | {gb['RssAnon']:.1f} | {gb['Pss'] - gb['RssAnon']:.1f} "
+            f"| {one['load']:.1f} |"
         )
     return lines
 
 
+TITLE = "LLaVA-1.5-7B with four-bit weights on a CPU"
 PAGE = """\
-# LLaVA-1.5-7B with four-bit weights on a CPU
-
 `python -m benchmarks.four_bits_cpu`, {date}, {cores} cores ({machine}), ONNX Runtime with int8 rows, {layers} layers of
-random codes in groups of {group}, float32, batch 1, 576 image tokens, the published plan. The first prefill after
-opening, the median of the decode steps. `load` is the machine's: where it is above the number of cores, times say
-little.{limit}
+random codes in groups of {group}, float32 where a row does not say float16, batch 1, 576 image tokens, the published
+plan. The first prefill after opening, the median of the decode steps. `load` is the machine's: where it is above the
+number of cores, times say little.{limit}
 
 {table}
 
@@ -147,7 +149,7 @@ def _group() -> str:
 
 
 def report(found: dict[str, dict[str, Any]], layer_ms: float, layers: int) -> str:
-    """The page."""
+    """What is written into the page."""
     return PAGE.format(
         date=date.today(),
         cores=os.cpu_count(),
@@ -167,6 +169,7 @@ def main() -> None:
     parser.add_argument("--plain-layers", type=int, default=2)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--folder", type=Path, help="where the bundle goes and stays; a temporary one if left out")
+    parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.measure is not None:
@@ -178,11 +181,13 @@ def main() -> None:
         bundle = Bundle.open(place) if place.is_dir() else make_bundle(given.layers, place)
         full = derive(bundle, bundle.plan.without_stages(), Path(scratch) / "full")
         layer_ms = layer_at_a_time(given.plain_layers, Path(scratch) / "plain")
+        half = make_bundle(bundle.spec.decoder.num_layers, Path(scratch) / "half", "float16")
+        measured = {"pruned, first opening": bundle, "pruned": bundle, "full": full, "pruned, float16": half}
         found = {}
-        for name, one in (("pruned, first opening", bundle), ("pruned", bundle), ("full", full)):
+        for name, one in measured.items():
             found[name] = measure(one, given.steps)
-            RESULTS.write_text(report(found, layer_ms, bundle.spec.decoder.num_layers), encoding="utf-8")
-    print(RESULTS.read_text(encoding="utf-8"))
+            put_between_marks(given.out, report(found, layer_ms, bundle.spec.decoder.num_layers), title=TITLE)
+    print(given.out.read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 
+from benchmarks.pages import put_between_marks
 from btp_export import console
 from btp_export.dummy.checkpoints import dummy_checkpoint
 from btp_export.exporting import Options, export_bundle
@@ -38,10 +39,11 @@ from graphs.records.plan import PruningPlan, Stage
 
 MODEL = "llava-1.5-7b"
 RESULTS = Path(__file__).parent / "results"
+TITLE = "Engines of LLaVA-1.5-7B by TensorRT for RTX, without a GPU"
 PAGES = {"model": RESULTS / "rtx_7b.md", "int4": RESULTS / "four_bits_rtx.md"}
 KINDS: tuple[EngineWeights, ...] = ("shared", "baked")
 GROUP = 128
-MADE = {"model": "made-up weights", "int4": f"random codes in groups of {GROUP}"}
+MADE = {"model": "made-up weights", "int4": f"random codes in groups of {GROUP}, symmetric"}
 PUBLISHED = (  # the released stages of LLaVA-1.5-7B
     Stage(layer=3, keep=288, attention_quota=86, diversity_quota=86, pool=318, boundary=288, seeds=144),
     Stage(layer=6, keep=144, attention_quota=129, diversity_quota=14, pool=194, boundary=144),
@@ -94,12 +96,11 @@ def build_all(bundle: Bundle, target: str, weights: EngineWeights, memory: int) 
 
 
 def render(layers: int, weights: str, builds: Sequence[Built]) -> str:
-    """The page of results, Markdown."""
+    """What is written into the page of results, Markdown."""
     first = builds[0]
     version = next(engine.tensorrt_version for engine in first.summary.engines if engine.file)
     plan, memory = first.plan, available_memory()
     parts = [
-        "# Engines of LLaVA-1.5-7B by TensorRT for RTX, without a GPU",
         f"`python -m benchmarks.rtx_7b --layers {layers} --weights {weights}`, {date.today().isoformat()}: "
         f"{layers} of 32 decoder layers, {MADE[weights]}, {plan.bundle.manifest.build.precision}, opset "
         f"{plan.choices.opset}, the published plan, in segments, from the portable bodies, for {plan.target.title} "
@@ -173,7 +174,7 @@ def main() -> None:
         bundle = make_bundle(given.layers, given.weights, Path(folder))
         builds = [build_all(bundle, given.target, kind, memory) for kind in KINDS]
         page = render(given.layers, given.weights, builds)
-    (given.out or PAGES[given.weights]).write_text(page, encoding="utf-8")
+    put_between_marks(given.out or PAGES[given.weights], page, title=TITLE)
     print(page)
 
 

@@ -28,6 +28,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
+from benchmarks.pages import put_between_marks
 from calibrate.data.samples import scene_samples
 from tests.btp_export.serving.malformed import malformed
 
@@ -198,7 +199,7 @@ def main() -> int:
     ]
     print(table(rows))
     if given.out is not None:
-        given.out.write_text(f"# Load on `btp-export serve`\n\n{table(rows)}", encoding="utf-8")
+        put_between_marks(given.out, table(rows), title="Load on `btp-export serve`")
     flat = last - first <= max(FLAT[0] * first, FLAT[1])
     all_refused = all(400 <= status < 500 for status in wrong)
     return 0 if errors == 0 and load.different == 0 and flat and all_refused and load.seconds else 1

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from benchmarks.memory import memory
+from benchmarks.pages import put_between_marks
 from btp_export.dummy.checkpoints import dummy_checkpoint
 from btp_export.dummy.processor import save_processor
 from btp_export.families import known_models
@@ -143,13 +144,13 @@ def row(name: str, run: dict[str, Any]) -> str:
     return f"| {' | '.join([name, *counts, *measured])} |"
 
 
+TITLE = "Streamed calibration on the mix of pictures"
 PAGE = """\
-# Streamed calibration on the mix of pictures
-
-`python -m benchmarks.streamed_calibration`, {date}, {cores} cores ({machine}), float32. The whole calibration of
+`{command}`, {date}, {cores} cores ({machine}), float32. The whole calibration of
 `btp` with its defaults (16 answer tokens at most), statistics not cached, each in a process of its own; peak is its
 resident memory at most, libraries and memory-mapped weights included. `load` is the machine's at the end: where it is
-above the number of cores, times say little.
+above the number of cores, times say little. The narrow models have 12 layers of width 256 and the families' own shapes
+otherwise.
 
 | model | layers | image tokens | samples | kinds | plans tried | seconds | peak, GB | operations, T | load |
 |---|---|---|---|---|---|---|---|---|---|
@@ -170,8 +171,11 @@ at most {passes:.0f} passes at {link:.0f} GB/s. Nothing of this was measured.
 
 
 def report(rows: Sequence[str], large: Sequence[dict[str, Any]], weight_bytes: int) -> str:
-    """The page."""
-    page = PAGE.format(date=date.today(), cores=os.cpu_count(), machine=platform.machine(), rows="\n".join(rows))
+    """What is written into the page."""
+    command = " ".join(["python -m benchmarks.streamed_calibration", *sys.argv[1:]])
+    page = PAGE.format(
+        command=command, date=date.today(), cores=os.cpu_count(), machine=platform.machine(), rows="\n".join(rows)
+    )
     if len(large) < 2:
         return page
     whole = extrapolated(large, weight_bytes)
@@ -211,7 +215,7 @@ def main() -> None:
         rows.append(row(f"{LARGE}, dummy weights", large[-1]))
         print(rows[-1], flush=True)
     weights = 2 * LAYERS * (4 * 4096**2 + 3 * 4096 * 11008)
-    given.out.write_text(report(rows, large, weights), encoding="utf-8")
+    put_between_marks(given.out, report(rows, large, weights), title=TITLE)
     print(given.out.read_text(encoding="utf-8"))
 
 

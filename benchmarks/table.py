@@ -17,10 +17,11 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from benchmarks.pages import put_between_marks
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "table.json"
 PAGE, README = ROOT / "docs" / "results.md", ROOT / "README.md"
-MARKS = ("<!-- table: begin -->", "<!-- table: end -->")  # the page of tables and the README have one pair each
 BUDGETS = (0.78, 0.89, 0.945)
 OWN = "btp"
 LEVEL = 0.05  # of the paired test
@@ -188,13 +189,6 @@ def summary(result: dict[str, Any]) -> str:
         f"({result['samples']:,} held-out questions, {result['date']}; [all plans](docs/results.md))."
         + (f" {_signs_read(first)}" if READING in first["rows"][0]["kinds"] else "")
     )
-
-
-def put_between_marks(page: Path, text: str) -> None:
-    whole = page.read_text(encoding="utf-8")
-    before, rest = whole.split(MARKS[0])
-    _, after = rest.split(MARKS[1])
-    page.write_text(f"{before}{MARKS[0]}\n{text}\n{MARKS[1]}{after}", encoding="utf-8")
 
 
 def main() -> None:
