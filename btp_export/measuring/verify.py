@@ -18,7 +18,7 @@ from graphs.files.bundle import Bundle, tool_versions
 from graphs.files.cache_folder import cache_folder
 from graphs.files.resume import Work, digest, work_folder
 from graphs.pruning import kept_tokens
-from graphs.records.errors import InputError
+from graphs.records.errors import CheckError, InputError
 from graphs.records.progress import Note, Report
 from graphs.records.reading import read_file
 from graphs.records.shapes import ShapeProfile
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from btp_export.running.logit_rules import LogitRules
     from btp_export.running.memory_fit import Streaming
     from calibrate.data.samples import Prepared, Sample
-    from calibrate.reference.records import RunRecord
+    from calibrate.reference.records import ReferenceInput, RunRecord
     from calibrate.reference.streamed_model import StreamedReference
     from engines.verify.gates import CheckResults, Gates
     from engines.verify.verification import FreeRun
@@ -98,11 +98,11 @@ def verify_bundle(
     how = streaming if streamed else None
     job = _Job(bundle, chosen, samples, room, seed, loader, files, how, place, maths, phases)
     with _work(job, note) as work:
-        findings, tokens_equal = _verify(job, work)
-    verified = _document(job, findings, tokens_equal=tokens_equal, target=target)
-    if verified.activations is None or streamed:
+        found = _verify(job, work)
+    verified = _document(job, found.checks, tokens_equal=found.tokens_equal, target=target)
+    if verified.activations is None or streamed or not found.answered:
         return verified
-    return verified.model_copy(update={"int8_rows": _int8_rows(job, threads)})
+    return _with_int8_rows(verified, job, threads)
 
 
 def _document(job: _Job, findings: CheckResults, *, tokens_equal: bool, target: str | None) -> Verification:
@@ -211,24 +211,29 @@ def _work(job: _Job, note: Note) -> Iterator[Work | None]:
         yield work
 
 
-def _verify(job: _Job, work: Work | None) -> tuple[CheckResults, bool]:
+@dataclass(frozen=True)
+class _Found:
+    """What the graphs gave, whether they answered at all, and whether the tokens were the reference's."""
 
+    checks: CheckResults
+    answered: bool
+    tokens_equal: bool
+
+
+def _verify(job: _Job, work: Work | None) -> _Found:
     from calibrate.reference.streamed_model import StreamedReference
     from engines.verify.streamed_graphs import Shares, StreamedRunner
     from engines.verify.verification import verify_free, verify_graphs
 
     plan, precision = job.bundle.plan_for(job.profile.name), job.bundle.manifest.build.precision
     samples, prepared = _prepared(job)
-    free = _answers(job, samples) if job.streaming is None else _streamed_answers(job, samples, work, job.streaming)
+    free, silence = _free_run(job, samples, work)
     gc.collect()  # a chain refers to itself; from here on one layer or one graph is open at a time
-    # Every free token but the last is appended: the row of each then predicts the next one.
-    inputs = [
-        replace(sample.input, new_tokens=tuple(run.tokens[:-1])) for sample, run in zip(prepared, free, strict=True)
-    ]
+    inputs = _with_new_tokens(prepared, free, job.tokens)
     checkpoint = job.bundle.checkpoint()
     reference = StreamedReference(checkpoint, dtype=dtypes.BY_NAME[job.maths].torch, device=job.device, work=work)
     runs = reference.run(inputs, plan, record_segments=True, progress=job.phases.named("reference"))
-    forced = _forced_where_needed(reference, inputs, runs, free)
+    forced = None if free is None else _forced_where_needed(reference, inputs, runs, free)
     progress = job.phases.named("graphs")
     openers = {name: partial(job.loader, file) for name, file in job.files.items()}
     if job.streaming is not None:
@@ -247,8 +252,21 @@ def _verify(job: _Job, work: Work | None) -> tuple[CheckResults, bool]:
         steps=work.sequence("graphs") if work is not None else None,
         progress=None if job.streamed else progress,
     )
-    rules = _rules(job, prepared)
-    return findings, verify_free(findings, plan, runs, free, forced, rules)
+    if free is None:
+        findings.failures.append(silence)
+        return _Found(findings, answered=False, tokens_equal=False)
+    equal = verify_free(findings, plan, runs, free, forced, _rules(job, prepared))
+    return _Found(findings, answered=True, tokens_equal=equal)
+
+
+def _with_new_tokens(prepared: Sequence[Prepared], free: Sequence[FreeRun] | None, tokens: int) -> list[ReferenceInput]:
+    """What the reference runs: every free token but the last is appended, the row of each then predicts the next one.
+
+    Without a free run it is the prompt's last token again and again: the decode graph is compared on any tokens.
+    """
+    if free is None:
+        return [replace(one.input, new_tokens=(int(one.input.input_ids[-1]),) * (tokens - 1)) for one in prepared]
+    return [replace(one.input, new_tokens=tuple(run.tokens[:-1])) for one, run in zip(prepared, free, strict=True)]
 
 
 def _rules(job: _Job, prepared: Sequence[Prepared]) -> list[LogitRules]:
@@ -275,6 +293,23 @@ def _prepared(job: _Job) -> tuple[list[Sample], list[Prepared]]:
     return samples, prepare(samples, Prompter(bundle.processor, spec), vision, progress=job.phases.named("pictures"))
 
 
+def _free_run(job: _Job, samples: Sequence[Sample], work: Work | None) -> tuple[list[FreeRun] | None, str]:
+    """What the bundle answers on its own; None and why where it cannot, as with logits that are not finite.
+
+    The error would advise to verify: which graph it is shows when each is compared by itself.
+    """
+    from engines.runners.cuda import CudaError
+
+    try:
+        if job.streaming is None:
+            return _answers(job, samples), ""
+        return _streamed_answers(job, samples, work, job.streaming), ""
+    except CudaError:  # the GPU's fault, and no graph runs on it any more
+        raise
+    except CheckError as error:
+        return None, f"the free run could not be made: {error.got}"
+
+
 def _answers(job: _Job, samples: Sequence[Sample]) -> list[FreeRun]:
     """The free run with all graphs open."""
     from btp_export.running.runtime import BundleModel
@@ -289,8 +324,19 @@ def _answers(job: _Job, samples: Sequence[Sample]) -> list[FreeRun]:
     return free
 
 
+def _with_int8_rows(verified: Verification, job: _Job, threads: int | None) -> Verification:
+    """How far int8 rows are off is said and not judged: it is ONNX Runtime's choice of speed, not the graphs'.
+
+    That there are answers at all is judged: `run` takes them so.
+    """
+    try:
+        return verified.model_copy(update={"int8_rows": _int8_rows(job, threads)})
+    except CheckError as error:
+        failures = (*verified.failures, f"the free run with int8 rows could not be made: {error.got}")
+        return verified.model_copy(update={"passed": False, "failures": failures})
+
+
 def _int8_rows(job: _Job, threads: int | None) -> Int8Rows:
-    """Said beside the verification and not judged: it is ONNX Runtime's choice of speed, not the graphs'."""
     from btp_export.measuring.rounding import compare_rows
     from btp_export.model.defaults import fitted_samples
     from calibrate.data.samples import scene_samples

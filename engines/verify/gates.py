@@ -38,7 +38,11 @@ GATES: dict[Precision, Gates] = {
 
 @dataclass
 class GraphCheck:
-    """The worst over samples and outputs of one graph; `worst` names where the cosine was lowest."""
+    """The worst over samples and outputs of one graph; `worst` names where the cosine was lowest.
+
+    `fault` is what is said of a graph whose numbers mean nothing: its first output that is not finite, why it does not
+    run, or that it is not given what the reference had.
+    """
 
     name: str
     cosine: float = 1.0
@@ -46,19 +50,41 @@ class GraphCheck:
     max_abs: float = 0.0
     worst: str = ""
     gates: Gates = GATES["float32"]  # by which it is judged
+    fault: str = ""
 
     def add(self, tensor: str, wanted: Array, got: Array) -> None:
         """Compare one tensor of one sample."""
         cosine, ratio, gap = compare(wanted, got)
-        if cosine < self.cosine or not np.isfinite(cosine):
+        if not np.isfinite(gap):
+            self.must_be_finite(tensor, got)
+        if cosine < self.cosine or (np.isfinite(self.cosine) and not np.isfinite(cosine)):
             self.cosine, self.worst = cosine, tensor
         if abs(ratio - 1) > abs(self.norm_ratio - 1) or not np.isfinite(ratio):
             self.norm_ratio = ratio
         self.max_abs = max(self.max_abs, gap) if np.isfinite(gap) else float("inf")
 
+    def must_be_finite(self, tensor: str, got: Array) -> None:
+        """Look at one tensor of one sample that cannot be compared."""
+        if not (self.fault or np.isfinite(np.asarray(got, np.float64)).all()):
+            self.worst = tensor
+            self.fails(f"{tensor} has numbers that are not finite")
+
+    def fails(self, reason: str) -> None:
+        """Its numbers mean nothing, whatever was compared before. The first reason stays."""
+        self.cosine, self.norm_ratio, self.max_abs = float("nan"), float("nan"), float("inf")
+        self.fault = self.fault or reason
+
     def holds(self) -> bool:
         """Whether it is within its gates."""
-        return self.cosine >= self.gates.cosine and abs(self.norm_ratio - 1) <= self.gates.norm
+        within = self.cosine >= self.gates.cosine and abs(self.norm_ratio - 1) <= self.gates.norm
+        return within and not self.fault
+
+    def failure(self) -> str:
+        """What is said of a graph that does not hold."""
+        if self.fault:
+            return f"{self.name}: {self.fault}"
+        found = f"cosine {self.cosine:.10g} and norm ratio {self.norm_ratio:.7g} ({self.worst})"
+        return f"{self.name}: {found}; wanted at least {self.gates.cosine:.10g} and 1 within {self.gates.norm:g}"
 
 
 @dataclass
@@ -85,8 +111,8 @@ class CheckResults:
         return CheckResults(**{**state, "gates": Gates(**state["gates"]), "graphs": graphs})
 
     def kept_agreement(self) -> list[float]:
-        """Mean agreement per stage."""
-        return [float(np.mean(stage)) for stage in self.kept]
+        """Mean agreement per stage; 0 for a stage whose graph did not run."""
+        return [float(np.mean(stage)) if stage else 0.0 for stage in self.kept]
 
 
 def compare(wanted: Array, got: Array) -> tuple[float, float, float]:
@@ -94,6 +120,11 @@ def compare(wanted: Array, got: Array) -> tuple[float, float, float]:
     a, b = np.asarray(wanted, np.float64).ravel(), np.asarray(got, np.float64).ravel()
     if a.shape != b.shape:
         return float("nan"), float("nan"), float("inf")
+    with np.errstate(invalid="ignore"):  # infinite numbers give NaN, which holds in no gate
+        return _compared(a, b)
+
+
+def _compared(a: Array, b: Array) -> tuple[float, float, float]:
     norm_a, norm_b = float(np.linalg.norm(a)), float(np.linalg.norm(b))
     gap = float(np.abs(a - b).max(initial=0.0))
     if norm_a == 0.0 or norm_b == 0.0:

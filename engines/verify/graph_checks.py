@@ -25,11 +25,12 @@ class _Feed(Mapping[str, Array]):
     """A batch's inputs, each stacked when it is asked for: the caches of all layers together would fill memory.
 
     The arrays of the samples are filled up with the last sample, and padded at the end to the declared shape. A sample
-    has one row of the first dimension, or several where pixels are a list of patches.
+    has one row of the first dimension, or several where pixels are a list of patches. `result` is told of numbers that
+    the graph's type does not hold: they become infinite, and what it makes of them is not its fault.
     """
 
-    def __init__(self, runner: Runner, batch: int, makers: Makers) -> None:
-        self._inputs, self._batch, self._makers = runner.inputs, batch, makers
+    def __init__(self, runner: Runner, batch: int, makers: Makers, result: GraphCheck) -> None:
+        self._inputs, self._batch, self._makers, self._result = runner.inputs, batch, makers, result
 
     def __getitem__(self, name: str) -> Array:
         spec, values = self._inputs[name], self._makers[name]()
@@ -39,7 +40,13 @@ class _Feed(Mapping[str, Array]):
             value = values[min(place, len(values) - 1)]
             sizes = np.shape(value)[1 if rows > 1 else 0 :]
             corner = [slice(place * rows, (place + 1) * rows), *(slice(0, size) for size in sizes)]
-            stacked[tuple(corner)] = value
+            try:
+                with np.errstate(over="raise"):
+                    stacked[tuple(corner)] = value
+            except FloatingPointError:
+                self._result.fails(f"the reference's {name} has numbers that {stacked.dtype} does not hold")
+                with np.errstate(over="ignore"):
+                    stacked[tuple(corner)] = value
         return stacked
 
     def __iter__(self) -> Iterator[str]:
@@ -62,9 +69,12 @@ class GraphVerifier:
     profile: ShapeProfile
     findings: CheckResults
 
-    def check(self, samples: Sequence[VerifySample]) -> None:
+    def __post_init__(self) -> None:
         self.result = GraphCheck(self.name)
         self.findings.graphs.append(self.result)
+
+    def check(self, samples: Sequence[VerifySample]) -> None:
+        """Every sample through the graph. Raises CheckError where it does not run."""
         graph = names.parse_graph(self.name)
         runs: list[tuple[_Feed, Look]] = []
         for batch in _batches(samples, self.profile.batch):
@@ -78,7 +88,7 @@ class GraphVerifier:
         run_each(self.runner, [feed for feed, _ in runs], lambda place, out: runs[place][1](out))
 
     def _feed(self, makers: Makers) -> _Feed:
-        return _Feed(self.runner, self.profile.batch, makers)
+        return _Feed(self.runner, self.profile.batch, makers, self.result)
 
     def _compare(self, output: str, sample: int, wanted: Array, got: Array) -> None:
         self.result.add(f"{output} of sample {sample}", wanted, got)
@@ -110,7 +120,7 @@ class GraphVerifier:
         def look(out: Mapping[str, Array]) -> None:
             for place, ((number, sample), run) in enumerate(zip(batch, runs, strict=True)):
                 n = run.last + 1
-                for name, got in out.items():
+                for name, got in _by_layer(out):
                     tensor = names.parse_tensor(name)
                     if tensor.is_cache:
                         self._compare(name, number, _rows(run, tensor)[:, :n], got[place, :, :n])
@@ -198,7 +208,7 @@ class GraphVerifier:
 
     def _decoded(self, batch: Numbered, step: int, out: Mapping[str, Array]) -> None:
         for place, (number, sample) in enumerate(batch):
-            for name, got in out.items():
+            for name, got in _by_layer(out):
                 if name == "logits":
                     self._compare(name, number, sample.run.logits[step + 1], got[place])
                     continue
@@ -237,21 +247,27 @@ class GraphVerifier:
                         same[place] = same[place] and np.array_equal(record.indices, kept)
                     elif not self.plan.stages[stage].keep and "logits" in out:
                         self._kept(stage, number, np.empty(0, np.int64), record, self.plan.tokens_before(stage))
-                if same[place]:
-                    self._whole_values(number, sample, place, out)
+                self._whole_values(number, sample, place, out, same=same[place])
 
         feed = {name: partial(self._whole_input, batch, name) for name in self.runner.inputs}
         yield self._feed(feed), look
 
-    def _whole_values(self, number: int, sample: VerifySample, place: int, out: Mapping[str, Array]) -> None:
-        for name, got in out.items():
-            tensor = names.parse_tensor(name)
-            if name == "logits":
-                self._compare(name, number, sample.run.logits[0], got[place])
-            elif tensor.is_cache:
+    def _whole_values(
+        self, number: int, sample: VerifySample, place: int, out: Mapping[str, Array], *, same: bool
+    ) -> None:
+        """Where other tokens were kept the values are others; they must be finite all the same."""
+        for name, values in _by_layer(out):
+            tensor, wanted, got = names.parse_tensor(name), sample.run.logits[0], values[place]
+            if tensor.is_cache:
                 run = self._segment_of(sample, tensor.at)
                 rows = slice(0, run.last + 1)
-                self._compare(name, number, _rows(run, tensor)[:, rows], got[place][:, rows])
+                wanted, got = _rows(run, tensor)[:, rows], got[:, rows]
+            elif name != "logits":
+                continue
+            if same:
+                self._compare(name, number, wanted, got)
+            else:
+                self.result.must_be_finite(f"{name} of sample {number}", got)
 
     def _whole_input(self, batch: Numbered, name: str) -> list[Array]:
         start, image = self.profile.prefix_tokens, self.profile.image_tokens
@@ -312,6 +328,11 @@ def _real(rows: Array, run: SegmentRun) -> Array:
 def _rows(run: SegmentRun, tensor: names.TensorName) -> Array:
     """The reference's keys or values [K,n,D] of the layer that a cache tensor is of."""
     return (run.keys if tensor.role in ("key", "past_key") else run.values)[tensor.at]
+
+
+def _by_layer(out: Mapping[str, Array]) -> list[tuple[str, Array]]:
+    """Outputs, those of layers first and in their order: the first that is not finite tells where that began."""
+    return sorted(out.items(), key=lambda entry: not names.parse_tensor(entry[0]).is_cache)
 
 
 def _batches(samples: Sequence[VerifySample], size: int) -> Iterator[list[tuple[int, VerifySample]]]:

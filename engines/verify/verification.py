@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from engines.runners.cuda import CudaError
 from engines.runners.interface import Runner
 from engines.verify.gates import GATES, CheckResults, Gates, agreement
 from engines.verify.graph_checks import GraphVerifier
@@ -25,6 +26,7 @@ from engines.verify.protocol import Array, ReferenceRun, VerifySample
 from graphs import names
 from graphs.dtypes import Precision
 from graphs.files.resume import Sequence as Steps
+from graphs.records.errors import CheckError
 from graphs.records.plan import PruningPlan
 from graphs.records.progress import Report
 from graphs.records.shapes import ShapeProfile
@@ -69,14 +71,17 @@ def verify_graphs(
             continue
         if progress is not None:
             progress(number - checked, len(graphs) - checked, name)
-        GraphVerifier(name, opener(), plan, profile, findings).check(samples)
-        check = findings.graphs[-1]
+        verifier = GraphVerifier(name, opener(), plan, profile, findings)
+        check = verifier.result
         check.gates = GATES[precision] if name == names.VISION else gates
+        try:
+            verifier.check(samples)
+        except CudaError:  # the GPU's fault, and no graph runs on it any more
+            raise
+        except CheckError as error:
+            check.fails(error.got)
         if not check.holds():
-            findings.failures.append(
-                f"{name}: cosine {check.cosine:.10g} and norm ratio {check.norm_ratio:.7g} ({check.worst}); "
-                f"wanted at least {check.gates.cosine:.10g} and 1 within {check.gates.norm:g}"
-            )
+            findings.failures.append(check.failure())
         if steps is not None and steps.due:
             steps.save(number + 1, {}, findings.state())
     _judge_agreement(findings)
@@ -84,8 +89,8 @@ def verify_graphs(
 
 
 def _judge_agreement(findings: CheckResults) -> None:
-    for number, share in enumerate(findings.kept_agreement() if all(findings.kept) else []):
-        if share < findings.gates.agreement:
+    for number, share in enumerate(findings.kept_agreement()):
+        if findings.kept[number] and share < findings.gates.agreement:
             findings.failures.append(
                 f"stage {number} keeps {share:.4f} of the reference's tokens; wanted at least "
                 f"{findings.gates.agreement}"

@@ -11,6 +11,7 @@ import pytest
 
 from btp_export import cli
 from btp_export.measuring.verify import verify_bundle
+from btp_export.running.memory_fit import Streaming
 from graphs.files.bundle import Bundle
 from graphs.records.errors import InputError
 from graphs.records.plan import PruningPlan
@@ -66,12 +67,23 @@ def test_flipped_weights_are_bad_input(tiny_bundle: Any, tmp_path: Path, capsys:
     assert "model.safetensors was changed" in capsys.readouterr().err
 
 
+def sealed(root: Path, file: Path) -> None:
+    """Record a weight file of a bundle anew, so that it is whole by its hashes."""
+    from graphs.files.atomic import record
+    from graphs.files.bundle_checks import digest_of
+
+    manifest = json.loads((root / "manifest.json").read_text())
+    for entry in manifest["weights"]:
+        if entry["file"].endswith(file.name):
+            entry["sha256"] = record(root, entry["file"]).sha256
+    text = json.dumps(manifest, indent=1) + "\n"
+    (root / "manifest.json").write_text(text.replace(manifest["manifest_sha256"], digest_of(text.encode())))
+
+
 def test_a_bundle_that_computes_something_else_fails(
     tiny_bundle: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Whole by its hashes, but with position tables of another model."""
-    from graphs.files.atomic import record
-    from graphs.files.bundle_checks import digest_of
     from graphs.files.checkpoint import open_tensors
 
     root = copied(tiny_bundle(PLAN), tmp_path)
@@ -80,16 +92,68 @@ def test_a_bundle_that_computes_something_else_fails(
     rows = np.memmap(rope, np.float32, "r+", offset=table.offset, shape=table.shape)
     rows *= -1  # turns the other way round
     rows.flush()
-    manifest = json.loads((root / "manifest.json").read_text())
-    for entry in manifest["weights"]:
-        if entry["file"].endswith(rope.name):
-            entry["sha256"] = record(root, entry["file"]).sha256
-    text = json.dumps(manifest, indent=1) + "\n"
-    (root / "manifest.json").write_text(text.replace(manifest["manifest_sha256"], digest_of(text.encode())))
+    sealed(root, rope)
     assert cli.main(["verify", str(root), "--samples", "3", "--json"]) == 1
     document = json.loads(capsys.readouterr().out)
     assert not document["passed"] and not document["tokens_equal"]
     assert all(1 - graph["cosine"] < 1e-9 for graph in document["graphs"]), "the graphs themselves are right"
+
+
+@pytest.fixture(scope="module")
+def overflowing(tiny_bundle: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A float16 bundle whose layer 3 has one number on the way that only float32 holds, where it counts for nothing."""
+    root = copied(tiny_bundle(PLAN, precision="float16"), tmp_path_factory.mktemp("overflowing"))
+    weights = Bundle.open(root).checkpoint()
+    change(root, weights["language_model.layers.3.mlp.up_proj.weight"], (5, 7), 1e5)
+    change(root, weights["language_model.layers.3.mlp.down_proj.weight"], (slice(None), 5), 0)
+    return root
+
+
+def change(root: Path, ref: Any, place: tuple[Any, ...], number: float) -> None:
+    """Put a number into a stored matrix of a bundle, which stays whole by its hashes."""
+    shard = root / "graphs" / "weights" / ref.shard
+    weight = np.memmap(shard, np.float32, "r+", offset=ref.offset, shape=ref.shape)
+    weight[place] = number
+    weight.flush()
+    sealed(root, shard)
+
+
+@pytest.mark.parametrize("streaming", [None, Streaming(above=0, part_bytes=1)], ids=["open", "streamed"])
+def test_the_graph_that_overflows_is_named(overflowing: Path, streaming: Streaming | None) -> None:
+    """There is no free run then, whose error sends the user here."""
+    result = verify_bundle(Bundle.open(overflowing), samples=2, threads=1, streaming=streaming)
+    assert not result.passed and not result.tokens_equal and result.streamed == (streaming is not None)
+    *graphs, free = result.failures
+    assert [text.split(" of sample")[0] for text in graphs] == ["prefill_1: hidden_out", "decode: key_4"]
+    assert all(text.endswith("has numbers that are not finite") for text in graphs)
+    assert free == "the free run could not be made: the largest of the model's logits is nan"
+    wrong = {graph.name for graph in result.graphs if graph.cosine is None}
+    assert wrong == {"prefill_1", "decode"} and len(result.graphs) == 10
+    assert result.kept_agreement == (1.0, 1.0, 1.0)
+
+
+def test_the_command_that_was_advised_answers(overflowing: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    picture, prompt = "docs/images/scene.png", "what color is the circle ?"
+    assert cli.main(["run", str(overflowing), "--image", picture, "--prompt", prompt]) == 1
+    assert "btp-export verify shows which graph overflows" in capsys.readouterr().err
+    assert cli.main(["verify", str(overflowing), "--samples", "1", "--json"]) == 1
+    document = json.loads(capsys.readouterr().out)
+    values = {
+        graph["name"]: [graph[key] for key in ("cosine", "norm_ratio", "max_abs")] for graph in document["graphs"]
+    }
+    assert values["prefill_1"] == values["decode"] == [None] * 3 and None not in values["prefill_0"]
+    assert cli.main(["verify", str(overflowing), "--samples", "1"]) == 1
+    shown = capsys.readouterr().out
+    assert "failed: prefill_1: " in shown and "failed: the free run could not be made" in shown
+
+
+def test_the_whole_graph_that_overflows_is_named(tiny_bundle: Any, tmp_path: Path) -> None:
+    """It is not forced: where it overflows it keeps other tokens, and its values cannot be compared."""
+    root = copied(tiny_bundle(PLAN, precision="float16", assemble="whole"), tmp_path)
+    change(root, Bundle.open(root).checkpoint()["language_model.layers.0.mlp.up_proj.weight"], (5, 7), 1e5)
+    result = verify_bundle(Bundle.open(root), samples=1, threads=1)
+    assert any(text.startswith("prefill: ") and text.endswith("not finite") for text in result.failures)
+    assert result.kept_agreement[0] < 1
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from btp_export.exporting import Options, export_bundle
+from btp_export.measuring import rounding
 from btp_export.measuring.bench import measure, random_samples
 from btp_export.measuring.verify import verify_bundle
 from btp_export.model.open_model import open_model
@@ -20,6 +21,7 @@ from engines.verify.gates import GATES, compare
 from graphs.building.derived_bundles import derive
 from graphs.files.bundle import Bundle
 from graphs.files.onnx_file import read_graph
+from graphs.records.errors import CheckError
 from tests.conftest import make_tiny
 from tests.engines.native import builds
 from tests.packed import pack_folder
@@ -45,6 +47,19 @@ def test_it_holds_the_gates_of_float32(packed: Bundle, streaming: Streaming | No
     if result.int8_rows is not None:
         assert 0.95 < result.int8_rows.logits_cosine < 0.9999999, "near, and not the same"
     assert min(float(graph.cosine or 0) for graph in result.graphs) > 0.99999
+
+
+def test_answers_that_int8_rows_do_not_give_are_a_failure(packed: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`run` takes int8 rows: its error sends the user to verify, where it must not be the last word."""
+
+    def refuse(*args: Any, **settings: Any) -> None:
+        raise CheckError("the largest of the model's logits is nan", do="btp-export verify")
+
+    monkeypatch.setattr(rounding, "compare_rows", refuse)
+    result = verify_bundle(packed, samples=1, tokens=2, threads=1)
+    assert not result.passed and result.tokens_equal and len(result.graphs) > 5
+    said = "the free run with int8 rows could not be made: the largest of the model's logits is nan"
+    assert result.failures == (said,) and result.int8_rows is None
 
 
 def test_which_rows_ran_is_said(packed: Bundle) -> None:

@@ -14,10 +14,12 @@ from btp_export.families import family_for
 from btp_export.model.prompting import Prompter
 from calibrate.data.samples import prepare, scene_samples
 from calibrate.reference.streamed_model import StreamedReference
+from engines.runners.cuda import CudaError
 from engines.runners.onnxruntime import OrtLoader
 from engines.verify.gates import CheckResults, agreement, compare
 from engines.verify.verification import FreeRun, VerifySample, same_kept, verify_free, verify_graphs
 from graphs.files.bundle import Bundle
+from graphs.records.errors import CheckError
 from graphs.records.plan import PruningPlan, Stage
 from tests.plans import PLAN
 
@@ -221,7 +223,58 @@ def test_nan_does_not_pass(bundle: Bundle, samples: list[VerifySample]) -> None:
         out["logits"][0, 0] = np.nan
 
     findings = check(bundle, samples, head=lambda runner: Faulty(runner, spoiled))
-    assert any(text.startswith("head") for text in findings.failures)
+    assert findings.failures == ["head: logits of sample 0 has numbers that are not finite"]
+    head = findings.graphs[-2]
+    assert head.name == "head" and head.worst == "logits of sample 0" and np.isnan(head.cosine)
+
+
+def test_the_first_output_that_is_not_finite_is_named(bundle: Bundle, samples: list[VerifySample]) -> None:
+    """A graph gives its layers in their order: the first of them tells where it began."""
+
+    def overflown(_: Mapping[str, np.ndarray], out: dict[str, np.ndarray]) -> None:
+        for name in ("value_3", "hidden_out"):
+            out[name][0, ..., 0, 0] = np.inf
+
+    findings = check(bundle, samples, prefill_1=lambda runner: Faulty(runner, overflown))
+    assert findings.failures == ["prefill_1: value_3 of sample 0 has numbers that are not finite"]
+
+
+def test_a_graph_that_does_not_run_is_one_failure(bundle: Bundle, samples: list[VerifySample]) -> None:
+    """The others are compared all the same; the GPU's own errors go through, after which nothing runs."""
+
+    def refused(error: Exception) -> Callable[[Any], Any]:
+        def tamper(inputs: Mapping[str, np.ndarray], out: dict[str, np.ndarray]) -> None:
+            raise error
+
+        return lambda runner: Faulty(runner, tamper)
+
+    findings = check(bundle, samples, select_1=refused(CheckError("cannot run select_1.onnx", do="verify")))
+    assert findings.failures == ["select_1: cannot run select_1.onnx"]
+    assert findings.kept_agreement() == [1.0, 0.0, 1.0]
+    assert {one.name for one in findings.graphs if one.holds()} == {g.name for g in bundle.graphs()} - {"select_1"}
+    with pytest.raises(CudaError):
+        check(bundle, samples[:1], vision=refused(CudaError("cudaMemcpy", 700, "an illegal memory access")))
+
+
+def test_numbers_that_a_graph_s_type_does_not_hold_are_said(bundle: Bundle, samples: list[VerifySample]) -> None:
+    """What the graph makes of them is not its fault."""
+
+    class Narrow(Faulty):
+        """It takes its input in float16."""
+
+        def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+            hidden = {"hidden": inputs["hidden"].astype(np.float32)}
+            return super().run({name: inputs[name] for name in inputs if name != "hidden"} | hidden)
+
+    def narrow(runner: Any) -> Narrow:
+        found = Narrow(runner, lambda inputs, out: None)
+        found.inputs = runner.inputs | {"hidden": replace(runner.inputs["hidden"], dtype=np.dtype(np.float16))}
+        return found
+
+    *before, last = samples[0].run.segments
+    run = replace(samples[0].run, segments=(*before, replace(last, hidden_out=last.hidden_out * 1e6)))  # type: ignore[type-var]
+    findings = check(bundle, [replace(samples[0], run=run)], head=narrow)
+    assert findings.failures[-1] == "head: the reference's hidden has numbers that float16 does not hold"
 
 
 def test_agreement() -> None:
