@@ -2,8 +2,8 @@
 
 `causal_attention` over whole sequences (prefill), by btp_ort or by ONNX Runtime's own node; by that node alone
 `cached_attention` of a new token over caches (decode). By btp_ort: `selection` from rows in place of their similarity,
-`decoder_rows` for all of a layer with small weights but its attention, `linear` with weights of 4 and of 16 bits as
-they are stored, `float_weights` with those of float32.
+`decoder_rows` for all of a layer with small weights but its attention, `layers_at_once` for both where attention is its
+own, `linear` with weights of 4 and of 16 bits as they are stored, `float_weights` with those of float32.
 """
 
 from dataclasses import dataclass
@@ -15,6 +15,7 @@ from engines.runners.on_cpu import (
     causal_attention,
     decoder_rows,
     float_weights,
+    layers_at_once,
     linear,
     selection,
 )
@@ -56,6 +57,7 @@ def for_cpu(model: onnx.ModelProto, native: Native) -> dict[str, str]:
     in_place = cached_attention.for_cpu(model)
     if native.rows:  # it gives what attention's new nodes read, and takes products that are left to others else
         decoder_rows.for_cpu(model)
+        layers_at_once.for_cpu(model)
     if native.halves or native.int8:
         linear.for_cpu(model, halves=native.halves, int8=native.int8)
     if native.floats:

@@ -9,84 +9,109 @@
 #include "../common/cpu_tiles.h"
 
 #ifdef BTP_X86
+#include <cmath>
+
 BTP_QUIET_INTRINSICS
 
 namespace btp {
 
-constexpr size_t kKeys = 256;  // whose weights, of 32 queries, stay in the first cache
+constexpr size_t kQueries = kTileColumns;  // that are computed together
+constexpr size_t kKeys = 256;              // whose weights, of these queries, stay in the first cache
 
-// One head. Rows of query and of context are `queries_apart`, those of key and value `keys_apart` numbers apart.
-struct Head {
-    const float *query, *key, *value;  // [S,D], D a multiple of 16
-    float* context;                    // [S,D]
-    size_t tokens, size, queries_apart, keys_apart;
-    float scale;
-};
-
-// What attend() needs beside its tensors, in floats; 64 bytes aligned.
-inline size_t attention_scratch(size_t tokens, size_t size)
-{
-    return 2 * kTileColumns * size + (kTileColumns + 2 * size) * tokens;
-}
-
-class Attention {
+// Keys and values [S,D] of one head as tiles read them, D a multiple of 16: keys in panels of rows, values in panels of their
+// D numbers. They are laid out in blocks of kQueries tokens, of which the last may have fewer.
+class LaidOut {
 public:
-    Attention(const Head& head, float* scratch)
-        : h_(head), keys_(scratch), values_(keys_ + h_.tokens * h_.size), queries_(values_ + h_.tokens * h_.size),
-          context_(queries_ + kTileColumns * h_.size), weights_(context_ + kTileColumns * h_.size), rows_(h_.tokens), parts_(h_.size)
+    static size_t floats(size_t tokens, size_t size) { return 2 * tokens * size; }
+
+    LaidOut(float* memory, size_t tokens, size_t size)
+        : keys_(memory), values_(memory + tokens * size), tokens_(tokens), size_(size), parts_(size)
     {
     }
 
-    void run()
+    // The block of tokens from `first` on. key, value: its rows, so far apart.
+    BTP_AVX512 void block(size_t first, const float* key, const float* value, size_t apart)
     {
-        lay_out();
-        for (size_t first = 0; first < h_.tokens; first += kTileColumns) {
-            const size_t reach = std::min(first + kTileColumns, h_.tokens);
-            lay_out_queries(first, reach - first);
-            for (size_t panel = 0; panel < rows_.count && rows_.first(panel) < reach; ++panel) {
-                const size_t key = rows_.first(panel);
-                multiply_tile(rows_.height(panel), {keys_ + key * h_.size, queries_, h_.size, nullptr,
-                                                    weights_ + key * kTileColumns, kTileColumns});
-            }
-            weigh(first, reach);
-            sum_values(reach);
-            give(first, reach - first);
+        const RowPanels rows = panels(first);
+        for (size_t panel = 0; panel < rows.count; ++panel) {
+            const size_t row = rows.first(panel);
+            lay_out_rows(key + row * apart, apart, rows.height(panel), size_, keys_ + (first + row) * size_);
         }
-    }
-
-private:
-    // Keys in panels of rows, values in panels of their D numbers.
-    BTP_AVX512 void lay_out()
-    {
-        for (size_t panel = 0; panel < rows_.count; ++panel) {
-            const size_t key = rows_.first(panel);
-            lay_out_rows(h_.key + key * h_.keys_apart, h_.keys_apart, rows_.height(panel), h_.size, keys_ + key * h_.size);
-        }
+        const size_t count = std::min(kQueries, tokens_ - first);
         for (size_t part = 0; part < parts_.count; ++part) {
             const size_t place = parts_.first(part), height = parts_.height(part);
             const auto wanted = static_cast<__mmask16>((1u << height) - 1);
-            float* const panel = values_ + place * h_.tokens;
-            for (size_t key = 0; key < h_.tokens; ++key) {
-                const __m512 some = _mm512_maskz_loadu_ps(wanted, h_.value + key * h_.keys_apart + place);
-                _mm512_mask_storeu_ps(panel + key * height, wanted, some);
+            float* const panel = values_ + place * tokens_ + first * height;
+            for (size_t token = 0; token < count; ++token) {
+                const __m512 some = _mm512_maskz_loadu_ps(wanted, value + token * apart + place);
+                _mm512_mask_storeu_ps(panel + token * height, wanted, some);
             }
         }
     }
 
+    // The panels of a block's keys.
+    RowPanels panels(size_t first) const { return RowPanels(std::min(kQueries, tokens_ - first)); }
+
+    // [D, height] of the key's panel; [S, height] from the key on, of a part of the values' numbers.
+    const float* keys(size_t key) const { return keys_ + key * size_; }
+    const float* values(size_t part, size_t key) const
+    {
+        return values_ + parts_.first(part) * tokens_ + key * parts_.height(part);
+    }
+    const RowPanels& parts() const { return parts_; }
+    size_t tokens() const { return tokens_; }
+    size_t size() const { return size_; }
+
+private:
+    float *keys_, *values_;
+    size_t tokens_, size_;
+    RowPanels parts_;
+};
+
+// A block of queries that attend. In `scratch`, 64 bytes aligned, is what is made on the way.
+class Attention {
+public:
+    static size_t floats(size_t tokens, size_t size) { return kQueries * (2 * size + tokens); }
+
+    Attention(float* scratch, size_t tokens, size_t size)
+        : size_(size), scale_(static_cast<float>(1.0 / std::sqrt(static_cast<double>(size)))), queries_(scratch),
+          context_(queries_ + kQueries * size), weights_(context_ + kQueries * size), tokens_(tokens)
+    {
+    }
+
+    // The queries of the block from `first` on, rows `apart` apart like those of the context.
+    void run(const LaidOut& seen, size_t first, const float* query, size_t apart, float* context)
+    {
+        const size_t reach = std::min(first + kQueries, tokens_);
+        lay_out_queries(query, apart, reach - first);
+        for (size_t block = 0; block < reach; block += kQueries) {
+            const RowPanels rows = seen.panels(block);
+            for (size_t panel = 0; panel < rows.count; ++panel) {
+                const size_t key = block + rows.first(panel);
+                multiply_tile(rows.height(panel),
+                              {seen.keys(key), queries_, size_, nullptr, weights_ + key * kQueries, kQueries});
+            }
+        }
+        weigh(first, reach);
+        sum_values(seen, reach);
+        give(context, apart, reach - first);
+    }
+
+private:
     // Queries as columns, times the scale. Those behind the last one are zeros.
-    BTP_AVX512 void lay_out_queries(size_t first, size_t count)
+    BTP_AVX512 void lay_out_queries(const float* query, size_t apart, size_t count)
     {
         alignas(64) float some[kVector * kVector];
-        const __m512 scale = _mm512_set1_ps(h_.scale);
-        for (size_t half = 0; half < kTileColumns; half += kVector) {
-            for (size_t place = 0; place < h_.size; place += kVector) {
+        const __m512 scale = _mm512_set1_ps(scale_);
+        for (size_t half = 0; half < kQueries; half += kVector) {
+            for (size_t place = 0; place < size_; place += kVector) {
                 for (size_t row = 0; row < kVector; ++row) {
-                    const float* const own = h_.query + (first + half + row) * h_.queries_apart + place;
+                    const float* const own = query + (half + row) * apart + place;
                     const bool there = half + row < count;
                     const __m512 given = there ? _mm512_mul_ps(_mm512_loadu_ps(own), scale) : _mm512_setzero_ps();
                     _mm512_store_ps(some + row * kVector, given);
                 }
-                turn(some, kVector, queries_ + place * kTileColumns + half, kTileColumns);
+                turn(some, kVector, queries_ + place * kQueries + half, kQueries);
             }
         }
     }
@@ -94,7 +119,7 @@ private:
     // Scores of keys before `reach` become exp(score - the query's largest), zeros behind the diagonal.
     BTP_AVX512 void weigh(size_t first, size_t reach)
     {
-        for (size_t half = 0; half < kTileColumns; half += kVector) {
+        for (size_t half = 0; half < kQueries; half += kVector) {
             float* const own = weights_ + half;
             const auto seen = [first, half](size_t key) {
                 const size_t behind = key > first + half ? std::min(key - first - half, kVector) : 0;
@@ -102,10 +127,10 @@ private:
             };
             __m512 most = _mm512_loadu_ps(own), sum = _mm512_setzero_ps();
             for (size_t key = 0; key < reach; ++key) {  // a NaN is no maximum, and stays below
-                most = _mm512_mask_max_ps(most, seen(key), _mm512_loadu_ps(own + key * kTileColumns), most);
+                most = _mm512_mask_max_ps(most, seen(key), _mm512_loadu_ps(own + key * kQueries), most);
             }
             for (size_t key = 0; key < reach; ++key) {
-                float* const place = own + key * kTileColumns;
+                float* const place = own + key * kQueries;
                 const __m512 weight = exponential(_mm512_sub_ps(_mm512_loadu_ps(place), most));
                 const __m512 kept = _mm512_maskz_mov_ps(seen(key), weight);
                 sum = _mm512_add_ps(sum, kept);
@@ -116,46 +141,45 @@ private:
     }
 
     // context [D, 32]: the values' sums, not yet divided.
-    void sum_values(size_t reach)
+    void sum_values(const LaidOut& seen, size_t reach)
     {
+        const RowPanels& parts = seen.parts();
         for (size_t key = 0; key < reach; key += kKeys) {
             const size_t depth = std::min(kKeys, reach - key);
-            for (size_t part = 0; part < parts_.count; ++part) {
-                const size_t place = parts_.first(part), height = parts_.height(part);
-                float* const own = context_ + place * kTileColumns;
-                multiply_tile(height, {values_ + place * h_.tokens + key * height, weights_ + key * kTileColumns, depth,
-                                       key == 0 ? nullptr : own, own, kTileColumns});
+            for (size_t part = 0; part < parts.count; ++part) {
+                float* const own = context_ + parts.first(part) * kQueries;
+                multiply_tile(parts.height(part), {seen.values(part, key), weights_ + key * kQueries, depth,
+                                                   key == 0 ? nullptr : own, own, kQueries});
             }
         }
     }
 
-    BTP_AVX512 void give(size_t first, size_t count)
+    BTP_AVX512 void give(float* context, size_t apart, size_t count)
     {
         alignas(64) float some[kVector * kVector], turned[kVector * kVector];
         for (size_t half = 0; half < count; half += kVector) {
             const __m512 sum = _mm512_load_ps(sums_ + half);
-            for (size_t place = 0; place < h_.size; place += kVector) {
+            for (size_t place = 0; place < size_; place += kVector) {
                 for (size_t row = 0; row < kVector; ++row) {
-                    const float* const own = context_ + (place + row) * kTileColumns + half;
+                    const float* const own = context_ + (place + row) * kQueries + half;
                     _mm512_store_ps(some + row * kVector, _mm512_div_ps(_mm512_loadu_ps(own), sum));
                 }
                 turn(some, kVector, turned, kVector);
                 for (size_t row = 0; row < std::min(kVector, count - half); ++row) {
-                    float* const own = h_.context + (first + half + row) * h_.queries_apart + place;
+                    float* const own = context + (half + row) * apart + place;
                     _mm512_storeu_ps(own, _mm512_load_ps(turned + row * kVector));
                 }
             }
         }
     }
 
-    const Head h_;
-    float* const keys_;     // [S,D] in panels
-    float* const values_;   // [D,S] in panels
+    const size_t size_;
+    const float scale_;
     float* const queries_;  // [D,32]
     float* const context_;  // [D,32]
     float* const weights_;  // [S,32]
-    const RowPanels rows_, parts_;
-    alignas(64) float sums_[kTileColumns];
+    const size_t tokens_;
+    alignas(64) float sums_[kQueries];
 };
 
 }  // namespace btp

@@ -1,5 +1,4 @@
 // Causal attention on a CPU, in no file: put in when a session is prepared (engines/runners/on_cpu/causal_attention.py).
-#include <cmath>
 #include <stdexcept>
 #include <string>
 
@@ -37,25 +36,24 @@ public:
         require_shape(kName, "key", key.shape, {query.shape[0], query.shape[1], key_heads_ * size});
         require_shape(kName, "value", value.shape, key.shape);
         auto* const found = static_cast<float*>(output(context, 0, query.shape));
-        Head all{static_cast<const float*>(query.data), static_cast<const float*>(key.data),
-                 static_cast<const float*>(value.data), found, static_cast<size_t>(query.shape[1]),
-                 static_cast<size_t>(size), static_cast<size_t>(query.shape[2]), static_cast<size_t>(key.shape[2]),
-                 static_cast<float>(1.0 / std::sqrt(static_cast<double>(size)))};
-        if (all.tokens == 0) {
-            return;
-        }
+        const auto tokens = static_cast<size_t>(query.shape[1]), width = static_cast<size_t>(size);
+        const auto queries_apart = static_cast<size_t>(query.shape[2]), keys_apart = static_cast<size_t>(key.shape[2]);
+        const size_t panels = LaidOut::floats(tokens, width);
         parallel_for(context, static_cast<int>(query.shape[0]) * heads_, [&](int place) {
             const size_t batch = static_cast<size_t>(place / heads_), head = static_cast<size_t>(place % heads_);
-            const size_t own = batch * all.tokens * all.queries_apart + head * all.size;
-            const size_t shared = batch * all.tokens * all.keys_apart
-                                  + head / static_cast<size_t>(heads_ / key_heads_) * all.size;
-            Head one = all;
-            one.query += own;
-            one.key += shared;
-            one.value += shared;
-            one.context += own;
-            const StreamBuffer scratch(context, query.value, attention_scratch(one.tokens, one.size) * sizeof(float));
-            Attention(one, static_cast<float*>(scratch.data())).run();
+            const size_t own = batch * tokens * queries_apart + head * width;
+            const size_t shared = batch * tokens * keys_apart + head / static_cast<size_t>(heads_ / key_heads_) * width;
+            const StreamBuffer scratch(context, query.value, (panels + Attention::floats(tokens, width)) * sizeof(float));
+            LaidOut seen(static_cast<float*>(scratch.data()), tokens, width);
+            Attention attention(static_cast<float*>(scratch.data()) + panels, tokens, width);
+            for (size_t first = 0; first < tokens; first += kQueries) {
+                const size_t row = shared + first * keys_apart;
+                seen.block(first, static_cast<const float*>(key.data) + row, static_cast<const float*>(value.data) + row, keys_apart);
+            }
+            for (size_t first = 0; first < tokens; first += kQueries) {
+                const size_t row = own + first * queries_apart;
+                attention.run(seen, first, static_cast<const float*>(query.data) + row, queries_apart, found + row);
+            }
         });
     }
 

@@ -20,7 +20,11 @@ struct OrtApi;
 
 enum OrtErrorCode { ORT_OK = 0, ORT_FAIL = 1, ORT_INVALID_ARGUMENT = 2, ORT_NOT_IMPLEMENTED = 9 };
 enum OrtMemType { OrtMemTypeDefault = 0 };
-enum OrtCustomOpInputOutputCharacteristic { INPUT_OUTPUT_REQUIRED = 0, INPUT_OUTPUT_OPTIONAL = 1 };
+enum OrtCustomOpInputOutputCharacteristic {
+    INPUT_OUTPUT_REQUIRED = 0,
+    INPUT_OUTPUT_OPTIONAL = 1,
+    INPUT_OUTPUT_VARIADIC = 2,
+};
 enum ONNXTensorElementDataType {  // the numbers of TensorProto.DataType
     ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED = 0,
     ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT = 1,
@@ -101,7 +105,10 @@ struct OrtCustomOp {
     OrtCustomOpInputOutputCharacteristic (*GetInputCharacteristic)(const OrtCustomOp*, size_t);
     OrtCustomOpInputOutputCharacteristic (*GetOutputCharacteristic)(const OrtCustomOp*, size_t);
     OrtMemType (*GetInputMemoryType)(const OrtCustomOp*, size_t);
-    void* variadic[4];
+    int (*GetVariadicInputMinArity)(const OrtCustomOp*);
+    int (*GetVariadicInputHomogeneity)(const OrtCustomOp*);
+    int (*GetVariadicOutputMinArity)(const OrtCustomOp*);
+    int (*GetVariadicOutputHomogeneity)(const OrtCustomOp*);
     OrtStatus* (*CreateKernelV2)(const OrtCustomOp*, const OrtApi*, const OrtKernelInfo*, void**);
     OrtStatus* (*KernelComputeV2)(void*, OrtKernelContext*);
     void* infer_output_shape;

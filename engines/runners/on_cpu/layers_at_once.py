@@ -1,0 +1,127 @@
+"""All layers of a decoder with small weights over whole sequences on a CPU: one operator of btp_ort.
+
+Where `decoder_rows` and `causal_attention` have made two nodes of a layer, threads are woken for each of them and wait
+for one another at its end, which takes longer than a node of so few rows. BtpDecoderLayers takes all of them: 32 tokens
+of a layer need only the tokens before them, so the threads go on to the next layer without waiting for its end.
+
+    BtpDecoderRows, then BtpCausalAttention and BtpDecoderRows for each layer
+    BtpDecoderLayers(rows, cos, sin, weights of all layers ...) -> rows; the last query by token and by head; keys and
+    values of all layers by head
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import onnx
+from onnx import NodeProto, helper
+
+from engines.runners.on_cpu.causal_attention import OWN
+from engines.runners.on_cpu.decoder_rows import ROWS
+from graphs.ops.domain import DOMAIN
+
+LAYERS: Final = "BtpDecoderLayers"  # graphs/ops/decoder_layers/ort_op.cc
+CONTEXT, FEED, PROJECT = 3, slice(4, 9), slice(9, None)  # of a node of rows: inputs
+QUERY, BY_HEAD = slice(1, 4), slice(4, 7)  # and outputs
+
+
+def for_cpu(model: onnx.ModelProto) -> None:
+    """Replace what `decoder_rows` and `causal_attention` put in, where a chain of it has nothing else in it."""
+    nodes = list(model.graph.node)
+    graph = _Graph(nodes, {value.name for value in model.graph.output})
+    chains = [chain for place in range(len(nodes)) if (chain := graph.chain_from(place)) is not None]
+    at = {chain.places[0]: chain.node for chain in chains}
+    gone = {place for chain in chains for place in chain.places}
+    kept = [at.get(place, node) for place, node in enumerate(nodes) if place in at or place not in gone]
+    if chains:
+        del model.graph.node[:]
+        model.graph.node.extend(kept)
+
+
+@dataclass(frozen=True)
+class _Chain:
+    """Places of its nodes, and the node that does what they do."""
+
+    places: Sequence[int]
+    node: NodeProto
+
+
+@dataclass
+class _Layers:
+    """What has been found of a chain: weights and outputs of the new node."""
+
+    places: list[int]
+    settings: Mapping[str, Any]
+    weights: list[str] = field(default_factory=list)
+    stored: list[str] = field(default_factory=list)
+
+
+class _Graph:
+    """The nodes of a model, and who reads what."""
+
+    def __init__(self, nodes: Sequence[NodeProto], outputs: set[str]) -> None:
+        self._nodes, self._outputs = nodes, outputs
+        self._readers: dict[str, list[int]] = {}
+        for place, node in enumerate(nodes):
+            for name in node.input:
+                self._readers.setdefault(name, []).append(place)
+
+    def chain_from(self, place: int) -> _Chain | None:
+        """The chain that begins with this node, if one does."""
+        first = self._nodes[place]
+        if first.op_type != ROWS or _settings(first)["feeds"]:
+            return None
+        found = _Layers([place], _settings(first))
+        query = self._add_layer(found, first)
+        while query is not None:
+            node = self._nodes[found.places[-1]]
+            if not _settings(node)["projects"]:
+                given = [node.output[0], *query, *found.stored]
+                settings = {name: found.settings[name] for name in ("head", "epsilon", "biased")}
+                inputs = [*first.input[:CONTEXT], *found.weights]
+                settings["layers"] = len(found.stored) // 2
+                return _Chain(found.places, helper.make_node(LAYERS, inputs, given, domain=DOMAIN, **settings))
+            query = self._add_layer(found, node) if query == ["", ""] else None
+        return None
+
+    def _add_layer(self, found: _Layers, node: NodeProto) -> list[str] | None:
+        """Add the layer whose query, key and value a node gives, up to the node that feeds its rows.
+
+        Gives names of the query by token and by head, "" where only attention reads it; None where the layer has
+        another form.
+        """
+        by_token, by_head = list(node.output[QUERY]), list(node.output[BY_HEAD])
+        attention = self._only(by_token[1])
+        if attention is None or len(by_head) < 3 or not all(by_head[1:]):
+            return None
+        middle = self._nodes[attention]
+        last = self._only(middle.output[0]) if middle.op_type == OWN and list(middle.input) == by_token else None
+        if last is None or self._only(by_token[2]) != attention:
+            return None
+        feeds = self._nodes[last]
+        if feeds.op_type != ROWS or feeds.input[CONTEXT] != middle.output[0] or not self._follows(found, node, feeds):
+            return None
+        found.places += [attention, last]
+        found.weights += [*node.input[PROJECT], *feeds.input[FEED]]
+        found.stored += by_head[1:]
+        others = self._readers[by_token[0]] != [attention] or by_token[0] in self._outputs
+        return [by_token[0] if others else "", by_head[0]]
+
+    def _follows(self, found: _Layers, node: NodeProto, feeds: NodeProto) -> bool:
+        """Whether a node feeds the very rows that the other one projects, with the same tables and settings."""
+        settings = _settings(feeds)
+        first = self._nodes[found.places[0]]
+        rows = node.output[0] or node.input[0]
+        alone = not node.output[0] or (self._only(rows) is not None)
+        same = all(settings[name] == found.settings[name] for name in ("head", "biased") if settings["projects"])
+        tables = not settings["projects"] or list(feeds.input[1:CONTEXT]) == list(first.input[1:CONTEXT])
+        return alone and same and tables and settings["epsilon"] == found.settings["epsilon"] and feeds.input[0] == rows
+
+    def _only(self, name: str) -> int | None:
+        """The place of the one node that reads a tensor, which is no output."""
+        readers = self._readers.get(name, [])
+        return readers[0] if name and len(readers) == 1 and name not in self._outputs else None
+
+
+def _settings(node: NodeProto) -> dict[str, Any]:
+    return {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
