@@ -22,6 +22,8 @@ from PIL import Image
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests never go online
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Threads of Ray Serve outlive a Ray that was shut down, and what they ask would start another, with a dozen processes.
+os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
 
 
 def _no_fsync(handle: int) -> None:

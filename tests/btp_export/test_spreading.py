@@ -124,3 +124,16 @@ def test_no_cluster(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monk
     monkeypatch.setattr("ray.init", refused)
     with pytest.raises(UnavailableError, match="no Ray cluster at nowhere:1: nothing answers"), connected("nowhere:1"):
         pass
+
+
+def test_what_is_left_of_a_ray_that_is_gone_starts_no_other() -> None:
+    """An interrupt can leave the generator of results open until its cluster has been shut down."""
+    import ray
+
+    with connected("local") as cluster:
+        assert cluster is not None
+        results = cluster.results(square, [(n,) for n in range(5)])
+        next(results)
+        ray.shutdown()
+        results.close()
+    assert not ray.is_initialized()
