@@ -46,11 +46,10 @@ def compile_ort(folder: Path = NATIVE / "build", *, flags: Sequence[str] = FLAGS
 
     Raises UnavailableError where there is no C++ compiler, CheckError where it refuses the sources.
     """
-    library, note = folder / "libbtp_ort.so", folder / "libbtp_ort.sources"
-    wanted = digest(flags)
+    library, wanted = folder / "libbtp_ort.so", digest(flags)
     if library.is_file():
-        ours = note.is_file() and note.read_text(encoding="utf-8").split()
-        if not ours or ours[1:] != [sha256(library)] or ours[0] == wanted:
+        made_from, made = _noted(library)
+        if made != sha256(library) or made_from == wanted:
             return None  # CMake built it, or it is current
     compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
@@ -64,8 +63,20 @@ def compile_ort(folder: Path = NATIVE / "build", *, flags: Sequence[str] = FLAGS
         built = Path(scratch) / library.name
         _build([compiler, *flags], built)
         write_bytes(library, built.read_bytes())
-    write_text(note, f"{wanted} {sha256(library)}\n")
+    write_text(library.with_suffix(".sources"), f"{wanted} {sha256(library)}\n")
     return library
+
+
+def is_current(library: Path) -> bool:
+    """Whether `compile_ort` made this library, from the sources that are here."""
+    return library.is_file() and _noted(library) == (digest(), sha256(library))
+
+
+def _noted(library: Path) -> tuple[str, str]:
+    """(digest of the sources, sha256 of the library) as they were when `compile_ort` made it; empty if it did not."""
+    note = library.with_suffix(".sources")
+    words = note.read_text(encoding="utf-8").split() if note.is_file() else []
+    return (words[0], words[1]) if len(words) == 2 else ("", "")
 
 
 def _build(compiler: Sequence[str], library: Path) -> None:

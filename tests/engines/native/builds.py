@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from engines.native.compile_ort import compile_ort, is_current
 from graphs import ops
 from graphs.files.folders import lock_file
 
@@ -105,9 +106,19 @@ def ort_sources() -> list[Path]:
 
 @functools.cache
 def ort_library() -> Path:
-    """libbtp_ort with CPU kernels."""
-    flags = [*STRICT, "-O3", "-shared", "-fvisibility=hidden"]
-    return compiled("libbtp_ort.so", [compiler(), *flags], ort_sources())
+    """libbtp_ort with CPU kernels: the one that set-up compiled, compiled here where that is of other sources.
+
+    (`ort_cuda_library` takes the same sources with warnings as errors.)
+    """
+    compiler()
+    folder = KEPT / "ort"
+    made = NATIVE / "build" / "libbtp_ort.so"
+    if is_current(made):
+        return made
+    folder.mkdir(parents=True, exist_ok=True)
+    with lock_file(folder / "lock", wait=True):
+        compile_ort(folder)
+    return folder / "libbtp_ort.so"
 
 
 @functools.cache

@@ -5,23 +5,26 @@ from pathlib import Path
 
 import pytest
 
-from engines.native.compile_ort import FLAGS, compile_ort, main
+from engines.native.compile_ort import FLAGS, compile_ort, digest, is_current, main
 from engines.native.libraries import inspect
+from graphs.files.atomic import sha256
 from graphs.records.errors import UnavailableError
 from tests.engines.native import builds
 
 
-def test_it_is_compiled_once_and_again_when_sources_change(tmp_path: Path) -> None:
+def test_it_is_compiled_when_sources_change_and_not_again(tmp_path: Path) -> None:
     builds.compiler()
     flags = tuple(flag if flag != "-O3" else "-O0" for flag in FLAGS)
-    library = compile_ort(tmp_path, flags=flags)
-    assert library == tmp_path / "libbtp_ort.so"
+    library, note = tmp_path / "libbtp_ort.so", tmp_path / "libbtp_ort.sources"
+    library.write_bytes(b"compiled before")
+    note.write_text(f"{'0' * 64} {sha256(library)}\n")  # by us, from other sources
+    assert compile_ort(tmp_path, flags=flags) == library
     assert inspect("btp_ort", library).architectures == () and hasattr(ctypes.CDLL(str(library)), "RegisterCustomOps")
     assert compile_ort(tmp_path, flags=flags) is None, "it is current"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["libbtp_ort.so", "libbtp_ort.sources"]
-    note = tmp_path / "libbtp_ort.sources"
-    note.write_text("0" * 64 + " " + note.read_text().split()[1])
-    assert compile_ort(tmp_path, flags=flags) == library, "other sources"
+    assert note.read_text().split() == [digest(flags), sha256(library)]
+    assert not is_current(library), "of these sources, but with other flags"
+    assert is_current(builds.ort_library())
 
 
 @pytest.mark.parametrize("note", [None, "0" * 64 + " " + "1" * 64, "not a note"])
