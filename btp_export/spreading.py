@@ -42,7 +42,7 @@ class Cluster:
         finally:
             if (
                 self._ray.is_initialized()
-            ):  # of a Ray that is gone there is nothing to cancel, and asking starts another
+            ):  # one that is gone has nothing to cancel, and asking starts another
                 for reference in waiting:
                     self._ray.cancel(reference)
 
