@@ -6,6 +6,7 @@ are watched by the interpreter's trace hook, so nothing is replaced; the two run
 """
 
 import dataclasses
+import functools
 import inspect
 import sys
 from collections.abc import Callable, Iterator
@@ -112,6 +113,13 @@ def plain(value: Any) -> Any:
     return type(value).__name__
 
 
+@functools.cache
+def behind_commands(file: str) -> bool:
+    """Whether it is the project's, and neither a command nor what prints for them."""
+    path = Path(file)
+    return ROOT in path.parents and COMMANDS not in path.parents and path not in FRAME
+
+
 class Watch:
     """The trace hook: every call from a command to what lies behind it. It sees calls alone, so it costs little."""
 
@@ -122,10 +130,9 @@ class Watch:
     def __call__(self, frame: FrameType, event: str, argument: Any) -> None:
         if frame.f_back is None or frame.f_back.f_code.co_filename not in COMMAND_FILES:
             return  # and the lines of the function are not traced
-        path = Path(frame.f_code.co_filename)
-        if ROOT not in path.parents or COMMANDS in path.parents or path in FRAME:
-            return
         code = frame.f_code
+        if not behind_commands(code.co_filename):
+            return
         names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
         if code.co_flags & inspect.CO_VARKEYWORDS:
             names += (code.co_varnames[len(names) + bool(code.co_flags & inspect.CO_VARARGS)],)
