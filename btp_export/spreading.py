@@ -40,9 +40,7 @@ class Cluster:
                 [done], waiting = self._ray.wait(waiting, num_returns=1)
                 yield numbers[done], self._result(done)
         finally:
-            if (
-                self._ray.is_initialized()
-            ):  # one that is gone has nothing to cancel, and asking starts another
+            if self._ray.is_initialized():  # one that is gone has nothing to cancel, and asking starts another
                 for reference in waiting:
                     self._ray.cancel(reference)
 
