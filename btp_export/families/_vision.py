@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from pydantic import ValidationError
 
 from graphs.files.checkpoint import Checkpoint, TensorRef
 from graphs.files.configuration import whole_config
@@ -43,20 +44,32 @@ class Layout:
 def make_profile(
     spec: ModelSpec, layout: Layout, *, batch: int, image_size: tuple[int, int], text_tokens: int, new_tokens: int
 ) -> ShapeProfile:
-    """The static shapes for pictures of that layout; `image_size` is what the profile is called by."""
-    shape = layout.pixel_shape
-    return ShapeProfile(
-        name=f"b{batch}-{image_size[0]}x{image_size[1]}-t{text_tokens}-n{new_tokens}",
-        batch=batch,
-        image_size=image_size,
-        grid=layout.grid,
-        blocks=layout.blocks,
-        pixel_shape=None if shape is None else (batch * shape[0], *shape[1:]),
-        prefix_tokens=spec.prefix_tokens,
-        image_tokens=layout.image_tokens,
-        text_tokens=text_tokens,
-        new_tokens=new_tokens,
-    )
+    """The static shapes for pictures of that layout; `image_size` is what the profile is called by.
+
+    Raises InputError for sizes that no profile has.
+    """
+    shape, name = layout.pixel_shape, f"b{batch}-{image_size[0]}x{image_size[1]}-t{text_tokens}-n{new_tokens}"
+    try:
+        return ShapeProfile(
+            name=name,
+            batch=batch,
+            image_size=image_size,
+            grid=layout.grid,
+            blocks=layout.blocks,
+            pixel_shape=None if shape is None else (batch * shape[0], *shape[1:]),
+            prefix_tokens=spec.prefix_tokens,
+            image_tokens=layout.image_tokens,
+            text_tokens=text_tokens,
+            new_tokens=new_tokens,
+        )
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"])) or "its tokens"
+        raise InputError(
+            f"shape profile {name}: {where}: {first['msg']}",
+            wanted="sizes that graphs have",
+            do="--shape batch=1,text=64,new=128",
+        ) from error
 
 
 def image_side(kind: Any, config: Any) -> Any:

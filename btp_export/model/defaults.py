@@ -42,14 +42,14 @@ def fitted_samples(samples: Sequence[Sample], spec: ModelSpec, profile: ShapePro
 def parse_profile(text: str) -> dict[str, Any]:
     """Keyword arguments of Family.profile from "batch=2,text=64,new=128,image=336x336".
 
-    Raises InputError for text that is none.
+    Raises InputError for text that is none, or says a thing twice.
     """
     keys = {"batch": "batch", "text": "text_tokens", "new": "new_tokens", "image": "image_size"}
     fields: dict[str, Any] = {}
     for part in text.split(","):
         key, _, value = part.strip().partition("=")
         numbers = value.split("x") if key == "image" else [value]
-        if key not in keys or not all(n.isascii() and n.isdigit() and int(n) > 0 for n in numbers):
+        if keys.get(key, key) in fields or key not in keys or not all(map(_is_size, numbers)):
             raise _bad_profile(text)
         if key == "image" and len(numbers) != 2:
             raise _bad_profile(text)
@@ -57,9 +57,13 @@ def parse_profile(text: str) -> dict[str, Any]:
     return fields
 
 
+def _is_size(text: str) -> bool:
+    return text.isascii() and text.isdigit() and len(text) < 10 and int(text) > 0
+
+
 def _bad_profile(text: str) -> InputError:
     return InputError(
         f"profile {text!r}",
-        wanted="batch, text, new and image (height x width), each a positive number",
+        wanted="batch, text, new and image (height x width), each once and a positive number",
         do="--shape batch=2,text=64,new=128",
     )

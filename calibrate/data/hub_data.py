@@ -7,6 +7,7 @@ broken one can be named and skipped.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from graphs.files.pictures import open_picture
 from graphs.records.errors import InputError, UnavailableError
 
 PREFIX = "hf:"
+NAME = re.compile(r"[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)?")  # as the hub takes them
 PROMPT_COLUMNS = ("prompt", "question", "instruction", "query", "text", "caption")
 _SAVED = ("dataset_dict.json", "dataset_info.json")  # what save_to_disk leaves in a folder of splits, or of one
 _BUFFER = 256  # rows among which a stream is shuffled, at least
@@ -78,6 +80,8 @@ def _open(library: Any, source: str) -> tuple[Any, str]:
     try:
         if source.startswith(PREFIX):
             name, _, split = source.removeprefix(PREFIX).partition(":")
+            if not NAME.fullmatch(name):
+                raise InputError(f"{source} names no data set", wanted="hf:owner/name[:split]")
             opened = library.load_dataset(name, streaming=True)
         else:
             name = expanded(source).resolve().name

@@ -170,7 +170,7 @@ def jsonl_pictures(path: Path, choice: Choice) -> SampleSet:
     pictures.
     """
     keys = ("image",) if choice.prompts else ("image", "prompt")
-    lines = read_lines(path, "a JSONL file of image, prompt")
+    lines = read_lines(path, "JSONL file of image, prompt")
     records = [json_record(line, keys) for line in lines]
     for line, record in zip(lines, records, strict=True):
         _check_prompt(record.get("prompt"), line.where, choice.checks)
@@ -188,7 +188,7 @@ def pictures_named(path: Path) -> list[Path]:
     """The pictures that a JSONL file names, there or not; none for a folder. Raises InputError as above."""
     if not path.is_file():
         return []
-    return [path.parent / json_record(line, ("image",))["image"] for line in read_lines(path, "a JSONL file")]
+    return [path.parent / json_record(line, ("image",))["image"] for line in read_lines(path, "JSONL file")]
 
 
 def _check_prompt(prompt: str | None, where: str, checks: Checks) -> None:
@@ -238,7 +238,7 @@ def read_prompts(path: Path, checks: Checks = NO_CHECKS) -> tuple[str, ...]:
 
     Raises InputError for a file that holds none, naming the line for a prompt that the model cannot take.
     """
-    lines = read_lines(path, "a text file, one prompt a line")
+    lines = read_lines(path, "text file, one prompt a line")
     for line in lines:
         _check_prompt(line.text.strip(), line.where, checks)
     return tuple(line.text.strip() for line in lines)
@@ -250,7 +250,7 @@ def jsonl_samples(path: Path, *, count: int | None = None) -> SampleSet:
     Raises InputError that names the line for anything else: a measurement must not drop samples in silence.
     """
     samples = []
-    for line in read_lines(path, "a JSONL file of image, prompt, answer")[:count]:
+    for line in read_lines(path, "JSONL file of image, prompt, answer")[:count]:
         record = json_record(line, ("image", "prompt", "answer"))
         try:
             image = open_picture(path.parent / record["image"])

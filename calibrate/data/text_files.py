@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from graphs.records.errors import InputError
+from graphs.records.errors import InputError, with_article
 from graphs.records.reading import parse_json, read_file
 
 MOST_BYTES = 2**30  # of a file of prompts or samples
@@ -26,20 +26,22 @@ class Line:
     where: str
 
 
-def read_lines(path: Path, what: str) -> list[Line]:
-    """The lines of a UTF-8 file. Raises InputError if it cannot be read, or holds none; `what` it should be."""
-    content = read_file(path, noun=what, do="check the path", most=MOST_BYTES)
+def read_lines(path: Path, noun: str) -> list[Line]:
+    """The lines of a UTF-8 file. Raises InputError if it cannot be read, or holds none; `noun` is for the error."""
+    content = read_file(path, noun=noun, do="check the path", most=MOST_BYTES)
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         number = content.count(b"\n", 0, error.start) + 1
         raise InputError(
-            f"{path} line {number}: bytes that are not UTF-8", wanted=f"{what}, in UTF-8", do="save it as UTF-8"
+            f"{path} line {number}: bytes that are not UTF-8",
+            wanted=f"{with_article(noun)}, in UTF-8",
+            do="save it as UTF-8",
         ) from error
     numbered = enumerate(text.split("\n"), 1)
     lines = [Line(line.removesuffix("\r"), f"{path} line {number}") for number, line in numbered if line.strip()]
     if not lines:
-        raise InputError(f"{path} holds nothing", wanted=what, do="write some lines")
+        raise InputError(f"{path} holds nothing", wanted=with_article(noun), do="write some lines")
     return lines
 
 

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 from graphs.files.folders import PARTIAL, locked_folder, new_file, put_in_place, recover, sweep_files, sync_folder
 from graphs.files.paths import require_utf8
 from graphs.files.signals import uninterrupted
-from graphs.records.errors import InputError
+from graphs.records.errors import InputError, with_article
 from graphs.records.reading import read_object
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ def check_destination(
         )
     if not force:
         raise InputError(
-            f"{destination} already holds a {noun}",
+            f"{destination} already holds {with_article(noun)}",
             wanted="a new or empty folder",
             do="--force" + (", or another --out" if is_ours is None else f", which replaces this {noun}"),
         )

@@ -32,6 +32,11 @@ def shortened(text: str) -> str:
     return text if len(text) <= LONGEST else f"{text[:half]} ... {text[-half:]}"
 
 
+def with_article(noun: str) -> str:
+    """ "a plan", "an engine record"."""
+    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
+
+
 class CheckError(BtpError):
     """A check did not hold (exit code 1)."""
 

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, Final, NoReturn
 
-from graphs.records.errors import InputError
+from graphs.records.errors import InputError, with_article
 
 MOST_BYTES: Final = 32 * 2**20  # of a JSON or text file; manifests of 7B models have 0.3 MiB, indices of shards 0.1
 DEEPEST: Final = 100  # objects and arrays inside each other
@@ -59,12 +59,12 @@ def _opened(path: Path, noun: str, do: str, most: int) -> Iterator[BinaryIO]:
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except (OSError, ValueError) as error:  # ValueError: a null byte in the path
         reason = getattr(error, "strerror", None) or str(error)
-        raise UnreadableError(path, reason, wanted=f"a {noun}", do=do) from error
+        raise UnreadableError(path, reason, wanted=with_article(noun), do=do) from error
     try:
         status = os.fstat(handle)
         if not stat.S_ISREG(status.st_mode):
             kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe or a device"
-            raise InputError(f"cannot read {path}: it is {kind}", wanted=f"a {noun}, in a file", do=do)
+            raise InputError(f"cannot read {path}: it is {kind}", wanted=f"{with_article(noun)}, in a file", do=do)
         if status.st_size > most:
             raise _too_large(path, status.st_size, noun, do, most)
         with open(handle, "rb", closefd=False) as stream:
@@ -74,7 +74,7 @@ def _opened(path: Path, noun: str, do: str, most: int) -> Iterator[BinaryIO]:
 
 
 def _too_large(path: Path, size: int, noun: str, do: str, most: int) -> InputError:
-    return InputError(f"{path} has {size} bytes or more", wanted=f"a {noun} of at most {most}", do=do)
+    return InputError(f"{path} has {size} bytes or more", wanted=f"{with_article(noun)} of at most {most}", do=do)
 
 
 def read_text(path: Path, *, noun: str = "text file", do: str = REMEDY, most: int = MOST_BYTES) -> str:
@@ -83,7 +83,9 @@ def read_text(path: Path, *, noun: str = "text file", do: str = REMEDY, most: in
         return read_file(path, noun=noun, do=do, most=most).decode()
     except UnicodeDecodeError as error:
         raise InputError(
-            f"{path} is not UTF-8: byte {error.start} is {error.object[error.start]:#04x}", wanted=f"a {noun}", do=do
+            f"{path} is not UTF-8: byte {error.start} is {error.object[error.start]:#04x}",
+            wanted=with_article(noun),
+            do=do,
         ) from error
 
 
@@ -95,7 +97,7 @@ def read_json(
     try:
         return parse_json(content, finite=finite)
     except ValueError as error:
-        raise InputError(f"{path} is not JSON: {error}", wanted=f"a {noun}", do=do) from error
+        raise InputError(f"{path} is not JSON: {error}", wanted=with_article(noun), do=do) from error
 
 
 def read_object(
@@ -105,7 +107,9 @@ def read_object(
     document = read_json(path, noun=noun, do=do, most=most, finite=finite)
     if not isinstance(document, dict):
         raise InputError(
-            f"{path} is no JSON object, it holds a {type(document).__name__}", wanted=f"a {noun}: a JSON object", do=do
+            f"{path} is no JSON object, it holds a {type(document).__name__}",
+            wanted=f"{with_article(noun)}: a JSON object",
+            do=do,
         )
     return document
 

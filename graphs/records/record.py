@@ -6,7 +6,7 @@ from typing import Annotated, Any, Final, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from graphs.records.errors import InputError
+from graphs.records.errors import InputError, with_article
 from graphs.records.reading import parse_json, read_file
 
 FROM_FILE: Final = {"from_file": True}  # the validation context of what is read from a file
@@ -66,19 +66,19 @@ def parse_record(kind: type[Parsed], text: str | bytes, *, source: Path | str, n
         where = ".".join(str(part) for part in first["loc"]) or "the document"
         raise InputError(
             f"{source} is not a valid {noun}: {where}: {first['msg']}",
-            wanted=f"a {noun} as written by btp-export",
+            wanted=f"{with_article(noun)} as written by btp-export",
             do="restore the file or make it again",
         ) from error
     except ValueError as error:  # not JSON; a ValidationError is one too
         raise InputError(
             f"{source} is not a valid {noun}: the document: Invalid JSON: {error}",
-            wanted=f"a {noun} as written by btp-export",
+            wanted=f"{with_article(noun)} as written by btp-export",
             do="restore the file or make it again",
         ) from error
     if "format" in kind.model_fields and "format" not in record.model_fields_set:
         raise InputError(
             f"{source} is not a valid {noun}: format: Field required",
-            wanted=f"a {noun} as written by btp-export",
+            wanted=f"{with_article(noun)} as written by btp-export",
             do="restore the file or make it again",
         )
     return record

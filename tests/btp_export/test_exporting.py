@@ -170,6 +170,10 @@ def test_whole_holds_one_prefill_graph(tiny: Model, tiny_bundle: Callable[..., B
         ({"profiles": ("image=24",)}, "profile 'image=24'"),
         ({"profiles": ("image=48x48",)}, "image size 48 x 48"),
         ({"profiles": ("batch=1", "batch=1")}, "the same profile twice"),
+        ({"profiles": ("batch=1,batch=2",)}, "profile 'batch=1,batch=2'"),
+        ({"profiles": ("batch=" + 5000 * "9",)}, "profile 'batch=9"),
+        ({"profiles": ("batch=999999",)}, "b999999-24x24-t64-n128: batch: "),
+        ({"text_tokens": 2**21}, "text_tokens: "),
     ],
 )
 def test_wrong_options_are_refused_before_work(tiny: Model, tmp_path: Path, options: dict[str, Any], said: str) -> None:

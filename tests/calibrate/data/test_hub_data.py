@@ -42,6 +42,13 @@ def test_without_the_library_the_way_to_it_is_said(monkeypatch: pytest.MonkeyPat
 
 
 @needs_datasets
+@pytest.mark.parametrize("source", ["hf:", "hf::train", "hf:/", "hf:a/b/c", "hf: "])
+def test_what_names_no_data_set(source: str) -> None:
+    with pytest.raises(InputError, match=f"^{source} names no data set"):
+        sources.calibration_samples(source, count=4, seed=0)
+
+
+@needs_datasets
 def test_a_saved_set_with_its_own_questions(tmp_path: Path) -> None:
     rows = {
         "picture": [{"bytes": png(n), "path": None} for n in range(6)],
