@@ -4,6 +4,9 @@ Every machine needs this package, and what is read (bundles, checkpoints) at the
 """
 
 import contextlib
+import signal
+import socket
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -12,6 +15,7 @@ from graphs.records.errors import InputError, UnavailableError
 
 Result = TypeVar("Result")
 PART = 16  # samples of a part, whatever the cluster: a run that goes on may have another
+ANSWERS_WITHIN = 10.0  # seconds, of a cluster's address; Ray itself tries for a quarter of an hour
 
 
 class Cluster:
@@ -77,8 +81,10 @@ def connected(address: str | None) -> Iterator[Cluster | None]:
     own = not ray.is_initialized()
     if own:
         try:
-            ray.init(address=address, log_to_driver=False, configure_logging=False, include_dashboard=False)
-        except (ConnectionError, OSError, ValueError, RuntimeError) as error:
+            _require_answer(address)
+            with _own_signals():
+                ray.init(address=address, log_to_driver=False, configure_logging=False, include_dashboard=False)
+        except (ConnectionError, OSError, ValueError, OverflowError, RuntimeError) as error:
             raise UnavailableError(
                 f"no Ray cluster at {address}: {_first_line(error)}",
                 wanted="the address of one that runs",
@@ -89,6 +95,24 @@ def connected(address: str | None) -> Iterator[Cluster | None]:
     finally:
         if own:
             ray.shutdown()
+
+
+def _require_answer(address: str) -> None:
+    """Raise OSError if the address is host:port, or ray://host:port, and nothing listens there."""
+    host, _, port = address.strip().removeprefix("ray://").rpartition(":")
+    if host and port.isascii() and port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWERS_WITHIN).close()
+
+
+@contextlib.contextmanager
+def _own_signals() -> Iterator[None]:
+    """SIGTERM goes on to mean what it meant: Ray would end the process with an exit code of its own."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread() and before is not None:
+            signal.signal(signal.SIGTERM, before)
 
 
 def _first_line(error: Exception) -> str:

@@ -2,6 +2,9 @@
 
 import json
 import shutil
+import signal
+import socket
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -116,14 +119,35 @@ def test_calibrate(tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str], mo
     assert DROPPED_SAMPLES % spread_reference.PART == 0
 
 
-def test_no_cluster(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(**_: Any) -> None:
         raise ConnectionError("nothing answers\nat all")
 
     monkeypatch.setattr("ray.is_initialized", lambda: False)
     monkeypatch.setattr("ray.init", refused)
-    with pytest.raises(UnavailableError, match="no Ray cluster at nowhere:1: nothing answers"), connected("nowhere:1"):
+    with pytest.raises(UnavailableError, match="no Ray cluster at auto: nothing answers\n"), connected("auto"):
         pass
+
+
+def test_an_address_where_nothing_listens_is_no_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray asks for a quarter of an hour."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setattr("ray.init", lambda **_: pytest.fail("nothing listens there"))
+    for address in (f"127.0.0.1:{port}", f"ray://[::1]:{port}", "127.0.0.1:99999"):
+        with pytest.raises(UnavailableError, match="no Ray cluster at "), connected(address):
+            pass
+
+
+def test_sigterm_keeps_its_meaning(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command ends with 130 and says that it was interrupted; Ray's handler would end it with 15."""
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setattr("ray.init", lambda **_: signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(number)))
+    monkeypatch.setattr("ray.shutdown", lambda: None)
+    with connected("local"):
+        assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_what_is_left_of_a_ray_that_is_gone_starts_no_other() -> None:
