@@ -5,7 +5,7 @@ the new rows of all its layers, and one puts those of a prefill there: on a GPU 
 however few its bytes, and from Python each costs the more the smaller the model.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 
@@ -82,17 +82,20 @@ def _allocate(loader: Loader, specs: Sequence[TensorSpec], alignment: int) -> tu
 class Staging:
     """Where a prefill writes each layer's key and value [B,K,S_i,D], before they go into the caches' first rows.
 
-    stored: for each segment, what puts them there.
+    rows: by their names in the graphs. joined: for each segment, what puts all of them there at once, if they lie in
+    one piece. single: what puts each there.
     """
 
-    rows: dict[int, tuple[Buffer, Buffer]] = field(default_factory=dict)
-    stored: list[list[Callable[[Sequence[int]], None]]] = field(default_factory=list)
+    rows: dict[str, Buffer] = field(default_factory=dict)
+    joined: list[Callable[[Sequence[int]], None] | None] = field(default_factory=list)
+    single: dict[str, Callable[[Sequence[int]], None]] = field(default_factory=dict)
 
-    def store(self, segments: Sequence[Segment], samples: int) -> None:
-        """Put the staged rows of these segments' layers into their caches."""
-        for segment in segments:
-            for write in self.stored[segment.index]:
-                write([0] * samples)
+    def writers(self, segment: Segment, straight: Container[str]) -> list[Callable[[Sequence[int]], None]]:
+        """What puts a segment's staged rows into its caches; those of `straight` are written there by the graph."""
+        fresh = [name for layer in range(segment.start, segment.stop) for name in names.cache_rows(layer)]
+        left = [name for name in fresh if name not in straight]
+        joined = self.joined[segment.index]
+        return [joined] if joined is not None and left == fresh else [self.single[name] for name in left]
 
 
 def allocate_staging(
@@ -116,15 +119,13 @@ def allocate_staging(
     totals = [2 * (s.stop - s.start) * step for s, step in zip(segments, steps, strict=True)]
     flat = loader.allocate(first.dtype, (sum(totals) if whole else max(totals),))
     for segment, shape, step, total in zip(segments, shapes, steps, totals, strict=True):
-        layers = range(segment.start, segment.stop)
-        views = [flat.view(shape, offset=offset + place * step) for place in range(2 * len(layers))]
-        staging.rows |= dict(zip(layers, zip(views[::2], views[1::2], strict=True), strict=True))
-        piece = memory.pieces[segment.index]
+        fresh = [name for layer in range(segment.start, segment.stop) for name in names.cache_rows(layer)]
+        views = {name: flat.view(shape, offset=offset + place * step) for place, name in enumerate(fresh)}
+        staging.rows |= views
+        staging.single |= {name: memory.caches[names.past(name)].row_writer(view) for name, view in views.items()}
+        piece, joined = memory.pieces[segment.index], None
         if piece is not None and step == prod(shape):
-            joined = flat.view((1, len(views) * heads, *shape[2:]), offset=offset)
-            staging.stored.append([piece.row_writer(joined)])
-        else:
-            caches = [memory.caches[names.past(name)] for layer in layers for name in names.cache_rows(layer)]
-            staging.stored.append([cache.row_writer(view) for cache, view in zip(caches, views, strict=True)])
+            joined = piece.row_writer(flat.view((1, len(views) * heads, *shape[2:]), offset=offset))
+        staging.joined.append(joined)
         offset += total if whole else 0
     return staging

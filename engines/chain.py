@@ -7,7 +7,7 @@ device may run as one piece of work. Keys and values of a new token are written 
 chain holds one batch at a time: the next prefill replaces it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from math import prod
@@ -242,14 +242,21 @@ class Chain:
                     if rows not in decode.outputs:
                         raise not_the_plan(names.DECODE, rows)
 
-    def _staged(self, start: int, stop: int) -> dict[str, Buffer]:
-        layers = range(start, stop)
-        keys = {names.key(layer): self._staging.rows[layer][0] for layer in layers}
-        return keys | {names.value(layer): self._staging.rows[layer][1] for layer in layers}
+    def _straight(self, runner: Runner) -> dict[str, Buffer]:
+        """The caches that a prefill graph writes itself: keys and values that may have more rows than it gives."""
+        roomy = [name for name, spec in runner.outputs.items() if spec.roomy]
+        return {name: self._layers.caches[names.past(name)] for name in roomy}
 
-    def _store(self, segments: Sequence[Segment]) -> None:
-        """Write staged keys and values [B,K,S_i,D] to the beginning of the layers' caches."""
-        self._staging.store(segments, self.profile.batch)
+    def _store(self, segments: Sequence[Segment], straight: Container[str]) -> Callable[[], None] | None:
+        """What writes staged keys and values [B,K,S_i,D] to the beginning of the layers' caches, if any are staged."""
+        writers = [write for segment in segments for write in self._staging.writers(segment, straight)]
+        starts = [0] * self.profile.batch
+
+        def store() -> None:
+            for write in writers:
+                write(starts)
+
+        return store if writers else None
 
     def _allocate_positions(self) -> dict[str, Buffer]:
         """cos and sin [B,S,D/2] of the unpruned sequence and `last` [B]; the first two never change."""
@@ -302,20 +309,24 @@ class Chain:
     def _wire_prefill(self, segment: Segment, flow: dict[str, Buffer]) -> dict[str, Buffer]:
         name = names.prefill(segment.index)
         runner = self._open(name)
-        outputs = self._outputs(name, **self._staged(segment.start, segment.stop))
+        last_key, straight = names.key(segment.stop - 1), self._straight(runner)
+        if "query" in runner.outputs:  # a selection follows that reads this key too, without further rows
+            straight.pop(last_key, None)
+        outputs = self._outputs(name, **self._staging.rows | straight)
         run = runner.bind(pick(name, runner, flow), outputs)
-        self._steps.append(Step(name, run, partial(self._store, [segment])))
-        after = {**flow, "hidden": outputs[names.after("hidden")], "key": outputs[names.key(segment.stop - 1)]}
+        self._steps.append(Step(name, run, self._store([segment], straight)))
+        after = {**flow, "hidden": outputs[names.after("hidden")], "key": outputs[last_key]}
         return after | {part: outputs[part] for part in ("query",) if part in outputs}
 
     def _wire_whole(self) -> None:
         runner = self._open(names.WHOLE)
-        outputs = self._outputs(names.WHOLE, **self._staged(0, self.plan.num_layers))
+        straight = self._straight(runner)
+        outputs = self._outputs(names.WHOLE, **self._staging.rows | straight)
         flow = self._inputs(names.WHOLE)
         flow |= self._allocate_positions()
         self._pixels, self._prefix, self._text = flow["pixel_values"], flow["prefix"], flow["text"]
         run = runner.bind(pick(names.WHOLE, runner, flow), outputs)
-        self._steps.append(Step(names.WHOLE, run, partial(self._store, self.segments)))
+        self._steps.append(Step(names.WHOLE, run, self._store(self.segments, straight)))
         self._logits = outputs["logits"]
         self._last = [outputs[names.last(segment.index)] for segment in self.segments]
         self._kept = {

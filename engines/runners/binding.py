@@ -27,6 +27,12 @@ def check_tensor(graph: str, spec: TensorSpec, dtype: Dtype, shape: Sequence[int
         )
 
 
+def written(spec: TensorSpec, shape: Sequence[int]) -> Sequence[int]:
+    """The shape of what is written into a buffer of a shape: fewer rows where the tensor lets it have more."""
+    fits = spec.roomy and len(shape) == len(spec.shape) and shape[2] >= spec.shape[2]
+    return (*shape[:2], spec.shape[2], *shape[3:]) if fits else shape
+
+
 def check_arrays(graph: str, given: Mapping[str, Array], wanted: Mapping[str, TensorSpec]) -> None:
     """Raise InputError unless `given` are host arrays of exactly the declared names, types and shapes."""
     check_names(graph, given, wanted)

@@ -14,11 +14,15 @@ Array = np.ndarray[Any, Dtype]
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """One input or output of a graph. bfloat16 is ml_dtypes' dtype."""
+    """One input or output of a graph. bfloat16 is ml_dtypes' dtype.
+
+    roomy: of an output [B,K,S,D], whether its buffer may have more rows, of which the first S are written.
+    """
 
     name: str
     dtype: Dtype
     shape: tuple[int, ...]
+    roomy: bool = False
 
     @property
     def nbytes(self) -> int:

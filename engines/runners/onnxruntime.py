@@ -21,7 +21,7 @@ import onnxruntime as ort
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
 from engines.native import libraries
-from engines.runners.binding import check_arrays, check_names, check_tensor
+from engines.runners.binding import check_arrays, check_names, check_tensor, written
 from engines.runners.host import HostBuffer
 from engines.runners.interface import Array, Bound, Buffer, Dtype, Program, Step, TensorSpec
 from engines.runners.session_options import FOLDER_OPTION
@@ -32,7 +32,7 @@ from graphs.files.onnx_file import graph_bytes, parse_graph, refusing_graph
 from graphs.records.errors import BtpError, CheckError, InputError, UnavailableError
 
 if TYPE_CHECKING:
-    from engines.runners.on_cpu import Native
+    from engines.runners.on_cpu import Native, Replaced
     from engines.runners.packed_files import PackedFiles
 
 ORT_ERRORS: tuple[type[Exception], ...] = tuple(
@@ -117,10 +117,10 @@ class OrtLoader:
             options.add_session_config_entry(FOLDER_OPTION, str(path.parent))
             return self._open(content, path, options)
         model = parse_graph(content, path)
-        in_place: dict[str, str] = {}
+        replaced: Replaced | None = None
         with refusing_graph(path):
             if faster:
-                in_place = _on_cpu().for_cpu(model, self._native)
+                replaced = _on_cpu().for_cpu(model, self._native)
             if own_nodes:
                 ops.for_onnxruntime(model, accuracy_level=self.accuracy_level)
         kept: list[Any] = []
@@ -128,7 +128,7 @@ class OrtLoader:
             kept = self._packed.share(model, path, options)
         else:
             options.add_session_config_entry(FOLDER_OPTION, str(path.parent))
-        runner = self._open(model.SerializeToString(), path, options, in_place)
+        runner = self._open(model.SerializeToString(), path, options, replaced)
         runner.weights = kept
         return runner
 
@@ -154,12 +154,12 @@ class OrtLoader:
         )
 
     def _open(
-        self, source: str | bytes, path: Path, options: ort.SessionOptions, in_place: Mapping[str, str] | None = None
+        self, source: str | bytes, path: Path, options: ort.SessionOptions, replaced: "Replaced | None" = None
     ) -> "OrtRunner":
         try:
             # Its fallback prints what went wrong and tries the CPU, which is said here.
             session = ort.InferenceSession(source, options, providers=self._providers(), enable_fallback=0)
-            runner = OrtRunner(session, path, self, in_place or {})
+            runner = OrtRunner(session, path, self, replaced)
         except OPEN_ERRORS as error:
             raise explain(error, path, "open") from error
         if self._kind == "cuda" and session.get_providers()[0] != "CUDAExecutionProvider":
@@ -211,16 +211,19 @@ class OrtLoader:
 
 
 class OrtRunner:
-    """One ONNX Runtime session. in_place: outputs that have to be the memory of an input, and are not told."""
+    """One ONNX Runtime session. replaced: by nodes with inputs and outputs that are bound here, and are not told."""
 
     def __init__(
-        self, session: ort.InferenceSession, path: Path, loader: OrtLoader, in_place: Mapping[str, str]
+        self, session: ort.InferenceSession, path: Path, loader: OrtLoader, replaced: "Replaced | None" = None
     ) -> None:
-        self.session, self.path, self.loader, self.in_place = session, path, loader, in_place
+        self.session, self.path, self.loader = session, path, loader
+        self.in_place = {} if replaced is None else replaced.in_place
+        self.room = {} if replaced is None else replaced.room
         self.weights: list[Any] = []  # mapped tensors that the session reads
-        self.inputs = {node.name: _spec(node, path) for node in session.get_inputs()}
-        given = [node for node in session.get_outputs() if node.name not in in_place]
-        self.outputs = {node.name: _spec(node, path) for node in given}
+        self.inputs = {node.name: _spec(node, path) for node in session.get_inputs() if node.name not in self.room}
+        tokens = {name: room.tokens for room in self.room.values() for name in room.outputs}
+        given = [node for node in session.get_outputs() if node.name not in self.in_place]
+        self.outputs = {node.name: _spec(node, path, tokens.get(node.name)) for node in given}
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         check_arrays(self.path.name, inputs, self.inputs)
@@ -235,7 +238,7 @@ class OrtRunner:
         check_names(self.path.name, outputs, self.outputs)
         for name, spec in (self.inputs | self.outputs).items():
             buffer = inputs[name] if name in self.inputs else outputs[name]
-            check_tensor(self.path.name, spec, buffer.dtype, buffer.shape)
+            check_tensor(self.path.name, spec, buffer.dtype, written(spec, buffer.shape))
         return _OrtBound(self, inputs, outputs)
 
     def _allocate(self, spec: TensorSpec) -> Buffer:
@@ -251,6 +254,10 @@ class _OrtBound:
         self._inputs, self._outputs = dict(inputs), dict(outputs)
         for name, buffer in self._inputs.items():
             self._bind_input(name, buffer)
+        for name, room in runner.room.items():
+            rows = HostBuffer(np.array([outputs[output].shape[2] for output in room.outputs], np.int32))
+            self._inputs[name] = rows
+            self._bind_input(name, rows)
         same = {name: self._inputs[source] for name, source in runner.in_place.items()}
         for name, buffer in (self._outputs | same).items():
             element = dtypes.BY_NUMPY[buffer.dtype].onnx
@@ -355,11 +362,13 @@ def _require_cuda() -> None:
         ort.preload_dlls()
 
 
-def _spec(node: Any, path: Path) -> TensorSpec:
-    if node.type not in dtypes.BY_ONNXRUNTIME or not all(isinstance(size, int) for size in node.shape):
+def _spec(node: Any, path: Path, rows: int | None = None) -> TensorSpec:
+    """rows: of an output that may have more."""
+    shape = node.shape if rows is None else [*node.shape[:2], rows, *node.shape[3:]]
+    if node.type not in dtypes.BY_ONNXRUNTIME or not all(isinstance(size, int) for size in shape):
         raise InputError(
             f"{path.name}: {node.name} is {node.type} {list(node.shape)}",
             wanted="tensors of static shape",
             do="export the bundle again",
         )
-    return TensorSpec(node.name, dtypes.BY_ONNXRUNTIME[node.type].numpy, tuple(node.shape))
+    return TensorSpec(node.name, dtypes.BY_ONNXRUNTIME[node.type].numpy, tuple(shape), roomy=rows is not None)

@@ -6,7 +6,7 @@
 own, `linear` with weights of 4 and of 16 bits as they are stored, `float_weights` with those of float32.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import onnx
 
@@ -19,8 +19,9 @@ from engines.runners.on_cpu import (
     linear,
     selection,
 )
+from engines.runners.on_cpu.layers_at_once import Room
 
-__all__ = ["Native", "for_cpu", "may_have"]
+__all__ = ["Native", "Replaced", "for_cpu", "may_have"]
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,17 @@ class Native:
     attention: bool = False
 
 
+@dataclass(frozen=True)
+class Replaced:
+    """What the new nodes want of whoever binds a session.
+
+    in_place: new outputs, with the input that each has to be the memory of. room: new inputs, with what they say.
+    """
+
+    in_place: dict[str, str] = field(default_factory=dict)
+    room: dict[str, Room] = field(default_factory=dict)
+
+
 def may_have(serialized: bytes, native: Native) -> bool:
     """Whether a model's bytes may hold what `for_cpu` replaces. Reads no protobuf."""
     attention = causal_attention.may_have(serialized) or cached_attention.may_have(serialized)
@@ -49,17 +61,17 @@ def may_have(serialized: bytes, native: Native) -> bool:
     return attention or selections or rows or products or (native.floats and float_weights.may_have(serialized))
 
 
-def for_cpu(model: onnx.ModelProto, native: Native) -> dict[str, str]:
-    """Replace what can be; gives the new outputs that have to be bound to the memory of an input."""
+def for_cpu(model: onnx.ModelProto, native: Native) -> Replaced:
+    """Replace what can be."""
     if native.selections:
         selection.for_cpu(model)
     causal_attention.for_cpu(model, native=native.attention)
-    in_place = cached_attention.for_cpu(model)
+    in_place, room = cached_attention.for_cpu(model), dict[str, Room]()
     if native.rows:  # it gives what attention's new nodes read, and takes products that are left to others else
         decoder_rows.for_cpu(model)
-        layers_at_once.for_cpu(model)
+        room = layers_at_once.for_cpu(model)
     if native.halves or native.int8:
         linear.for_cpu(model, halves=native.halves, int8=native.int8)
     if native.floats:
         float_weights.for_cpu(model)
-    return in_place
+    return Replaced(in_place, room)

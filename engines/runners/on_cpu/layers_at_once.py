@@ -5,8 +5,11 @@ for one another at its end, which takes longer than a node of so few rows. BtpDe
 of a layer need only the tokens before them, so the threads go on to the next layer without waiting for its end.
 
     BtpDecoderRows, then BtpCausalAttention and BtpDecoderRows for each layer
-    BtpDecoderLayers(rows, cos, sin, weights of all layers ...) -> rows; the last query by token and by head; keys and
-    values of all layers by head
+    BtpDecoderLayers(rows, cos, sin, room, weights of all layers ...) -> rows; the last query by token and by head; keys
+    and values of all layers by head
+
+Keys and values that are outputs may be written straight into caches, which have more rows: an input that is new says
+how many.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,36 +17,72 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 import onnx
-from onnx import NodeProto, helper
+from onnx import NodeProto, TensorProto, helper
 
 from engines.runners.on_cpu.causal_attention import OWN
 from engines.runners.on_cpu.decoder_rows import ROWS
 from graphs.ops.domain import DOMAIN
 
 LAYERS: Final = "BtpDecoderLayers"  # graphs/ops/decoder_layers/ort_op.cc
+ROOM: Final = "room."  # how an input is called that says how many rows there are
 CONTEXT, FEED, PROJECT = 3, slice(4, 9), slice(9, None)  # of a node of rows: inputs
 QUERY, BY_HEAD = slice(1, 4), slice(4, 7)  # and outputs
+ROOM_INPUT, STORED = 3, 3  # of the new node: an input, and the first of the keys and values
 
 
-def for_cpu(model: onnx.ModelProto) -> None:
-    """Replace what `decoder_rows` and `causal_attention` put in, where a chain of it has nothing else in it."""
+@dataclass(frozen=True)
+class Room:
+    """Outputs [B,K,S,D] whose buffers may have more rows: an int32 input says how many each of them has.
+
+    tokens: S.
+    """
+
+    outputs: Sequence[str]
+    tokens: int
+
+
+def for_cpu(model: onnx.ModelProto) -> dict[str, Room]:
+    """Replace what `decoder_rows` and `causal_attention` put in, where a chain of it has nothing else in it.
+
+    Gives the inputs that are new, with what they are about.
+    """
     nodes = list(model.graph.node)
     graph = _Graph(nodes, {value.name for value in model.graph.output})
     chains = [chain for place in range(len(nodes)) if (chain := graph.chain_from(place)) is not None]
+    if not chains:
+        return {}
+    room = dict(_with_room(model, chain.node) for chain in chains if graph.only_outputs(chain.stored))
     at = {chain.places[0]: chain.node for chain in chains}
     gone = {place for chain in chains for place in chain.places}
     kept = [at.get(place, node) for place, node in enumerate(nodes) if place in at or place not in gone]
-    if chains:
-        del model.graph.node[:]
-        model.graph.node.extend(kept)
+    del model.graph.node[:]
+    model.graph.node.extend(kept)
+    return room
+
+
+def _with_room(model: onnx.ModelProto, node: NodeProto) -> tuple[str, Room]:
+    """Let a chain's keys and values have as many rows as an input says; gives it."""
+    names = node.output[STORED:]
+    room, values = f"{ROOM}{names[0]}", {value.name: value for value in model.graph.output}
+    node.input[ROOM_INPUT] = room
+    model.graph.input.append(helper.make_tensor_value_info(room, TensorProto.INT32, [len(names)]))
+    rows = [values[name].type.tensor_type.shape.dim[2] for name in names]
+    tokens = rows[0].dim_value
+    for place, size in enumerate(rows):
+        size.dim_param = f"{room}.{place}"
+    return room, Room(list(names), tokens)
 
 
 @dataclass(frozen=True)
 class _Chain:
-    """Places of its nodes, and the node that does what they do."""
+    """Places of its nodes, and the node that does what they do. stored: its keys and values."""
 
     places: Sequence[int]
     node: NodeProto
+
+    @property
+    def stored(self) -> Sequence[str]:
+        return list(self.node.output[STORED:])
 
 
 @dataclass
@@ -78,7 +117,7 @@ class _Graph:
             if not _settings(node)["projects"]:
                 given = [node.output[0], *query, *found.stored]
                 settings = {name: found.settings[name] for name in ("head", "epsilon", "biased")}
-                inputs = [*first.input[:CONTEXT], *found.weights]
+                inputs = [*first.input[:CONTEXT], "", *found.weights]
                 settings["layers"] = len(found.stored) // 2
                 return _Chain(found.places, helper.make_node(LAYERS, inputs, given, domain=DOMAIN, **settings))
             query = self._add_layer(found, node) if query == ["", ""] else None
@@ -106,6 +145,10 @@ class _Graph:
         found.stored += by_head[1:]
         others = self._readers[by_token[0]] != [attention] or by_token[0] in self._outputs
         return [by_token[0] if others else "", by_head[0]]
+
+    def only_outputs(self, names: Sequence[str]) -> bool:
+        """Whether they are outputs of the graph, and read by nothing in it."""
+        return all(name in self._outputs and name not in self._readers for name in names)
 
     def _follows(self, found: _Layers, node: NodeProto, feeds: NodeProto) -> bool:
         """Whether a node feeds the very rows that the other one projects, with the same tables and settings."""

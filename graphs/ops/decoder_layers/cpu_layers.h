@@ -125,8 +125,9 @@ private:
         const Projected& to = sample.to[layer];
         layers_[layer].project.run(rows, first, count, sample.cos, sample.sin, to);
         for (size_t head = 0; head < key_heads_; ++head) {
-            const size_t place = (head * tokens_ + first) * head_;
-            laid_out(stage, head).block(first, to.by_head[1] + place, to.by_head[2] + place, head_);
+            const float* const keys = to.by_head[1] + (head * to.room[1] + first) * head_;
+            const float* const values = to.by_head[2] + (head * to.room[2] + first) * head_;
+            laid_out(stage, head).block(first, keys, values, head_);
         }
     }
 

@@ -12,18 +12,22 @@ namespace {
 
 constexpr const char* kName = "BtpDecoderLayers";
 
-enum : size_t { kRows, kCos, kSin, kWeights };           // places of inputs
+enum : size_t { kRows, kCos, kSin, kRoom, kWeights };    // places of inputs
 enum : size_t { kFed, kByToken, kByHead, kKeysValues };  // and of outputs
 constexpr size_t kFeeds = 5;                             // weights
 
-// rows [M,C], cos, sin [B,S,D/2] with M = B S; for each layer, stored in float32 or float16, norm [C], query, key, value [N,C],
-// their biases [N] if `biased`, out [C,K], norm [C], gate [I,C], up [I,C], down [C,I]
-//   -> rows [M,C]; the last layer's query [B,S,N] and the same [B,N/D,S,D], if wanted; each layer's key and value [B,N/D,S,D]
+// rows [M,C], cos, sin [B,S,D/2] with M = B S; room [2 L] int32, how many rows there are for a head's keys and values where
+// they go (optional: S); for each of L layers, stored in float32 or float16, norm [C], query, key, value [N,C], their biases [N]
+// if `biased`, out [C,K], norm [C], gate [I,C], up [I,C], down [C,I]
+//   -> rows [M,C]; the last layer's query [B,S,N] and the same [B,N/D,S,D], if wanted; each layer's key and value
+//      [B,N/D,room,D], of which the first S rows are written
 class DecoderLayers : public Operands<kWeights + 1, kWeights + 1, kKeysValues + 1> {
 public:
     static ONNXTensorElementDataType input_type(ONNXTensorElementDataType floats, size_t index)
     {
-        return index < kWeights ? floats : ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;
+        return index < kRoom    ? floats
+               : index == kRoom ? ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32
+                                : ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;
     }
 
     DecoderLayers(const OrtOp&, const OrtKernelInfo* info) : head_(head_size(info, kName))
@@ -69,15 +73,25 @@ private:
     {
         const auto head = static_cast<int64_t>(head_);
         const auto numbers = [this](size_t part) { return static_cast<int64_t>(layers_[0].project.outputs(part)); };
-        std::vector<Projected> to(layers_.size(), Projected{{}, {}, static_cast<size_t>(tokens)});
+        std::vector<Projected> to(layers_.size(), Projected(static_cast<size_t>(tokens)));
         to.back().by_token[0] = static_cast<float*>(wanted_output(context, kByToken, {samples, tokens, numbers(0)}));
         to.back().by_head[0] =
             static_cast<float*>(wanted_output(context, kByHead, {samples, numbers(0) / head, tokens, head}));
-        for (size_t layer = 0; layer < to.size(); ++layer) {
-            for (const size_t part : {size_t{1}, size_t{2}}) {
-                const std::vector<int64_t> shape{samples, numbers(part) / head, tokens, head};
-                to[layer].by_head[part] = static_cast<float*>(output(context, kKeysValues + 2 * layer + part - 1, shape));
+        const Input given = input(context, kRoom);
+        if (given.value != nullptr) {
+            require_shape(kName, "room", given.shape, {2 * static_cast<int64_t>(to.size())});
+        }
+        for (size_t place = 0; place < 2 * to.size(); ++place) {
+            Projected& layer = to[place / 2];
+            const size_t part = 1 + place % 2;
+            const int64_t room = given.value == nullptr ? tokens : static_cast<const int32_t*>(given.data)[place];
+            if (room < tokens) {
+                throw std::invalid_argument(std::string(kName) + ": there is room for " + std::to_string(room)
+                                            + " keys or values, wanted " + std::to_string(tokens) + " or more");
             }
+            layer.room[part] = static_cast<size_t>(room);
+            const std::vector<int64_t> shape{samples, numbers(part) / head, room, head};
+            layer.by_head[part] = static_cast<float*>(output(context, kKeysValues + place, shape));
         }
         return to;
     }
@@ -87,9 +101,9 @@ private:
     {
         for (Projected& layer : to) {
             for (size_t part = 0; part < kParts; ++part) {
-                const size_t before = sample * layer.tokens * layers_[0].project.outputs(part);
-                layer.by_token[part] = layer.by_token[part] == nullptr ? nullptr : layer.by_token[part] + before;
-                layer.by_head[part] = layer.by_head[part] == nullptr ? nullptr : layer.by_head[part] + before;
+                const size_t before = sample * layers_[0].project.outputs(part);
+                layer.by_token[part] += layer.by_token[part] == nullptr ? 0 : before * layer.tokens;
+                layer.by_head[part] += layer.by_head[part] == nullptr ? 0 : before * layer.room[part];
             }
             layer.by_token[0] = layer.by_token[0] == nullptr ? queries : layer.by_token[0];
         }
@@ -105,7 +119,7 @@ const OrtRegistration registration([](bool) {
     if (has_byte_products()) {
         OrtOp op = ort_op<DecoderLayers>(kName, nullptr, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT);
         op.GetInputCharacteristic = [](const OrtCustomOp*, size_t index) {
-            return index < kWeights ? INPUT_OUTPUT_REQUIRED : INPUT_OUTPUT_VARIADIC;
+            return index == kWeights ? INPUT_OUTPUT_VARIADIC : index == kRoom ? INPUT_OUTPUT_OPTIONAL : INPUT_OUTPUT_REQUIRED;
         };
         op.GetOutputCharacteristic = [](const OrtCustomOp*, size_t index) {
             return index == kKeysValues ? INPUT_OUTPUT_VARIADIC : index == kFed ? INPUT_OUTPUT_REQUIRED : INPUT_OUTPUT_OPTIONAL;

@@ -168,10 +168,13 @@ private:
     std::vector<float> norm_;
 };
 
-// Where query, key and value go, [B,S,N] and [B,N/D,S,D]: null where nobody wants them. tokens: S.
+// Where query, key and value go, [B,S,N] and the first S rows of [B,N/D,room,D]: null where nobody wants them. tokens: S.
 struct Projected {
-    float* by_token[kParts];
-    float* by_head[kParts];
+    explicit Projected(size_t count) : room{count, count, count}, tokens(count) {}
+
+    float* by_token[kParts]{};
+    float* by_head[kParts]{};
+    size_t room[kParts];
     size_t tokens;
 
     void write(size_t part, size_t token, const float* numbers, size_t count, size_t head) const
@@ -180,9 +183,9 @@ struct Projected {
             std::memcpy(by_token[part] + token * count, numbers, count * sizeof(float));
         }
         if (by_head[part] != nullptr) {
-            float* const sample = by_head[part] + token / tokens * tokens * count + token % tokens * head;
+            float* const sample = by_head[part] + token / tokens * room[part] * count + token % tokens * head;
             for (size_t place = 0; place < count; place += head) {
-                std::memcpy(sample + place * tokens, numbers + place, head * sizeof(float));
+                std::memcpy(sample + place * room[part], numbers + place, head * sizeof(float));
             }
         }
     }

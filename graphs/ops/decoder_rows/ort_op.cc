@@ -74,7 +74,7 @@ public:
         const auto* const x = static_cast<const float*>(given.data);
         const float *cos = nullptr, *sin = nullptr, *attended = nullptr;
         float* fed = nullptr;
-        Projected to{{}, {}, 1};
+        Projected to(1);
         if (feed_) {
             attended = rows_like(kName, input(context, kContext), feed_->context(), rows);
             fed = static_cast<float*>(output(context, 0, given.shape));
@@ -104,7 +104,7 @@ public:
 private:
     Projected outputs(OrtKernelContext* context, int64_t samples, int64_t tokens) const
     {
-        Projected to{{}, {}, static_cast<size_t>(tokens)};
+        Projected to(static_cast<size_t>(tokens));
         for (size_t part = 0; part < kParts; ++part) {
             const auto count = static_cast<int64_t>(project_->outputs(part)), head = static_cast<int64_t>(head_);
             to.by_token[part] = static_cast<float*>(wanted_output(context, 1 + part, {samples, tokens, count}));

@@ -13,7 +13,7 @@ from onnx import NodeProto, TensorProto, helper, numpy_helper
 from engines.native.libraries import multiplies
 from engines.runners.on_cpu import causal_attention, decoder_rows, layers_at_once
 from engines.runners.onnxruntime import OrtLoader
-from graphs.records.errors import BtpError
+from graphs.records.errors import BtpError, InputError
 from tests.engines.native import builds
 from tests.engines.runners.test_causal_attention import causal, rotated
 
@@ -91,7 +91,8 @@ def stack_model(
             own |= {f"{name}_unrotated": heads[name], f"{name}_heads": heads[name]}
             sizes[f"{name}_sizes"] = (batch, tokens, count // SIZE, SIZE)
         shapes |= {f"{name}.{layer}": shape for name, shape in own.items()}
-    shapes[f"rows.{LAYERS}"] = rows
+    shapes |= {f"rows.{LAYERS}": rows, "again": heads["k"]}
+    nodes += [helper.make_node("Identity", ["k_heads.1"], ["again"])] if "again" in more else []
     kept = [numpy_helper.from_array(np.array(shape, np.int64), name) for name, shape in sizes.items()]
     casts = []
     for name, array in stored.items():
@@ -195,6 +196,40 @@ def test_nothing_depends_on_threads_later_tokens_or_other_samples(tmp_path: Path
     for name, value in run(stack_model(1, 85, stored), tmp_path, part, 2).items():
         same = whole[name].reshape(2, 300, -1)[1, :85] if name.startswith("rows") else whole[name][1, :, :85]
         np.testing.assert_array_equal(value.reshape(same.shape), same, err_msg=name)
+
+
+@here
+def test_keys_and_values_go_straight_into_caches(tmp_path: Path) -> None:
+    """Of more rows, another number of them each; what lies behind the tokens' stays as it was."""
+    inputs, path = inputs_of(2, 75), tmp_path / "layers.onnx"
+    onnx.save(stack_model(2, 75, weights(biased=False)), path)
+    loader = OrtLoader(threads=2, custom_ops=builds.ort_library())
+    runner = loader(path)
+    wanted, kind = runner.run(inputs), np.dtype(np.float32)
+    roomy = [name for name, spec in runner.outputs.items() if spec.roomy]
+    assert set(roomy) == set(wanted) - {f"rows.{LAYERS}"}
+    caches = {name: loader.allocate(kind, (2, KV_HEADS, 75 + place, SIZE)) for place, name in enumerate(roomy)}
+    given_ = {name: loader.allocate(kind, spec.shape) for name, spec in runner.inputs.items()}
+    for name, buffer in given_.items():
+        buffer.write(inputs[name])
+    for cache in caches.values():
+        cache.write(np.full(cache.shape, 7))
+    rows = loader.allocate(kind, wanted[f"rows.{LAYERS}"].shape)
+    runner.bind(given_, {**caches, f"rows.{LAYERS}": rows})()
+    np.testing.assert_array_equal(rows.read(), wanted[f"rows.{LAYERS}"])
+    for name, cache in caches.items():
+        np.testing.assert_array_equal(cache.read()[:, :, :75], wanted[name], err_msg=name)
+        assert (cache.read()[:, :, 75:] == 7).all(), name
+    caches[roomy[0]] = loader.allocate(kind, (2, KV_HEADS, 74, SIZE))
+    with pytest.raises(InputError, match=rf"{roomy[0]} is float32 .2, 2, 74, 16."):
+        runner.bind(given_, {**caches, f"rows.{LAYERS}": rows})
+
+
+def test_no_room_where_keys_are_read_in_the_graph() -> None:
+    """By a selection inside a whole graph."""
+    model = stack_model(2, 37, weights(biased=False), more=("again",))
+    assert replaced(model) == [layers_at_once.LAYERS, "Identity"]
+    assert not [value.name for value in model.graph.input if value.name.startswith(layers_at_once.ROOM)]
 
 
 def test_is_two_nodes_where_something_else_is_read() -> None:
