@@ -83,9 +83,11 @@ private:
     std::vector<Line> lines_;
 };
 
-// y [R, P panels] from x [R,K], both with rows so far apart. Halves: panels in 16 bits.
-template <size_t R, size_t P, bool Halves>
-BTP_AVX512 BTP_INLINE void multiply_panels(const float* x, size_t next_x, const char* panels, size_t inputs, float* y, size_t next_y)
+// y [R, P panels] from x [R,K], both with rows so far apart. Halves: panels in 16 bits. ahead: what is asked for meanwhile, K
+// lines of 64 bytes, if Asks.
+template <size_t R, size_t P, bool Halves, bool Asks = false>
+BTP_AVX512 BTP_INLINE void multiply_panels(const float* x, size_t next_x, const char* panels, size_t inputs, float* y, size_t next_y,
+                                           const char* ahead = nullptr)
 {
     constexpr size_t kBytes = kPanel * (Halves ? 2 : 4);
     __m512 sums[R][P][2];
@@ -96,6 +98,9 @@ BTP_AVX512 BTP_INLINE void multiply_panels(const float* x, size_t next_x, const 
     }
     for (size_t place = 0; place < inputs; ++place) {
         __m512 w[P][2];
+        if (Asks) {
+            _mm_prefetch(ahead + place * sizeof(Line), _MM_HINT_T1);
+        }
         for (size_t panel = 0; panel < P; ++panel) {
             const char* const at = panels + (panel * inputs + place) * kBytes;
             if (Halves) {
@@ -150,13 +155,19 @@ BTP_AVX512 BTP_INLINE void multiply_last_rows(const float* x, size_t next_x, siz
     }
 }
 
-// y [rows, kPanel] = x times one panel of w, `next_y` apart.
+// y [rows, kPanel] = x times one panel of w, `next_y` apart. The first rows ask for the next panel, which may come from beyond
+// the second cache, while this one is in the first.
 template <bool Halves>
 BTP_AVX512 inline void multiply_panel(const float* x, size_t next_x, size_t rows, const Panels& w, size_t panel, float* y,
                                       size_t next_y)
 {
-    const char* const weights = w.data() + panel * w.inputs() * kPanel * (Halves ? 2 : 4);
+    const size_t lines = w.inputs() * sizeof(Line), parts = kPanel * (Halves ? 2 : 4) / sizeof(Line);
+    const char* const weights = w.data() + panel * parts * lines;
     size_t row = 0;
+    for (; row + kTile <= rows && row < parts * kTile; row += kTile) {
+        multiply_panels<kTile, 1, Halves, true>(x + row * next_x, next_x, weights, w.inputs(), y + row * next_y, next_y,
+                                                weights + (parts + row / kTile) * lines);
+    }
     for (; row + kTile <= rows; row += kTile) {
         multiply_panels<kTile, 1, Halves>(x + row * next_x, next_x, weights, w.inputs(), y + row * next_y, next_y);
     }
