@@ -9,7 +9,7 @@ chain holds one batch at a time: the next prefill replaces it.
 
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from math import prod
 from pathlib import Path
 
@@ -89,7 +89,6 @@ class Chain:
         self._scores: dict[int, Buffer] = {}
         self._last: list[Buffer] = []
         self._lengths = np.zeros((len(self.segments), profile.batch), np.int32)
-        self._dropped = np.array([[profile.image_tokens - segment.image_tokens] for segment in self.segments])
         self._places = np.zeros(profile.batch, np.int64)  # of the next token, in the unpruned sequence
         decode = self._open(names.DECODE)
         self.dtype: Dtype = decode.inputs["hidden"].dtype
@@ -128,12 +127,12 @@ class Chain:
         times = {name: ran.lasted(name) for name in ran.spans}
         times["total"] = ran.end - (ran.spans[names.VISION][1] if names.VISION in ran.spans else 0.0)
         logits, *found = program.outputs
-        lasts = np.stack(found[: len(self.segments)])
+        ends = [rows.tolist() for rows in found[: len(self.segments)]]
         kept = {stage: chosen.copy() for stage, chosen in zip(self._kept, found[len(self.segments) :], strict=True)}
-        self._check_pruning(np.asarray(batch.last), lasts, kept)
-        self._lengths = lasts.astype(np.int32) + 1
+        self._check_pruning(np.asarray(batch.last).tolist(), ends, kept)
+        self._lengths = np.array(ends, np.int32) + 1
         self._places = np.asarray(batch.last, np.int64) + 1
-        return PrefillRun(logits.copy(), kept, tuple(values.copy() for values in self._lengths), times)
+        return PrefillRun(logits.copy(), kept, tuple(self._lengths.copy()), times)
 
     # Decode
 
@@ -272,14 +271,13 @@ class Chain:
         vision = self._open(names.VISION)
         inputs = self._inputs(names.VISION)
         self._pixels = inputs["pixel_values"]
-        self._vision_out: dict[str, Buffer] = self._outputs(names.VISION)
-        profile, size = self.profile, self._hidden_size
-        hidden, self._prefix, self._text = (
-            self._loader.allocate(self.dtype, (profile.batch, rows, size))
-            for rows in (profile.total_tokens, profile.prefix_tokens, profile.text_tokens)
-        )
+        if "image_features" not in vision.outputs:
+            raise not_the_plan(names.VISION, "image_features")
+        hidden, (self._prefix, features, self._text), join = self._prompt(vision.outputs["image_features"].dtype)
+        self._vision_out: dict[str, Buffer] = self._outputs(names.VISION, image_features=features)
         self._steps.append(Step(names.VISION, vision.bind(inputs, self._vision_out)))
-        self._steps.append(Step("", copies=partial(self._join, hidden, self._vision_out["image_features"])))
+        if join is not None:
+            self._steps.append(Step("", copies=join))
         flow = {**self._vision_out, "hidden": hidden, **self._allocate_positions()}
         for segment in self.segments:
             if segment.stage is not None:
@@ -290,12 +288,30 @@ class Chain:
         self._logits = self._outputs(names.HEAD)["logits"]
         self._steps.append(Step(names.HEAD, head.bind(pick(names.HEAD, head, flow), {"logits": self._logits})))
 
-    def _join(self, hidden: Buffer, features: Buffer) -> None:
-        """The rows of the whole prompt: those before the image, the image's, those after it."""
-        image = self.profile.prefix_tokens
-        parts = [(0, self._prefix), (image, features), (image + self.profile.image_tokens, self._text)]
-        for first, rows in parts:
-            hidden.write_rows(rows, [first] * self.profile.batch)
+    def _prompt(self, features: Dtype) -> tuple[Buffer, list[Buffer], Callable[[], None] | None]:
+        """The rows of the whole prompt, those of its parts (before the image, the image's, after it), and what joins
+        them: nothing where the parts are the whole's own rows, as those of one sample can be.
+
+        features: the type of the image's.
+        """
+        profile, size = self.profile, self._hidden_size
+        counts = (profile.prefix_tokens, profile.image_tokens, profile.text_tokens)
+        starts = (0, counts[0], counts[0] + counts[1])
+        hidden = self._loader.allocate(self.dtype, (profile.batch, profile.total_tokens, size))
+        aligned = all(start * size * self.dtype.itemsize % self._alignment == 0 for start in starts)
+        if profile.batch == 1 and aligned and features == self.dtype:
+            own = [hidden.view((1, n, size), offset=start * size) for n, start in zip(counts, starts, strict=True)]
+            return hidden, own, None
+        parts = [
+            self._loader.allocate(kind, (profile.batch, n, size))
+            for n, kind in zip(counts, (self.dtype, features, self.dtype), strict=True)
+        ]
+
+        def join() -> None:
+            for start, rows in zip(starts, parts, strict=True):
+                hidden.write_rows(rows, [start] * profile.batch)
+
+        return hidden, parts, join
 
     def _wire_selection(self, stage: int, flow: dict[str, Buffer]) -> dict[str, Buffer]:
         name = names.select(stage)
@@ -350,19 +366,21 @@ class Chain:
         writes = [*first, self._last_in, self._prefix, self._text]
         return self._loader.program(steps, writes=writes, reads=[self._logits, *self._last, *self._kept.values()])
 
-    def _check_pruning(self, last: Array, lasts: Array, kept: dict[int, Array]) -> None:
-        """Raise CheckError unless every stage kept exactly its tokens and the sequence shrank by the rest."""
+    def _check_pruning(self, last: list[int], ends: list[list[int]], kept: dict[int, Array]) -> None:
+        """Raise CheckError unless every stage kept exactly its tokens and the sequence shrank by the rest.
+
+        last: of each sample in the unpruned sequence; ends: of each segment, the same in its own. Lists, as a numpy
+        call takes longer than all of it.
+        """
         for number, stage in enumerate(self.plan.stages):
             if stage.keep:
                 check_indices(number, kept[number], keep=stage.keep, tokens=self.plan.tokens_before(number))
-        if (lasts == last - self._dropped).all():
-            return
-        for segment, values, dropped in zip(self.segments, lasts, self._dropped, strict=True):
-            wanted = last - dropped
-            if not np.array_equal(values, wanted):
+        for segment, rows in zip(self.segments, ends, strict=True):
+            wanted = [place - (self.profile.image_tokens - segment.image_tokens) for place in last]
+            if rows != wanted:
                 raise CheckError(
-                    f"segment {segment.index} ends at rows {values.tolist()}: pruning did not happen as planned",
-                    wanted=f"{wanted.tolist()}, that is {segment.image_tokens} image tokens",
+                    f"segment {segment.index} ends at rows {rows}: pruning did not happen as planned",
+                    wanted=f"{wanted}, that is {segment.image_tokens} image tokens",
                     do="export the bundle again",
                 )
 

@@ -9,7 +9,7 @@ from graphs.records.errors import CheckError, InputError
 def check_indices(stage: int, indices: Array, *, keep: int, tokens: int) -> None:
     """Raise CheckError unless a stage kept `keep` of so many tokens, each once and in order: indices [B,keep]."""
     rising = indices.shape[1:] == (keep,) and bool((indices[:, 1:] > indices[:, :-1]).all())
-    if not rising or indices[:, 0].min() < 0 or indices[:, -1].max() >= tokens:
+    if not rising or min(indices[:, 0].tolist()) < 0 or max(indices[:, -1].tolist()) >= tokens:
         raise CheckError(
             f"stage {stage} kept the wrong tokens: {indices.shape[1]} indices from {indices.min()} to {indices.max()}",
             wanted=f"{keep} distinct indices below {tokens} in rising order",
