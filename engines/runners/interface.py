@@ -1,7 +1,7 @@
 """What every backend offers: loaders open graphs and give runners; buffers are memory on the device of a loader."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,13 +16,14 @@ Array = np.ndarray[Any, Dtype]
 class TensorSpec:
     """One input or output of a graph. bfloat16 is ml_dtypes' dtype.
 
-    roomy: of an output [B,K,S,D], whether its buffer may have more rows, of which the first S are written.
+    roomy: of an output [B,K,S,D], whether its buffer may have more rows, of which the first S are written. It says how
+    a runner gives the tensor, not which it is.
     """
 
     name: str
     dtype: Dtype
     shape: tuple[int, ...]
-    roomy: bool = False
+    roomy: bool = field(default=False, compare=False)
 
     @property
     def nbytes(self) -> int:
