@@ -25,6 +25,7 @@ from graphs.files.atomic import (
     check_destination,
     check_outside,
     check_space,
+    check_writable,
     copied_bytes,
     hashing,
     place,
@@ -136,6 +137,7 @@ def check_target(
     `reads`: what else the work reads besides the model, which must not lie in a bundle that is replaced.
     """
     check_destination(out.resolve(), force=force)
+    check_writable(out.resolve().parent)
     check_outside(out, [model.source.folder, *model.checkpoint.files, *reads])
     if options.opset not in IR_VERSIONS:
         raise InputError(

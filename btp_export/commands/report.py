@@ -26,11 +26,13 @@ def command(
     from btp_export.report.collect import Settings, collect
     from btp_export.report.write import write_report
     from btp_export.results.report import ReportResult
+    from graphs.files.atomic import check_writable
     from graphs.files.bundle import Bundle
 
     opened = Bundle.open(bundle, check="full")
-    measured = collect(opened, Settings(samples, seed, data, threads), progress)
     folder = opened.root / "report"
+    check_writable(folder, do="copy the bundle to where you can write")
+    measured = collect(opened, Settings(samples, seed, data, threads), progress)
     contents = write_report(folder, measured)
     passed = contents.verification is not None and contents.verification.passed
     result = ReportResult(**dict(contents), report=folder / "index.html", passed=passed)

@@ -92,7 +92,9 @@ def command(
 ) -> None:
     """Answer a prompt about a picture; text is printed as it is generated."""
     from btp_export.model.pictures import fitted, profile_for
-    from btp_export.running.runtime import activations_in, load
+    from btp_export.model.prompting import Prompter
+    from btp_export.running.runtime import activations_in, load, paired, room_in
+    from btp_export.running.sampling import check_settings
     from graphs.files.bundle import Bundle
     from graphs.files.pictures import open_picture
 
@@ -104,6 +106,10 @@ def command(
     profiles = opened.manifest.profiles if profile is None else [opened.profile(profile)]
     chosen = profile_for(pictures, opened.spec, profiles, resize=resize)
     pictures, _ = fitted(pictures, opened.spec, chosen)
+    check_settings(sampling.temperature, sampling.top_p, sampling.seed)
+    room_in(chosen, sampling.max_new_tokens)
+    prompter = Prompter(opened.processor, opened.spec)
+    prompter.encode(*paired(pictures, prompt), raw=raw_prompt, system=system, profile=chosen)
     model = load(
         opened,
         profile=chosen.name,
@@ -114,6 +120,7 @@ def command(
         cuda_graphs=not no_cuda_graph,
         note=note,
     )
+    model.prompter = prompter
     live = not as_json and len(pictures) == len(prompt) == 1
     answers = model.generate(
         pictures,
@@ -158,6 +165,7 @@ def _check_show(path: Path, samples: int, *, force: bool) -> None:
     """Refuse before the long work what would fail after it."""
     from PIL import Image
 
+    from graphs.files.atomic import check_writable
     from graphs.records.errors import InputError
 
     if samples != 1:
@@ -170,6 +178,7 @@ def _check_show(path: Path, samples: int, *, force: bool) -> None:
     _encoded(Image.new("RGB", (1, 1)), path)
     if not path.absolute().parent.is_dir():
         raise InputError(f"no folder {path.parent}", wanted="a folder that exists", do=f"mkdir -p {path.parent}")
+    check_writable(path.absolute().parent, do="give another file name")
     if path.is_dir() or (os.path.lexists(path) and not force):
         do = "give another file name" + ("" if path.is_dir() else ", or --force")
         raise InputError(f"--show {path} already exists", wanted="a new file", do=do)

@@ -202,9 +202,9 @@ def parse_budgets(text: str) -> tuple[float, ...]:
 
 
 def resolve_plans(bundle: Bundle, names: Sequence[str], compression: float | None) -> dict[str, PruningPlan]:
-    """Plans by name, at one budget; see `evaluate_bundle`. Raises InputError for an unknown or repeated name."""
-    if len(set(names)) < len(names) or not names:
-        raise InputError(f"--plans {','.join(names)}", wanted="different plans", do="name each once")
+    """Plans by name, at one budget; see `evaluate_bundle`. Raises InputError for an unknown, repeated or empty name."""
+    if len(set(names)) < len(names) or not names or not all(names):
+        raise InputError(f"--plans {','.join(names)}", wanted="names of different plans", do="name each once")
     if compression is not None and not 0.0 <= compression < 1.0:
         raise InputError(f"compression {compression}", wanted="a number from 0 to below 1", do="--compression 0.78")
     own, spec = bundle.plan, spec_at(bundle.spec, bundle.profile())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from graphs.files.atomic import write_text
+from graphs.files.atomic import check_writable, write_text
 from graphs.files.paths import expanded
 from graphs.records.errors import InputError
 from graphs.records.plan import PruningPlan
@@ -103,6 +103,7 @@ def check_out(out: Path, *, force: bool) -> None:
         raise InputError(f"{out} is a folder", wanted="a file name", do=f"--out {out / 'plan.json'}")
     if not out.parent.is_dir():
         raise InputError(f"{out.parent} does not exist", wanted="a folder that exists", do=f"mkdir -p {out.parent}")
+    check_writable(out.parent)
     if out.exists():
         if not force:
             raise InputError(f"{out} already exists", wanted="a new file", do="another --out, or --force")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from btp_export.results.plans import Front, FrontRow
-from graphs.files.atomic import write_texts
+from graphs.files.atomic import check_writable, write_texts
 from graphs.records.errors import InputError
 from graphs.records.reading import read_object
 
@@ -33,9 +33,11 @@ def check_folder(out: Path, *, force: bool) -> None:
     if not out.exists():
         if not out.parent.is_dir():
             raise InputError(f"{out.parent} does not exist", wanted="a folder that exists", do=f"mkdir -p {out.parent}")
+        check_writable(out)
         return
     if not out.is_dir():
         raise InputError(f"{out} is a file", wanted="a folder for the plans", do="give another --out")
+    check_writable(out)
     if not any(out.iterdir()):
         return
     if not _is_front(out):

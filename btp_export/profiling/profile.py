@@ -21,7 +21,7 @@ from engines.tensorrt.build.layer_checks import described_layers, findings
 from engines.tensorrt.kit.scripts import stem
 from engines.tensorrt.records import EngineGraph, EngineWeights, Expected
 from graphs import names
-from graphs.files.atomic import write_text
+from graphs.files.atomic import check_writable, write_text
 from graphs.files.bundle import Bundle
 from graphs.records.errors import InputError
 from graphs.records.plan import PruningPlan
@@ -58,6 +58,7 @@ def profile_engines(
     sources = find_sources(bundle, device, chosen, results)
     folder, weights = sources[""].folder, sources[""].record.weights
     several = len(bundle.manifest.profiles) > 1
+    check_writable(folder, do="copy the bundle to where you can write")
     earlier = _read_document(folder / _file("shared" if weights == "baked" else "baked", chosen, several=several))
     if results is None:
         measure(sources, device, chosen, report, places)

@@ -36,6 +36,7 @@ from graphs.pruning import kept_tokens
 from graphs.records.errors import InputError
 from graphs.records.progress import Note
 from graphs.records.quantization import Activations
+from graphs.records.shapes import ShapeProfile
 from graphs.tf32 import allows_tf32
 
 if TYPE_CHECKING:
@@ -277,9 +278,9 @@ class BundleModel:
 
         Raises InputError for what cannot be run, CheckError if a graph did not prune as planned.
         """
-        room = self._room(max_new_tokens)
+        room = room_in(self.profile, max_new_tokens)
         chosen_by = Sampling(temperature, top_p, seed)
-        pictures, texts = _samples(images, prompts)
+        pictures, texts = paired(images, prompts)
         if resize:
             pictures, _ = fitted(pictures, self.spec, self.profile)
         else:
@@ -376,18 +377,6 @@ class BundleModel:
 
     # Parts of generate
 
-    def _room(self, max_new_tokens: int | None) -> int:
-        room = self.profile.new_tokens
-        if max_new_tokens is None:
-            return room
-        if not 1 <= max_new_tokens <= room:
-            raise InputError(
-                f"{max_new_tokens} new tokens",
-                wanted=f"1 to {room}, the room in the caches of profile {self.profile.name}",
-                do="export again with a larger --max-new-tokens" if max_new_tokens > room else "ask for one or more",
-            )
-        return max_new_tokens
-
     def _generate(
         self, encoded: Encoded, samples: range, room: int, chosen_by: Sampling, on_text: OnText | None
     ) -> list[Generation]:
@@ -415,8 +404,22 @@ class BundleModel:
         ]
 
 
-def _samples(images: "Pictures", prompts: Sequence[str] | str) -> "tuple[list[Image.Image], list[str]]":
-    """As many pictures as prompts, the pictures upright and in RGB."""
+def room_in(profile: ShapeProfile, max_new_tokens: int | None) -> int:
+    """Tokens that may be generated: so many, or all that the caches hold. Raises InputError for more, or none."""
+    room = profile.new_tokens
+    if max_new_tokens is None:
+        return room
+    if not 1 <= max_new_tokens <= room:
+        raise InputError(
+            f"{max_new_tokens} new tokens",
+            wanted=f"1 to {room}, the room in the caches of profile {profile.name}",
+            do="export again with a larger --max-new-tokens" if max_new_tokens > room else "ask for one or more",
+        )
+    return max_new_tokens
+
+
+def paired(images: "Pictures", prompts: Sequence[str] | str) -> "tuple[list[Image.Image], list[str]]":
+    """As many pictures as prompts, the pictures upright and in RGB. Raises InputError where they do not go together."""
     given = list(images) if isinstance(images, Sequence) and not isinstance(images, str) else [images]
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     count = max(len(given), len(texts))
@@ -424,6 +427,7 @@ def _samples(images: "Pictures", prompts: Sequence[str] | str) -> "tuple[list[Im
         raise InputError(
             f"{len(given)} pictures and {len(texts)} prompts",
             wanted="one prompt for each picture, one picture for all prompts, or one prompt for all pictures",
+            do="ask them in several runs",
         )
     opened = [open_picture(Path(item)) if isinstance(item, (str, Path)) else to_rgb(item) for item in given]
     return opened * (count // len(opened)), texts * (count // len(texts))

@@ -17,6 +17,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -117,6 +118,19 @@ def check_destination(
             wanted="a new or empty folder",
             do="--force" + (", or another --out" if is_ours is None else f", which replaces this {noun}"),
         )
+
+
+def check_writable(folder: Path, *, do: str = "give another --out") -> None:
+    """Raise InputError unless files can be made in `folder`, or where it is to be made: for before long work."""
+    folder = folder.resolve()
+    there = next(part for part in (folder, *folder.parents) if part.exists())
+    if not there.is_dir():
+        raise InputError(f"{there} is a file", wanted="a folder", do=do)
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise _cannot_write(there, error, do) from error
 
 
 def check_outside(destination: Path, reads: Sequence[Path]) -> None:
@@ -368,10 +382,8 @@ def _remove_empty(folders: Sequence[Path]) -> None:
             folder.rmdir()
 
 
-def _cannot_write(folder: Path, error: OSError) -> InputError:
-    return InputError(
-        f"cannot write in {folder}: {error.strerror}", wanted="a writable folder", do="give another --out"
-    )
+def _cannot_write(folder: Path, error: OSError, do: str = "give another --out") -> InputError:
+    return InputError(f"cannot write in {folder}: {error.strerror}", wanted="a writable folder", do=do)
 
 
 def _sync_tree(folder: Path) -> None:

@@ -1,6 +1,7 @@
 """`btp-export run`: what comes out where, and every refusal's exit code."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,7 @@ def test_kept_tokens_are_drawn(run: Run, bundle: Path, picture: Path, tmp_path: 
         ({"--show": "kept.xyz"}, 2, "kept.xyz"),
         ({"--show": "kept.psd"}, 2, "ends in .png"),  # Pillow reads it and cannot write it
         ({"--show": "absent/kept.png"}, 2, "no folder absent"),
+        ({"--show": "/proc/kept.png"}, 2, "cannot write in /proc"),
     ],
     ids=lambda value: str(value)[:40],
 )
@@ -134,6 +136,26 @@ def test_refusals(
     assert words in err and "Traceback" not in err
     assert 1 <= len(err.strip().splitlines()) <= 3
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--max-new-tokens", "13"], "13 new tokens"),
+        (["--temperature", "1", "--top-p", "0"], "top-p 0.0"),
+        (["--prompt", " "], "1 pictures and 2 prompts|the prompt is empty"),
+        (["--prompt", "red " * 40], "tokens after the image"),
+        (["--raw-prompt"], "the raw prompt holds the image placeholder <image> 0 times"),
+        (["--system", "be brief"], "tokens before the image with this system message"),
+    ],
+)
+def test_what_no_graph_answers_is_refused_before_they_are_opened(
+    options: list[str], words: str, run: Run, bundle: Path, picture: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of a large model take a minute."""
+    monkeypatch.setattr("btp_export.running.runtime.load", lambda *_, **__: pytest.fail("the graphs were opened"))
+    code, out, err = run("run", bundle, "--image", picture, "--prompt", PROMPT, *options)
+    assert (code, out) == (2, "") and re.search(words, err)
 
 
 def test_raw_prompt_needs_the_placeholder(run: Run, bundle: Path, picture: Path) -> None:

@@ -81,6 +81,8 @@ def test_only_plan_files_are_replaced(capsys: pytest.CaptureFixture[str], tmp_pa
         (("calibrate", "--model", "demo", "--images", "/nowhere"), "/nowhere is not there"),
         (("calibrate", "--model", "demo", "--prompts", "/nowhere"), "--prompts without --images"),
         (("calibrate", "--model", "demo", "--out", "/nowhere/plan.json"), "/nowhere does not exist"),
+        (("calibrate", "--model", "demo", "--out", "/proc/plan.json"), "cannot write in /proc"),
+        (("plan", "fastv", "--model", "demo", "--out", "/proc/plan.json"), "cannot write in /proc"),
     ],
 )
 def test_bad_input_is_one_clear_error(

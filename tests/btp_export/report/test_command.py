@@ -1,6 +1,7 @@
 """`btp-export report` on a real bundle: measured, written, and the page says what the JSON says."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -59,11 +60,20 @@ def test_wrong_settings_are_refused_before_the_long_work(
     assert wrong[-1] in capsys.readouterr().err
 
 
+def test_a_bundle_that_cannot_be_written_is_refused_before_the_long_work(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copied = tmp_path / "bundle"
+    shutil.copytree(bundle.root, copied, ignore=shutil.ignore_patterns("report"))
+    (copied / "report").symlink_to("/proc")
+    monkeypatch.setattr("btp_export.report.collect.collect", lambda *_: pytest.fail("it was measured"))
+    assert main(["report", str(copied)]) == 2
+    assert "cannot write in /proc" in capsys.readouterr().err
+
+
 def test_a_bundle_that_does_not_verify_gets_its_report_and_exit_code_1(
     bundle: Bundle, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    import shutil
-
     from btp_export.report import collect
 
     copied = tmp_path / "bundle"

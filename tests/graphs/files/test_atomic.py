@@ -10,6 +10,7 @@ import pytest
 from graphs.files import atomic, folders
 from graphs.files.atomic import (
     check_space,
+    check_writable,
     copied_bytes,
     link_or_copy,
     place,
@@ -154,6 +155,16 @@ def test_a_file_in_the_way_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot write in"), staged(tmp_path / "b" / "c"):
         pass
     assert (tmp_path / "b").read_text() == "a file"
+
+
+def test_whether_files_can_be_made_is_known_before_the_work(tmp_path: Path) -> None:
+    check_writable(tmp_path / "new" / "folder")
+    (tmp_path / "b").write_text("a file")
+    with pytest.raises(InputError, match="b is a file"):
+        check_writable(tmp_path / "b" / "c")
+    with pytest.raises(InputError, match=r"cannot write in /proc: .*\n.*\n.*another file"):
+        check_writable(Path("/proc/no/folder"), do="give another file name")
+    assert names(tmp_path) == ["b"] and (tmp_path / "b").read_text() == "a file"
 
 
 def test_a_link_to_a_folder_is_followed(tmp_path: Path) -> None:
