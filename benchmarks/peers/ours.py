@@ -26,7 +26,7 @@ class Ours:
         return self._chain.prefill(self._batch, vision=self._vision).logits
 
     def step(self, ids: Sequence[int]) -> Array:
-        return self._chain.decode(self._embedding.rows(np.array(ids)))
+        return self._chain.decode(self._embedding.rows(ids))
 
 
 def _open(given: Given) -> Opened:

@@ -27,8 +27,11 @@ class TokenEmbedding:
         # As a plain array: rows of a numpy.memmap are memmaps again, which takes ten times as long as reading one.
         self._table, self._dtype = np.asarray(bundle.checkpoint()[EMBEDDING].read()), dtype
 
-    def rows(self, ids: Array) -> Array:
-        """Rows [n, C] of ids [n]; only these are read. Raises InputError for ids that the matrix does not have."""
+    def rows(self, ids: Sequence[int] | Array) -> Array:
+        """Rows [n, C] of ids [n], for reading; no others are read. Raises InputError for ids that the matrix lacks."""
+        if len(ids) == 1 and 0 <= ids[0] < len(self._table):  # of each new token: no copy of the row
+            return self._table[ids[0] : ids[0] + 1].astype(self._dtype, copy=False)
+        ids = np.asarray(ids)
         if ids.size and not 0 <= ids.min() <= ids.max() < len(self._table):
             raise InputError(
                 f"token ids from {ids.min()} to {ids.max()}",

@@ -31,7 +31,7 @@ class LogitRules:
         self._settings, self._room = settings, room
         self._prompt = np.asarray(prompt, np.int64)
         self._in_prompt = np.unique(self._prompt)  # few, however many tokens an image has
-        self._context, self._seen = _Grown(self._prompt, room), _Grown(self._in_prompt, room)
+        self._context, self._seen = _Grown(self._prompt, room), _Distinct(self._in_prompt, room)
         self._ends = np.array(list(ends), np.int64)
         # As in `generate`, an end token by itself is no bad word.
         self._bad_words = [
@@ -72,8 +72,8 @@ class LogitRules:
         if length < settings.min_length or len(new) < settings.min_new_tokens:
             scores.ban(self._ends)
         if self._forced and len(new) == self._room - 1:
-            scores.put(slice(None), NEVER)
-            scores.put(self._forced, np.float32(0))
+            scores.ban_all()
+            scores.put(self._forced, np.float32(0), logits[self._forced])
         scores.ban(self._suppressed)
         if not new:
             scores.ban(self._suppressed_first)
@@ -94,22 +94,62 @@ class _Scores:
     def __init__(self, logits: Vector, former: list[tuple[Any, Vector]]) -> None:
         self._logits, self._former = logits, former
 
-    def put(self, ids: Any, values: Any) -> None:
-        """Change the logits of ids, which may be named more than once with the same value."""
-        self._former.append((ids, self._logits[ids].copy()))
+    def put(self, ids: Any, values: Any, former: Vector) -> None:
+        """Change the logits of ids, which may be named more than once with the same value, from the `former` ones."""
+        self._former.append((ids, former))
         self._logits[ids] = values
 
     def penalise(self, ids: Vector, penalty: float) -> None:
         """Make tokens less likely (penalty > 1), each once however often it is named."""
         if penalty == 1.0:
             return
-        seen = ids[ids < len(self._logits)]
-        score = self._logits[seen]
-        self.put(seen, np.where(score < 0, score * penalty, score / penalty))
+        seen, score = self._of(ids)
+        changed = score / penalty
+        np.multiply(score, penalty, out=changed, where=score < 0)
+        self.put(seen, changed, score)
 
     def ban(self, ids: Vector) -> None:
         if len(ids):
-            self.put(ids[ids < len(self._logits)], NEVER)
+            there, score = self._of(ids)
+            self.put(there, NEVER, score)
+
+    def ban_all(self) -> None:
+        self.put(slice(None), NEVER, self._logits.copy())
+
+    def _of(self, ids: Vector) -> tuple[Vector, Vector]:
+        """Those of the ids that have a logit, nearly always all, and the logits."""
+        try:
+            return ids, self._logits[ids]
+        except IndexError:
+            ids = ids[ids < len(self._logits)]
+            return ids, self._logits[ids]
+
+
+class _Distinct:
+    """Different ids, and behind them new tokens that are not among them: of an answer that grows, only what came since
+    is looked at.
+    """
+
+    def __init__(self, ids: Vector, room: int) -> None:
+        self._ids = np.concatenate([ids, np.zeros(room, np.int64)])
+        self._first, self._length = len(ids), len(ids)
+        self._known, self._new = set(ids.tolist()), list[int]()
+
+    def with_new(self, new: Sequence[int]) -> Vector:
+        """The ids and those of `new`, as long as the next call."""
+        there = len(self._new)
+        if new[:there] != self._new:  # another answer
+            self._length, self._new, there = self._first, [], 0
+            self._known = set(self._ids[: self._first].tolist())
+        for token in new[there:]:
+            if token not in self._known:
+                self._known.add(token)
+                if self._length == len(self._ids):
+                    self._ids = np.concatenate([self._ids, np.zeros_like(self._ids)])
+                self._ids[self._length] = token
+                self._length += 1
+        self._new.extend(new[there:])
+        return self._ids[: self._length]
 
 
 class _Grown:

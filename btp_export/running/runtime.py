@@ -352,7 +352,7 @@ class BundleModel:
         if len(token_ids) != count:
             raise InputError(f"{len(token_ids)} token ids", wanted=f"one for each of the {count} samples")
         ids = [token_ids[sample] for sample in filled(count, self.profile.batch)]
-        return self.chain.decode(self._embedding.rows(np.array(ids)))[:count]
+        return self.chain.decode(self._embedding.rows(ids))[:count]
 
     @_alone
     def greedy(self, prefill: Prefill, encoded: Encoded, room: int) -> list[Answer]:
