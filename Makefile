@@ -14,7 +14,7 @@ export HF_HUB_OFFLINE ?= 1
 .PHONY: demo test fuzz table readme schemas lint format native wheels gpu-check clean
 
 demo: $(VENV)/.ready
-	$(BIN)/python -m engines.native.compile_ort
+	$(BIN)/python -m engines.native.compile_cpu
 	$(BIN)/btp-export --model demo --out $(OUT) --force
 	@echo
 	@echo "report: $(OUT)/report/index.html"
@@ -23,7 +23,7 @@ demo: $(VENV)/.ready
 # Tests start many interpreters, which need not compile the same sources each.
 test: export PYTHONDONTWRITEBYTECODE :=
 test: $(VENV)/.ready-dev
-	$(BIN)/python -m engines.native.compile_ort
+	$(BIN)/python -m engines.native.compile_cpu
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --durations=25
 
 # Damaged and hostile files and options, new ones each time, for about an hour; `make test` tries the same few.
@@ -32,7 +32,7 @@ fuzz: $(VENV)/.ready-dev
 
 # The accuracy tables of docs/results.md, measured again (about ten minutes on two idle cores).
 table: $(VENV)/.ready-dev
-	$(BIN)/python -m engines.native.compile_ort
+	$(BIN)/python -m engines.native.compile_cpu
 	$(BIN)/python -m benchmarks.table
 
 # The outputs and the picture in the README, from running its commands again (about two minutes on two idle cores).

@@ -32,6 +32,7 @@ from btp_export.running.generation import Answer, chooser, generate
 from btp_export.running.logit_rules import LogitRules
 from btp_export.running.sampling import Sampling
 from engines.chain import Chain
+from engines.native.host import host_library
 from engines.runners import cuda
 from engines.runners.cuda_stream import Stream
 from engines.runners.interface import Buffer, Dtype, Program, Step, TensorSpec
@@ -217,7 +218,7 @@ def measure(model: Model, sampling: Sampling, tokens: int, folder: Path) -> Cost
     costs = []
     for round_ in range(ROUNDS + 1):
         generator, rules = np.random.default_rng(round_), LogitRules(model.settings, [2], prompt, tokens)
-        choose, rows = Timed(chooser(rules, sampling, generator)), Timed(lambda ids: embedding.rows(np.array(ids)))
+        choose, rows = Timed(chooser(rules, sampling, generator)), Timed(embedding.rows)
         answer = Answer(choose, frozenset(), tokens)
         for lengths in chain._lengths:
             lengths[...] = 0
@@ -305,6 +306,7 @@ def open_chain(model: Model, tokens: int) -> Chain:
 def page(lines: list[str], tokens: int) -> str:
     """The page of results."""
     versions = f"{platform.machine()}, Python {platform.python_version()}, numpy {np.__version__}"
+    chosen_by = "btp_host" if host_library() else "numpy, as there is no btp_host"
     return f"""# What the host adds to a token
 
 `python -m benchmarks.host_per_token --write`, {date.today()}, {versions}, load {os.getloadavg()[0]:.1f}:
@@ -315,9 +317,9 @@ of one token and the start of waiting for the next: both, the inputs, one CUDA g
 and the wait. The limit is for choosing and the embedding row. The calls into CUDA go to a library whose functions
 return at once: what the driver and the GPU take comes on top and is no work of ours.
 
-The logits are drawn from a normal distribution of deviation 3, one of them is 18. Tokens that lie 15 temperatures below
-the largest weigh too little to change the choice nearly always, so only those nearer are weighed. Where more than a
-quarter of the vocabulary is that near, as at temperature 2, all tokens are.
+The logits are drawn from a normal distribution of deviation 3, one of them is 18. Tokens are chosen by {chosen_by}.
+Those that lie 14 temperatures below the largest nearly always weigh too little to change the choice, so only those
+nearer are weighed, and what lies beside them; at temperature 2 that is nearly all.
 
 {chr(10).join(lines)}
 """

@@ -119,7 +119,7 @@ OWN_FILES = {
     "btp_export/report/machine.py",
     "btp_export/serving/page.py",
     "btp_export/serving/preparing_process.py",
-    "engines/native/compile_ort.py",
+    "engines/native/compile_cpu.py",
     "engines/native/libraries.py",
     "engines/native/wheels.py",
     "engines/runners/packed_files.py",

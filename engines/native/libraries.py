@@ -16,7 +16,7 @@ from typing import Any, Final
 from graphs.records.errors import BtpError, InputError, UnavailableError
 
 VARIABLE: Final = "BTP_NATIVE_DIR"
-VERSION: Final = 5  # common/status.h: btp_kernels_version; ort_library.cc: btp_ort_version
+VERSION: Final = 5  # common/status.h: btp_kernels_version; ort_library.cc, host_library.cc: btp_<library>_version
 BUILD: Final = "cmake -S engines/native -B engines/native/build && cmake --build engines/native/build"
 # Name of each library -> what it is for, and the option that it needs beside the compilers.
 LIBRARIES: Final = {
@@ -24,6 +24,7 @@ LIBRARIES: Final = {
     "btp_trt_dynamic": ("TensorRT plugin for --dynamicPlugins", "-DTENSORRT_INCLUDE_DIR=<folder of NvInferRuntime.h>"),
     "btp_trt": ("TensorRT plugin for --staticPlugins", "-DTENSORRT_INCLUDE_DIR=<folder of NvInferRuntime.h>"),
     "btp_ort": ("operators for ONNX Runtime", ""),
+    "btp_host": ("choosing tokens", ""),
 }
 KERNELS_FUNCTION: Final = "btp_kernels_architectures"
 _MACHINES: Final = {62: "x86_64", 183: "aarch64"}  # e_machine of an ELF file
@@ -122,6 +123,9 @@ def inspect(name: str, path: Path) -> NativeLibrary:
     _require_machine(path)
     if name == "btp_trt":
         text = _described_architectures(path)
+    elif name == "btp_host":
+        open_library(path)
+        text = ""
     else:
         architectures = getattr(open_library(path), "btp_ort_architectures" if name == "btp_ort" else KERNELS_FUNCTION)
         architectures.restype = ctypes.c_char_p
@@ -145,7 +149,7 @@ def open_library(path: Path) -> ctypes.CDLL:
         library = ctypes.CDLL(str(path))
     except OSError as error:
         raise UnavailableError(f"{path} cannot be loaded: {error}", "a library built on this machine", BUILD) from error
-    for symbol in ("btp_ort_version", "btp_kernels_version"):
+    for symbol in ("btp_ort_version", "btp_kernels_version", "btp_host_version"):
         if hasattr(library, symbol):
             _require_version(path, int(getattr(library, symbol)()))
             return library

@@ -1,10 +1,11 @@
-"""Wheels for x86_64 and aarch64 that carry `btp_ort`, built on any Linux, and a bare environment that tries them.
+"""Wheels for x86_64 and aarch64 that carry `btp_ort` and `btp_host`, built on any Linux, and a bare environment that
+tries them.
 
     python -m engines.native.wheels [--out dist] [--machine aarch64]...    (from a checkout, with the extra `wheels`)
 
 zig compiles for either processor, against the C library of GLIBC; its C++ library is linked in, so the wheels run where
 numpy's do. A wheel for this machine is installed into an environment that has nothing else and must select what the
-reference selects; of any other machine the library's header, needs and symbols are checked.
+reference selects; of any other machine the libraries' headers, needs and symbols are checked.
 """
 
 from __future__ import annotations
@@ -29,10 +30,10 @@ from graphs.records.errors import BtpError, CheckError, UnavailableError
 ROOT: Final = Path(__file__).parents[2]
 MACHINES: Final = ("x86_64", "aarch64")
 GLIBC: Final = (2, 28)  # of JetPack 5 and later, RHEL 8, Debian 10; numpy's wheels ask for the same
-LIBRARY: Final = "engines/native/lib/libbtp_ort.so"
+LIBRARIES: Final = ("btp_ort", "btp_host")
 SYSTEM: Final = re.compile(rb"(?:lib(?:c|m|pthread|dl|rt)|ld-linux[a-z0-9_-]*)\.so\.\d")  # what every Linux has
 
-# In an environment with the wheel and ONNX Runtime: the library computes, and what it selects is what numpy says.
+# In an environment with the wheel and ONNX Runtime: the libraries compute, and what they choose is what numpy says.
 TRIAL: Final = """
 import numpy as np, onnxruntime as ort
 from onnx import TensorProto, helper
@@ -51,6 +52,14 @@ session = ort.InferenceSession(model.SerializeToString(), options, providers=["C
 rows, indices = np.arange(21, dtype=np.float32).reshape(1, 7, 3), np.array([[0, 2]], np.int32)
 (kept,) = session.run(None, {"rows": rows, "indices": indices})
 np.testing.assert_array_equal(kept[0], rows[0, [0, 1, 3, 6]])
+from btp_export.running.sampling import choose
+from engines.native.host import host_library
+assert host_library() is not None
+logits = np.random.default_rng(0).standard_normal(32064).astype(np.float32) * 3
+for top_p in (1.0, 0.9):
+    ways = [dict(temperature=1.0, top_p=top_p, library=library) for library in (None, host_library())]
+    tokens = [[choose(logits, np.random.default_rng(seed), **way) for seed in range(50)] for way in ways]
+    assert tokens[0] == tokens[1], tokens
 """
 
 
@@ -85,22 +94,24 @@ def build_wheel(machine: str, out: Path) -> Path:
         return Path(shutil.copy2(wheel, out))
 
 
-def check_library(wheel: Path, machine: str) -> None:
-    """Raise CheckError unless the wheel's library is for the processor and needs nothing that an old Linux lacks."""
-    with zipfile.ZipFile(wheel) as archive, tempfile.TemporaryDirectory() as scratch:
-        if LIBRARY not in archive.namelist():
-            raise CheckError(f"{wheel.name} carries no btp_ort", do="see what the compiler says: pip wheel -v .")
-        library = Path(archive.extract(LIBRARY, scratch))
-        found, content = elf_machine(library), library.read_bytes()
-    if found != machine:
-        raise CheckError(f"btp_ort of {wheel.name} is for {found}", wanted=machine)
-    newer = {version for version in _glibc_versions(content) if version > GLIBC}
-    if newer:
-        raise CheckError(f"btp_ort of {wheel.name} needs glibc {max(newer)}", wanted=f"{GLIBC} at most")
-    needed = set(re.findall(rb"(?:lib|ld-)[\w+-]+\.so\.\d+", content))
-    others = sorted(name.decode() for name in needed if not SYSTEM.fullmatch(name))
-    if others:
-        raise CheckError(f"btp_ort of {wheel.name} needs {', '.join(others)}", wanted="the C library alone")
+def check_libraries(wheel: Path, machine: str) -> None:
+    """Raise CheckError unless the wheel's libraries are for the processor and need nothing that an old Linux lacks."""
+    for name in LIBRARIES:
+        inside = f"engines/native/lib/lib{name}.so"
+        with zipfile.ZipFile(wheel) as archive, tempfile.TemporaryDirectory() as scratch:
+            if inside not in archive.namelist():
+                raise CheckError(f"{wheel.name} carries no {name}", do="see what the compiler says: pip wheel -v .")
+            library = Path(archive.extract(inside, scratch))
+            found, content = elf_machine(library), library.read_bytes()
+        if found != machine:
+            raise CheckError(f"{name} of {wheel.name} is for {found}", wanted=machine)
+        newer = {version for version in _glibc_versions(content) if version > GLIBC}
+        if newer:
+            raise CheckError(f"{name} of {wheel.name} needs glibc {max(newer)}", wanted=f"{GLIBC} at most")
+        needed = set(re.findall(rb"(?:lib|ld-)[\w+-]+\.so\.\d+", content))
+        others = sorted(other.decode() for other in needed if not SYSTEM.fullmatch(other))
+        if others:
+            raise CheckError(f"{name} of {wheel.name} needs {', '.join(others)}", wanted="the C library alone")
 
 
 def _glibc_versions(content: bytes) -> set[tuple[int, ...]]:
@@ -108,7 +119,7 @@ def _glibc_versions(content: bytes) -> set[tuple[int, ...]]:
 
 
 def try_wheel(wheel: Path) -> None:
-    """Install the wheel with the extra `cpu` into a new environment, and let its library compute.
+    """Install the wheel with the extra `cpu` into a new environment, and let its libraries compute.
 
     Raises CheckError where that fails. It downloads what the extra needs.
     """
@@ -139,8 +150,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         for machine in options.machine or MACHINES:
             wheel = build_wheel(machine, options.out)
-            check_library(wheel, machine)
-            how = "its library is right for the processor; not run"
+            check_libraries(wheel, machine)
+            how = "its libraries are right for the processor; not run"
             if machine == platform.machine():
                 try_wheel(wheel)
                 how = "installed in a bare environment, where it computes"

@@ -60,7 +60,11 @@ inline Instructions instructions()
 #endif
 }
 
-inline const Instructions kInstructions = instructions();
+#ifndef BTP_AT_MOST  // tests build libraries that use less than a processor has
+#define BTP_AT_MOST avx512
+#endif
+inline const Instructions kInstructions =
+    instructions() < Instructions::BTP_AT_MOST ? instructions() : Instructions::BTP_AT_MOST;
 
 // Whether the processor sums products of bytes in registers of 512 bits (AVX512-VNNI).
 inline bool has_byte_products()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from engines.native.compile_ort import compile_ort, is_current
+from engines.native.compile_cpu import compile_library, is_current
 from graphs import ops
 from graphs.files.folders import lock_file
 
@@ -117,8 +117,15 @@ def ort_library() -> Path:
         return made
     folder.mkdir(parents=True, exist_ok=True)
     with lock_file(folder / "lock", wait=True):
-        compile_ort(folder)
+        compile_library("btp_ort", folder)
     return folder / "libbtp_ort.so"
+
+
+@functools.cache
+def host_library(instructions: str) -> Path:
+    """libbtp_host, which uses at most these instructions: "plain", "avx2" or "avx512"."""
+    flags = [*STRICT, "-O3", "-ffp-contract=off", "-shared", "-fvisibility=hidden", f"-DBTP_AT_MOST={instructions}"]
+    return compiled(f"libbtp_host-{instructions}.so", [compiler(), *flags], [NATIVE / "host_library.cc"])
 
 
 @functools.cache

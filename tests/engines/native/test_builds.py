@@ -48,7 +48,7 @@ def test_cmake_without_cuda_leaves_out_what_needs_it(tmp_path: Path) -> None:
     said = configure(tmp_path, "-DBTP_CUDA=OFF", "-DTENSORRT_INCLUDE_DIR=", "-DONNXRUNTIME_INCLUDE_DIR=")
     for target in ("btp_kernels", "btp_trt_dynamic", "btp_trt"):
         assert f"btp: {target} is left out: " in said
-    assert "btp: btp_ort will be built" in said
+    assert "btp: btp_ort will be built" in said and "btp: btp_host will be built" in said
     assert "btp: btp_ort has CPU kernels only: BTP_CUDA is OFF" in said
 
 

@@ -4,9 +4,11 @@ import platform
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from engines.native import libraries
+from engines.native.host import host_library
 from engines.native.kernels import Kernels
 from engines.native.libraries import NativeLibrary, custom_ops, find, inspect, open_library, require_capability
 from graphs.records.errors import InputError, UnavailableError
@@ -110,6 +112,20 @@ def test_the_survey_has_a_line_for_every_library(tmp_path: Path, monkeypatch: py
     assert (ort["path"], ort["problem"], ort["do"]) == (str(tmp_path / "libbtp_ort.so"), None, None)
     assert survey["btp_kernels"]["path"] is None and "cmake -S engines/native" in survey["btp_kernels"]["do"]
     assert "is no shared library" in survey["btp_trt"]["problem"]
+
+
+def test_tokens_are_chosen_with_the_library_that_was_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    find_again = host_library.__wrapped__  # it looks once a process
+    monkeypatch.setenv("BTP_NATIVE_DIR", str(tmp_path))
+    assert find_again() is None
+    library = tmp_path / "libbtp_host.so"
+    shutil.copy(builds.host_library("avx512"), library)
+    assert inspect("btp_host", library) == NativeLibrary("btp_host", library, ())
+    assert find_again().choose(np.array([1, 2, 9], np.float32), 1.0, 1.0, 0.99) == 2
+    library.unlink()  # the loaded one stays whole
+    library.write_text("not a library, though long enough to look at")
+    with pytest.raises(UnavailableError, match="is no shared library"):
+        find_again()
 
 
 def test_sessions_use_the_library_that_was_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

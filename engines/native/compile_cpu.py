@@ -1,8 +1,8 @@
-"""Compiles `btp_ort` with CPU kernels by the system's C++ compiler alone: `python -m engines.native.compile_ort`.
+"""Compiles what a CPU uses by the system's C++ compiler alone: `python -m engines.native.compile_cpu`.
 
-The operators' fast form on a CPU must not be an extra that somebody has to know of: the set-up of a checkout runs this.
-CMake builds the same library, and the ones for GPUs (docs/native.md). Nothing is done where the library that is there
-was compiled from the same sources, and nothing is replaced that CMake built with CUDA.
+The fast forms on a CPU must not be an extra that somebody has to know of: the set-up of a checkout runs this. CMake
+builds the same libraries, and the ones for GPUs (docs/native.md). Nothing is done where the library that is there was
+compiled from the same sources, and nothing is replaced that CMake built with CUDA.
 """
 
 import hashlib
@@ -27,13 +27,19 @@ FLAGS: Final = ("-std=c++17", "-fPIC", "-O3", "-ffp-contract=off", "-fvisibility
 LINKED: Final = ("-shared", "-Wl,--no-undefined")
 
 
-def sources() -> list[Path]:
-    """The CPU kernels and ONNX Runtime forms of all operators, and the library's entry point."""
+# Name of each library -> what is said when it has been compiled.
+LIBRARIES: Final = {"btp_ort": "selections run natively on this CPU", "btp_host": "tokens are chosen natively"}
+
+
+def sources(name: str) -> list[Path]:
+    """What a library is made of: btp_ort of the CPU kernels and ONNX Runtime forms of all operators, and its entry."""
+    if name == "btp_host":
+        return [NATIVE / "host_library.cc"]
     return [*ops.native_files("cpu.cc", "ort_op.cc"), NATIVE / "ort_library.cc"]
 
 
 def digest(flags: Sequence[str] = FLAGS) -> str:
-    """sha256 of everything that is compiled, headers included, and of the compiler's flags."""
+    """sha256 of everything that is compiled for any of them, headers included, and of the compiler's flags."""
     files = sorted([*ops.native_files("*.cc", "*.h"), *NATIVE.glob("*.cc"), *NATIVE.glob("*.h")])
     state = hashlib.sha256(" ".join([*flags, *LINKED]).encode())
     for path in files:
@@ -41,12 +47,12 @@ def digest(flags: Sequence[str] = FLAGS) -> str:
     return state.hexdigest()
 
 
-def compile_ort(folder: Path = NATIVE / "build", *, flags: Sequence[str] = FLAGS) -> Path | None:
-    """libbtp_ort.so in `folder`; None where the one there is current, or has CUDA kernels.
+def compile_library(name: str, folder: Path = NATIVE / "build", *, flags: Sequence[str] = FLAGS) -> Path | None:
+    """The library in `folder`; None where the one there is current, or CMake built it.
 
     Raises UnavailableError where there is no C++ compiler, CheckError where it refuses the sources.
     """
-    library, wanted = folder / "libbtp_ort.so", digest(flags)
+    library, wanted = folder / f"lib{name}.so", digest(flags)
     if library.is_file():
         made_from, made = _noted(library)
         if made != sha256(library) or made_from == wanted:
@@ -55,33 +61,33 @@ def compile_ort(folder: Path = NATIVE / "build", *, flags: Sequence[str] = FLAGS
     if compiler is None:
         raise UnavailableError(
             "no C++ compiler (c++, g++ or clang++) is installed",
-            wanted="one, for fast selections on a CPU; without it the graphs' portable bodies run",
+            wanted="one, for speed; without it the graphs' portable bodies run, and numpy chooses tokens",
             do="apt-get install g++",
         )
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         built = Path(scratch) / library.name
-        _build([compiler, *flags], built)
+        _build([compiler, *flags], sources(name), built)
         write_bytes(library, built.read_bytes())
     write_text(library.with_suffix(".sources"), f"{wanted} {sha256(library)}\n")
     return library
 
 
 def is_current(library: Path) -> bool:
-    """Whether `compile_ort` made this library, from the sources that are here."""
+    """Whether `compile_library` made this library, from the sources that are here."""
     return library.is_file() and _noted(library) == (digest(), sha256(library))
 
 
 def _noted(library: Path) -> tuple[str, str]:
-    """(digest of the sources, sha256 of the library) as they were when `compile_ort` made it; empty if it did not."""
+    """(digest of the sources, sha256 of the library) as they were when it was made here; empty if it was not."""
     note = library.with_suffix(".sources")
     words = note.read_text(encoding="utf-8").split() if note.is_file() else []
     return (words[0], words[1]) if len(words) == 2 else ("", "")
 
 
-def _build(compiler: Sequence[str], library: Path) -> None:
+def _build(compiler: Sequence[str], files: Sequence[Path], library: Path) -> None:
     """The library, its sources compiled side by side: somebody waits for it in the set-up of a checkout."""
-    objects = {library.with_name(f"{number}.o"): source for number, source in enumerate(sources())}
+    objects = {library.with_name(f"{number}.o"): source for number, source in enumerate(files)}
     commands = [[*compiler, "-c", str(source), "-o", str(compiled)] for compiled, source in objects.items()]
     with ThreadPoolExecutor(available_cores()) as pool:
         list(pool.map(_run, commands))
@@ -92,16 +98,18 @@ def _run(command: Sequence[str]) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         reason = (done.stderr.strip().splitlines() or ["no reason given"])[0]
-        raise CheckError(f"{Path(command[0]).name} does not compile btp_ort: {reason}", do="a compiler with C++17")
+        got = f"{Path(command[0]).name} does not compile our libraries: {reason}"
+        raise CheckError(got, do="a compiler with C++17")
 
 
 def main(folder: Path = NATIVE / "build") -> int:
-    """Compile where it is needed, and say so; a machine without a compiler goes on with the portable bodies."""
+    """Compile where it is needed, and say so; a machine without a compiler goes on without the libraries."""
     try:
-        library = compile_ort(folder)
-        if library is not None:
-            inspect("btp_ort", library)
-            print(f"compiled {library.name}: selections run natively on this CPU", file=sys.stderr)
+        for name, said in LIBRARIES.items():
+            library = compile_library(name, folder)
+            if library is not None:
+                inspect(name, library)
+                print(f"compiled {library.name}: {said}", file=sys.stderr)
     except BtpError as error:
         print(f"note: {error}", file=sys.stderr)
     return 0

@@ -1,27 +1,28 @@
-"""The library that set-up compiles: found, current, replaced when sources change, and CMake's left alone."""
+"""The libraries that set-up compiles: found, current, replaced when sources change, and CMake's left alone."""
 
 import ctypes
 from pathlib import Path
 
 import pytest
 
-from engines.native.compile_ort import FLAGS, compile_ort, digest, is_current, main
+from engines.native.compile_cpu import FLAGS, compile_library, digest, is_current, main
 from engines.native.libraries import inspect
 from graphs.files.atomic import sha256
 from graphs.records.errors import UnavailableError
 from tests.engines.native import builds
 
 
-def test_it_is_compiled_when_sources_change_and_not_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "function"), [("btp_ort", "RegisterCustomOps"), ("btp_host", "btp_host_choose")])
+def test_it_is_compiled_when_sources_change_and_not_again(name: str, function: str, tmp_path: Path) -> None:
     builds.compiler()
     flags = tuple(flag if flag != "-O3" else "-O0" for flag in FLAGS)
-    library, note = tmp_path / "libbtp_ort.so", tmp_path / "libbtp_ort.sources"
+    library, note = tmp_path / f"lib{name}.so", tmp_path / f"lib{name}.sources"
     library.write_bytes(b"compiled before")
     note.write_text(f"{'0' * 64} {sha256(library)}\n")  # by us, from other sources
-    assert compile_ort(tmp_path, flags=flags) == library
-    assert inspect("btp_ort", library).architectures == () and hasattr(ctypes.CDLL(str(library)), "RegisterCustomOps")
-    assert compile_ort(tmp_path, flags=flags) is None, "it is current"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["libbtp_ort.so", "libbtp_ort.sources"]
+    assert compile_library(name, tmp_path, flags=flags) == library
+    assert inspect(name, library).architectures == () and hasattr(ctypes.CDLL(str(library)), function)
+    assert compile_library(name, tmp_path, flags=flags) is None, "it is current"
+    assert sorted(path.name for path in tmp_path.iterdir()) == [library.name, note.name]
     assert note.read_text().split() == [digest(flags), sha256(library)]
     assert not is_current(library), "of these sources, but with other flags"
     assert is_current(builds.ort_library())
@@ -32,7 +33,7 @@ def test_what_cmake_built_is_left_alone(note: str | None, tmp_path: Path) -> Non
     (tmp_path / "libbtp_ort.so").write_bytes(b"built with CUDA")
     if note is not None:
         (tmp_path / "libbtp_ort.sources").write_text(note)
-    assert compile_ort(tmp_path) is None
+    assert compile_library("btp_ort", tmp_path) is None
     assert (tmp_path / "libbtp_ort.so").read_bytes() == b"built with CUDA"
 
 
@@ -41,6 +42,6 @@ def test_without_a_compiler_it_says_what_to_install(
 ) -> None:
     monkeypatch.setattr("shutil.which", lambda name: None)
     with pytest.raises(UnavailableError, match="no C\\+\\+ compiler") as error:
-        compile_ort(tmp_path / "new")
+        compile_library("btp_ort", tmp_path / "new")
     assert error.value.do == "apt-get install g++" and not (tmp_path / "new").exists()
     assert main(tmp_path / "new") == 0 and "portable bodies run" in capsys.readouterr().err
