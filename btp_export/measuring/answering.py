@@ -12,9 +12,10 @@ from btp_export.model.pictures import fitted
 from graphs.records.errors import InputError
 from graphs.records.plan import PruningPlan
 from graphs.records.progress import Report
+from graphs.records.shapes import ShapeProfile
 
 if TYPE_CHECKING:
-    from btp_export.model.prompting import Encoded
+    from btp_export.model.prompting import Encoded, Prompter
     from btp_export.running.runtime import BundleModel, Prefill
     from calibrate.data.samples import Sample, SampleSet
 
@@ -43,12 +44,12 @@ class Questions:
 
 def ask(model: BundleModel, chosen: SampleSet) -> Questions:
     """The questions for a model. Raises InputError with file and line of the first that it cannot take."""
-    encoded, resized = _encode(model, chosen)
+    encoded, resized = encoded_samples(model.prompter, model.profile, chosen)
     longest = max(len(model.prompter.token_ids(sample.answer or "")) for sample in chosen.samples)
     return Questions(encoded, min(model.profile.new_tokens, longest + 2), {}, resized)
 
 
-def _encode(model: BundleModel, chosen: SampleSet) -> tuple[Encoded, int]:
+def encoded_samples(prompter: Prompter, profile: ShapeProfile, chosen: SampleSet) -> tuple[Encoded, int]:
     """All samples in one, and how many pictures were scaled for it.
 
     Raises InputError with file and line of the first that the model cannot take.
@@ -56,9 +57,8 @@ def _encode(model: BundleModel, chosen: SampleSet) -> tuple[Encoded, int]:
     from calibrate.data.text_files import at
 
     def encode(samples: Sequence[Sample]) -> tuple[Encoded, int]:
-        pictures, resized = fitted([sample.image for sample in samples], model.spec, model.profile)
-        prompts = [sample.prompt for sample in samples]
-        return model.prompter.encode(pictures, prompts, profile=model.profile), resized
+        pictures, resized = fitted([sample.image for sample in samples], prompter.spec, profile)
+        return prompter.encode(pictures, [sample.prompt for sample in samples], profile=profile), resized
 
     try:
         return encode(chosen.samples)

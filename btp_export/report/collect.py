@@ -52,7 +52,7 @@ def collect(
     Raises InputError for settings that cannot be used and for a saved profile that is damaged, before anything is
     measured, and as the parts do.
     """
-    check_settings(settings)
+    check_settings(bundle, settings)
     from btp_export.measuring.bench import measure
     from btp_export.measuring.evaluate import evaluate_bundle
     from btp_export.measuring.verify import verify_profiles
@@ -113,11 +113,14 @@ def budgets(bundle: Bundle) -> list[float] | None:
         return None
 
 
-def check_settings(settings: Settings) -> None:
-    """Raise InputError for what would only fail after long work: no samples, questions that cannot be read."""
+def check_settings(bundle: Bundle, settings: Settings) -> None:
+    """Raise InputError for what would only fail after long work: no samples, questions that the bundle cannot take."""
     if settings.samples < 1:
         raise InputError(f"--samples {settings.samples}", wanted="1 or more", do=f"--samples {EVAL_SAMPLES}")
     if settings.questions is not None:
+        from btp_export.measuring.answering import encoded_samples
+        from btp_export.model.prompting import Prompter
         from calibrate.data.samples import jsonl_samples
 
-        jsonl_samples(settings.questions, count=settings.samples)
+        chosen = jsonl_samples(settings.questions, count=settings.samples)
+        encoded_samples(Prompter(bundle.processor, bundle.spec), bundle.profile(), chosen)

@@ -52,12 +52,23 @@ def test_report_of_what_is_no_bundle_is_refused(tmp_path: Path, capsys: pytest.C
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("wrong", [["--samples", "0"], ["--data", "gone.jsonl"]])
+@pytest.mark.parametrize("wrong", [["--samples", "0"], ["--data", "gone.jsonl"], ["--data", "long.jsonl"]])
 def test_wrong_settings_are_refused_before_the_long_work(
-    bundle: Bundle, wrong: list[str], capsys: pytest.CaptureFixture[str]
+    bundle: Bundle,
+    wrong: list[str],
+    pictures: list[Image.Image],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("btp_export.measuring.verify.verify_profiles", lambda *_, **__: pytest.fail("it was measured"))
+    pictures[0].save("a.png")
+    lines = [{"image": "a.png", "prompt": prompt, "answer": "red"} for prompt in ("red ?", "red " * 40)]
+    Path("long.jsonl").write_text("\n".join(map(json.dumps, lines)))
     assert main(["report", str(bundle.root), *wrong]) == 2
-    assert wrong[-1] in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert wrong[-1] in said and ("line 2: the prompt has" in said) == (wrong[-1] == "long.jsonl")
 
 
 def test_a_bundle_that_cannot_be_written_is_refused_before_the_long_work(
