@@ -13,14 +13,15 @@ HEADERS = "usr/include/aarch64-linux-gnu"  # of JetPack
 
 @pytest.mark.parametrize("operator", [path.parent.name for path in builds.of_operators("kernel.cu")])
 def test_kernels_compile_for_all_architectures(operator: str) -> None:
-    """Machine code for each GPU the project names, warnings and spilled registers as errors. (None is run here.)
+    """Machine code for each kind of GPU the project names, warnings and spilled registers as errors. None is run here.
 
-    No source asks which architecture it is compiled for, so two intermediate codes do, of the oldest and the newest:
-    making one takes as long as three machine codes.
+    Of the 8 series, whose machine codes differ in their schedules, the first and Orin's. No source asks which
+    architecture it is compiled for, so two intermediate codes do, of the oldest and the newest: making one takes as
+    long as three machine codes.
     """
     nvcc = builds.nvcc()
     known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
-    wanted = [number for number in builds.ARCHITECTURES if f"sm_{number}" in known]
+    wanted = [number for number in builds.ARCHITECTURES if f"sm_{number}" in known and number not in ("86", "89")]
     assert {"80", "87", "90"} <= set(wanted), f"this nvcc knows {known}"
     families = {wanted[0]: wanted[:-1], wanted[-1]: wanted[-1:]}
     codes = [
