@@ -163,6 +163,8 @@ def open_graphs(
         files = {graph.name: bundle.root / graph.file for graph in bundle.graphs(profile)}
         tf32 = allows_tf32(bundle.manifest.build.precision)
         packed = cache_folder("onnxruntime") if shares_weights(bundle, profile, activations) else None
+        if activations not in LEVELS:
+            raise InputError(f"activations {activations!r}", wanted=" or ".join(LEVELS), do="leave them out")
         level = LEVELS[activations]
         return OrtLoader(device=device, threads=threads, tf32=tf32, accuracy_level=level, packed=packed), files
     from engines.targets import find_target
@@ -422,6 +424,9 @@ def paired(images: "Pictures", prompts: Sequence[str] | str) -> "tuple[list[Imag
     """As many pictures as prompts, the pictures upright and in RGB. Raises InputError where they do not go together."""
     given = list(images) if isinstance(images, Sequence) and not isinstance(images, str) else [images]
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
+    wrong = next((text for text in texts if not isinstance(text, str)), None)
+    if wrong is not None:
+        raise InputError(f"a prompt of type {type(wrong).__name__}", wanted="text")
     count = max(len(given), len(texts))
     if 0 in (len(given), len(texts)) or not {len(given), len(texts)} <= {1, count}:
         raise InputError(
@@ -429,5 +434,17 @@ def paired(images: "Pictures", prompts: Sequence[str] | str) -> "tuple[list[Imag
             wanted="one prompt for each picture, one picture for all prompts, or one prompt for all pictures",
             do="ask them in several runs",
         )
-    opened = [open_picture(Path(item)) if isinstance(item, (str, Path)) else to_rgb(item) for item in given]
+    opened = [_opened(item) for item in given]
     return opened * (count // len(opened)), texts * (count // len(texts))
+
+
+def _opened(item: "Image.Image | Path | str") -> "Image.Image":
+    from PIL import Image
+
+    if isinstance(item, (str, Path)):
+        return open_picture(Path(item))
+    if isinstance(item, Image.Image):
+        return to_rgb(item)
+    raise InputError(
+        f"a picture of type {type(item).__name__}", wanted="a file or a PIL image", do="PIL.Image.fromarray(array)"
+    )

@@ -256,6 +256,15 @@ def test_wrong_use_is_told(tiny_bundle: Any, pictures: list[Image.Image], tmp_pa
         model.generate(pictures[0], PROMPTS[0], max_new_tokens=0)
     with pytest.raises(InputError, match="3 pictures and 2 prompts"):
         model.generate(pictures[:3], PROMPTS[:2])
+    for other in (np.zeros((8, 8, 3), np.uint8), b"\x89PNG", None):
+        with pytest.raises(
+            InputError, match=r"a picture of type (ndarray|int|NoneType)\nwanted: a file or a PIL image"
+        ):
+            model.generate(other, ["red ?"])  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="a prompt of type bytes"):
+        model.generate(pictures[0], [b"red ?"])  # type: ignore[list-item]
+    with pytest.raises(InputError, match=r"activations 'int4'\nwanted: float32 or int8"):
+        btp_export.load(model.bundle, activations="int4")  # type: ignore[arg-type]
     with pytest.raises(InputError, match="0 pictures and 0 prompts"):
         model.generate([], [])
     with pytest.raises(InputError, match="2 samples"):
