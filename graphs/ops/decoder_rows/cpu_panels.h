@@ -13,7 +13,12 @@
 #include <cstdint>
 #include <cstring>
 #include <memory>
-#include <vector>
+#include <mutex>
+#include <new>
+
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 
 BTP_QUIET_INTRINSICS
 
@@ -44,6 +49,53 @@ private:
     size_t taken_ = 0;
 };
 
+// 2 MiB or a multiple, which the system may hold as large pages (Linux). A prefill reads all weights once: with small pages
+// it would wait for each one's address.
+class LargePages {
+public:
+    explicit LargePages(size_t bytes)
+        : left_((bytes + kSize - 1) / kSize * kSize), memory_(static_cast<char*>(::operator new(left_, std::align_val_t(kSize)))),
+          free_(memory_)
+    {
+#ifdef __linux__
+        (void)madvise(memory_, left_, MADV_HUGEPAGE);
+#endif
+    }
+    ~LargePages() { ::operator delete(memory_, std::align_val_t(kSize)); }
+    LargePages(const LargePages&) = delete;
+    LargePages& operator=(const LargePages&) = delete;
+
+    size_t left() const { return left_; }
+    char* take(size_t bytes)
+    {
+        char* const part = free_;
+        free_ += bytes;
+        left_ -= bytes;
+        return part;
+    }
+
+private:
+    static constexpr size_t kSize = size_t{2} << 20;
+    size_t left_;
+    char *const memory_, *free_;
+};
+
+// So many bytes behind those that were asked for before, of all sessions; freed with the last of their pages. Weights that
+// are laid out one after another follow one another, so whoever asks for what is behind a matrix gets the next one.
+inline std::shared_ptr<char> weights_memory(size_t bytes)
+{
+    static auto* const lock = new std::mutex;  // never destroyed, like ort_operators()
+    static auto* const last = new std::weak_ptr<LargePages>;
+    const std::lock_guard<std::mutex> held(*lock);
+    std::shared_ptr<LargePages> pages = last->lock();
+    if (pages == nullptr || pages->left() < bytes) {
+        pages = std::make_shared<LargePages>(bytes);
+        *last = pages;
+    }
+    char* const part = pages->take(bytes);
+    return {std::move(pages), part};
+}
+
 inline size_t whole_panels(size_t outputs) { return (outputs + kPanel - 1) / kPanel * kPanel; }
 
 // Weights [N,K] as [N/kPanel, K, kPanel], with zeros behind the last output; in 16 bits if `halves`.
@@ -52,10 +104,12 @@ public:
     Panels() = default;
     // rows: [N,K], float16 if `stored_halves`; then they may stay so.
     Panels(const void* rows, size_t outputs, size_t inputs, bool stored_halves, bool halves)
-        : inputs_(inputs), outputs_(outputs), halves_(stored_halves && halves),
-          lines_(whole_panels(outputs) * inputs * (halves_ ? 2 : 4) / sizeof(Line))
+        : inputs_(inputs), outputs_(outputs), halves_(stored_halves && halves)
     {
-        char* const to = lines_.empty() ? nullptr : lines_.front().bytes;
+        const size_t bytes = whole_panels(outputs) * inputs * (halves_ ? 2 : 4);
+        memory_ = weights_memory(bytes);
+        char* const to = memory_.get();
+        std::memset(to, 0, bytes);
         for (size_t output = 0; output < outputs; ++output) {
             for (size_t place = 0; place < inputs; ++place) {
                 const size_t from = output * inputs + place;
@@ -75,12 +129,12 @@ public:
     size_t outputs() const { return outputs_; }
     size_t panels() const { return whole_panels(outputs_) / kPanel; }
     bool halves() const { return halves_; }
-    const char* data() const { return lines_.front().bytes; }
+    const char* data() const { return memory_.get(); }
 
 private:
     size_t inputs_ = 0, outputs_ = 0;
     bool halves_ = false;
-    std::vector<Line> lines_;
+    std::shared_ptr<char> memory_;
 };
 
 // y [R, P panels] from x [R,K], both with rows so far apart. Halves: panels in 16 bits. ahead: what is asked for meanwhile, K
