@@ -54,9 +54,10 @@ OrtCustomOpDomain* domain()
 }  // namespace
 
 // What this library is: interface version and the GPU architectures it was built for ("" for a CPU-only build).
-BTP_EXPORT int32_t btp_ort_version() { return 5; }
+BTP_EXPORT int32_t btp_ort_version() { return 6; }
 BTP_EXPORT const char* btp_ort_architectures() { return BTP_ARCHITECTURES; }
-// Whether this processor has BtpLinearInt8, BtpLinearHalf, BtpLinearFloat, BtpCausalAttention and BtpDecoderRows: 1 or 0.
+// Whether this processor has BtpLinearInt8, BtpLinearHalf, BtpLinearFloat, BtpCausalAttention, BtpDecoderRows and
+// BtpDecoderLayers: 1 or 0.
 BTP_EXPORT int32_t btp_ort_linear() { return btp::has_byte_products() ? 1 : 0; }
 
 BTP_EXPORT OrtStatus* RegisterCustomOps(OrtSessionOptions* options, const OrtApiBase* base)
