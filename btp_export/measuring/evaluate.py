@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
@@ -19,6 +20,8 @@ from graphs.building.derived_bundles import derive
 from graphs.files.bundle import Bundle
 from graphs.files.cores import SMALL_WEIGHTS, available_cores
 from graphs.files.folders import scratch_beside
+from graphs.files.memory import check_memory
+from graphs.names import VISION
 from graphs.records.errors import InputError
 from graphs.records.match_plan import plan_for_profile, spec_at
 from graphs.records.plan import PruningPlan
@@ -140,7 +143,7 @@ def evaluate_plans(
     from calibrate.measure.accuracy import hits
     from graphs.pruning.operations import cost
 
-    chosen = _samples(samples, seed, data)
+    chosen = _samples(bundle, samples, seed, data, spread=ray is not None)
     full = bundle.plan.without_stages()
     digests = [plan.digest() for _, plan in planned]
     unpruned = full.digest()
@@ -225,12 +228,25 @@ def resolve_plans(bundle: Bundle, names: Sequence[str], compression: float | Non
     return resolved
 
 
-def _samples(count: int, seed: int, data: Path | None) -> SampleSet:
+def _samples(bundle: Bundle, count: int, seed: int, data: Path | None, *, spread: bool) -> SampleSet:
+    """Raises InputError for none, and for more than memory holds of what is kept of each for the next plan."""
     from calibrate.data.samples import jsonl_samples, scene_samples
 
     if count < 1:
         raise InputError(f"--samples {count}", wanted="1 or more", do=f"--samples {DEFAULT_SAMPLES}")
-    return scene_samples(count, seed=seed, split="eval") if data is None else jsonl_samples(data, count=count)
+    read = None if data is None else jsonl_samples(data, count=count)
+    asked = count if read is None else len(read.samples)
+    if not spread:
+        check_memory(asked * _kept_bytes(bundle), f"{asked} samples", do=f"--samples {DEFAULT_SAMPLES}")
+    return read or scene_samples(count, seed=seed, split="eval")
+
+
+def _kept_bytes(bundle: Bundle) -> int:
+    """Of each sample: its pixels, and the features that a vision graph of its own makes of them."""
+    profile = bundle.profile()
+    alone = any(graph.name == VISION for graph in bundle.graphs(profile.name))
+    features = profile.image_tokens * bundle.spec.decoder.hidden_size if alone else 0
+    return 4 * (math.prod(profile.pixel_input()) // profile.batch + features)
 
 
 def _resizing(bundle: Bundle, resized: int) -> dict[str, Any]:

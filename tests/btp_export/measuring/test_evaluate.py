@@ -252,6 +252,16 @@ def test_bad_input(arguments: list[str], tiny_bundle: Any, capsys: pytest.Captur
     assert len(capsys.readouterr().err.strip().splitlines()) <= 3
 
 
+def test_more_samples_than_memory_holds_are_refused_before_they_are_drawn(
+    tiny_bundle: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("calibrate.data.samples.scene_samples", lambda *_, **__: pytest.fail("they were drawn"))
+    each = 4 * (3 * 24 * 24 + 36 * 64)  # pixels and features of the tiny model
+    monkeypatch.setenv("BTP_MEMORY_GIB", str(999 * each / 2**30))
+    with pytest.raises(InputError, match=r"1000 samples needs about 15\.4 MiB of memory"):
+        evaluate_bundle(tiny_bundle(PLAN), plans=["btp"], samples=1000)
+
+
 @pytest.mark.parametrize(
     ("prompt", "words"),
     [
