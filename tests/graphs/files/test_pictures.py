@@ -213,7 +213,7 @@ def test_a_phone_picture_is_scaled_in_bounded_memory(suffix: str, mode: str, mos
 
 
 def test_a_file_is_the_same_picture_for_every_reader(tmp_path: Path) -> None:
-    from btp_export.running.runtime import _samples
+    from btp_export.running.runtime import paired
 
     Image.fromarray(np.full((8, 16), 40_000, np.uint16)).save(tmp_path / "a.png")
     NOISE.convert("RGB").save(tmp_path / "b.jpg", **turned(6))
@@ -228,7 +228,7 @@ def test_a_file_is_the_same_picture_for_every_reader(tmp_path: Path) -> None:
     measured = samples.jsonl_samples(tmp_path / "lines.jsonl")
     for entry in (folder, calibration, measured):
         assert {sample.name: sample.image.tobytes() for sample in entry.samples} == wanted
-    opened, _ = _samples([tmp_path / name for name in names], "?")
+    opened, _ = paired([tmp_path / name for name in names], "?")
     assert [picture.tobytes() for picture in opened] == list(wanted.values())
     Image.fromarray(np.full((8, 8), 7, np.float32)).save(tmp_path / "float.tif")
     Image.new("RGB", (2010, 10)).save(tmp_path / "long.png")
