@@ -80,7 +80,8 @@ def test_our_onnx_runtime_declarations_match_the_real_header() -> None:
     if not folder or not (Path(folder) / "onnxruntime_c_api.h").is_file():
         pytest.skip("no onnxruntime_c_api.h: name its folder in ONNXRUNTIME_INCLUDE_DIR")
     flags = [*builds.STRICT, "-c", "-isystem", folder]
-    builds.compiled("ort_abi.o", [builds.compiler(), *flags], [builds.TESTS / "ort_abi.cpp"])
+    object_file = builds.compiled("ort_abi.o", [builds.compiler(), *flags], [builds.TESTS / "ort_abi.cpp"])
+    assert object_file.stat().st_size > 0, "each of its assertions is one of the compiler's"
 
 
 EMULATED = """

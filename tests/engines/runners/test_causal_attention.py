@@ -12,14 +12,13 @@ from hypothesis import strategies as st
 from onnx import NodeProto, TensorProto, helper
 from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument, RuntimeException
 
-from engines.native.libraries import multiplies
 from engines.runners.on_cpu.causal_attention import NODE, OWN, for_cpu
 from engines.runners.onnxruntime import OrtLoader
 from tests.engines.native import builds
+from tests.engines.runners.native_cpu import here
 
 BATCH, HEADS, KV_HEADS, TOKENS, SIZE = 2, 4, 2, 37, 16
 QUERY, KEY = (BATCH, HEADS, TOKENS, SIZE), (BATCH, KV_HEADS, TOKENS, SIZE)
-here = pytest.mark.skipif(not multiplies(builds.ort_library()), reason="this processor has no AVX512-VNNI")
 
 BY_TOKEN = {"query": (BATCH, TOKENS, HEADS, SIZE), "key": (BATCH, TOKENS, KV_HEADS, SIZE)}
 

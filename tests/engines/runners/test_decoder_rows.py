@@ -11,18 +11,16 @@ import onnxruntime
 import pytest
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
-from engines.native.libraries import multiplies
 from engines.runners.on_cpu import Native, decoder_layers, decoder_rows, for_cpu, layers_at_once
 from engines.runners.onnxruntime import OrtLoader
 from graphs.files.onnx_file import read_graph
 from tests.engines.native import builds
+from tests.engines.runners.native_cpu import here, run
 from tests.plans import PLAN
 
 Array = np.ndarray[Any, np.dtype[Any]]
 WIDTH, INNER, HEADS, KV_HEADS, SIZE, EPSILON = 40, 56, 5, 1, 8, 1e-5  # nothing a multiple of what is done at once
 COUNTS = {"q": HEADS * SIZE, "k": KV_HEADS * SIZE, "v": KV_HEADS * SIZE}
-
-here = pytest.mark.skipif(not multiplies(builds.ort_library()), reason="this processor has no AVX512-VNNI")
 
 
 def weights(*, biased: bool) -> dict[str, Array]:
@@ -134,12 +132,6 @@ def definition(given: dict[str, Array], stored: dict[str, Array]) -> dict[str, A
             heads = np.concatenate([a * c - b * s, b * c + a * s], -1)
         made[f"{name}_heads"] = heads
     return made
-
-
-def run(model: onnx.ModelProto, folder: Path, given: dict[str, Array], threads: int = 1) -> dict[str, Array]:
-    path = folder / "layer.onnx"
-    onnx.save(model, path)
-    return OrtLoader(threads=threads, custom_ops=builds.ort_library())(path).run(given)
 
 
 def kinds(model: onnx.ModelProto) -> list[str]:

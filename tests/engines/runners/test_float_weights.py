@@ -12,14 +12,12 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument
 
-from engines.native.libraries import multiplies
 from engines.runners.on_cpu import float_weights
 from engines.runners.onnxruntime import OrtLoader
 from tests.engines.native import builds
+from tests.engines.runners.native_cpu import here
 
 Array = np.ndarray[Any, np.dtype[Any]]
-
-here = pytest.mark.skipif(not multiplies(builds.ort_library()), reason="this processor has no AVX512-VNNI")
 
 
 def model_of(node: str, weight: Array, *, inputs: int | None = None, rows: int | str = "M") -> onnx.ModelProto:

@@ -10,19 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
-from engines.native.libraries import multiplies
 from engines.runners.on_cpu import causal_attention, decoder_rows, layers_at_once
 from engines.runners.onnxruntime import OrtLoader
 from graphs.records.errors import BtpError, InputError
 from tests.engines.native import builds
+from tests.engines.runners.native_cpu import here, run
 from tests.engines.runners.test_causal_attention import causal, rotated
 
 Array = np.ndarray[Any, np.dtype[Any]]
 WIDTH, INNER, HEADS, KV_HEADS, SIZE, EPSILON = 40, 56, 4, 2, 16, 1e-5
 COUNTS = {"q": HEADS * SIZE, "k": KV_HEADS * SIZE, "v": KV_HEADS * SIZE}
 LAYERS = 3
-
-here = pytest.mark.skipif(not multiplies(builds.ort_library()), reason="this processor has no AVX512-VNNI")
 
 
 def weights(*, biased: bool) -> dict[str, Array]:
@@ -139,12 +137,6 @@ def definition(inputs: dict[str, Array], stored: dict[str, Array]) -> dict[str, 
         rows = rows + (gate / (1 + np.exp(-gate)) * (fed @ w["up"].T)) @ w["down"].T
         made[f"rows.{layer + 1}"] = rows
     return made
-
-
-def run(model: onnx.ModelProto, folder: Path, given: dict[str, Array], threads: int = 1) -> dict[str, Array]:
-    path = folder / "layers.onnx"
-    onnx.save(model, path)
-    return OrtLoader(threads=threads, custom_ops=builds.ort_library())(path).run(given)
 
 
 def replaced(model: onnx.ModelProto) -> list[str]:

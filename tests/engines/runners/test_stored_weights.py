@@ -11,18 +11,16 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from engines.native.libraries import multiplies
 from engines.runners.on_cpu import linear
 from engines.runners.onnxruntime import OrtLoader
 from graphs.dtypes import BFLOAT16
 from graphs.ops.linear import function
 from graphs.records.errors import BtpError
 from tests.engines.native import builds
+from tests.engines.runners.native_cpu import here
 
 Array = np.ndarray[Any, np.dtype[Any]]
 OUTPUTS = 12
-
-here = pytest.mark.skipif(not multiplies(builds.ort_library()), reason="this processor has no AVX512-VNNI")
 
 
 def weights(inputs: int, group: int, *, zeros: bool, bias: bool) -> dict[str, Array]:
