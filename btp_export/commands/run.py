@@ -94,7 +94,7 @@ def command(
     from btp_export.model.pictures import fitted, profile_for
     from btp_export.model.prompting import Prompter
     from btp_export.running.runtime import activations_in, load, paired, room_in
-    from btp_export.running.sampling import check_settings
+    from btp_export.running.sampling import Sampling
     from graphs.files.bundle import Bundle
     from graphs.files.pictures import open_picture
 
@@ -106,10 +106,10 @@ def command(
     profiles = opened.manifest.profiles if profile is None else [opened.profile(profile)]
     chosen = profile_for(pictures, opened.spec, profiles, resize=resize)
     pictures, _ = fitted(pictures, opened.spec, chosen)
-    check_settings(sampling.temperature, sampling.top_p, sampling.seed)
-    room_in(chosen, sampling.max_new_tokens)
+    chosen_by = Sampling(sampling.temperature, sampling.top_p, sampling.seed)
+    room = room_in(chosen, sampling.max_new_tokens)
     prompter = Prompter(opened.processor, opened.spec)
-    prompter.encode(*paired(pictures, prompt), raw=raw_prompt, system=system, profile=chosen)
+    encoded = prompter.encode(*paired(pictures, prompt), raw=raw_prompt, system=system, profile=chosen)
     model = load(
         opened,
         profile=chosen.name,
@@ -122,17 +122,8 @@ def command(
     )
     model.prompter = prompter
     live = not as_json and len(pictures) == len(prompt) == 1
-    answers = model.generate(
-        pictures,
-        prompt,
-        max_new_tokens=sampling.max_new_tokens,
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-        seed=sampling.seed,
-        raw_prompt=raw_prompt,
-        system=system,
-        on_text=(lambda sample, piece: stream(piece)) if live else None,
-    )
+    on_text = (lambda sample, piece: stream(piece)) if live else None
+    answers = model.answer(encoded, room=room, chosen_by=chosen_by, on_text=on_text)
     if live:
         stream("\n")
     _note_unknown_words(prompt, answers)

@@ -288,9 +288,16 @@ class BundleModel:
         else:
             require_fit(pictures, self.spec, self.profile)
         encoded = self.prompter.encode(pictures, texts, raw=raw_prompt, system=system, profile=self.profile)
+        return self.answer(encoded, room=room, chosen_by=chosen_by, on_text=on_text)
+
+    @_alone
+    def answer(
+        self, encoded: Encoded, *, room: int, chosen_by: Sampling, on_text: OnText | None = None
+    ) -> list[Generation]:
+        """One answer for each sample, of at most `room` tokens, in as many batches as it takes; see `generate`."""
         answers: list[Generation] = []
-        for first in range(0, len(texts), self.profile.batch):
-            samples = range(first, min(first + self.profile.batch, len(texts)))
+        for first in range(0, len(encoded), self.profile.batch):
+            samples = range(first, min(first + self.profile.batch, len(encoded)))
             answers += self._generate(encoded, samples, room, chosen_by, on_text)
         return answers
 
