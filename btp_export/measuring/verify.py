@@ -67,11 +67,10 @@ def verify_bundle(
     """
     _check_counts(samples, tokens)
     from btp_export.model.check_spec import check_spec
-    from btp_export.running.memory_fit import Streaming, must_stream, streaming_bytes
+    from btp_export.running.memory_fit import Streaming, must_stream
     from btp_export.running.runtime import open_graphs
     from calibrate.reference.decoder import torch_device
     from engines.runners.onnxruntime import onnxruntime_device
-    from graphs.files.memory import check_memory
 
     streaming = streaming or Streaming()
     chosen = bundle.profile(profile)
@@ -91,8 +90,7 @@ def verify_bundle(
     )
     streamed = target is None and must_stream(files, graph_device, above=streaming.above)
     if streamed:
-        needed = streaming_bytes(bundle, chosen.name, samples)
-        check_memory(needed, f"verifying {bundle.spec.name} layer by layer", do="close other programs, or --samples 1")
+        _check_room(bundle, chosen, samples)
     room = min(tokens or (STREAMED_TOKENS if streamed else CHECKED_TOKENS), chosen.new_tokens)
     phases = Phases(report, PHASES)
     how = streaming if streamed else None
@@ -103,6 +101,15 @@ def verify_bundle(
     if verified.activations is None or streamed or not found.answered:
         return verified
     return _with_int8_rows(verified, job, threads)
+
+
+def _check_room(bundle: Bundle, profile: ShapeProfile, samples: int) -> None:
+    """Raise InputError unless memory holds what a streamed verification keeps of its samples."""
+    from btp_export.running.memory_fit import streaming_bytes
+    from graphs.files.memory import check_memory
+
+    needed = streaming_bytes(bundle, profile.name, samples)
+    check_memory(needed, f"verifying {bundle.spec.name} layer by layer", do="close other programs, or --samples 1")
 
 
 def _document(job: _Job, findings: CheckResults, *, tokens_equal: bool, target: str | None) -> Verification:
