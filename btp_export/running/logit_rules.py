@@ -125,33 +125,6 @@ class _Scores:
             return ids, self._logits[ids]
 
 
-class _Distinct:
-    """Different ids, and behind them new tokens that are not among them: of an answer that grows, only what came since
-    is looked at.
-    """
-
-    def __init__(self, ids: Vector, room: int) -> None:
-        self._ids = np.concatenate([ids, np.zeros(room, np.int64)])
-        self._first, self._length = len(ids), len(ids)
-        self._known, self._new = set(ids.tolist()), list[int]()
-
-    def with_new(self, new: Sequence[int]) -> Vector:
-        """The ids and those of `new`, as long as the next call."""
-        there = len(self._new)
-        if new[:there] != self._new:  # another answer
-            self._length, self._new, there = self._first, [], 0
-            self._known = set(self._ids[: self._first].tolist())
-        for token in new[there:]:
-            if token not in self._known:
-                self._known.add(token)
-                if self._length == len(self._ids):
-                    self._ids = np.concatenate([self._ids, np.zeros_like(self._ids)])
-                self._ids[self._length] = token
-                self._length += 1
-        self._new.extend(new[there:])
-        return self._ids[: self._length]
-
-
 class _Grown:
     """An array of ids and new tokens behind them: of an answer that grows, only what came since is written."""
 
@@ -169,6 +142,25 @@ class _Grown:
         self._ids[self._first + there : self._first + len(new)] = new[there:]
         self._new[there:] = new[there:]
         return self._ids[: self._first + len(new)]
+
+
+class _Distinct:
+    """Different ids, and behind them new tokens that are not among them, each where it came first: of an answer that
+    grows, only what came since is looked at.
+    """
+
+    def __init__(self, ids: Vector, room: int) -> None:
+        self._ids, self._grown = frozenset(ids.tolist()), _Grown(ids, room)
+        self._new, self._others = list[int](), dict[int, None]()
+
+    def with_new(self, new: Sequence[int]) -> Vector:
+        """The ids and those of `new`, as long as the next call."""
+        there = len(self._new)
+        if list(new[:there]) != self._new:  # another answer
+            self._others, there = {}, 0
+        self._others.update((token, None) for token in new[there:] if token not in self._ids)
+        self._new[there:] = new[there:]
+        return self._grown.with_new(list(self._others))
 
 
 def _followers(text: Vector, context: Vector, size: int) -> Vector:
