@@ -17,6 +17,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from btp_export.serving.answers import Answer
+from btp_export.serving.deadlines import within
 from btp_export.serving.gathering import Event, Finish
 from btp_export.serving.guard import Guard
 from btp_export.serving.limits import Limits
@@ -210,7 +211,7 @@ async def read_body(request: Request, limits: Limits) -> bytes:
     if declared.isdecimal() and int(declared) > limits.body:
         raise _too_large(limits)
     try:
-        return await asyncio.wait_for(_read(request, limits), limits.seconds)
+        return await within(limits.seconds, _read(request, limits))
     except asyncio.TimeoutError as error:
         raise Refusal(f"the body did not come within {limits.seconds:g} s", 408) from error
 

@@ -13,6 +13,7 @@ import numpy as np
 from btp_export.console import note
 from btp_export.model.prompting import Encoded
 from btp_export.serving import preparing_process
+from btp_export.serving.deadlines import within
 from btp_export.serving.preparing_process import LENGTHS, Options, frame
 from btp_export.serving.questions import Question
 from btp_export.serving.refusals import Refusal
@@ -69,7 +70,7 @@ class PreparingClient:
                 await self.start()
             head = {"prompt": question.prompt, "later": question.later, "system": question.system}
             try:
-                answer, data = await asyncio.wait_for(self._ask(frame(head, picture)), self._options.seconds + SLACK)
+                answer, data = await within(self._options.seconds + SLACK, self._ask(frame(head, picture)))
             except (asyncio.IncompleteReadError, ConnectionError, asyncio.TimeoutError) as error:
                 raise await self._ended() from error
         if "got" in answer:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from btp_export import console
 from btp_export.serving.addresses import picture_bytes
+from btp_export.serving.deadlines import within
 from btp_export.serving.gathering import Event, Finish, Gathering, Job
 from btp_export.serving.limits import Access, Limits
 from btp_export.serving.preparing_client import PreparingClient
@@ -200,7 +201,7 @@ class Service:
 
     async def _in_time(self, step: Awaitable[Made], deadline: float) -> Made:
         try:
-            return await asyncio.wait_for(step, max(deadline - time.monotonic(), 0.001))
+            return await within(max(deadline - time.monotonic(), 0.001), step)
         except asyncio.TimeoutError as error:
             limit = self.serving.limits.seconds
             raise Refusal(f"no answer within {limit:g} s", 504, "server_error", "timeout") from error
