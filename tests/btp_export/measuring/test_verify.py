@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -145,6 +146,19 @@ def test_the_command_that_was_advised_answers(overflowing: Path, capsys: pytest.
     assert cli.main(["verify", str(overflowing), "--samples", "1"]) == 1
     shown = capsys.readouterr().out
     assert "failed: prefill_1: " in shown and "failed: the free run could not be made" in shown
+
+
+def test_a_report_of_it_has_its_page(overflowing: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = {"image": os.path.abspath("docs/images/scene.png"), "prompt": "what color is the circle ?", "answer": "red"}
+    (tmp_path / "questions.jsonl").write_text(json.dumps(asked))
+    settings = ["--data", str(tmp_path / "questions.jsonl"), "--samples", "1", "--threads", "1", "--json"]
+    assert cli.main(["report", str(overflowing), *settings]) == 1
+    printed, said = capsys.readouterr()
+    document = json.loads(printed)
+    assert not document["passed"] and document["evaluation"] is None and document["pictures"] == []
+    assert "not evaluated: the largest of the model's logits is nan" in said and "not drawn: the largest of" in said
+    page = (overflowing / "report" / "index.html").read_text()
+    assert "prefill_1: hidden_out of sample" in page and "Accuracy was not measured" in page
 
 
 def test_the_whole_graph_that_overflows_is_named(tiny_bundle: Any, tmp_path: Path) -> None:
