@@ -53,22 +53,36 @@ def test_cmake_without_cuda_leaves_out_what_needs_it(tmp_path: Path) -> None:
     assert "btp: btp_ort has CPU kernels only: BTP_CUDA is OFF" in said
 
 
-def test_cmake_without_headers_builds_the_kernels_alone(tmp_path: Path) -> None:
-    nvcc = builds.nvcc()
-    said = configure(tmp_path, f"-DCMAKE_CUDA_COMPILER={nvcc}", "-DTENSORRT_INCLUDE_DIR=", "-DONNXRUNTIME_INCLUDE_DIR=")
+@pytest.fixture(scope="module")
+def configured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A folder where CMake has tried both compilers, with nothing named but nvcc; and what it said.
+
+    Configured there again, it does not try them once more.
+    """
+    folder = tmp_path_factory.mktemp("configured")
+    options = (f"-DCMAKE_CUDA_COMPILER={builds.nvcc()}", "-DTENSORRT_INCLUDE_DIR=", "-DONNXRUNTIME_INCLUDE_DIR=")
+    return folder, configure(folder, *options)
+
+
+def test_cmake_without_headers_builds_the_kernels_alone(configured: tuple[Path, str]) -> None:
+    folder, said = configured
     assert "btp: btp_kernels will be built" in said
     for target in ("btp_trt_dynamic", "btp_trt"):
         assert f"btp: {target} is left out: no NvInferRuntime.h in TENSORRT_INCLUDE_DIR=''" in said
+    compiled_for = (folder / "CMakeFiles" / "btp_kernel_objects.dir" / "flags.make").read_text()
+    assert all(f"code=[compute_{number},sm_{number}]" in compiled_for for number in ("80", "87", "90"))
 
 
 @pytest.mark.parametrize(("chip", "architecture"), [("tegra234", "87"), ("tegra264", "110")])
-def test_cmake_on_a_jetson_needs_no_options(chip: str, architecture: str, tmp_path: Path) -> None:
+def test_cmake_on_a_jetson_needs_no_options(
+    chip: str, architecture: str, configured: tuple[Path, str], tmp_path: Path
+) -> None:
     """Its GPU is known by its device tree, and JetPack's headers by their place."""
-    nvcc = builds.nvcc()
     tree = "proc/device-tree/compatible"
     write(tmp_path, {tree: f"nvidia,p3768-0000+p3767-0000\0nvidia,{chip}\0", f"{HEADERS}/NvInferRuntime.h": ""})
-    said = configure(tmp_path / "build", f"-DCMAKE_CUDA_COMPILER={nvcc}", f"-DBTP_ROOT={tmp_path}")
-    cache = (tmp_path / "build" / "CMakeCache.txt").read_text()
+    folder, _ = configured
+    said = configure(folder, "-UCMAKE_CUDA_ARCHITECTURES", "-UTENSORRT_INCLUDE_DIR", f"-DBTP_ROOT={tmp_path}")
+    cache = (folder / "CMakeCache.txt").read_text()
     assert f"CMAKE_CUDA_ARCHITECTURES:STRING={architecture}\n" in cache
     assert f"TENSORRT_INCLUDE_DIR:PATH={tmp_path}/{HEADERS}\n" in cache and "btp: btp_trt_dynamic will be built" in said
 
