@@ -23,9 +23,10 @@ from graphs.records.errors import BtpError, CheckError, UnavailableError
 
 NATIVE: Final = Path(__file__).parent
 # -ffp-contract=off: some compilers join a product and a sum where they may, and results must be equal everywhere.
-FLAGS: Final = ("-std=c++17", "-fPIC", "-O3", "-ffp-contract=off", "-fvisibility=hidden")
+# Warnings go into a file beside the library: other compilers know other ones, and our tests want none.
+FLAGS: Final = ("-std=c++17", "-fPIC", "-O3", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wextra")
 LINKED: Final = ("-shared", "-Wl,--no-undefined")
-
+WARNINGS: Final = ".warnings"  # the suffix of that file
 
 # Name of each library -> what is said when it has been compiled.
 LIBRARIES: Final = {"btp_ort": "selections run natively on this CPU", "btp_host": "tokens are chosen natively"}
@@ -67,7 +68,7 @@ def compile_library(name: str, folder: Path = NATIVE / "build", *, flags: Sequen
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         built = Path(scratch) / library.name
-        _build([compiler, *flags], sources(name), built)
+        write_text(library.with_suffix(WARNINGS), _build([compiler, *flags], sources(name), built))
         write_bytes(library, built.read_bytes())
     write_text(library.with_suffix(".sources"), f"{wanted} {sha256(library)}\n")
     return library
@@ -85,21 +86,27 @@ def _noted(library: Path) -> tuple[str, str]:
     return (words[0], words[1]) if len(words) == 2 else ("", "")
 
 
-def _build(compiler: Sequence[str], files: Sequence[Path], library: Path) -> None:
-    """The library, its sources compiled side by side: somebody waits for it in the set-up of a checkout."""
+def _build(compiler: Sequence[str], files: Sequence[Path], library: Path) -> str:
+    """Make the library, its sources compiled side by side: somebody waits for it in the set-up of a checkout.
+
+    Returns what the compiler said of them.
+    """
     objects = {library.with_name(f"{number}.o"): source for number, source in enumerate(files)}
     commands = [[*compiler, "-c", str(source), "-o", str(compiled)] for compiled, source in objects.items()]
     with ThreadPoolExecutor(available_cores()) as pool:
-        list(pool.map(_run, commands))
+        said = list(pool.map(_run, commands))
     _run([*compiler, *LINKED, *map(str, objects), "-o", str(library)])
+    return "".join(said)
 
 
-def _run(command: Sequence[str]) -> None:
+def _run(command: Sequence[str]) -> str:
+    """Run the compiler; returns its warnings."""
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         reason = (done.stderr.strip().splitlines() or ["no reason given"])[0]
         got = f"{Path(command[0]).name} does not compile our libraries: {reason}"
         raise CheckError(got, do="a compiler with C++17")
+    return done.stderr
 
 
 def main(folder: Path = NATIVE / "build") -> int:

@@ -87,10 +87,14 @@ def compiled(name: str, command: Sequence[str | Path], inputs: Sequence[Path]) -
 
 @functools.cache
 def emulated_objects() -> tuple[Path, ...]:
-    """The kernels' own source, compiled for the CPU with tests/engines/native/simt.h."""
-    flags = [*STRICT, "-O2", "-Wno-unknown-pragmas", "-DBTP_SIMT_EMULATION", f"-I{TESTS}", "-x", "c++", "-c"]
-    files = [*of_operators("kernel.cu"), OPS / "common" / "status.cpp"]
-    return tuple(compiled(f"{path.parent.name}.o", [compiler(), *flags], [path]) for path in files)
+    """The kernels' own source, compiled for the CPU with tests/engines/native/simt.h.
+
+    That of the selection with waiting.cpp around it, which looks inside and would take as long once more.
+    """
+    flags = [*STRICT, "-O1", "-Wno-unknown-pragmas", "-DBTP_SIMT_EMULATION", f"-I{TESTS}", "-x", "c++", "-c"]
+    files = {path.parent.name: path for path in of_operators("kernel.cu")} | {"select_tokens": TESTS / "waiting.cpp"}
+    files |= {"common": OPS / "common" / "status.cpp"}
+    return tuple(compiled(f"{name}.o", [compiler(), *flags], [path]) for name, path in files.items())
 
 
 @functools.cache
@@ -99,40 +103,50 @@ def emulated_kernels() -> Path:
     return compiled("libbtp_kernels.so", [compiler(), *STRICT, "-shared"], emulated_objects())
 
 
-def ort_sources() -> list[Path]:
-    """What libbtp_ort is made of, beside the kernels."""
-    return [*of_operators("ort_op.cc"), *of_operators("cpu.cc"), NATIVE / "ort_library.cc"]
+def ort_sources(*, with_kernels: bool = False) -> list[Path]:
+    """What libbtp_ort is made of, beside the kernels; `with_kernels`: only of the operators that have one."""
+    files = [*of_operators("ort_op.cc"), *of_operators("cpu.cc")]
+    if with_kernels:
+        files = [path for path in files if path.with_name("kernel.cu").is_file()]
+    return [*files, NATIVE / "ort_library.cc"]
 
 
 @functools.cache
-def ort_library() -> Path:
-    """libbtp_ort with CPU kernels: the one that set-up compiled, compiled here where that is of other sources.
-
-    (`ort_cuda_library` takes the same sources with warnings as errors.)
-    """
+def cpu_library(name: str) -> Path:
+    """btp_ort with CPU kernels, or btp_host: as set-up compiled it, compiled here if that is of other sources."""
     compiler()
-    folder = KEPT / "ort"
-    made = NATIVE / "build" / "libbtp_ort.so"
+    made = NATIVE / "build" / f"lib{name}.so"
     if is_current(made):
         return made
+    folder = KEPT / "cpu"
     folder.mkdir(parents=True, exist_ok=True)
-    with lock_file(folder / "lock", wait=True):
-        compile_library("btp_ort", folder)
-    return folder / "libbtp_ort.so"
+    with lock_file(folder / f"{name}.lock", wait=True):
+        compile_library(name, folder)
+    return folder / made.name
+
+
+def ort_library() -> Path:
+    """libbtp_ort with CPU kernels."""
+    return cpu_library("btp_ort")
 
 
 @functools.cache
 def host_library(instructions: str) -> Path:
-    """libbtp_host, which uses at most these instructions: "plain", "avx2" or "avx512"."""
+    """libbtp_host, which uses at most these instructions: "plain", "avx2" or "avx512", which is all of them."""
+    if instructions == "avx512":
+        return cpu_library("btp_host")
     flags = [*STRICT, "-O3", "-ffp-contract=off", "-shared", "-fvisibility=hidden", f"-DBTP_AT_MOST={instructions}"]
     return compiled(f"libbtp_host-{instructions}.so", [compiler(), *flags], [NATIVE / "host_library.cc"])
 
 
 @functools.cache
 def ort_cuda_library() -> Path:
-    """libbtp_ort as it is built with nvcc, with the kernels running in the SIMT emulation."""
+    """libbtp_ort as it is built with nvcc, with the kernels running in the SIMT emulation.
+
+    Of the operators that have kernels: the others' sources do not know of CUDA, so set-up compiles the very same.
+    """
     flags = [*STRICT, "-O1", "-shared", "-fvisibility=hidden", "-DBTP_WITH_CUDA"]
-    return compiled("libbtp_ort.so", [compiler(), *flags], [*ort_sources(), *emulated_objects()])
+    return compiled("libbtp_ort.so", [compiler(), *flags], [*ort_sources(with_kernels=True), *emulated_objects()])
 
 
 def plugin(headers: Path, *, name: str = "trt_dynamic") -> Path:

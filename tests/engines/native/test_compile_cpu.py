@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from engines.native.compile_cpu import FLAGS, compile_library, digest, is_current, main
+from engines.native.compile_cpu import FLAGS, WARNINGS, compile_library, digest, is_current, main
 from engines.native.libraries import inspect
 from graphs.files.atomic import sha256
 from graphs.records.errors import UnavailableError
@@ -19,16 +19,27 @@ def test_set_up_compiled_from_these_sources() -> None:
     assert inspect("btp_ort", library).architectures == () and hasattr(ctypes.CDLL(str(library)), "RegisterCustomOps")
 
 
+@pytest.mark.parametrize("name", ["btp_ort", "btp_host"])
+def test_set_up_compiled_without_a_warning(name: str) -> None:
+    """With -Wall -Wextra, optimised; ort_cuda_library compiles with -Werror what CUDA changes."""
+    assert {"-Wall", "-Wextra", "-O3"} <= set(FLAGS)
+    assert builds.cpu_library(name).with_suffix(WARNINGS).read_text() == ""
+    without = set(builds.ort_sources()) - set(builds.ort_sources(with_kernels=True))
+    assert without and not any("BTP_WITH_CUDA" in path.read_text() for path in without)
+
+
 def test_it_is_compiled_when_sources_change_and_not_again(tmp_path: Path) -> None:
     builds.compiler()
-    flags = tuple(flag if flag != "-O3" else "-O0" for flag in FLAGS)
+    flags = (*(flag if flag != "-O3" else "-O0" for flag in FLAGS), "-Wnamespaces")
     library, note = tmp_path / "libbtp_host.so", tmp_path / "libbtp_host.sources"
     library.write_bytes(b"compiled before")
     note.write_text(f"{'0' * 64} {sha256(library)}\n")  # by us, from other sources
     assert compile_library("btp_host", tmp_path, flags=flags) == library
     assert inspect("btp_host", library).architectures == () and hasattr(ctypes.CDLL(str(library)), "btp_host_choose")
     assert compile_library("btp_host", tmp_path, flags=flags) is None, "it is current"
-    assert sorted(path.name for path in tmp_path.iterdir()) == [library.name, note.name]
+    warnings = library.with_suffix(WARNINGS)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [library.name, note.name, warnings.name]
+    assert "-Wnamespaces" in warnings.read_text()
     assert note.read_text().split() == [digest(flags), sha256(library)]
     assert not is_current(library), "of these sources, but with other flags"
 

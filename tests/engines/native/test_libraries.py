@@ -119,7 +119,7 @@ def test_tokens_are_chosen_with_the_library_that_was_built(tmp_path: Path, monke
     monkeypatch.setenv("BTP_NATIVE_DIR", str(tmp_path))
     assert find_again() is None
     library = tmp_path / "libbtp_host.so"
-    shutil.copy(builds.host_library("avx512"), library)
+    shutil.copy(builds.cpu_library("btp_host"), library)
     assert inspect("btp_host", library) == NativeLibrary("btp_host", library, ())
     assert find_again().choose(np.array([1, 2, 9], np.float32), 1.0, 1.0, 0.99) == 2
     library.unlink()  # the loaded one stays whole
