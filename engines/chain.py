@@ -16,8 +16,10 @@ from pathlib import Path
 import numpy as np
 
 from engines.cache_memory import ALIGNMENT, allocate_layers, allocate_staging
-from engines.runners.interface import Array, Buffer, Dtype, Loader, Program, Runner, Step, TensorSpec
-from engines.wiring import Tensors, check_indices, not_the_plan, pick
+from engines.joined_prefill import JoinedPrefill
+from engines.prompt_memory import allocate_prompt
+from engines.runners.interface import Array, Buffer, Dtype, JoiningLoader, Loader, Program, Runner, Step, TensorSpec
+from engines.wiring import Tensors, behind, check_indices, links, not_the_plan, pick
 from graphs import names
 from graphs.records.errors import CheckError, InputError
 from graphs.records.plan import PruningPlan, Segment
@@ -85,6 +87,7 @@ class Chain:
         self.runners: dict[str, Runner] = {}  # the opened graphs by name
         self._opened = opened or {}
         self._steps: list[Step] = []
+        self._joined: JoinedPrefill | None = None
         self._kept: dict[int, Buffer] = {}
         self._scores: dict[int, Buffer] = {}
         self._last: list[Buffer] = []
@@ -100,14 +103,17 @@ class Chain:
             )
         self._rope = (rope[0].astype(self.dtype), rope[1].astype(self.dtype))
         self._bind_decode(decode)
+        whole = names.WHOLE in graphs
+        self._links = [] if whole else links(self.segments, self._path)
+        joined = loader.join(self._links) if self._links and isinstance(loader, JoiningLoader) else None
         self._staging = allocate_staging(
             loader, self.segments, self._layers, [profile.tokens_with(s.image_tokens) for s in self.segments],
-            whole=names.WHOLE in graphs, alignment=alignment,
+            whole=whole or joined is not None, alignment=alignment,
         )  # fmt: skip
-        if names.WHOLE in graphs:
+        if whole:
             self._wire_whole()
         else:
-            self._wire_segments()
+            self._wire_segments(joined)
 
     # Prefill
 
@@ -125,13 +131,16 @@ class Chain:
             _fill(array, value)
         ran = program()
         times = {name: ran.lasted(name) for name in ran.spans}
+        if self._joined is not None:
+            times |= self._joined.milliseconds()
         times["total"] = ran.end - (ran.spans[names.VISION][1] if names.VISION in ran.spans else 0.0)
         logits, *found = program.outputs
         ends = [rows.tolist() for rows in found[: len(self.segments)]]
         kept = {stage: chosen.copy() for stage, chosen in zip(self._kept, found[len(self.segments) :], strict=True)}
-        self._check_pruning(np.asarray(batch.last).tolist(), ends, kept)
-        self._lengths = np.array(ends, np.int32) + 1
-        self._places = np.asarray(batch.last, np.int64) + 1
+        last = np.asarray(batch.last).tolist()
+        self._check_pruning(last, ends, kept)
+        self._lengths = np.array([[row + 1 for row in rows] for rows in ends], np.int32)
+        self._places = np.array([row + 1 for row in last], np.int64)
         return PrefillRun(logits.copy(), kept, tuple(self._lengths.copy()), times)
 
     # Decode
@@ -189,10 +198,14 @@ class Chain:
 
     # Building
 
-    def _open(self, name: str) -> Runner:
+    def _path(self, name: str) -> Path:
         if name not in self._graphs:
             raise InputError(f"the bundle has no graph {name}", wanted="a complete bundle", do="export it again")
-        runner = self._opened[name] if name in self._opened else self._loader(self._graphs[name])
+        return self._graphs[name]
+
+    def _open(self, name: str) -> Runner:
+        path = self._path(name)
+        runner = self._opened[name] if name in self._opened else self._loader(path)
         self.runners[name] = runner
         return runner
 
@@ -267,62 +280,57 @@ class Chain:
         positions["last"] = self._last_in = self._loader.allocate(np.dtype(np.int32), (batch,))
         return positions
 
-    def _wire_segments(self) -> None:
+    def _wire_segments(self, joined: Runner | None) -> None:
+        """joined: all graphs behind the vision graph as one, if they are."""
         vision = self._open(names.VISION)
         inputs = self._inputs(names.VISION)
         self._pixels = inputs["pixel_values"]
         if "image_features" not in vision.outputs:
             raise not_the_plan(names.VISION, "image_features")
-        hidden, (self._prefix, features, self._text), join = self._prompt(vision.outputs["image_features"].dtype)
+        kinds = self.dtype, vision.outputs["image_features"].dtype
+        hidden, (self._prefix, features, self._text), join = allocate_prompt(
+            self._loader, self.profile, self._hidden_size, kinds, alignment=self._alignment
+        )
         self._vision_out: dict[str, Buffer] = self._outputs(names.VISION, image_features=features)
         self._steps.append(Step(names.VISION, vision.bind(inputs, self._vision_out)))
         if join is not None:
             self._steps.append(Step("", copies=join))
         flow = {**self._vision_out, "hidden": hidden, **self._allocate_positions()}
+        if joined is None:
+            self._wire_apart(flow)
+        else:
+            self._wire_joined(joined, flow)
+
+    def _wire_apart(self, flow: dict[str, Buffer]) -> None:
+        by_name = {link.name: link for link in self._links}
         for segment in self.segments:
             if segment.stage is not None:
-                flow = self._wire_selection(segment.stage, flow)
+                stage = by_name[names.select(segment.stage)]
+                flow = behind(stage, flow, self._wire_selection(segment.stage, flow))
             self._last.append(flow["last"])
-            flow = self._wire_prefill(segment, flow)
+            flow = behind(by_name[names.prefill(segment.index)], flow, self._wire_prefill(segment, flow))
         head = self._open(names.HEAD)
         self._logits = self._outputs(names.HEAD)["logits"]
         self._steps.append(Step(names.HEAD, head.bind(pick(names.HEAD, head, flow), {"logits": self._logits})))
 
-    def _prompt(self, features: Dtype) -> tuple[Buffer, list[Buffer], Callable[[], None] | None]:
-        """The rows of the whole prompt, those of its parts (before the image, the image's, after it), and what joins
-        them: nothing where the parts are the whole's own rows, as those of one sample can be.
+    def _wire_joined(self, runner: Runner, flow: dict[str, Buffer]) -> None:
+        self._joined = joined = JoinedPrefill(
+            runner, self._links, self.segments, flow, memory=self._layers, staging=self._staging,
+            allocate=self._loader.allocate,
+        )  # fmt: skip
+        self._steps.append(Step("", joined, self._store(self.segments, joined.straight)))
+        self._logits, self._last, self._kept, self._scores = joined.logits, joined.last, joined.kept, joined.scores
 
-        features: the type of the image's.
-        """
-        profile, size = self.profile, self._hidden_size
-        counts = (profile.prefix_tokens, profile.image_tokens, profile.text_tokens)
-        starts = (0, counts[0], counts[0] + counts[1])
-        hidden = self._loader.allocate(self.dtype, (profile.batch, profile.total_tokens, size))
-        aligned = all(start * size * self.dtype.itemsize % self._alignment == 0 for start in starts)
-        if profile.batch == 1 and aligned and features == self.dtype:
-            own = [hidden.view((1, n, size), offset=start * size) for n, start in zip(counts, starts, strict=True)]
-            return hidden, own, None
-        parts = [
-            self._loader.allocate(kind, (profile.batch, n, size))
-            for n, kind in zip(counts, (self.dtype, features, self.dtype), strict=True)
-        ]
-
-        def join() -> None:
-            for start, rows in zip(starts, parts, strict=True):
-                hidden.write_rows(rows, [start] * profile.batch)
-
-        return hidden, parts, join
-
-    def _wire_selection(self, stage: int, flow: dict[str, Buffer]) -> dict[str, Buffer]:
+    def _wire_selection(self, stage: int, flow: dict[str, Buffer]) -> Tensors:
         name = names.select(stage)
         runner = self._open(name)
         outputs = self._outputs(name)
         self._steps.append(Step(name, runner.bind(pick(name, runner, flow), outputs)))
         if "indices" in outputs:
             self._kept[stage], self._scores[stage] = outputs["indices"], outputs["scores"]
-        return {part: outputs[names.after(part)] for part in names.STREAM}
+        return outputs
 
-    def _wire_prefill(self, segment: Segment, flow: dict[str, Buffer]) -> dict[str, Buffer]:
+    def _wire_prefill(self, segment: Segment, flow: dict[str, Buffer]) -> Tensors:
         name = names.prefill(segment.index)
         runner = self._open(name)
         last_key, straight = names.key(segment.stop - 1), self._straight(runner)
@@ -331,8 +339,7 @@ class Chain:
         outputs = self._outputs(name, **self._staging.rows | straight)
         run = runner.bind(pick(name, runner, flow), outputs)
         self._steps.append(Step(name, run, self._store([segment], straight)))
-        after = {**flow, "hidden": outputs[names.after("hidden")], "key": outputs[last_key]}
-        return after | {part: outputs[part] for part in ("query",) if part in outputs}
+        return outputs
 
     def _wire_whole(self) -> None:
         runner = self._open(names.WHOLE)

@@ -23,6 +23,7 @@ GRAPH_KINDS: Final[tuple[GraphKind, ...]] = get_args(GraphKind)
 
 CLASS_ATTENTION: Final = "class_attention"  # of the tower, for plans that score by it: from `vision` to `select_0`
 STREAM: Final = ("hidden", "cos", "sin", "last")  # what flows from graph to graph, inputs of a segment and of a stage
+TIMES: Final = "times"  # of a segment where graphs are joined: when it began and ended
 NUMBERED: Final = ("past_key", "past_value", "key", "value", "length", "indices", "last")
 
 _ALONE: Final[dict[str, GraphKind]] = {VISION: "vision", HEAD: "head", DECODE: "decode", WHOLE: "whole"}

@@ -34,7 +34,8 @@ ROOMS = {
         ["__init__", "targets", "native"],
         ["jetson"],
         ["runners"],
-        ["cache_memory", "wiring"],
+        ["cache_memory", "prompt_memory", "wiring"],
+        ["joined_prefill"],
         ["chain", "tensorrt"],  # tensorrt: the files beside its rooms, which its rooms share
         ["verify", "tensorrt.prepare"],
         ["tensorrt.run"],  # holds the runner of engines: it needs a session, which the runners of graphs do not

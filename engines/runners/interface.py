@@ -1,10 +1,10 @@
 """What every backend offers: loaders open graphs and give runners; buffers are memory on the device of a loader."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -145,3 +145,35 @@ class Loader(Protocol):
 
     def program(self, steps: Sequence[Step], *, writes: Sequence[Buffer], reads: Sequence[Buffer]) -> Program:
         """The steps, with buffers of this loader that are written before and read after them."""
+
+
+@dataclass(frozen=True)
+class Link:
+    """One of several graphs that follow one another, and what flows from it to those behind.
+
+    gives: its outputs, by the inputs that they are there. shown: those of them that somebody else wants as well.
+    ends: whether what flowed before it ends here.
+    """
+
+    name: str
+    path: Path
+    gives: Mapping[str, str] = field(default_factory=dict)
+    shown: Collection[str] = ()
+    ends: bool = False
+
+    def own(self, tensor: str) -> str:
+        """What a tensor of the graph is called where graphs are joined."""
+        return f"{self.name}.{tensor}"
+
+
+@runtime_checkable
+class JoiningLoader(Loader, Protocol):
+    """A loader that can open graphs that follow one another as one."""
+
+    def join(self, links: Sequence[Link]) -> Runner | None:
+        """All of them as one graph; None where that is no faster, or where they do not fit together.
+
+        Its inputs are what no graph of them gives, its outputs `link.own(output)` of all that does not flow on or is
+        shown, and of each segment `names.TIMES`: [2] int64, nanoseconds of time.perf_counter_ns() when its layers began
+        and ended.
+        """

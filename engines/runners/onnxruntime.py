@@ -23,7 +23,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 from engines.native import libraries
 from engines.runners.binding import check_arrays, check_names, check_tensor, written
 from engines.runners.host import HostBuffer
-from engines.runners.interface import Array, Bound, Buffer, Dtype, Program, Step, TensorSpec
+from engines.runners.interface import Array, Bound, Buffer, Dtype, Link, Program, Runner, Step, TensorSpec
 from engines.runners.session_options import FOLDER_OPTION
 from engines.runners.stepwise import StepwiseProgram
 from graphs import dtypes, ops
@@ -64,6 +64,7 @@ class OrtLoader:
         packed: folder for weights that sessions on the CPU share (engines/runners/packed_files.py); None lets each
             session pack its own.
         tf32: whether CUDA may compute float32 products in TF32 (graphs/tf32.py says when).
+        joins: False lets graphs that follow one another be opened one by one, also where one is faster.
         log_severity: what ONNX Runtime itself writes on standard error: 0 everything, 2 warnings, 3 errors, 4 nothing
             that it does not also raise.
 
@@ -80,6 +81,7 @@ class OrtLoader:
         accuracy_level: Literal[1, 4] = 1,
         tf32: bool = False,
         packed: Path | None = None,
+        joins: bool = True,
         log_severity: int = 4,
     ) -> None:
         self.device = device
@@ -98,7 +100,7 @@ class OrtLoader:
         self.accuracy_level = accuracy_level
         self._multiplies = self._kind == "cpu" and custom_ops is not None and libraries.multiplies(custom_ops)
         self._packed = None if packed is None or self._kind != "cpu" else _packed_files(packed)
-        self.tf32 = tf32
+        self.tf32, self._joins = tf32, joins
         self._settings = (threads or 0, custom_ops, prepack, log_severity)
 
     def __call__(self, path: Path) -> "OrtRunner":
@@ -131,6 +133,18 @@ class OrtLoader:
         runner = self._open(model.SerializeToString(), path, options, replaced)
         runner.weights = kept
         return runner
+
+    def join(self, links: Sequence[Link]) -> Runner | None:
+        """See `JoiningLoader`: on a CPU, where all segments are decoder layers as one operator of btp_ort each."""
+        may = self._joins and self._multiplies and self._packed is None and find_spec("onnx") is not None
+        there = may and all(link.path.is_file() for link in links)
+        found = _on_cpu().joined(links, self._native) if there else None
+        if found is None:
+            return None
+        model, replaced = found
+        options = self._options()
+        options.add_session_config_entry(FOLDER_OPTION, str(links[0].path.parent))
+        return self._open(model.SerializeToString(), links[0].path.with_name("prefill"), options, replaced)
 
     def _takes_own_nodes(self, content: bytes) -> bool:
         """Whether nodes are put in that ONNX Runtime has itself; on CUDA our library's come first."""

@@ -3,25 +3,31 @@
 `causal_attention` over whole sequences (prefill), by btp_ort or by ONNX Runtime's own node; by that node alone
 `cached_attention` of a new token over caches (decode). By btp_ort: `selection` from rows in place of their similarity,
 `decoder_rows` for all of a layer with small weights but its attention, `layers_at_once` for both where attention is its
-own, `linear` with weights of 4 and of 16 bits as they are stored, `float_weights` with those of float32.
+own, `linear` with weights of 4 and of 16 bits as they are stored, `float_weights` with those of float32. Where segments
+are one operator each, `joining` makes one graph of a prefill's.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import onnx
 
+from engines.runners.interface import Link
 from engines.runners.on_cpu import (
     cached_attention,
     causal_attention,
     decoder_rows,
     float_weights,
+    joining,
     layers_at_once,
     linear,
     selection,
 )
 from engines.runners.on_cpu.layers_at_once import Room
+from graphs import names
+from graphs.files.onnx_file import read_graph, refusing_graph
 
-__all__ = ["Native", "Replaced", "for_cpu", "may_have"]
+__all__ = ["Native", "Replaced", "for_cpu", "joined", "may_have"]
 
 
 @dataclass(frozen=True)
@@ -75,3 +81,23 @@ def for_cpu(model: onnx.ModelProto, native: Native) -> Replaced:
     if native.floats:
         float_weights.for_cpu(model)
     return Replaced(in_place, room)
+
+
+def joined(links: Sequence[Link], native: Native) -> tuple[onnx.ModelProto, Replaced] | None:
+    """The graphs of a prefill as one, with everything replaced; None where segments are not one operator each.
+
+    Raises InputError for a graph that is damaged.
+    """
+    models: dict[str, onnx.ModelProto] = {}
+    replaced: dict[str, Replaced] = {}
+    segments = [link for link in links if names.parse_graph(link.name).kind == "prefill"]
+    for link in [*segments, *(link for link in links if link not in segments)]:  # first those that decide
+        model = read_graph(link.path)
+        with refusing_graph(link.path):
+            replaced[link.name], models[link.name] = for_cpu(model, native), model
+            if link in segments and not joining.is_one_operator(model):
+                return None
+    if len({link.path.parent for link in links}) > 1:  # beside which their weights lie
+        return None
+    whole = joining.join(links, models, {name: nodes.room for name, nodes in replaced.items()})
+    return None if whole is None else (whole[0], Replaced(room=whole[1]))

@@ -5,8 +5,8 @@ for one another at its end, which takes longer than a node of so few rows. BtpDe
 of a layer need only the tokens before them, so the threads go on to the next layer without waiting for its end.
 
     BtpDecoderRows, then BtpCausalAttention and BtpDecoderRows for each layer
-    BtpDecoderLayers(rows, cos, sin, room, weights of all layers ...) -> rows; the last query by token and by head; keys
-    and values of all layers by head
+    BtpDecoderLayers(rows, cos, sin, room, weights of all layers ...) -> rows; the last query by token and by head; when
+    it began and ended, if wanted; keys and values of all layers by head
 
 Keys and values that are outputs may be written straight into caches, which have more rows: an input that is new says
 how many.
@@ -27,7 +27,8 @@ LAYERS: Final = "BtpDecoderLayers"  # graphs/ops/decoder_layers/ort_op.cc
 ROOM: Final = "room."  # how an input is called that says how many rows there are
 CONTEXT, FEED, PROJECT = 3, slice(4, 9), slice(9, None)  # of a node of rows: inputs
 QUERY, BY_HEAD = slice(1, 4), slice(4, 7)  # and outputs
-ROOM_INPUT, STORED = 3, 3  # of the new node: an input, and the first of the keys and values
+ROOM_INPUT = 3  # of the new node
+TIMES, STORED = 3, 4  # of its outputs: the times, and the first of the keys and values
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ class _Graph:
         while query is not None:
             node = self._nodes[found.places[-1]]
             if not _settings(node)["projects"]:
-                given = [node.output[0], *query, *found.stored]
+                given = [node.output[0], *query, "", *found.stored]
                 settings = {name: found.settings[name] for name in ("head", "epsilon", "biased")}
                 inputs = [*first.input[:CONTEXT], "", *found.weights]
                 settings["layers"] = len(found.stored) // 2

@@ -2,6 +2,7 @@
 // In no file: it is put in place of BtpDecoderRows and BtpCausalAttention in turns when a session is prepared
 // (engines/runners/on_cpu/layers_at_once.py). cpu_layers.h says how.
 #include <algorithm>
+#include <chrono>
 #include <vector>
 
 #include "cpu_layers.h"
@@ -13,14 +14,19 @@ namespace {
 constexpr const char* kName = "BtpDecoderLayers";
 
 enum : size_t { kRows, kCos, kSin, kRoom, kWeights };    // places of inputs
-enum : size_t { kFed, kByToken, kByHead, kKeysValues };  // and of outputs
-constexpr size_t kFeeds = 5;                             // weights
+enum : size_t { kFed, kByToken, kByHead, kTimes, kKeysValues };  // and of outputs
+constexpr size_t kFeeds = 5;                                     // weights
+
+int64_t now()
+{
+    return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
 
 // rows [M,C], cos, sin [B,S,D/2] with M = B S; room [2 L] int32, how many rows there are for a head's keys and values where
 // they go (optional: S); for each of L layers, stored in float32 or float16, norm [C], query, key, value [N,C], their biases [N]
 // if `biased`, out [C,K], norm [C], gate [I,C], up [I,C], down [C,I]
-//   -> rows [M,C]; the last layer's query [B,S,N] and the same [B,N/D,S,D], if wanted; each layer's key and value
-//      [B,N/D,room,D], of which the first S rows are written
+//   -> rows [M,C]; the last layer's query [B,S,N] and the same [B,N/D,S,D], if wanted; when it began and ended, [2] int64
+//      nanoseconds of a steady clock, if wanted; each layer's key and value [B,N/D,room,D], of which the first S rows are written
 class DecoderLayers : public Operands<kWeights + 1, kWeights + 1, kKeysValues + 1> {
 public:
     static ONNXTensorElementDataType input_type(ONNXTensorElementDataType floats, size_t index)
@@ -28,6 +34,11 @@ public:
         return index < kRoom    ? floats
                : index == kRoom ? ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32
                                 : ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;
+    }
+
+    static ONNXTensorElementDataType output_type(ONNXTensorElementDataType floats, size_t index)
+    {
+        return index == kTimes ? ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64 : floats;
     }
 
     DecoderLayers(const OrtOp&, const OrtKernelInfo* info) : head_(head_size(info, kName))
@@ -44,6 +55,19 @@ public:
     }
 
     void run(OrtKernelContext* context) const
+    {
+        auto* const times = static_cast<int64_t*>(wanted_output(context, kTimes, {2}));
+        if (times != nullptr) {
+            times[0] = now();
+        }
+        pass_layers(context);
+        if (times != nullptr) {
+            times[1] = now();
+        }
+    }
+
+private:
+    void pass_layers(OrtKernelContext* context) const
     {
         const Input given = input(context, kRows), cos = input(context, kCos), sin = input(context, kSin);
         const size_t width = layers_[0].project.width(), rows = rows_of(kName, given, width), half = head_ / 2;
@@ -68,7 +92,6 @@ public:
         }
     }
 
-private:
     std::vector<Projected> outputs(OrtKernelContext* context, int64_t samples, int64_t tokens) const
     {
         const auto head = static_cast<int64_t>(head_);

@@ -14,6 +14,8 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 import btp_export
+from btp_export.running.runtime import BundleModel
+from engines.runners.onnxruntime import OrtLoader
 from graphs.records.errors import CheckError, InputError, UnavailableError
 from graphs.records.plan import PruningPlan, Stage
 from tests.graphs.ops import oracle
@@ -299,7 +301,7 @@ def test_pruning_that_did_not_happen_is_a_failure(
     stage: int, words: str, tiny_bundle: Any, pictures: list[Image.Image]
 ) -> None:
     """A stage that tells a wrong length, one that keeps a token again and again, and a kernel that fails."""
-    model = btp_export.load(tiny_bundle(PLAN), threads=1)
+    model = BundleModel(tiny_bundle(PLAN), OrtLoader(threads=1, joins=False))
     damage = {
         0: lambda: model.chain._last[1].write(np.array([30], np.int32)),
         1: lambda: model.chain._kept[1].write(np.full((1, 9), 3, np.int32)),
