@@ -57,7 +57,7 @@ def compile_all(target: Path, architecture: str, before: str | None, *, report: 
     compiled(
         target / "libbtp_kernels.so", architecture, kernel_sources(folders, common), [*KERNEL_FLAGS, named], report
     )
-    compiled(target / "harness", architecture, [NATIVE / "harness.cu", NATIVE / "probe.cu"], ["-ldl"], report)
+    compiled(target / "harness", architecture, [NATIVE / "harness.cpp", NATIVE / "device.cu"], ["-ldl"], report)
     forms = ops.native_files("ort_op.cc", "cpu.cc")
     sources = [*kernel_sources(folders, common), *forms, ROOT / "engines" / "native" / "ort_library.cc"]
     flags = [*KERNEL_FLAGS, named, "-DBTP_WITH_CUDA", "-Xcompiler=-fvisibility=hidden"]

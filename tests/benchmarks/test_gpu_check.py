@@ -60,8 +60,8 @@ def built_harness() -> Path | None:
         return None
     headers = b"".join(path.read_bytes() for path in sorted(prepare.NATIVE.glob("*")))
     kept = f"-DBTP_SOURCES={hashlib.sha256(headers).hexdigest()[:16]}"  # builds.compiled does not look at ours
-    flags = [nvcc, "-std=c++17", "-arch=sm_90", "-Xcompiler=-Wall,-Wextra", "-Werror=all-warnings", kept]
-    return builds.compiled("harness", flags, [prepare.NATIVE / "harness.cu", prepare.NATIVE / "probe.cu"])
+    flags = [nvcc, "-std=c++17", "-arch=sm_90", "-Xcompiler=-Wall,-Wextra,-Werror", "-Werror=all-warnings", kept]
+    return builds.compiled("harness", flags, [prepare.NATIVE / "harness.cpp", prepare.NATIVE / "device.cu"])
 
 
 # -- the case file -----------------------------------------------------------------------------------------------------

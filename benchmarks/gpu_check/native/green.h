@@ -69,23 +69,13 @@ private:
     CUstream stream_ = nullptr;
 };
 
-static __global__ void note_multiprocessor(unsigned* seen)
-{
-    unsigned number;
-    asm volatile("mov.u32 %0, %%smid;" : "=r"(number));
-    seen[number] = 1;
-    const long long until = clock64() + 100000;  // long enough that one multiprocessor cannot do the work of all
-    while (clock64() < until) {
-    }
-}
-
 // How many multiprocessors work put on this stream really runs on.
 inline int multiprocessors_used(cudaStream_t stream)
 {
     constexpr int kMost = 1024;
     const Memory seen(4 * kMost);
     CHECK(cudaMemset(seen.address, 0, seen.bytes));
-    note_multiprocessor<<<2048, 1024, 0, stream>>>(static_cast<unsigned*>(seen.address));
+    CHECK(note_multiprocessors(static_cast<unsigned*>(seen.address), stream));
     CHECK(cudaStreamSynchronize(stream));
     std::vector<unsigned> host(kMost);
     CHECK(cudaMemcpy(host.data(), seen.address, seen.bytes, cudaMemcpyDeviceToHost));

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "cases.h"
+#include "device.h"
 
 namespace harness {
 
@@ -104,46 +105,19 @@ private:
 // -- data on the device -----------------------------------------------------------------------------------------------------
 
 template <typename T>
-__global__ void gram_kernel(const int8_t* features, int tokens, int channels, float scale, T* out)
-{
-    const int column = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
-    const size_t row = blockIdx.y;
-    if (column < tokens) {
-        const int8_t* const own = features + (static_cast<size_t>(blockIdx.z) * tokens) * channels;
-        int sum = 0;
-        for (int channel = 0; channel < channels; ++channel) {
-            sum += own[row * channels + channel] * own[static_cast<size_t>(column) * channels + channel];
-        }
-        out[(static_cast<size_t>(blockIdx.z) * tokens + row) * tokens + column] = static_cast<T>(sum * scale);
-    }
-}
-
-template <typename T>
-__global__ void patch_kernel(const int32_t* places, const float* values, int count, T* out)
-{
-    const int number = static_cast<int>(threadIdx.x);
-    if (number < count) {
-        out[places[number]] = static_cast<T>(values[number]);
-    }
-}
-
-template <typename T>
-void make_gram(const CaseFile& file, const Data& data, T* out)
+void upload_gram(const CaseFile& file, const Data& data, T* out)
 {
     const size_t count = static_cast<size_t>(data.batch) * data.tokens * data.channels;
     const Memory features(count), places(4 * data.patches), values(4 * data.patches);
     CHECK(cudaMemcpy(features.address, file.at(data.offset), count, cudaMemcpyHostToDevice));
-    const dim3 grid((data.tokens + 255) / 256, data.tokens, data.batch);
-    gram_kernel<<<grid, 256>>>(static_cast<const int8_t*>(features.address), data.tokens, data.channels,
-                               std::ldexp(1.0f, -data.shift), out);
-    CHECK(cudaGetLastError());
+    CHECK(make_gram(static_cast<const int8_t*>(features.address), static_cast<int>(data.batch), static_cast<int>(data.tokens),
+                    static_cast<int>(data.channels), std::ldexp(1.0f, -data.shift), out));
     if (data.patches > 0) {
         const char* const patch = file.at(data.patch_offset);
         CHECK(cudaMemcpy(places.address, patch, 4 * data.patches, cudaMemcpyHostToDevice));
         CHECK(cudaMemcpy(values.address, patch + 4 * data.patches, 4 * data.patches, cudaMemcpyHostToDevice));
-        patch_kernel<<<1, 1024>>>(static_cast<const int32_t*>(places.address), static_cast<const float*>(values.address),
-                                  static_cast<int>(data.patches), out);
-        CHECK(cudaGetLastError());
+        CHECK(replace(static_cast<const int32_t*>(places.address), static_cast<const float*>(values.address),
+                      static_cast<int>(data.patches), out));
     }
     CHECK(cudaDeviceSynchronize());
 }
@@ -158,23 +132,14 @@ inline std::shared_ptr<Memory> upload(const CaseFile& file, const Data& data)
             CHECK(cudaMemcpy(to, file.at(data.offset), part, cudaMemcpyHostToDevice));
         }
     } else if (data.half) {
-        make_gram(file, data, static_cast<__half*>(memory->address));
+        upload_gram(file, data, static_cast<__half*>(memory->address));
     } else {
-        make_gram(file, data, static_cast<float*>(memory->address));
+        upload_gram(file, data, static_cast<float*>(memory->address));
     }
     return memory;
 }
 
 // -- one call ---------------------------------------------------------------------------------------------------------------
-
-// Counts the words that differ; what the replays check on the device, so that no copy comes between them.
-static __global__ void count_wrong(const uint8_t* got, const uint8_t* wanted, size_t bytes, unsigned long long* wrong)
-{
-    const size_t place = static_cast<size_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-    if (place < bytes && got[place] != wanted[place]) {
-        atomicAdd(wrong, 1ull);
-    }
-}
 
 inline float wide(const char* bytes, const std::string& type, size_t place)
 {
@@ -243,10 +208,8 @@ public:
 
     void count_differences(cudaStream_t stream, unsigned long long* wrong) const
     {
-        const auto blocks = static_cast<unsigned>((output.bytes + 255) / 256);
-        count_wrong<<<blocks, 256, 0, stream>>>(static_cast<const uint8_t*>(output.address),
-                                                static_cast<const uint8_t*>(golden.address), output.bytes, wrong);
-        CHECK(cudaGetLastError());
+        CHECK(count_wrong(static_cast<const uint8_t*>(output.address), static_cast<const uint8_t*>(golden.address),
+                          output.bytes, wrong, stream));
     }
 
     const Call& call;

@@ -3,12 +3,9 @@
 
 #include <functional>
 
+#include "device.h"
 #include "green.h"
 #include "verification.h"
-
-extern "C" int probe_chase(const uint32_t* next, int steps, uint32_t* out, void* stream);
-extern "C" int probe_reduce(int steps, int threads, uint32_t* out, void* stream);
-extern "C" int probe_launches(int count, void* stream);
 
 namespace harness {
 
@@ -79,20 +76,20 @@ inline std::string probe(const Options& given)
     const Memory cycle(4 * cells), out(4096);
     CHECK(cudaMemcpy(cycle.address, next.data(), cycle.bytes, cudaMemcpyHostToDevice));
     auto* const target = static_cast<uint32_t*>(out.address);
-    const auto timed = [&](const std::function<int(void*)>& launch) {
+    const auto timed = [&](const std::function<cudaError_t(cudaStream_t)>& launch) {
         const Graph graph([&](cudaStream_t captured) {
             for (int copy = 0; copy < kInGraph; ++copy) {
-                CHECK(static_cast<cudaError_t>(launch(captured)));
+                CHECK(launch(captured));
             }
         });
         return median_us(stream.handle, given.count, [&] { graph.launch(stream.handle); }) / kInGraph;
     };
     Object result;
-    result.value("two_launches_us", timed([](void* s) { return probe_launches(2, s); }));
+    result.value("two_launches_us", timed([](cudaStream_t s) { return probe_launches(2, s); }));
     const auto* const start = static_cast<const uint32_t*>(cycle.address);
-    result.value("l2_read_ns", timed([&](void* s) { return probe_chase(start, kSteps, target, s); }) * 1e3 / kSteps);
+    result.value("l2_read_ns", timed([&](cudaStream_t s) { return probe_chase(start, kSteps, target, s); }) * 1e3 / kSteps);
     for (const int threads : {32, 96, 160, 256, 512, 736, 1024}) {
-        const double us = timed([&](void* s) { return probe_reduce(kSteps, threads, target, s); });
+        const double us = timed([&](cudaStream_t s) { return probe_reduce(kSteps, threads, target, s); });
         result.value("reduce_" + std::to_string(threads) + "_ns", us * 1e3 / kSteps);
     }
     const size_t large = size_t{1} << 30;
