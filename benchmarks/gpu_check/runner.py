@@ -129,7 +129,7 @@ def _run(
         return _not_run(step, before["status"], f"{step.after}: {what_is_missing(before)}"), None
     absent = [f"{program} (of the CUDA toolkit)" for program in step.needs if shutil.which(program) is None]
     absent += [f"{name} (for Python)" for name in step.modules if importlib.util.find_spec(name) is None]
-    if absent:
+    if absent or (step.modules and gpu_problems()):  # such as torch, which takes seconds to load
         return _not_run(step, "missing", "; ".join([*absent, *gpu_problems()])), None
     try:
         running = beside.pop(step.name, None) or start(step)

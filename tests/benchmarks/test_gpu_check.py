@@ -250,6 +250,20 @@ def test_without_a_gpu_every_step_says_what_it_misses(call: str, prepared: Path,
         assert ["compute-sanitizer" in one["result"]["missing"] for one in records].count(True) in (0, 4)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this torch can use a GPU")
+@pytest.mark.parametrize("what", ["layers", "products"])
+def test_a_torch_without_cuda_is_named(
+    what: str, prepared: Path, native: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where there is a GPU; without one these steps are not started."""
+    from benchmarks.gpu_check import on_torch
+
+    assert on_torch.main(what, str(prepared), str(native)) == runner.MISSING
+    missing = json.loads(capsys.readouterr().out)["missing"]
+    assert missing.endswith(f"; torch {torch.__version__} can use none")
+    assert missing.startswith(runner.gpu_problems()[0] if runner.gpu_problems() else "a torch built with CUDA")
+
+
 def test_cases_are_worked_out_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All of `prepare` but compiling, with few cases; a second time nothing is worked out."""
     few = [one for one in calls.all_cases() if one.name in ("all-picks", "one-token")]
