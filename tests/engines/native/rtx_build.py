@@ -3,11 +3,15 @@
     rtx_build.py none|python|LIBRARY MODEL...
 
 The first argument says which plugins are registered. Prints one JSON object, file -> {parsed, layers: types, outputs:
-shapes, engine_bytes, log: warnings and errors}; a file that is not parsed has no layers.
+shapes, engine_bytes, log: warnings and errors, said: all that was printed meanwhile}; a file that is not parsed has no
+layers.
 """
 
+import ctypes
 import json
+import os
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +58,26 @@ def build(model: Path) -> dict[str, Any]:
     }
 
 
+def build_listening(model: Path) -> dict[str, Any]:
+    """The same with what was printed, by Python or by C++ code: plugins say there what is wrong."""
+    kept = [os.dup(number) for number in (1, 2)]
+    os.write(kept[1], f"{model}\n".encode())  # so that a crash shows where
+    with tempfile.TemporaryFile() as file:
+        for number in (1, 2):
+            os.dup2(file.fileno(), number)
+        try:
+            result = build(model)
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            ctypes.CDLL(None).fflush(None)
+            for number, before in zip((1, 2), kept, strict=True):
+                os.dup2(before, number)
+                os.close(before)
+        file.seek(0)
+        return result | {"said": file.read().decode(errors="replace") + "".join(result["log"])}
+
+
 if __name__ == "__main__":
     keep = register(sys.argv[1])
-    print(json.dumps({name: build(Path(name)) for name in sys.argv[2:]}))
+    print(json.dumps({name: build_listening(Path(name)) for name in sys.argv[2:]}))

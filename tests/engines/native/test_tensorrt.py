@@ -104,11 +104,6 @@ def pipeline(
     return helper.make_model(graph, opset_imports=opsets, ir_version=9, functions=functions(18) if bodies else [])
 
 
-def plugin_of(form: str) -> str:
-    return "python" if form == "python" else str(builds.plugin(headers()[-1]))
-
-
-FORMS = ("python", "c++")
 VARIANTS = {
     "float32 similarity, seeds": pipeline(),
     "float16 similarity": pipeline(TensorProto.FLOAT16, 0),
@@ -116,43 +111,20 @@ VARIANTS = {
     "coverage, weighted": pipeline(diversity_rule="coverage", weighted=1),
     "with function bodies": pipeline(bodies=True),
 }
-
-
-@rtx.needed
-@pytest.mark.parametrize("form", FORMS)
-def test_an_engine_is_built_with_the_plugins(form: str, tmp_path: Path) -> None:
-    built, _ = rtx.build(VARIANTS, tmp_path, plugin_of(form))
-    for variant, result in built.items():
-        # TensorRT's parser warns of attributes that a node may leave out, and goes on without them.
-        left_out = [
-            name for name in ("diversity_rule", "weighted") if f"Attribute {name} not found" in str(result["log"])
-        ]
-        assert left_out == ([] if variant == "coverage, weighted" else ["diversity_rule", "weighted"]), variant
-        assert result["parsed"] and len(result["log"]) == len(left_out), variant
-        assert result["layers"] == ["PLUGIN_V3", "PLUGIN_V3"], variant
-        assert result["outputs"] == [[1, 288], [1, 352, 512]], variant
-        assert result["engine_bytes"] > 0, variant
-
-
-@rtx.needed
-@pytest.mark.parametrize("form", FORMS)
-def test_every_case_of_the_operators_becomes_an_engine(form: str, tmp_path: Path) -> None:
-    chosen = {f"select {n} {case.name}": case for n, case in enumerate(select_tokens.cases())}
-    models = {
-        name: one_node("BtpSelectTokens", case.inputs, case.attributes, np.dtype(np.int32), 2)
-        for name, case in chosen.items()
-    }
-    shapes = {name: [len(case.scores), case.attributes["keep"]] for name, case in chosen.items()}
-    for gather in gather_tokens.cases():
-        name, tokens = f"gather {gather.name}", gather.tokens
-        models[name] = one_node("BtpGatherTokens", gather.inputs, gather.attributes, tokens.dtype, tokens.ndim)
-        rows = tokens.shape[1] - gather.attributes["count"] + gather.indices.shape[1]
-        shapes[name] = [tokens.shape[0], rows, *tokens.shape[2:]]
-    built, _ = rtx.build(models, tmp_path, plugin_of(form))
-    assert {name: result["parsed"] and result["outputs"] for name, result in built.items()} == {
-        name: [shape] for name, shape in shapes.items()
-    }
-    assert all(result["layers"] == ["PLUGIN_V3"] and result["engine_bytes"] > 0 for result in built.values())
+REFUSED = {
+    "keep above V": (pipeline(keep=900), "keep is 900"),
+    "attribute missing": (pipeline(pool=None), "attribute pool is missing"),
+    "attribute of the wrong type": (pipeline(boundary=2.5), "attribute boundary is FLOAT32"),
+    "list for a number": (pipeline(keep=[288, 3]), "attribute keep is 2 values"),
+    "similarity missing": (pipeline(None, 0), "diversity_quota is 86"),
+    "a rule that is none": (pipeline(diversity_rule="nearest"), 'diversity_rule is "nearest"'),
+    "a rule of the wrong type": (pipeline(diversity_rule=1), "attribute diversity_rule is INT32"),
+    "quota above pool": (pipeline(attention_quota=400), "(pool is 318|attention_quota is 400)"),
+}
+WRONG_PRODUCTS = {
+    "bits": (dict(bits=8, group=32), "bits is 8"),
+    "group": (dict(bits=4, group=128), "(group is 128 and K is 64|.*is 64, wanted a multiple of group 128)"),
+}
 
 
 def linear_for_tensorrt(case: linear.Case) -> onnx.ModelProto:
@@ -166,48 +138,81 @@ def linear_for_tensorrt(case: linear.Case) -> onnx.ModelProto:
     return model
 
 
-@rtx.needed
-@pytest.mark.parametrize("form", FORMS)
-def test_every_product_with_packed_weights_as_inputs_becomes_an_engine(form: str, tmp_path: Path) -> None:
-    chosen = {case.name: case for case in linear.cases()}
-    built, _ = rtx.build({name: linear_for_tensorrt(case) for name, case in chosen.items()}, tmp_path, plugin_of(form))
-    for name, case in chosen.items():
-        assert built[name]["parsed"] and built[name]["outputs"] == [[len(case.x), len(case.qweight)]], name
-        assert built[name]["layers"] == ["PLUGIN_V3"] and built[name]["engine_bytes"] > 0, name
+def models() -> dict[str, onnx.ModelProto]:
+    """All that is built or refused here, by name."""
+    made = VARIANTS | {name: model for name, (model, _) in REFUSED.items()}
+    for number, case in enumerate(select_tokens.cases()):
+        dtype = np.dtype(np.int32)
+        made[f"select {number} {case.name}"] = one_node("BtpSelectTokens", case.inputs, case.attributes, dtype, 2)
+    for gather in gather_tokens.cases():
+        dtype, rank = gather.tokens.dtype, gather.tokens.ndim
+        made[f"gather {gather.name}"] = one_node("BtpGatherTokens", gather.inputs, gather.attributes, dtype, rank)
+    products = {case.name: case for case in linear.cases()}
+    made |= {f"linear {name}": linear_for_tensorrt(case) for name, case in products.items()}
+    plain = products["plain"]
+    for name, (attributes, _) in WRONG_PRODUCTS.items():
+        made[name] = linear_for_tensorrt(replace(plain, attributes=attributes))
+    return made
+
+
+@pytest.fixture(scope="module", params=["python", "c++"])
+def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What TensorRT for RTX made of each model with one form of the plugins, all in one process."""
+    plugins = "python" if request.param == "python" else str(builds.plugin(headers()[-1]))
+    return rtx.build(models(), tmp_path_factory.mktemp("rtx"), plugins)
 
 
 @rtx.needed
-@pytest.mark.parametrize("form", FORMS)
-def test_a_wrong_product_is_refused_with_a_message(form: str, tmp_path: Path) -> None:
-    case = next(case for case in linear.cases() if case.name == "plain")
-    attributes = {"bits": dict(bits=8, group=32), "group": dict(bits=4, group=128)}
-    wrong = {name: linear_for_tensorrt(replace(case, attributes=given)) for name, given in attributes.items()}
-    built, said = rtx.build(wrong, tmp_path, plugin_of(form))
-    assert not any(result["parsed"] for result in built.values())
-    assert re.search("BtpLinear: bits is 8", said)
-    assert re.search("BtpLinear: (group is 128 and K is 64|.*is 64, wanted a multiple of group 128)", said)
-
-
-REFUSED = {
-    "keep above V": (pipeline(keep=900), "keep is 900"),
-    "attribute missing": (pipeline(pool=None), "attribute pool is missing"),
-    "attribute of the wrong type": (pipeline(boundary=2.5), "attribute boundary is FLOAT32"),
-    "list for a number": (pipeline(keep=[288, 3]), "attribute keep is 2 values"),
-    "similarity missing": (pipeline(None, 0), "diversity_quota is 86"),
-    "a rule that is none": (pipeline(diversity_rule="nearest"), 'diversity_rule is "nearest"'),
-    "a rule of the wrong type": (pipeline(diversity_rule=1), "attribute diversity_rule is INT32"),
-    "quota above pool": (pipeline(attention_quota=400), "(pool is 318|attention_quota is 400)"),
-}
+def test_an_engine_is_built_with_the_plugins(built: dict[str, Any]) -> None:
+    for variant in VARIANTS:
+        result = built[variant]
+        # TensorRT's parser warns of attributes that a node may leave out, and goes on without them.
+        left_out = [
+            name for name in ("diversity_rule", "weighted") if f"Attribute {name} not found" in str(result["log"])
+        ]
+        assert left_out == ([] if variant == "coverage, weighted" else ["diversity_rule", "weighted"]), variant
+        assert result["parsed"] and len(result["log"]) == len(left_out), variant
+        assert result["layers"] == ["PLUGIN_V3", "PLUGIN_V3"], variant
+        assert result["outputs"] == [[1, 288], [1, 352, 512]], variant
+        assert result["engine_bytes"] > 0, variant
 
 
 @rtx.needed
-@pytest.mark.parametrize("form", FORMS)
+def test_every_case_of_the_operators_becomes_an_engine(built: dict[str, Any]) -> None:
+    shapes = {
+        f"select {number} {case.name}": [len(case.scores), case.attributes["keep"]]
+        for number, case in enumerate(select_tokens.cases())
+    }
+    for gather in gather_tokens.cases():
+        tokens = gather.tokens
+        rows = tokens.shape[1] - gather.attributes["count"] + gather.indices.shape[1]
+        shapes[f"gather {gather.name}"] = [tokens.shape[0], rows, *tokens.shape[2:]]
+    assert {name: built[name]["parsed"] and built[name]["outputs"] for name in shapes} == {
+        name: [shape] for name, shape in shapes.items()
+    }
+    assert all(built[name]["layers"] == ["PLUGIN_V3"] and built[name]["engine_bytes"] > 0 for name in shapes)
+
+
+@rtx.needed
+def test_every_product_with_packed_weights_as_inputs_becomes_an_engine(built: dict[str, Any]) -> None:
+    for case in linear.cases():
+        result = built[f"linear {case.name}"]
+        assert result["parsed"] and result["outputs"] == [[len(case.x), len(case.qweight)]], case.name
+        assert result["layers"] == ["PLUGIN_V3"] and result["engine_bytes"] > 0, case.name
+
+
+@rtx.needed
+@pytest.mark.parametrize("name", WRONG_PRODUCTS)
+def test_a_wrong_product_is_refused_with_a_message(name: str, built: dict[str, Any]) -> None:
+    assert not built[name]["parsed"]
+    assert re.search(f"BtpLinear: {WRONG_PRODUCTS[name][1]}", built[name]["said"])
+
+
+@rtx.needed
 @pytest.mark.parametrize("case", REFUSED)
-def test_a_wrong_graph_is_refused_with_a_message(case: str, form: str, tmp_path: Path) -> None:
-    model, message = REFUSED[case]
-    built, said = rtx.build({case: model}, tmp_path, plugin_of(form))
+def test_a_wrong_graph_is_refused_with_a_message(case: str, built: dict[str, Any]) -> None:
     assert not built[case]["parsed"] and built[case]["log"]
-    assert re.search(f"BtpSelectTokens: {message}", said), said
+    assert re.search(f"BtpSelectTokens: {REFUSED[case][1]}", built[case]["said"]), built[case]["said"]
 
 
 @rtx.needed

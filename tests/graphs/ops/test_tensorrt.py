@@ -1,6 +1,8 @@
 """TensorRT imports the portable bodies and builds engines from them: TensorRT for RTX, no GPU needed."""
 
-from pathlib import Path
+import functools
+from collections.abc import Iterable
+from typing import Any
 
 import onnx_ir as ir
 import pytest
@@ -16,14 +18,6 @@ OPSETS = (18, 23)
 pytestmark = rtx.needed
 
 
-def output_shapes(named: dict[str, ModelProto], folder: Path) -> dict[str, list[list[int]]]:
-    """Name -> shapes of the engine's outputs. Every engine must be built."""
-    built, _ = rtx.build(named, folder)
-    for name, result in built.items():
-        assert result["parsed"] and result["engine_bytes"] > 0, f"{name}: {result['log']}"
-    return {name: result["outputs"] for name, result in built.items()}
-
-
 # The forms of the body and the sizes at which one of its tensors or loops is as small as it gets.
 FORMS = {"released-1", "released-1-float16", "released-2", "released-3", "batch"}
 SMALLEST = {
@@ -37,36 +31,69 @@ COVERAGE = {
 }
 
 
-@pytest.mark.parametrize(("opset", "names"), [(18, FORMS | SMALLEST), (23, FORMS), (18, COVERAGE), (23, COVERAGE)])
-def test_select_tokens(opset: int, names: set[str], tmp_path: Path) -> None:
-    chosen = [case for case in select_tokens.cases() if case.name in names]
-    assert len(chosen) == len(names)
-    built = output_shapes({c.name: models.select_model(c, opset, "exact") for c in chosen}, tmp_path)
-    assert built == {case.name: [[len(case.scores), case.attributes["keep"]]] for case in chosen}
+SELECTIONS = [(18, FORMS | SMALLEST), (23, FORMS), (18, COVERAGE), (23, COVERAGE)]
+PRODUCTS = {"plain", "zeros-and-bias", "odd-groups", "prefill-float16", "few-rows-bfloat16", "one-of-each"}
+
+
+def gathers(opset: int) -> dict[str, ModelProto]:
+    return {case.name: models.gather_model(case, opset) for case in gather_tokens.cases() if case.name != "float64"}
+
+
+def linear_for_tensorrt(case: linear.Case) -> ModelProto:
+    model = ir.serde.deserialize_model(models.linear_model(case, 18, "exact"))
+    exact_bodies(model, 18)
+    return ir.serde.serialize_model(model)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What TensorRT made of every model here: operator, opset and case in one name."""
+    named = {"generic": models.select_model(selections()["all-picks"], 18, "generic")}
+    for opset, names in SELECTIONS:
+        named |= {f"select {opset} {name}": models.select_model(selections()[name], opset, "exact") for name in names}
+    for opset in OPSETS:
+        named |= {f"gather {opset} {name}": model for name, model in gathers(opset).items()}
+    named |= {f"linear {case.name}": linear_for_tensorrt(case) for case in linear.cases() if case.name in PRODUCTS}
+    return rtx.build(named, tmp_path_factory.mktemp("rtx"))
+
+
+@functools.cache
+def selections() -> dict[str, select_tokens.Case]:
+    return {case.name: case for case in select_tokens.cases()}
+
+
+def output_shapes(built: dict[str, Any], prefix: str, names: Iterable[str]) -> dict[str, list[list[int]]]:
+    """Name -> shapes of the engine's outputs. Every engine must be built."""
+    results = {name: built[f"{prefix} {name}"] for name in names}
+    for name, result in results.items():
+        assert result["parsed"] and result["engine_bytes"] > 0, f"{name}: {result['log']}"
+    return {name: result["outputs"] for name, result in results.items()}
+
+
+@pytest.mark.parametrize(("opset", "names"), SELECTIONS)
+def test_select_tokens(opset: int, names: set[str], built: dict[str, Any]) -> None:
+    assert output_shapes(built, f"select {opset}", names) == {
+        name: [[len(selections()[name].scores), selections()[name].attributes["keep"]]] for name in names
+    }
 
 
 @pytest.mark.parametrize("opset", OPSETS)
-def test_gather_tokens(opset: int, tmp_path: Path) -> None:
-    named = {case.name: models.gather_model(case, opset) for case in gather_tokens.cases() if case.name != "float64"}
-    assert output_shapes(named, tmp_path) == {
+def test_gather_tokens(opset: int, built: dict[str, Any]) -> None:
+    named = gathers(opset)
+    assert output_shapes(built, f"gather {opset}", named) == {
         name: [[dim.dim_value for dim in model.graph.output[0].type.tensor_type.shape.dim]]
         for name, model in named.items()
     }
 
 
-def test_linear(tmp_path: Path) -> None:
+def test_linear(built: dict[str, Any]) -> None:
     """The weights are network inputs here, uint8 ones too; the missing zeros before a bias are left out."""
-    names = {"plain", "zeros-and-bias", "odd-groups", "prefill-float16", "few-rows-bfloat16", "one-of-each"}
-    chosen = [case for case in linear.cases() if case.name in names]
-    for_tensorrt = {case.name: ir.serde.deserialize_model(models.linear_model(case, 18, "exact")) for case in chosen}
-    for model in for_tensorrt.values():
-        exact_bodies(model, 18)
-    built = output_shapes({name: ir.serde.serialize_model(model) for name, model in for_tensorrt.items()}, tmp_path)
-    assert built == {case.name: [[len(case.x), len(case.qweight)]] for case in chosen}
+    chosen = [case for case in linear.cases() if case.name in PRODUCTS]
+    assert output_shapes(built, "linear", PRODUCTS) == {
+        case.name: [[len(case.x), len(case.qweight)]] for case in chosen
+    }
 
 
-def test_generic_select_body_needs_the_exact_one(tmp_path: Path) -> None:
+def test_generic_select_body_needs_the_exact_one(built: dict[str, Any]) -> None:
     """If this fails, TensorRT has learned OptionalHasElement and graphs may carry the generic body."""
-    case = next(case for case in select_tokens.cases() if case.name == "all-picks")
-    built, _ = rtx.build({"generic": models.select_model(case, 18, "generic")}, tmp_path)
     assert not built["generic"]["parsed"]

@@ -134,7 +134,7 @@ def test_the_parser_warns_of_no_attribute_of_a_prepared_selection(tiny_bundle: A
         models = {graph.name: ir.serde.serialize_model(graph.model) for graph in graphs if graph.custom_nodes}
         folder = tmp_path / str(number)
         folder.mkdir()
-        built, _ = rtx.build(models, folder, "python")
+        built = rtx.build(models, folder, "python")
         assert len(built) == 3 and all(result["parsed"] and result["log"] == [] for result in built.values()), built
 
 
