@@ -57,9 +57,10 @@ def test_from_here_to_an_answer_there(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Engines are loaded in child processes, as on the device; two, so that it takes no longer than it must."""
-    device = Device(prepared_whole, tmp_path, monkeypatch, capsys)
     picture = tmp_path / "a.png"
     pictures[0].save(picture)
+    here = answer(prepared_whole, picture, capsys)
+    device = Device(prepared_whole, tmp_path, monkeypatch, capsys)
     device.build_sh()
     command = ["run", str(device.root), "--image", str(picture), "--prompt", "?", "--target", TARGET]
     assert main(command) == 2
@@ -73,7 +74,7 @@ def test_from_here_to_an_answer_there(
         assert f"--onnx={graph.onnx.file}" in graph.engine.options and "--stronglyTyped" in graph.engine.options
         assert "--noTF32" in graph.engine.options  # a float32 bundle
     assert {path.name: path.read_bytes() for path in device.engines.glob("*.engine")} == before
-    here, there = answer(prepared_whole, picture, capsys), answer(device.root, picture, capsys, "--target", TARGET)
+    there = answer(device.root, picture, capsys, "--target", TARGET)
     assert (here["text"], here["token_ids"]) == (there["text"], there["token_ids"])
     assert device.build("--assemble", "whole")["kept"] == result["kept"]
     assert device.build_sh().count("up to date") == len(before)
