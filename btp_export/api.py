@@ -17,7 +17,7 @@ from btp_export.extras import CPU, DEVICE, EXPORT, naming
 from graphs.files.bundle import Bundle
 from graphs.records.errors import InputError
 from graphs.records.plan import PruningPlan
-from graphs.records.quantization import Activations
+from graphs.records.stored_weights import Activations
 
 if TYPE_CHECKING:
     from btp_export.results.engines import BuildResult
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from graphs.files.atomic import Link
     from graphs.records.plan import Importance, SpatialMetric
     from graphs.records.progress import Note, Report
-    from graphs.records.quantization import Weights
+    from graphs.records.stored_weights import Weights
 
 PathLike = Path | str
 Item = TypeVar("Item")

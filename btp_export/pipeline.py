@@ -30,8 +30,8 @@ from graphs.files.folders import scratch
 from graphs.records.errors import BtpError, CheckError
 from graphs.records.plan import PruningPlan
 from graphs.records.progress import Report
-from graphs.records.quantization import Weights
 from graphs.records.shapes import ShapeProfile
+from graphs.records.stored_weights import Weights
 
 
 @dataclass(frozen=True)

@@ -37,9 +37,9 @@ from graphs.packing import check_group
 from graphs.records.errors import InputError
 from graphs.records.plan import PruningPlan
 from graphs.records.progress import Note, Report
-from graphs.records.quantization import GROUP_OF, Weights
 from graphs.records.shapes import ShapeProfile
 from graphs.records.spec import ModelSpec
+from graphs.records.stored_weights import GROUP_OF, Weights
 
 if TYPE_CHECKING:
     import torch

@@ -26,6 +26,9 @@ from btp_export.console import note
 from graphs.files.paths import expanded
 from graphs.records.errors import InputError
 
+# Stands in help for the models' names until it is shown: to know them every family is loaded, which takes longer than
+# all else that a Tab in the shell waits for.
+MODELS = "{models}"
 DebugOption = Annotated[bool, typer.Option("--debug", help="After an error, show where in the code it came from.")]
 
 
@@ -86,6 +89,9 @@ class GroupedCommand(TyperCommand):
     def format_options(self, ctx: Any, formatter: Any) -> None:
         _write_options(self, ctx, formatter)
 
+    def shell_complete(self, ctx: Any, incomplete: str) -> list[Any]:
+        return _with_shown_help(super().shell_complete(ctx, incomplete))
+
 
 class GroupedCommands(TyperGroup):
     """The same for the program, whose help lists the commands too."""
@@ -93,6 +99,9 @@ class GroupedCommands(TyperGroup):
     def format_options(self, ctx: Any, formatter: Any) -> None:
         _write_options(self, ctx, formatter)
         self.format_commands(ctx, formatter)
+
+    def shell_complete(self, ctx: Any, incomplete: str) -> list[Any]:
+        return _with_shown_help(super().shell_complete(ctx, incomplete))
 
 
 def _write_options(command: TyperCommand | TyperGroup, ctx: Any, formatter: Any) -> None:
@@ -102,11 +111,28 @@ def _write_options(command: TyperCommand | TyperGroup, ctx: Any, formatter: Any)
         record = parameter.get_help_record(ctx)
         if record is not None:
             own = "Arguments" if parameter.param_type_name == "argument" else "Options"
-            sections.setdefault(getattr(parameter, "rich_help_panel", None) or own, []).append(record)
+            section = sections.setdefault(getattr(parameter, "rich_help_panel", None) or own, [])
+            section.append((record[0], _shown(record[1])))
     for heading, records in sections.items():
         if records:
             with formatter.section(heading):
                 formatter.write_dl(records)
+
+
+def _with_shown_help(offered: list[Any]) -> list[Any]:
+    """What a shell is offered; some show the help beside it."""
+    for item in offered:
+        item.help = _shown(item.help or "") or None
+    return offered
+
+
+def _shown(text: str) -> str:
+    """Help as it is shown."""
+    if MODELS not in text:
+        return text
+    from btp_export.families import known_models
+
+    return text.replace(MODELS, ", ".join(known_models()))
 
 
 def _fields(group: Any) -> list[inspect.Parameter]:

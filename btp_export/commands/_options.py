@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 import typer
 
 from btp_export.commands import _complete as complete
-from btp_export.commands._groups import Between, Formerly
-from btp_export.families import known_models
+from btp_export.commands._groups import MODELS, Between, Formerly
 from graphs.files.paths import expanded
-from graphs.records.quantization import GROUP_OF, Weights
+from graphs.records.stored_weights import GROUP_OF, Weights
 
 if TYPE_CHECKING:
     from btp_export.exporting import Options
@@ -30,7 +29,7 @@ MOST_TOKENS = 2**20  # more than any model has positions
 MOST_THREADS = max(64, 2 * (os.cpu_count() or 1))  # thousands of threads take a machine down
 SAMPLES = 4096
 
-MODEL_HELP = f"demo, {', '.join(known_models())}, a checkpoint folder, or a hub id."
+MODEL_HELP = f"demo, {MODELS}, a checkpoint folder, or a hub id."
 TARGET_HELP = "The device, e.g. jetson-orin-jp6, h100, rtx-ada."
 
 BundleArgument = Annotated[Path, typer.Argument(help="Folder of the bundle.")]

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from btp_export.results.answers import RunResult
     from btp_export.running.runtime import BundleModel, Generation
-    from graphs.records.quantization import Activations
+    from graphs.records.stored_weights import Activations
 
 
 @dataclass(frozen=True)

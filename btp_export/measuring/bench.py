@@ -25,7 +25,7 @@ from graphs.files.folders import scratch_beside
 from graphs.pruning.operations import cost
 from graphs.records.errors import InputError
 from graphs.records.progress import Note, Report
-from graphs.records.quantization import Activations
+from graphs.records.stored_weights import Activations
 
 DECODE_STEPS: Final = 16  # at most, in each round
 MISSED: Final = 0.05  # how often a speed-up may lie outside its interval

@@ -26,7 +26,7 @@ from graphs.records.errors import InputError
 from graphs.records.match_plan import plan_for_profile, spec_at
 from graphs.records.plan import PruningPlan
 from graphs.records.progress import Note, Report
-from graphs.records.quantization import Activations
+from graphs.records.stored_weights import Activations
 
 if TYPE_CHECKING:
     from btp_export.running.runtime import BundleModel

@@ -3,8 +3,8 @@
 from typing import Literal
 
 from btp_export.results.base import Result
-from graphs.records.quantization import Activations
 from graphs.records.record import Record
+from graphs.records.stored_weights import Activations
 
 
 class Answer(Record):

@@ -5,8 +5,8 @@ from typing import Literal
 from pydantic import Field
 
 from btp_export.results.base import Result
-from graphs.records.quantization import Activations
 from graphs.records.record import Record
+from graphs.records.stored_weights import Activations
 
 
 class EvaluatedPlan(Record):

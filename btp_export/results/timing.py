@@ -6,8 +6,8 @@ from pydantic import Field
 
 from btp_export.results.base import Count, Milliseconds, Result
 from graphs.dtypes import Precision
-from graphs.records.quantization import Activations
 from graphs.records.record import Record
+from graphs.records.stored_weights import Activations
 
 
 class PrefillTimes(Record):

@@ -5,8 +5,8 @@ from typing import Literal
 
 from btp_export.results.base import Number, Result
 from graphs.dtypes import Precision
-from graphs.records.quantization import Activations
 from graphs.records.record import Record
+from graphs.records.stored_weights import Activations
 
 
 class GateValues(Record):

@@ -13,7 +13,7 @@ from graphs.files.memory import LIBRARIES, PART_BYTES, available_memory
 from graphs.files.onnx_wire import GraphFile
 from graphs.files.resume import INTERVAL
 from graphs.records.errors import InputError
-from graphs.records.quantization import Activations
+from graphs.records.stored_weights import Activations
 
 STREAM_ABOVE = 3 * 2**30  # bytes of weights in float32 over which graphs are opened part by part
 

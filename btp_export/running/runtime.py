@@ -35,8 +35,8 @@ from graphs.files.pictures import open_picture, to_rgb
 from graphs.pruning import kept_tokens
 from graphs.records.errors import InputError
 from graphs.records.progress import Note
-from graphs.records.quantization import Activations
 from graphs.records.shapes import ShapeProfile
+from graphs.records.stored_weights import Activations
 from graphs.tf32 import allows_tf32
 
 if TYPE_CHECKING:

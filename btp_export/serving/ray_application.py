@@ -27,8 +27,8 @@ from btp_export.serving.refusals import Refusal, full
 from btp_export.serving.schemas import ChatRequest
 from btp_export.serving.service import Service, Serving, describe
 from graphs.files.bundle import Bundle
-from graphs.records.quantization import Activations
 from graphs.records.record import Record
+from graphs.records.stored_weights import Activations
 
 KEY_VARIABLE = "BTP_EXPORT_API_KEY"
 TRIES = 5  # replicas that may end under one request

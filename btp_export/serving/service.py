@@ -20,8 +20,8 @@ from btp_export.serving.refusals import Refusal, full
 from btp_export.serving.schemas import ChatRequest
 from btp_export.serving.worker import Worker
 from graphs.files.bundle import Bundle
-from graphs.records.quantization import Activations
 from graphs.records.shapes import ShapeProfile
+from graphs.records.stored_weights import Activations
 
 if TYPE_CHECKING:
     from btp_export.running.runtime import BundleModel
