@@ -60,11 +60,13 @@ public:
             seen_.emplace_back(static_cast<float*>(memory.data()) + place * panels, tokens_, head_);
         }
         const auto work = [&](int) {
-            const size_t attention = Attention::floats(tokens_, head_);
-            const StreamBuffer scratch(context, beside, (attention + kQueries * heads_ * head_) * sizeof(float));
-            auto* const own = static_cast<float*>(scratch.data());
-            Attention queries(own, tokens_, head_);
-            take_pieces(queries, own + attention);
+            const size_t piece = std::max(layers_[0].feed.floats(kQueries), layers_[0].project.floats(kQueries));
+            const size_t contexts = kQueries * heads_ * head_, attention = Attention::floats(tokens_, head_);
+            const StreamBuffer memory(context, beside, (attention + contexts + piece) * sizeof(float));
+            Scratch scratch(memory.data());
+            Attention queries(scratch.take(attention), tokens_, head_);
+            float* const contexts_of_piece = scratch.take(contexts);
+            take_pieces(queries, contexts_of_piece, scratch);
         };
         if (tokens_ * (layers_[0].project.weights() + layers_[0].feed.weights()) < kWorthThreads) {
             return work(0);
@@ -73,14 +75,14 @@ public:
     }
 
 private:
-    // context: memory of this thread for one piece's.
-    void take_pieces(Attention& attention, float* context)
+    // context, scratch: memory of this thread for one piece's context, and for what is made on the way.
+    void take_pieces(Attention& attention, float* context, Scratch scratch)
     {
         const size_t stages = layers_.size() + 1, all = samples_.size() * stages * pieces_;
         for (size_t taken = progress_.take(); taken < all; taken = progress_.take()) {
             const size_t stage = taken / pieces_;
             try {
-                if (!pass(samples_[stage / stages], stage, stage % stages, taken % pieces_, attention, context)) {
+                if (!pass(samples_[stage / stages], stage, stage % stages, taken % pieces_, attention, context, scratch)) {
                     return;
                 }
             } catch (...) {
@@ -92,7 +94,7 @@ private:
 
     // A piece through attention and MLP of the layer before, and the products of `layer`: the first has none before it, and
     // behind the last are no products. stage: of all samples. false where another thread has failed.
-    bool pass(const Sample& sample, size_t stage, size_t layer, size_t piece, Attention& attention, float* context)
+    bool pass(const Sample& sample, size_t stage, size_t layer, size_t piece, Attention& attention, float* context, Scratch scratch)
     {
         const size_t first = piece * kQueries, count = std::min(kQueries, tokens_ - first);
         float* const rows = sample.rows + first * width_;
@@ -107,23 +109,23 @@ private:
                 const LaidOut& seen = laid_out(stage - 1, head / (heads_ / key_heads_));
                 attention.run(seen, first, queries + head * head_, apart, context + head * head_);
             }
-            layers_[layer - 1].feed.run(context, now, count, rows);
+            layers_[layer - 1].feed.run(context, now, count, rows, scratch);
             now = rows;
         }
         if (layer < layers_.size()) {
             if (!progress_.wait(pieces_, stage)) {  // with what is laid out where this stage's keys go
                 return false;
             }
-            project(sample, stage, layer, first, count, now);
+            project(sample, stage, layer, first, count, now, scratch);
         }
         progress_.finish(piece);
         return true;
     }
 
-    void project(const Sample& sample, size_t stage, size_t layer, size_t first, size_t count, const float* rows)
+    void project(const Sample& sample, size_t stage, size_t layer, size_t first, size_t count, const float* rows, Scratch scratch)
     {
         const Projected& to = sample.to[layer];
-        layers_[layer].project.run(rows, first, count, sample.cos, sample.sin, to);
+        layers_[layer].project.run(rows, first, count, sample.cos, sample.sin, to, scratch);
         for (size_t head = 0; head < key_heads_; ++head) {
             const float* const keys = to.by_head[1] + (head * to.room[1] + first) * head_;
             const float* const values = to.by_head[2] + (head * to.room[2] + first) * head_;

@@ -31,22 +31,20 @@ struct alignas(64) Line {
     char bytes[64];
 };
 
-// Memory of one piece of work, in parts that are not cleared.
+// Memory of one piece of work, 64 bytes aligned, in parts that are not cleared.
 class Scratch {
 public:
-    explicit Scratch(size_t floats) : lines_(new Line[floats / kLine]) {}
-    // A multiple of kLine floats.
+    explicit Scratch(void* memory) : free_(static_cast<float*>(memory)) {}
+    // A multiple of 16 floats.
     float* take(size_t floats)
     {
-        float* const part = reinterpret_cast<float*>(lines_[taken_ / kLine].bytes);
-        taken_ += floats;
+        float* const part = free_;
+        free_ += floats;
         return part;
     }
 
 private:
-    static constexpr size_t kLine = sizeof(Line) / sizeof(float);
-    std::unique_ptr<Line[]> lines_;
-    size_t taken_ = 0;
+    float* free_;
 };
 
 // 2 MiB or a multiple, which the system may hold as large pages (Linux). A prefill reads all weights once: with small pages
@@ -137,9 +135,9 @@ private:
     std::shared_ptr<char> memory_;
 };
 
-// y [R, P panels] from x [R,K], both with rows so far apart. Halves: panels in 16 bits. ahead: what is asked for meanwhile, K
-// lines of 64 bytes, if Asks.
-template <size_t R, size_t P, bool Halves, bool Asks = false>
+// y [R, P panels] from x [R,K], both with rows so far apart. Halves: panels in 16 bits. ahead: what is asked for meanwhile, K / Asks
+// lines of 64 bytes.
+template <size_t R, size_t P, bool Halves, size_t Asks = 0>
 BTP_AVX512 BTP_INLINE void multiply_panels(const float* x, size_t next_x, const char* panels, size_t inputs, float* y, size_t next_y,
                                            const char* ahead = nullptr)
 {
@@ -152,8 +150,10 @@ BTP_AVX512 BTP_INLINE void multiply_panels(const float* x, size_t next_x, const 
     }
     for (size_t place = 0; place < inputs; ++place) {
         __m512 w[P][2];
-        if (Asks) {
-            _mm_prefetch(ahead + place * sizeof(Line), _MM_HINT_T1);
+        if constexpr (Asks > 0) {
+            if (place % Asks == 0) {
+                _mm_prefetch(ahead + place / Asks * sizeof(Line), _MM_HINT_T1);
+            }
         }
         for (size_t panel = 0; panel < P; ++panel) {
             const char* const at = panels + (panel * inputs + place) * kBytes;
@@ -218,9 +218,15 @@ BTP_AVX512 inline void multiply_panel(const float* x, size_t next_x, size_t rows
     const size_t lines = w.inputs() * sizeof(Line), parts = kPanel * (Halves ? 2 : 4) / sizeof(Line);
     const char* const weights = w.data() + panel * parts * lines;
     size_t row = 0;
+    if (rows >= 2 * parts * kTile && w.inputs() % 2 == 0) {  // so many that each needs to ask for half as much
+        for (; row < 2 * parts * kTile; row += kTile) {
+            multiply_panels<kTile, 1, Halves, 2>(x + row * next_x, next_x, weights, w.inputs(), y + row * next_y, next_y,
+                                                 weights + parts * lines + row / kTile * lines / 2);
+        }
+    }
     for (; row + kTile <= rows && row < parts * kTile; row += kTile) {
-        multiply_panels<kTile, 1, Halves, true>(x + row * next_x, next_x, weights, w.inputs(), y + row * next_y, next_y,
-                                                weights + (parts + row / kTile) * lines);
+        multiply_panels<kTile, 1, Halves, 1>(x + row * next_x, next_x, weights, w.inputs(), y + row * next_y, next_y,
+                                             weights + (parts + row / kTile) * lines);
     }
     for (; row + kTile <= rows; row += kTile) {
         multiply_panels<kTile, 1, Halves>(x + row * next_x, next_x, weights, w.inputs(), y + row * next_y, next_y);

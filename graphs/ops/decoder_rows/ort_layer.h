@@ -136,11 +136,13 @@ public:
     size_t width() const { return out_.outputs(); }
     size_t weights() const { return (context() + 3 * gate_.outputs()) * width(); }
 
+    // What so many rows take of scratch.
+    size_t floats(size_t rows) const { return rows * (2 * whole_panels(width()) + whole_panels(gate_.outputs()) + kPanel); }
+
     // to [rows,C] from context [rows,K] and x [rows,C].
-    void run(const float* context, const float* x, size_t rows, float* to) const
+    void run(const float* context, const float* x, size_t rows, float* to, Scratch scratch) const
     {
         const size_t wide = whole_panels(width()), inner = whole_panels(gate_.outputs());
-        Scratch scratch(rows * (2 * wide + inner + kPanel));
         float *const sums = scratch.take(rows * wide), *const normed = scratch.take(rows * wide);
         float *const gates = scratch.take(rows * inner);
         multiply(context, out_.inputs(), rows, out_, sums, wide);
@@ -218,12 +220,14 @@ public:
 
     size_t outputs(size_t part) const { return weights_[part].outputs(); }
 
+    // What so many rows take of scratch.
+    size_t floats(size_t rows) const { return rows * (whole_panels(width()) + widest_); }
+
     // From rows x [rows,C], which are tokens from `first` on; cos, sin [B S, D/2].
-    void run(const float* x, size_t first, size_t rows, const float* cos, const float* sin, const Projected& to) const
+    void run(const float* x, size_t first, size_t rows, const float* cos, const float* sin, const Projected& to, Scratch scratch) const
     {
         const size_t half = head_ / 2;
         const size_t wide = whole_panels(width());
-        Scratch scratch(rows * (wide + widest_));
         float *const normed = scratch.take(rows * wide), *const made = scratch.take(rows * widest_);
         for (size_t row = 0; row < rows; ++row) {
             normalise_row(normed + row * wide, x + row * width(), norm_.data(), width(), epsilon_);

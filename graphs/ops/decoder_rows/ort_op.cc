@@ -89,14 +89,16 @@ public:
             to = outputs(context, cosines.shape[0], cosines.shape[1]);
         }
         for_rows(context, rows, (feed_ ? feed_->weights() : 0) + (project_ ? project_->weights() : 0), [&](size_t first, size_t some) {
+            const size_t floats = std::max(feed_ ? feed_->floats(some) : 0, project_ ? project_->floats(some) : 0);
+            const std::unique_ptr<Line[]> memory(new Line[(floats * sizeof(float) + sizeof(Line) - 1) / sizeof(Line)]);
             const float* now = x + first * width;
             if (feed_) {
                 float* const result = fed + first * width;
-                feed_->run(attended + first * feed_->context(), now, some, result);
+                feed_->run(attended + first * feed_->context(), now, some, result, Scratch(memory.get()));
                 now = result;
             }
             if (project_) {
-                project_->run(now, first, some, cos, sin, to);
+                project_->run(now, first, some, cos, sin, to, Scratch(memory.get()));
             }
         });
     }

@@ -3,9 +3,11 @@
 #include "cpu.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <limits>
 #include <numeric>
+#include <thread>
 #include <vector>
 
 #include "../common/half.h"
@@ -285,11 +287,23 @@ void select_rows_cpu(const BtpSelect& select, const TokenRows& rows, const float
 {
     auto* const levels = static_cast<int16_t*>(scratch);
     auto* const units = reinterpret_cast<float*>(static_cast<char*>(scratch) + levels_bytes(select.tokens));
-    unit_rows(units, norms, rows, select.tokens);
-    const int stripes = static_cast<int>((static_cast<size_t>(select.tokens) + kStripe - 1) / kStripe);
-    parallel(stripes, [&](int stripe) {
-        // The last ones are the longest.
-        multiply_stripe(levels, units, select.tokens, rows.width, (stripes - 1 - stripe) * static_cast<int>(kStripe));
+    const size_t tokens = static_cast<size_t>(select.tokens), parts = (tokens + kStripe - 1) / kStripe;
+    const std::vector<float> mean = mean_row(rows, select.tokens);
+    std::atomic<size_t> next{0}, made{0};
+    // Threads take parts of the rows, then stripes, each of which needs all rows before its end.
+    parallel(static_cast<int>(parts), [&](int) {
+        for (size_t taken = next.fetch_add(1); taken < 2 * parts; taken = next.fetch_add(1)) {
+            if (taken < parts) {
+                unit_rows(units, norms, rows, mean, taken * kStripe, std::min(tokens, (taken + 1) * kStripe));
+                made.fetch_add(1, std::memory_order_release);
+                continue;
+            }
+            while (made.load(std::memory_order_acquire) < parts) {
+                std::this_thread::yield();
+            }
+            // The last ones are the longest.
+            multiply_stripe(levels, units, select.tokens, rows.width, (2 * parts - 1 - taken) * kStripe);
+        }
     });
     Selection<float>(select, scores == nullptr ? norms : scores, nullptr, levels, seeds).run(indices);
 }

@@ -78,7 +78,39 @@ BTP_INLINE int next_not_below_body(const int32_t* __restrict values, int n, int 
     }
     return start;
 }
-BTP_FOR_PROCESSORS(int, next_not_below, (const int32_t* values, int n, int start, int32_t least), (values, n, start, least))
+#ifdef BTP_X86
+BTP_AVX512 inline int next_not_below_avx512(const int32_t* values, int n, int start, int32_t least)
+{
+    constexpr int kLanes = 16;
+    const __m512i bound = _mm512_set1_epi32(least);
+    for (; start + kLanes <= n; start += kLanes) {
+        const uint32_t found = _mm512_cmpge_epi32_mask(_mm512_loadu_si512(values + start), bound);
+        if (found != 0) {
+            return start + __builtin_ctz(found);
+        }
+    }
+    while (start < n && values[start] < least) {
+        ++start;
+    }
+    return start;
+}
+BTP_AVX2 inline int next_not_below_avx2(const int32_t* values, int n, int start, int32_t least)
+{
+    return next_not_below_body(values, n, start, least);
+}
+#endif
+inline int next_not_below(const int32_t* values, int n, int start, int32_t least)
+{
+#ifdef BTP_X86
+    if (kInstructions == Instructions::avx512) {
+        return next_not_below_avx512(values, n, start, least);
+    }
+    if (kInstructions == Instructions::avx2) {
+        return next_not_below_avx2(values, n, start, least);
+    }
+#endif
+    return next_not_below_body(values, n, start, least);
+}
 
 class Coverage {
 public:

@@ -9,6 +9,7 @@
 #include <cstring>
 #include <vector>
 
+#include "../common/cpu_tiles.h"
 #include "cpu_levels.h"
 
 #if defined(__clang__)
@@ -121,18 +122,69 @@ inline void mirror_block(int16_t* levels, size_t tokens, size_t row, size_t colu
     }
 }
 
-// levels [V,V] at the columns from `first` on, a multiple of kStripe, down to the diagonal, and at what mirrors them.
-// rows [V,width], padded to a multiple of kTile.
-inline void multiply_stripe(int16_t* levels, const float* rows, int tokens, int width, int first)
+#ifdef BTP_X86
+BTP_QUIET_INTRINSICS
+// The same for 16 rows of 8 levels.
+BTP_AVX512 inline void mirror_rows(int16_t* levels, size_t tokens, size_t row, size_t column)
 {
-    const size_t size = static_cast<size_t>(tokens), start = static_cast<size_t>(first), length = static_cast<size_t>(width);
-    const size_t count = std::min(kStripe, size - start);
-    std::vector<float> columns(length * kStripe);
-    for (size_t column = 0; column < count; ++column) {
-        for (size_t place = 0; place < length; ++place) {
-            columns[place * kStripe + column] = rows[(start + column) * length + place];
+    constexpr size_t kSide = 8;
+    __m256i given[kSide], turned[kSide];
+    for (size_t line = 0; line < kSide; ++line) {
+        const int16_t* const from = levels + (row + line) * tokens + column;
+        const __m128i upper = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+        const __m128i lower = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + kSide * tokens));
+        given[line] = _mm256_inserti128_si256(_mm256_castsi128_si256(upper), lower, 1);
+    }
+    for (size_t distance = 1; distance < kSide; distance *= 2) {  // line by line with the line half of them behind
+        for (size_t line = 0; line < kSide / 2; ++line) {
+            turned[2 * line] = _mm256_unpacklo_epi16(given[line], given[line + kSide / 2]);
+            turned[2 * line + 1] = _mm256_unpackhi_epi16(given[line], given[line + kSide / 2]);
+        }
+        for (size_t line = 0; line < kSide; ++line) {
+            given[line] = turned[line];
         }
     }
+    for (size_t line = 0; line < kSide; ++line) {
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(levels + (column + line) * tokens + row), given[line]);
+    }
+}
+
+// columns [16, kStripe] of 16 numbers of as many rows.
+BTP_AVX512 inline void turn_vectors(const float* rows, size_t width, float* columns)
+{
+    for (size_t column = 0; column < kStripe; column += kVector) {
+        turn(rows + column * width, width, columns + column, kStripe);
+    }
+}
+BTP_QUIET_END
+#endif
+
+// columns [width, kStripe] of as many rows [count,width].
+inline void turn_rows(const float* rows, size_t count, size_t width, float* columns)
+{
+    size_t place = 0;
+#ifdef BTP_X86
+    if (kInstructions == Instructions::avx512 && count == kStripe) {
+        for (; place + kVector <= width; place += kVector) {
+            turn_vectors(rows + place, width, columns + place * kStripe);
+        }
+    }
+#endif
+    for (; place < width; ++place) {
+        for (size_t column = 0; column < count; ++column) {
+            columns[place * kStripe + column] = rows[column * width + place];
+        }
+    }
+}
+
+// levels [V,V] at the columns from `start` on, a multiple of kStripe, down to the diagonal, and at what mirrors them.
+// rows [V,width], padded to a multiple of kTile.
+inline void multiply_stripe(int16_t* levels, const float* rows, int tokens, int width, size_t start)
+{
+    const size_t size = static_cast<size_t>(tokens), length = static_cast<size_t>(width);
+    const size_t count = std::min(kStripe, size - start);
+    std::vector<float> columns(length * kStripe);
+    turn_rows(rows + start * length, count, length, columns.data());
     int16_t tile[kTile * kStripe];
     for (size_t row = 0; row < start + count; row += kTile) {
         if (count == kStripe && row + kTile <= size) {
@@ -145,6 +197,13 @@ inline void multiply_stripe(int16_t* levels, const float* rows, int tokens, int 
         }
     }
     size_t column = 0;
+#ifdef BTP_X86
+    for (; kInstructions == Instructions::avx512 && column + 8 <= count; column += 8) {
+        for (size_t row = 0; row < start; row += 16) {
+            mirror_rows(levels, size, row, start + column);
+        }
+    }
+#endif
     for (; column + 4 <= count; column += 4) {
         for (size_t row = 0; row < start; row += 4) {
             mirror_block(levels, size, row, start + column);

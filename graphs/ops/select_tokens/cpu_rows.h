@@ -3,6 +3,7 @@
 
 #include <cmath>
 #include <cstddef>
+#include <cstring>
 #include <vector>
 
 #include "cpu.h"
@@ -24,13 +25,29 @@ inline size_t units_bytes(int tokens, int width)
     return (static_cast<size_t>(tokens) + kTile) * static_cast<size_t>(width) * sizeof(float);
 }
 
-BTP_INLINE void add_row_body(float* __restrict sums, const float* __restrict row, int width)
+// sums [width] of rows [count,width], one after another: so many columns at a time that the sums stay in registers.
+BTP_INLINE void sum_rows_body(float* __restrict sums, const float* __restrict rows, size_t count, size_t width)
 {
-    for (int place = 0; place < width; ++place) {
-        sums[place] += row[place];
+    constexpr size_t kTogether = 64;
+    size_t place = 0;
+    for (; place + kTogether <= width; place += kTogether) {
+        float some[kTogether] = {};
+        for (size_t row = 0; row < count; ++row) {
+            for (size_t column = 0; column < kTogether; ++column) {
+                some[column] += rows[row * width + place + column];
+            }
+        }
+        std::memcpy(sums + place, some, sizeof some);
+    }
+    for (; place < width; ++place) {
+        float sum = 0.0f;
+        for (size_t row = 0; row < count; ++row) {
+            sum += rows[row * width + place];
+        }
+        sums[place] = sum;
     }
 }
-BTP_FOR_PROCESSORS(void, add_row, (float* sums, const float* row, int width), (sums, row, width))
+BTP_FOR_PROCESSORS(void, sum_rows, (float* sums, const float* rows, size_t count, size_t width), (sums, rows, count, width))
 
 // unit = (row - mean) / its norm, which is returned. Squares are summed in as many chains as the widest registers have lanes.
 BTP_INLINE float unit_row_body(float* __restrict unit, const float* __restrict row, const float* __restrict mean, int width)
@@ -63,23 +80,28 @@ BTP_INLINE float unit_row_body(float* __restrict unit, const float* __restrict r
 BTP_FOR_PROCESSORS(float, unit_row, (float* unit, const float* row, const float* mean, int width),
                    (unit, row, mean, width))
 
-// units [V,width], padded with zeros to a multiple of kTile rows, and norms [V], of the rows less their mean or as they are.
-inline void unit_rows(float* units, float* norms, const TokenRows& rows, int tokens)
+// The rows' mean [width], or zeros.
+inline std::vector<float> mean_row(const TokenRows& rows, int tokens)
 {
-    const size_t width = static_cast<size_t>(rows.width), count = static_cast<size_t>(tokens);
-    std::vector<float> mean(width, 0.0f);
+    std::vector<float> mean(static_cast<size_t>(rows.width), 0.0f);
     if (rows.centred) {
-        for (size_t token = 0; token < count; ++token) {
-            add_row(mean.data(), rows.data + token * width, rows.width);
-        }
+        sum_rows(mean.data(), rows.data, static_cast<size_t>(tokens), mean.size());
         for (float& value : mean) {
             value /= static_cast<float>(tokens);
         }
     }
-    for (size_t token = 0; token < count; ++token) {
+    return mean;
+}
+
+// units [V,width], padded with zeros to a multiple of kTile rows, and norms [V], of the rows less their mean: those from `first`
+// to `stop`.
+inline void unit_rows(float* units, float* norms, const TokenRows& rows, const std::vector<float>& mean, size_t first, size_t stop)
+{
+    const size_t width = mean.size();
+    for (size_t token = first; token < stop; ++token) {
         norms[token] = unit_row(units + token * width, rows.data + token * width, mean.data(), rows.width);
     }
-    std::fill(units + count * width, units + (count + kTile - 1) / kTile * kTile * width, 0.0f);
+    std::fill(units + stop * width, units + (stop + kTile - 1) / kTile * kTile * width, 0.0f);
 }
 
 }  // namespace btp
