@@ -33,7 +33,11 @@ class JoinedPrefill:
         allocate: Allocate,
     ) -> None:
         self._own = {link.name: link.own for link in links}
-        self._parts = [names.segment_graphs(segment) for segment in segments]
+        self._parts = [(names.HEAD, 2 * len(segments))]  # and the mark in `milliseconds` at which each begins
+        for segment in segments:
+            self._parts.append((names.prefill(segment.index), 2 * segment.index + 1))
+            if segment.stage is not None:
+                self._parts.append((names.select(segment.stage), 2 * segment.index))
         self.straight: set[str] = set()
         rows = dict(self._key_and_value_rows(runner, segments, memory, staging))
         self._spans = allocate(np.dtype(np.int64), (len(segments), 2))
@@ -81,9 +85,5 @@ class JoinedPrefill:
         Segments say when their layers began and ended. What lies between two is the selection's time, what follows the
         last one the head's.
         """
-        found, place = dict[str, float](), self._began
-        for (*stage, name), (begin, end) in zip(self._parts, self._spans.read().tolist(), strict=True):
-            found |= {before: (begin - place) / 1e6 for before in stage}
-            found[name], place = (end - begin) / 1e6, end
-        found[names.HEAD] = (self._ended - place) / 1e6
-        return found
+        marks = [self._began, *self._spans.read().ravel().tolist(), self._ended]
+        return {name: (marks[place + 1] - marks[place]) / 1e6 for name, place in self._parts}

@@ -193,7 +193,7 @@ int32_t choose(Logits& logits, double top_p, double share, Room& room)
 
 }  // namespace
 
-BTP_EXPORT int32_t btp_host_version() { return 7; }
+BTP_EXPORT int32_t btp_host_version() { return 8; }
 
 // The token that `share`, from 0 up to but not 1, draws from `count` logits, 2^22 at most, among the likeliest that have
 // `top_p` of the total weight. `scale`: log2(e) / temperature, finite and positive. kNotFinite if the largest logit is not

@@ -16,7 +16,7 @@ from typing import Any, Final
 from graphs.records.errors import BtpError, InputError, UnavailableError
 
 VARIABLE: Final = "BTP_NATIVE_DIR"
-VERSION: Final = 7  # common/status.h: btp_kernels_version; ort_library.cc, host_library.cc: btp_<library>_version
+VERSION: Final = 8  # common/status.h: btp_kernels_version; ort_library.cc, host_library.cc: btp_<library>_version
 BUILD: Final = "cmake -S engines/native -B engines/native/build && cmake --build engines/native/build"
 # Name of each library -> what it is for, and the option that it needs beside the compilers.
 LIBRARIES: Final = {

@@ -54,7 +54,7 @@ OrtCustomOpDomain* domain()
 }  // namespace
 
 // What this library is: interface version and the GPU architectures it was built for ("" for a CPU-only build).
-BTP_EXPORT int32_t btp_ort_version() { return 7; }
+BTP_EXPORT int32_t btp_ort_version() { return 8; }
 BTP_EXPORT const char* btp_ort_architectures() { return BTP_ARCHITECTURES; }
 // Whether this processor has BtpLinearInt8, BtpLinearHalf, BtpLinearFloat, BtpCausalAttention, BtpDecoderRows and
 // BtpDecoderLayers: 1 or 0.

@@ -8,7 +8,11 @@ import pytest
 
 from btp_export.running.runtime import BundleModel
 from engines.chain import Batch, PrefillRun
+from engines.runners import on_cpu
 from engines.runners.interface import Link
+from engines.runners.on_cpu import selection
+from engines.runners.on_cpu.around_selection import ROWS_AT, SCORES, STREAM
+from engines.runners.on_cpu.layers_at_once import LAYERS
 from engines.runners.onnxruntime import OrtLoader
 from engines.wiring import links
 from graphs import names
@@ -67,6 +71,15 @@ def test_nothing_is_different(plan: Any, batch: int, tiny_bundle: Any) -> None:
         assert other.milliseconds.keys() == one.milliseconds.keys()
         parts = [other.milliseconds[link.name] for link in graphs_of(bundle)]
         assert min(parts) > 0 and sum(parts) <= other.milliseconds["total"]
+
+
+@here
+def test_few_nodes_are_left(tiny_bundle: Any) -> None:
+    found = on_cpu.joined(graphs_of(tiny_bundle(AT_ONCE)), loader()._native)
+    assert found is not None
+    kinds = [node.op_type for node in found[0].graph.node if node.op_type != "Cast"]
+    stages = [selection.BY_ROWS, STREAM, LAYERS, ROWS_AT, SCORES, selection.SELECTION, STREAM, LAYERS]
+    assert kinds[: len(stages)] == stages and len(kinds) <= len(stages) + 5  # the head's
 
 
 @here

@@ -2,9 +2,10 @@
 
 `causal_attention` over whole sequences (prefill), by btp_ort or by ONNX Runtime's own node; by that node alone
 `cached_attention` of a new token over caches (decode). By btp_ort: `selection` from rows in place of their similarity,
-`decoder_rows` for all of a layer with small weights but its attention, `layers_at_once` for both where attention is its
-own, `linear` with weights of 4 and of 16 bits as they are stored, `float_weights` with those of float32. Where segments
-are one operator each, `joining` makes one graph of a prefill's.
+`around_selection` for scores by attention and what moves kept rows, `decoder_rows` for all of a layer with small
+weights but its attention, `layers_at_once` for both where attention is its own, `linear` with weights of 4 and of 16
+bits as they are stored, `float_weights` with those of float32. Where segments are one operator each, `joining` makes
+one graph of a prefill's.
 """
 
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ import onnx
 
 from engines.runners.interface import Link
 from engines.runners.on_cpu import (
+    around_selection,
     cached_attention,
     causal_attention,
     decoder_rows,
@@ -34,9 +36,9 @@ __all__ = ["Native", "Replaced", "for_cpu", "joined", "may_have"]
 class Native:
     """What btp_ort does in a session.
 
-    selections: choose from rows. halves: multiply few rows with weights of float16. int8: multiply rows, rounded to
-    int8, with four-bit weights. rows: take rows through all of a layer with small weights but its attention. floats:
-    multiply with weights of float32. attention: attend over whole sequences.
+    selections: choose from rows, score by attention, move kept rows. halves: multiply few rows with weights of float16.
+    int8: multiply rows, rounded to int8, with four-bit weights. rows: take rows through all of a layer with small
+    weights but its attention. floats: multiply with weights of float32. attention: attend over whole sequences.
     """
 
     selections: bool = False
@@ -61,7 +63,7 @@ class Replaced:
 def may_have(serialized: bytes, native: Native) -> bool:
     """Whether a model's bytes may hold what `for_cpu` replaces. Reads no protobuf."""
     attention = causal_attention.may_have(serialized) or cached_attention.may_have(serialized)
-    selections = native.selections and selection.may_have(serialized)
+    selections = native.selections and (selection.may_have(serialized) or around_selection.may_have(serialized))
     rows = native.rows and decoder_rows.may_have(serialized)
     products = linear.may_have(serialized, halves=native.halves, int8=native.int8)
     return attention or selections or rows or products or (native.floats and float_weights.may_have(serialized))
@@ -71,6 +73,7 @@ def for_cpu(model: onnx.ModelProto, native: Native) -> Replaced:
     """Replace what can be."""
     if native.selections:
         selection.for_cpu(model)
+        around_selection.for_cpu(model)
     causal_attention.for_cpu(model, native=native.attention)
     in_place, room = cached_attention.for_cpu(model), dict[str, Room]()
     if native.rows:  # it gives what attention's new nodes read, and takes products that are left to others else

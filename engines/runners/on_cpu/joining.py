@@ -18,6 +18,7 @@ import onnx
 from onnx import AttributeProto, ModelProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
 from engines.runners.interface import Link
+from engines.runners.on_cpu.around_selection import SCORES
 from engines.runners.on_cpu.layers_at_once import LAYERS, TIMES, Room
 from graphs import names
 from graphs.ops.domain import DOMAIN
@@ -100,7 +101,8 @@ class _Whole:
                 self._flow |= {} if value.name in room else {value.name: source}
             if self._types[source] != kind:
                 return None
-            sources[value.name] = self._valid(source)
+            readers = {node.op_type for node in model.graph.node if value.name in node.input}
+            sources[value.name] = source if readers == {SCORES} else self._valid(source)
         return sources
 
     def _valid(self, name: str) -> str:

@@ -21,6 +21,7 @@ from onnx import NodeProto, TensorProto, helper
 
 from engines.runners.on_cpu.causal_attention import OWN
 from engines.runners.on_cpu.decoder_rows import ROWS
+from engines.runners.on_cpu.rewriting import Rewriting, needed
 from graphs.ops.domain import DOMAIN
 
 LAYERS: Final = "BtpDecoderLayers"  # graphs/ops/decoder_layers/ort_op.cc
@@ -58,7 +59,26 @@ def for_cpu(model: onnx.ModelProto) -> dict[str, Room]:
     kept = [at.get(place, node) for place, node in enumerate(nodes) if place in at or place not in gone]
     del model.graph.node[:]
     model.graph.node.extend(kept)
+    _take_rows_as_they_are(model)
     return room
+
+
+def _take_rows_as_they_are(model: onnx.ModelProto) -> None:
+    """Let chains read and give [B,S,C], in which graphs have rows, without a Reshape before and behind."""
+    graph, gone = Rewriting(model), list[NodeProto]()
+    outputs = {value.name for value in model.graph.output}
+    for node in model.graph.node:
+        before, readers = graph.producers.get(node.input[0]), graph.readers.get(node.output[0], [])
+        alone = len(readers) == 1 and readers[0].op_type == "Reshape" and node.output[0] not in outputs
+        if node.op_type != LAYERS or before is None or before.op_type != "Reshape" or not alone:
+            continue
+        (behind,) = readers[0].output
+        if graph.shapes.get(before.input[0], ()) == graph.shapes.get(behind):
+            node.input[0], node.output[0] = before.input[0], behind
+            gone.append(readers[0])
+    kept = needed([node for node in model.graph.node if node not in gone], outputs)
+    del model.graph.node[:]
+    model.graph.node.extend(kept)
 
 
 def _with_room(model: onnx.ModelProto, node: NodeProto) -> tuple[str, Room]:

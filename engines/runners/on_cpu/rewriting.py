@@ -64,7 +64,7 @@ class Rewriting:
         for node in graph.node:
             if node.output[0] not in superseded:
                 nodes.extend(replaced.get(node.output[0], [node]))
-        read = _needed(nodes, {value.name for value in graph.output})
+        read = needed(nodes, {value.name for value in graph.output})
         graph.initializer.extend(self._constants.values())
         del graph.node[:]
         graph.node.extend(read)
@@ -72,7 +72,7 @@ class Rewriting:
         self._model.opset_import.extend(opset for opset in (MICROSOFT, OURS) if opset.domain not in known)
 
 
-def _needed(nodes: Sequence[NodeProto], wanted: set[str]) -> list[NodeProto]:
+def needed(nodes: Sequence[NodeProto], wanted: set[str]) -> list[NodeProto]:
     """Those that something reads, in their order."""
     read, kept = set(wanted), list[NodeProto]()
     for node in reversed(nodes):

@@ -30,7 +30,7 @@ extern "C" const char* btp_error_string(int32_t code)
     return text.c_str();
 }
 
-#define BTP_VERSION 7
+#define BTP_VERSION 8
 #define BTP_TEXT_OF(value) #value
 #define BTP_TEXT(value) BTP_TEXT_OF(value)
 

@@ -1,8 +1,6 @@
 // BtpGatherTokens as ONNX Runtime custom operator: CPU for all builds, CUDA where the kernels were compiled.
-#include <cstring>
-
 #include "../common/ort_common.h"
-#include "rules.h"
+#include "cpu_gather.h"
 
 namespace btp {
 namespace {
@@ -56,36 +54,11 @@ public:
         if (gpu_) {
             run_gpu(context, gather, tokens.data, chosen, to);
         } else {
-            run_cpu(gather, static_cast<const char*>(tokens.data), chosen, static_cast<char*>(to));
+            gather_cpu(kName, gather, tokens.data, chosen, to);
         }
     }
 
 private:
-    static void run_cpu(const BtpGather& gather, const char* tokens, const int32_t* indices, char* to)
-    {
-        const size_t row = static_cast<size_t>(gather.row_bytes);
-        const size_t start = static_cast<size_t>(gather.start);
-        const size_t after = start + static_cast<size_t>(gather.count);
-        const size_t rows = static_cast<size_t>(gather.rows);
-        const auto copy = [&to, row](const char* from, size_t count) {
-            std::memcpy(to, from, count * row);
-            to += count * row;
-        };
-        for (int32_t batch = 0; batch < gather.batch; ++batch) {
-            copy(tokens, start);
-            for (int32_t kept = 0; kept < gather.kept; ++kept) {
-                const int32_t index = *indices++;
-                if (index < 0 || index >= gather.count) {
-                    throw std::invalid_argument(std::string(kName) + ": index " + std::to_string(index)
-                                                + " is outside 0 to " + std::to_string(gather.count - 1));
-                }
-                copy(tokens + (start + static_cast<size_t>(index)) * row, 1);
-            }
-            copy(tokens + after * row, rows - after);
-            tokens += rows * row;
-        }
-    }
-
 #ifdef BTP_WITH_CUDA
     static void run_gpu(OrtKernelContext* context, const BtpGather& gather, const void* tokens, const int32_t* indices,
                         void* to)
