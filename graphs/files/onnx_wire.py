@@ -93,7 +93,8 @@ class GraphFile:
         """Tensors that lie in other files, wherever they are: initializers, in attributes, inner graphs, functions."""
         functions = [node for function in _bytes(self._model, 25) for node in _bytes(_parsed(function), 7)]
         inner = (tensor for node in functions for tensor in _tensors_of_node(node, 0))
-        return [one for one in (*_tensors_of_graph(self._graph, 0), *inner) if one.location is not None]
+        found = (*self.initializers, *_other_tensors(self._graph, 0), *inner)
+        return [one for one in found if one.location is not None]
 
     @cached_property
     @_read_late
@@ -169,6 +170,11 @@ def _tensors_of_graph(graph: Message, depth: int) -> Iterator[Tensor]:
     if depth > DEEPEST:
         raise ValueError("graphs within graphs without end")
     yield from map(_tensor, _bytes(graph, 5))
+    yield from _other_tensors(graph, depth)
+
+
+def _other_tensors(graph: Message, depth: int) -> Iterator[Tensor]:
+    """All but the initializers."""
     for sparse in _bytes(graph, 15):
         yield from _sparse(sparse)
     for node in _bytes(graph, 1):
@@ -202,7 +208,7 @@ def _bytes(message: Message, number: int) -> list[bytes]:
 
 def _text(message: Message, number: int) -> str:
     """The text of a field, the last one if there are several, as protobuf reads it."""
-    texts = _bytes(message, number)
+    texts = _bytes(message, number) if number in message else ()
     return texts[-1].decode() if texts else ""
 
 
@@ -221,7 +227,7 @@ def _numbers(message: Message, number: int) -> list[int]:
 
 
 def _number(message: Message, number: int, default: int) -> int:
-    found = _numbers(message, number)
+    found = _numbers(message, number) if number in message else ()
     return found[-1] if found else default
 
 
@@ -230,11 +236,16 @@ def _parsed(data: bytes) -> Message:
     fields: Message = {}
     place, end = 0, len(data)
     while place < end:
-        key, place = _varint(data, place)
+        # Most numbers are of one byte. A call for each would take as long as all the rest.
+        key, place = data[place], place + 1
+        if key >= 0x80:
+            key, place = _varint(data, place - 1)
         kind = key & 7
         value: int | bytes
         if kind == BYTES:
-            size, place = _varint(data, place)
+            size, place = data[place], place + 1
+            if size >= 0x80:
+                size, place = _varint(data, place - 1)
             value, place = data[place : place + size], place + size
         elif kind == VARINT:
             value, place = _varint(data, place)
@@ -244,7 +255,11 @@ def _parsed(data: bytes) -> Message:
             raise ValueError(f"a field of type {kind}")
         if place > end:
             raise ValueError(f"a field that goes on for {place - end} bytes behind the end")
-        fields.setdefault(key >> 3, []).append(value)
+        number = key >> 3
+        if number in fields:
+            fields[number].append(value)
+        else:
+            fields[number] = [value]
     return fields
 
 
