@@ -64,6 +64,12 @@ def dtype_of(value: ir.Value) -> ir.DataType:
     return value.dtype
 
 
+def _typed(name: str, value: Any) -> Any:
+    """Numbers in a list as what they are: onnx_ir asks first whether a list is a graph, a tensor or a type."""
+    listed = isinstance(value, list) and value and all(isinstance(number, int) for number in value)
+    return ir.AttrInt64s(name, value) if listed else value
+
+
 class GraphBuilder:
     """Builds one graph. Names are `scope.name`, unique within the graph; `precision` is the type of its floats."""
 
@@ -187,7 +193,7 @@ class GraphBuilder:
     ) -> ir.Value:
         value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype))
         self._register(name, value)
-        attrs = ir.convenience.convert_attributes(attributes)
+        attrs = ir.convenience.convert_attributes({key: _typed(key, given) for key, given in attributes.items()})
         self._graph.append(ir.Node(domain, op_type, inputs, attrs, outputs=[value], name=name))
         return value
 
