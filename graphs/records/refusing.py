@@ -9,6 +9,7 @@ import contextlib
 import errno
 import importlib.util
 import mmap
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -94,8 +95,11 @@ def at_most(
 def anonymous_memory() -> int | None:
     """Bytes in memory of this process that no file holds; None where the system does not tell."""
     try:
-        with open("/proc/self/statm", "rb") as file:
-            _, resident, shared = map(int, file.read().split()[:3])
+        file = os.open("/proc/self/statm", os.O_RDONLY)
+        try:
+            _, resident, shared = map(int, os.read(file, 256).split()[:3])
+        finally:
+            os.close(file)
     except (OSError, ValueError):
         return None
     return (resident - shared) * mmap.PAGESIZE
