@@ -1,6 +1,6 @@
 """What all replacements know of a graph and put into it: ONNX Runtime's node, reshapes, constants that are shared."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any, Final
 
@@ -19,6 +19,27 @@ Shape = tuple[int, ...]
 TAKEN: Final = (TensorProto.FLOAT, TensorProto.FLOAT16)  # what the new nodes compute with on a CPU
 
 
+class Shapes(Mapping[str, Shape]):
+    """Shapes of tensors by name, each read when it is first asked for: most never are."""
+
+    def __init__(self, types: Mapping[str, Any], stored: Mapping[str, TensorProto]) -> None:
+        self._types, self._stored = types, stored
+        self._known: dict[str, Shape] = {}
+
+    def __getitem__(self, name: str) -> Shape:
+        if name not in self._known:
+            stored = self._stored.get(name)
+            sizes = (size.dim_value for size in self._types[name].shape.dim) if stored is None else stored.dims
+            self._known[name] = tuple(sizes)
+        return self._known[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(dict.fromkeys((*self._types, *self._stored)))
+
+    def __len__(self) -> int:
+        return len(self._types.keys() | self._stored.keys())
+
+
 class Rewriting:
     """A model's tensors, stored ones among them, and the nodes that give them; constants that the new nodes share."""
 
@@ -26,11 +47,10 @@ class Rewriting:
         self._model = model
         values = [*model.graph.input, *model.graph.value_info, *model.graph.output]
         tensors = {value.name: value.type.tensor_type for value in values}
-        self.shapes: dict[str, Shape] = {n: tuple(d.dim_value for d in t.shape.dim) for n, t in tensors.items()}
-        self.types = {name: tensor.elem_type for name, tensor in tensors.items()}
         self.stored = {tensor.name: tensor for tensor in model.graph.initializer}
-        for name, tensor in self.stored.items():
-            self.shapes[name], self.types[name] = tuple(tensor.dims), tensor.data_type
+        self.shapes = Shapes(tensors, self.stored)
+        self.types = {name: tensor.elem_type for name, tensor in tensors.items()}
+        self.types |= {name: tensor.data_type for name, tensor in self.stored.items()}
         self.producers = {output: node for node in model.graph.node for output in node.output}
         self._constants: dict[str, TensorProto] = {}
 
