@@ -1,5 +1,6 @@
 """Named examples of BtpSelectTokens, made from seeds; every form of the operator is tested on them."""
 
+import functools
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -7,6 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 Array = npt.NDArray[Any]
+
+_BUDGETS = (63, 127, 288)  # of 576
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,12 @@ class Case:
 
 def cases() -> list[Case]:
     """All examples, the largest (V 576, as released for LLaVA-1.5-7B) first."""
-    return [*_released(), *_small(), *_special_values(), *_edges(), *_coverage()]
+    return list(_cases())
+
+
+@functools.cache  # many tests look for one of them
+def _cases() -> tuple[Case, ...]:
+    return (*_released(), *_small(), *_special_values(), *_edges(), *_coverage())
 
 
 def large_case() -> Case:
@@ -40,8 +48,11 @@ def large_case() -> Case:
 
 def budget_cases() -> list[Case]:
     """Coverage before layer 0, weighted by a saliency: the token budgets in use, for V 576 and 2880."""
-    budgets = [(576, 63), (576, 127), (576, 288), (2880, 320), (2880, 1440)]
-    return [_by_gain(_case(f"coverage-{v}-{keep}", v, keep, channels=64), weighted=1) for v, keep in budgets]
+    return [_budget_case(576, keep) for keep in _BUDGETS] + [_budget_case(2880, keep) for keep in (320, 1440)]
+
+
+def _budget_case(tokens: int, keep: int) -> Case:
+    return _by_gain(_case(f"coverage-{tokens}-{keep}", tokens, keep, channels=64), weighted=1)
 
 
 def _case(
@@ -189,7 +200,7 @@ def _coverage() -> list[Case]:
     return [
         *(_by_gain(again[name], name=f"coverage-{name}") for name in both),
         *(_by_gain(again[name], weighted=1, name=f"coverage-weighted-{name}") for name in weighted),
-        *budget_cases()[:3],
+        *(_budget_case(576, keep) for keep in _BUDGETS),
         replace(plain, name="coverage-weights-negative", scores=scores),
         replace(plain, name="coverage-weights-infinite", scores=np.where(scores > 0.5, np.float32(np.inf), scores)),
         replace(plain, name="coverage-weights-tiny", scores=scores * np.float32(1e-42)),

@@ -16,20 +16,21 @@ Key = tuple[bool, float]  # orders floats with NaN lowest
 def select(case: Case) -> list[list[int]]:
     """The kept tokens of every batch row."""
     one = np.float32(1)
-    with np.errstate(over="ignore"):
-        distances = None if case.similarity is None else (one - case.similarity.astype(np.float32)).tolist()
     seeds = [] if case.seeds is None else case.seeds.tolist()
-    levels = None if case.similarity is None else similarity_levels(case.similarity)
-    return [
-        select_row(
-            scores,
-            None if distances is None else distances[b],
-            seeds,
-            levels=None if levels is None else levels[b],
-            **case.attributes,
-        )
-        for b, scores in enumerate(case.scores.tolist())
-    ]
+    covers = case.similarity is not None and case.attributes.get("diversity_rule") == "coverage"
+    with np.errstate(over="ignore", under="ignore"):
+        distances = None if case.similarity is None else (one - case.similarity.astype(np.float32)).tolist()
+        levels = similarity_levels(case.similarity) if covers else None
+        return [
+            select_row(
+                scores,
+                None if distances is None else distances[b],
+                seeds,
+                levels=None if levels is None else levels[b],
+                **case.attributes,
+            )
+            for b, scores in enumerate(case.scores.tolist())
+        ]
 
 
 def select_stage(
@@ -144,5 +145,4 @@ def covering(
 
 def value(gain: int, weight: float) -> float:
     """float32(gain) x weight, rounded once to float32."""
-    with np.errstate(over="ignore", under="ignore"):
-        return float(np.float32(gain) * np.float32(weight)) if gain else 0.0
+    return float(np.float32(gain) * np.float32(weight)) if gain else 0.0
