@@ -77,11 +77,18 @@ def linear_model(case: linear.Case, opset: int, form: str) -> ModelProto:
 
 def run_onnxruntime(model: ModelProto, inputs: dict[str, Any], *, optimised: bool = True, threads: int = 1) -> Any:
     """First output in ONNX Runtime; also takes and gives types that numpy does not know itself."""
+    return run_session(session_of(model, optimised=optimised, threads=threads), inputs)
+
+
+def session_of(model: ModelProto, *, optimised: bool = True, threads: int = 1) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     if not optimised:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = onnxruntime.InferenceSession(model.SerializeToString(), options)
+    return onnxruntime.InferenceSession(model.SerializeToString(), options)
+
+
+def run_session(session: onnxruntime.InferenceSession, inputs: dict[str, Any]) -> Any:
     brain = {name: array for name, array in inputs.items() if array.dtype.name == "bfloat16"}
     if not brain:
         return session.run(None, inputs)[0]
@@ -94,10 +101,11 @@ def run_onnxruntime(model: ModelProto, inputs: dict[str, Any], *, optimised: boo
     return session.run_with_ort_values(None, values)[0]
 
 
-def run_evaluator(model: ModelProto, inputs: dict[str, Any]) -> Any:
+def run_evaluator(model: ModelProto | ReferenceEvaluator, inputs: dict[str, Any]) -> Any:
     """First output in onnx's own reference evaluator."""
+    evaluator = model if isinstance(model, ReferenceEvaluator) else ReferenceEvaluator(model)
     with np.errstate(invalid="ignore"):  # its Attention subtracts infinities
-        return ReferenceEvaluator(model).run(None, inputs)[0]
+        return evaluator.run(None, inputs)[0]
 
 
 def check(model: ModelProto) -> None:
