@@ -68,18 +68,43 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: order.get(item.nodeid.partition("::")[0], len(order)))
 
 
+class Stays:
+    """Libraries and tests stay to the end: Python need not look through their million objects for garbage."""
+
+    file: Path | None = None  # of the test that runs
+    modules = 0
+
+    @classmethod
+    def mark(cls) -> None:
+        gc.freeze()
+        cls.modules = len(sys.modules)
+
+    @classmethod
+    def begin(cls, file: Path) -> None:
+        """Between two files, when the first one's fixtures are gone, what it loaded is marked too."""
+        if file != cls.file and len(sys.modules) > cls.modules:
+            gc.collect()
+            cls.mark()
+        cls.file = file
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Generator[None, object, object]:
-    """Libraries and tests stay to the end: Python need not look through their million objects for garbage."""
     gc.disable()
     try:
         return (yield)
     finally:
-        gc.freeze()
+        Stays.mark()
         gc.enable()
 
 
-def pytest_runtest_setup() -> None:
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    Stays.begin(item.path)
+    load_once()
+
+
+def load_once() -> None:
     """What costs most and gives the same each time is done once or never, where it is loaded.
 
     An export takes the vision graph of a tower that was captured before (tests/captures.py). torch.onnx reads its 500
