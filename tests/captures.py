@@ -3,7 +3,7 @@
 Most exports of the tests are of one tiny tower, and capturing it takes most of their time. Processes of a run share
 captures by a folder. That a capture of the same
 tower gives the same bytes is shown by tests/graphs/building/test_vision_capture.py, which captures each time, and by
-tests/btp_export/test_exporting.py, where another process captures.
+tests/btp_export/test_homes_and_encodings.py, where another process captures.
 """
 
 import hashlib

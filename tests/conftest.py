@@ -110,7 +110,7 @@ def load_once() -> None:
     An export takes the vision graph of a tower that was captured before (tests/captures.py). torch.onnx reads its 500
     translations once, not for every export, and torch.export lists the operators that are written in C++ once.
     transformers does not write every configuration that it reads as text, for a log that is off. Other processes do all
-    of this each time, and test_exporting.py compares the bundle of one with ours byte for byte.
+    of this each time, and test_homes_and_encodings.py compares the bundle of one with ours byte for byte.
     """
     exporting = sys.modules.get("btp_export.exporting")
     if exporting is not None:

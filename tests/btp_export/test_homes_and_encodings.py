@@ -1,5 +1,6 @@
 """Users without a home, and text and paths in every encoding: what comes out, and what is refused."""
 
+import contextlib
 import json
 import os
 import shlex
@@ -8,6 +9,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 from PIL import Image
@@ -18,13 +20,11 @@ from tests.btp_export.test_surroundings import COMMAND, shell
 from tests.conftest import BundleMaker
 
 NOBODY = "setpriv --reuid=54321 --regid=54321 --clear-groups"
-no_setpriv = pytest.mark.skipif(
-    os.geteuid() != 0 or shutil.which("setpriv") is None, reason="becoming a user of no name takes root and setpriv"
-)
+CAN_BE_NOBODY = os.geteuid() == 0 and shutil.which("setpriv") is not None
 
 
 # Calibrates, exports and runs, and asks for models that lie in a home; the answers, one list of all, on the last line.
-AS_NOBODY = """
+ELSEWHERE = """
 import contextlib, io, json, sys
 from btp_export.cli import main
 
@@ -36,7 +36,7 @@ def say(*arguments):
 
 for arguments in (
     ["calibrate", "--model", "model", "--samples", "2", "--out", "plan.json", "--json"],
-    ["export", "--model", "model", "--plan", "plan.json", "--out", "bundle"],
+    ["export", "--model", "model", "--plan", "plan.json", "--out", "bundle", *sys.argv[1:]],
 ):
     if main(arguments):
         sys.exit(f"{arguments} failed")
@@ -45,34 +45,64 @@ for model in ("~/model", "llava-1.5-7b"):
     answers.append(say("export", "--model", model, "--plan", "none", "--out", "another"))
 print(json.dumps(answers))
 """
+SHAPES = ["--text-tokens", "16", "--max-new-tokens", "12"]
 
 
-@no_setpriv
-def test_user_of_no_name(public: Path, tiny_checkpoint: Path) -> None:
+class Run(NamedTuple):
+    """What the process in another place left."""
+
+    folder: Path
+    answers: list[tuple[int, str, str]]
+    said: bytes
+
+
+@pytest.fixture(scope="module")
+def elsewhere(tiny_checkpoint: Path) -> Iterator[Run]:
+    """In another interpreter, with other hashes, and where that can be as a user who has no home and no name."""
+    with public() as folder:
+        temporary = folder / "tmp"
+        temporary.mkdir(mode=0o777)
+        temporary.chmod(0o777)
+        Image.new("RGB", (96, 96), "red").save(folder / "picture.png")
+        shutil.copytree(tiny_checkpoint, folder / "model")
+        for path in (folder / "model").iterdir():
+            path.chmod(0o644)
+        (folder / "model").chmod(0o755)
+        environment = f"env -u HOME -u USER -u LOGNAME -u XDG_CACHE_HOME TMPDIR={temporary} PYTHONHASHSEED=7"
+        command = [sys.executable, "-c", ELSEWHERE, *SHAPES]
+        done = shell(f"cd {folder} && {environment} {NOBODY if CAN_BE_NOBODY else ''} {shlex.join(command)}")
+        assert done.returncode == 0, done.stderr
+        yield Run(folder, json.loads(done.stdout.splitlines()[-1]), done.stderr)
+
+
+@pytest.mark.skipif(not CAN_BE_NOBODY, reason="becoming a user of no name takes root and setpriv")
+def test_user_of_no_name(elsewhere: Run) -> None:
     """Neither HOME nor an entry of the user: everything that needs no home works, and nothing is written in the place
     where the command runs.
     """
-    temporary = public / "tmp"
-    temporary.mkdir(mode=0o777)
-    temporary.chmod(0o777)
-    Image.new("RGB", (96, 96), "red").save(public / "picture.png")
-    shutil.copytree(tiny_checkpoint, public / "model")
-    for path in (public / "model").iterdir():
-        path.chmod(0o644)
-    (public / "model").chmod(0o755)
-    environment = f"env -u HOME -u USER -u LOGNAME -u XDG_CACHE_HOME TMPDIR={temporary}"
-    done = shell(f"cd {public} && {environment} {NOBODY} {sys.executable} -c {shlex.quote(AS_NOBODY)}")
-    assert done.returncode == 0, done.stderr
-    answer, *refusals = json.loads(done.stdout.splitlines()[-1])
+    answer, *refusals = elsewhere.answers
     assert answer[0] == 0 and answer[1].strip()
-    assert b"[W:" not in done.stderr and b"elemetry" not in done.stderr
-    assert {path.name for path in public.iterdir()} == {"model", "plan.json", "bundle", "picture.png", "tmp"}
-    assert (temporary / "btp-export-54321").stat().st_mode & 0o777 == 0o700
+    assert b"[W:" not in elsewhere.said and b"elemetry" not in elsewhere.said
+    assert {path.name for path in elsewhere.folder.iterdir()} == {"model", "plan.json", "bundle", "picture.png", "tmp"}
+    assert (elsewhere.folder / "tmp" / "btp-export-54321").stat().st_mode & 0o777 == 0o700
     for (code, _, err), said in zip(refusals, ("~/model: no such home folder", "there is no home folder"), strict=True):
         assert code in (2, 3) and said in err, err
 
 
-@pytest.fixture
+def test_two_exports_give_the_same_bytes(elsewhere: Run, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """In two processes and from two places: no order of a set, address, time or path may show."""
+    plan, one, two = str(elsewhere.folder / "plan.json"), tmp_path / "one", elsewhere.folder / "bundle"
+    assert cli.main(["export", "--model", str(tiny_checkpoint), "--plan", plan, "--out", str(one), *SHAPES]) == 0
+    assert contents(one) == contents(two)
+    for place in (elsewhere.folder, tmp_path):
+        assert not any(str(place).encode() in data for data in contents(two).values())
+
+
+def contents(root: Path) -> dict[str, bytes]:
+    return {path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+@contextlib.contextmanager
 def public() -> Iterator[Path]:
     """A folder that every user may read and write: pytest's own are private."""
     with tempfile.TemporaryDirectory() as name:
