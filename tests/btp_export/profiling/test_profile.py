@@ -100,19 +100,24 @@ def device(bundle: Bundle, folder: Path, monkeypatch: pytest.MonkeyPatch, *, fai
         (root / name).write_bytes(b"engine")
         (root / name).with_name("plugins").mkdir(exist_ok=True)
         ((root / name).parent / LIBRARY).write_bytes(b"library")
-    folder.mkdir()
-    options = (Path(trtexec_files.__file__).parent / "trtexec" / "10.3.txt").read_text().split()
-    settings = {"version": [10, 3], "options": options, "times": times(bundle), "fail": fail, "root": str(root)}
-    (folder / "plan.json").write_text(json.dumps(settings))
-    trtexec_files.put_program(folder)
+    trtexec_files.put_program(folder, times=times(bundle), fail=fail, root=str(root))
     monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
     return root
 
 
-def test_every_part_beside_its_limits(bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    root = device(bundle, tmp_path / "bin", monkeypatch)
-    said: list[tuple[int, int, str]] = []
-    found = profile_engines(bundle, TARGET, report=lambda *step: said.append(step))  # type: ignore[arg-type]
+@pytest.fixture(scope="module")
+def once(pristine: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A bundle, its engines, their profile by the script, which starts a program for each, and what it reported."""
+    folder, said = tmp_path_factory.mktemp("once"), list[tuple[int, int, str]]()
+    bundle = Bundle.open(shutil.copytree(pristine.root, folder / "bundle"))
+    with pytest.MonkeyPatch.context() as patch:
+        root = device(bundle, folder / "bin", patch)
+        found = profile_engines(bundle, TARGET, report=lambda *step: said.append(step))  # type: ignore[arg-type]
+    return bundle, root, found, said
+
+
+def test_every_part_beside_its_limits(once: Any) -> None:
+    bundle, root, found, said = once
     assert said[0][2] == "vision" and [step[0] for step in said] == list(range(len(said)))
     names = ["vision", "prefill_0", "select_0", "prefill_1", "select_1", "prefill_2", "select_2", "prefill_3"]
     assert [part.name for part in found.parts] == [*names, "head", "decode"]
@@ -345,12 +350,12 @@ def test_a_damaged_result_is_named(bundle: Bundle) -> None:
 
 
 def test_an_earlier_document_with_missing_parts_is_named(
-    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    bundle: Bundle, once: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     """Before anything is measured, by `profile` and by `report`; one of another version is left out."""
     root = device(bundle, tmp_path / "bin", monkeypatch)
     said: list[str] = []
-    profile_engines(bundle, TARGET)
+    shutil.copy(once[1] / "profile.baked.json", root)
     document = json.loads((root / "profile.baked.json").read_text())
     damaged = root / "profile.shared.json"
     for content in (json.dumps({key: document[key] for key in document if key != "totals"}), "{", "[]"):

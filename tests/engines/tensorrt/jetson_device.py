@@ -41,14 +41,10 @@ class Device:
         self.root, self.capture = folder / "copy", capture
         shutil.copytree(prepared, self.root)
         self.engines = self.root / "engines" / TARGET
-        tool = folder / "bin"
-        tool.mkdir()
-        options = (Path(trtexec_files.__file__).parent / "trtexec" / "10.3.txt").read_text().split()
-        self.plan = tool / "plan.json"
-        self.settings: dict[str, Any] = {"version": [10, 3], "options": options, "fail": "", "root": str(self.engines)}
-        self.settings["engine"] = {"version": VERSION, "capability": CAPABILITY, "capturable": True}
-        self.plan.write_text(json.dumps(self.settings))
-        trtexec_files.put_program(tool)
+        self.tool = tool = folder / "bin"
+        engine = {"version": VERSION, "capability": CAPABILITY, "capturable": True}
+        self.settings: dict[str, Any] = {"root": str(self.engines), "engine": engine}
+        trtexec_files.put_program(tool, **self.settings)
         patch.setenv("PATH", f"{tool}{os.pathsep}{os.environ['PATH']}")
         patch.setenv("PYTHONPATH", str(Path(trtexec_files.__file__).parent / "standin"))
         patch.setattr("platform.machine", lambda: "aarch64")
@@ -69,8 +65,7 @@ class Device:
 
     def plan_times(self, times: Mapping[str, float]) -> None:
         """How long trtexec says that engines take, milliseconds by their path in the folder of engines."""
-        self.settings["times"] = dict(times)
-        self.plan.write_text(json.dumps(self.settings))
+        trtexec_files.put_program(self.tool, **self.settings, times=dict(times))
 
     def build(self, *more: str, code: int = 0) -> Any:
         assert main(["build", str(self.root), *BUILD, "--json", *more]) == code

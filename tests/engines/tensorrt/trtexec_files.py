@@ -5,14 +5,22 @@ import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import median
 
 
-def put_program(folder: Path) -> None:
-    """The stand-in as `folder`/trtexec; it reads `folder`/plan.json."""
+def put_program(folder: Path, **settings: object) -> None:
+    """The stand-in as `folder`/trtexec of 10.3; it reads `folder`/plan.json, where the settings are."""
+    folder.mkdir(exist_ok=True)
+    options = (Path(__file__).parent / "trtexec" / "10.3.txt").read_text().split()
+    (folder / "plan.json").write_text(json.dumps({"version": [10, 3], "options": options, "fail": "", **settings}))
     standin, program = Path(__file__).with_name("trtexec_standin.py"), folder / "trtexec"
     program.write_text(f'#!/bin/sh\nPLAN={folder / "plan.json"} exec {sys.executable} -S -E {standin} "$@"\n')
     program.chmod(0o755)
+
+
+def median(values: Sequence[float]) -> float:
+    """The same as of `statistics`, which takes the stand-in a third of its time to load."""
+    ordered, half = sorted(values), len(values) // 2
+    return ordered[half] if len(values) % 2 else (ordered[half - 1] + ordered[half]) / 2
 
 
 def number(value: float) -> str:
