@@ -91,6 +91,8 @@ class Chain:
         self._kept: dict[int, Buffer] = {}
         self._scores: dict[int, Buffer] = {}
         self._last: list[Buffer] = []
+        self._chosen = {n: (stage.keep, plan.tokens_before(n)) for n, stage in enumerate(plan.stages) if stage.keep}
+        self._gone = [profile.image_tokens - segment.image_tokens for segment in self.segments]
         self._lengths = np.zeros((len(self.segments), profile.batch), np.int32)
         self._places = np.zeros(profile.batch, np.int64)  # of the next token, in the unpruned sequence
         decode = self._open(names.DECODE)
@@ -130,9 +132,9 @@ class Chain:
         for array, value in zip(program.inputs, values, strict=True):
             _fill(array, value)
         ran = program()
-        times = {name: ran.lasted(name) for name in ran.spans}
-        if self._joined is not None:
-            times |= self._joined.milliseconds()
+        times = {} if self._joined is None else self._joined.milliseconds()
+        for name in ran.spans:
+            times[name] = ran.lasted(name)
         times["total"] = ran.end - (ran.spans[names.VISION][1] if names.VISION in ran.spans else 0.0)
         logits, *found = program.outputs
         ends = [rows.tolist() for rows in found[: len(self.segments)]]
@@ -379,11 +381,10 @@ class Chain:
         last: of each sample in the unpruned sequence; ends: of each segment, the same in its own. Lists, as a numpy
         call takes longer than all of it.
         """
-        for number, stage in enumerate(self.plan.stages):
-            if stage.keep:
-                check_indices(number, kept[number], keep=stage.keep, tokens=self.plan.tokens_before(number))
-        for segment, rows in zip(self.segments, ends, strict=True):
-            wanted = [place - (self.profile.image_tokens - segment.image_tokens) for place in last]
+        for number, (keep, tokens) in self._chosen.items():
+            check_indices(number, kept[number], keep=keep, tokens=tokens)
+        for segment, gone, rows in zip(self.segments, self._gone, ends, strict=True):
+            wanted = [place - gone for place in last]
             if rows != wanted:
                 raise CheckError(
                     f"segment {segment.index} ends at rows {rows}: pruning did not happen as planned",

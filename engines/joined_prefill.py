@@ -40,7 +40,7 @@ class JoinedPrefill:
                 self._parts.append((names.select(segment.stage), 2 * segment.index))
         self.straight: set[str] = set()
         rows = dict(self._key_and_value_rows(runner, segments, memory, staging))
-        self._spans = allocate(np.dtype(np.int64), (len(segments), 2))
+        self._spans = allocate(np.dtype(np.int64), (2 * len(segments),))
         rows |= {
             self._own[names.prefill(segment.index)](names.TIMES): self._spans.view((2,), offset=2 * segment.index)
             for segment in segments
@@ -85,5 +85,5 @@ class JoinedPrefill:
         Segments say when their layers began and ended. What lies between two is the selection's time, what follows the
         last one the head's.
         """
-        marks = [self._began, *self._spans.read().ravel().tolist(), self._ended]
+        marks = [self._began, *self._spans.read().tolist(), self._ended]
         return {name: (marks[place + 1] - marks[place]) / 1e6 for name, place in self._parts}

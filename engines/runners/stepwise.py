@@ -13,15 +13,16 @@ class StepwiseProgram:
     """See `Program`. The arrays of buffers in host memory are the buffers themselves, so nothing is copied."""
 
     def __init__(self, steps: Sequence[Step], *, writes: Sequence[Buffer], reads: Sequence[Buffer]) -> None:
-        self._steps, self._writes, self._reads = steps, writes, reads
+        self._steps = steps
         self.inputs = [_array(buffer) for buffer in writes]
         self.outputs = [_array(buffer) for buffer in reads]
+        self._writes = _elsewhere(writes, self.inputs)
+        self._reads = _elsewhere(reads, self.outputs)
 
     def __call__(self, after: Callable[[], None] | None = None) -> Ran:
         begin = time.perf_counter()
-        for buffer, array in zip(self._writes, self.inputs, strict=True):
-            if not isinstance(buffer, HostBuffer):
-                buffer.write(array)
+        for buffer, array in self._writes:
+            buffer.write(array)
         spans = {}
         for step in self._steps:
             if step.graph is not None:
@@ -31,9 +32,8 @@ class StepwiseProgram:
                     spans[step.name] = start, _since(begin)
             if step.copies is not None:
                 step.copies()
-        for buffer, array in zip(self._reads, self.outputs, strict=True):
-            if not isinstance(buffer, HostBuffer):
-                array[...] = buffer.read()
+        for buffer, array in self._reads:
+            array[...] = buffer.read()
         if after is not None:
             after()
         return Ran(spans, _since(begin))
@@ -42,6 +42,12 @@ class StepwiseProgram:
 def _array(buffer: Buffer) -> Array:
     """Host memory for a buffer's tensor: its own if it lies there."""
     return buffer.array if isinstance(buffer, HostBuffer) else np.zeros(buffer.shape, buffer.dtype)
+
+
+def _elsewhere(buffers: Sequence[Buffer], arrays: Sequence[Array]) -> list[tuple[Buffer, Array]]:
+    """Those that do not lie in host memory, with their arrays there."""
+    pairs = zip(buffers, arrays, strict=True)
+    return [(buffer, array) for buffer, array in pairs if not isinstance(buffer, HostBuffer)]
 
 
 def _since(begin: float) -> float:
