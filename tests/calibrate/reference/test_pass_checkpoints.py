@@ -1,10 +1,9 @@
 """A pass that is cut off and resumed gives the same bytes as one that never was."""
 
 import itertools
+import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -192,36 +191,26 @@ def maps() -> str:
     return Path("/proc/self/maps").read_text()
 
 
-SCRIPT = """
-import os, signal, sys
-from pathlib import Path
-from calibrate.reference.streamed_model import StreamedReference
-from graphs.files.resume import work_folder
-from tests.calibrate.models import checkpoint
-from tests.calibrate.reference.test_pass_checkpoints import PLANS, stop_after
-import torch
-inputs = torch.load(sys.argv[2], weights_only=True)
-from calibrate.reference.records import ReferenceInput
-inputs = [ReferenceInput(*one) for one in inputs]
-calls = 0
-def progress(done, total):
-    global calls
-    calls += 1
-    if calls == 16:
-        os.kill(os.getpid(), signal.SIGKILL)
-with work_folder(Path(sys.argv[3]), "key", print, interval=0.0) as work:
-    StreamedReference(checkpoint(Path(sys.argv[1])), work=work).run(inputs, PLANS, progress=progress)
-"""
+def run_until_killed(folder: Path, inputs: list[Any], place: Path) -> None:
+    """In a child: kill -9 after so many steps of progress."""
+    count = itertools.count(1)
+
+    def progress(done: int, total: int) -> None:
+        if next(count) == 16:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    with work_folder(place, "key", print, interval=0.0) as work:
+        StreamedReference(checkpoint(folder), work=work).run(inputs, PLANS, progress=progress)
 
 
 def test_a_hard_kill_in_the_middle_of_a_pass(model: tuple[Any, Path], tmp_path: Path, notes: list[str]) -> None:
     inputs = [make_input(model[0], seed=seed)[0] for seed in range(2)]
-    torch.save([(one.input_ids, one.image_features) for one in inputs], tmp_path / "inputs.pt")
-    root = Path(__file__).parents[3]
-    arguments = [str(model[1]), str(tmp_path / "inputs.pt"), str(tmp_path / "work")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
-    done = subprocess.run([sys.executable, "-c", SCRIPT, *arguments], env=environment, cwd=root, check=False)
-    assert done.returncode == -signal.SIGKILL
+    child = multiprocessing.get_context("fork").Process(
+        target=run_until_killed, args=(model[1], inputs, tmp_path / "work")
+    )
+    child.start()
+    child.join(120)
+    assert child.exitcode == -signal.SIGKILL
     with work_folder(tmp_path / "work", "key", notes.append, interval=0.0) as work:
         got = StreamedReference(checkpoint(model[1]), work=work).run(inputs, PLANS)
     assert notes == ["resumed after layer 1 of an interrupted run"]
