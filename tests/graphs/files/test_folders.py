@@ -1,13 +1,14 @@
 """A folder is replaced in one step, and what a killed run left behind is put right by the next."""
 
+import itertools
 import multiprocessing
 import os
+import shutil
 import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,28 +18,26 @@ from graphs.files.folders import exchange, lock_file, recover, scratch, set_asid
 from graphs.records.errors import InputError
 
 FORMAT = '{"format": "btp-bundle/1"}'
-# Replaces the bundle at argv[1] and dies, as by kill -9, before the call of the function argv[2] number argv[3].
-KILLED = """
-import os, pathlib, shutil, sys
-from graphs.files import folders
-from graphs.files.atomic import staged
-destination, name, number, can = pathlib.Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4] == "exchange"
-if not can:
-    folders.exchange = lambda one, other: False
-calls = []
-def dying(real):
-    def call(*args, **kwargs):
-        calls.append(name)
-        if len(calls) == number:
-            os._exit(9)
-        return real(*args, **kwargs)
-    return call
-holder = {"exchange": folders, "rename": pathlib.Path, "rmtree": shutil}[name]
-with staged(destination, force=True) as root:
-    (root / "manifest.json").write_text('{"format": "btp-bundle/1"}')
-    (root / "mark").write_text("new")
-    setattr(holder, name, dying(getattr(holder, name)))
-"""
+
+
+def replace_until_killed(destination: Path, name: str, number: int, can: str) -> None:
+    """In a child: replace a bundle, and die, as by kill -9, before that call of the function of that name."""
+    if can != "exchange":
+        folders.exchange = lambda one, other: False
+    calls = itertools.count(1)
+
+    def dying(real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*given: Any, **named: Any) -> Any:
+            if next(calls) == number:
+                os._exit(9)
+            return real(*given, **named)
+
+        return call
+
+    holder = {"exchange": folders, "rename": Path, "rmtree": shutil}[name]
+    with staged(destination, force=True) as root:
+        bundle(root, "new")
+        setattr(holder, name, dying(getattr(holder, name)))
 
 
 def bundle(root: Path, mark: str) -> Path:
@@ -84,10 +83,12 @@ def test_killed_at_any_step_nothing_is_lost(tmp_path: Path, can: str, name: str,
     place = tmp_path / "place"
     place.mkdir()
     bundle(place / "b", "old")
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED, str(place / "b"), name, str(number), can], check=False, timeout=60
+    child = multiprocessing.get_context("fork").Process(
+        target=replace_until_killed, args=(place / "b", name, number, can)
     )
-    assert done.returncode == 9
+    child.start()
+    child.join(60)
+    assert child.exitcode == 9
     if can == "exchange":
         assert mark(place / "b") == then, "it is there at every moment"
     with pytest.raises(InputError, match="already holds a bundle"):
