@@ -56,6 +56,23 @@ def run(bundle: Bundle, wishes: Wishes = WHOLE, **options: Any) -> Result:
     return build(plan, builder.library, wish=wishes.plugins, **options)
 
 
+@pytest.fixture(scope="module")
+def built_once(tiny_bundle: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same bundle with its two engines."""
+    original = tiny_bundle(staged_plan(tiny_bundle().spec, *ONE_STAGE))
+    root = Path(shutil.copytree(original.root, tmp_path_factory.mktemp("built") / "bundle"))
+    first = run(Bundle.open(root))
+    assert first.built == ("prefill.engine", "decode.engine") and first.kept == ()
+    return root
+
+
+@pytest.fixture
+def with_engines(built_once: Path, tmp_path: Path) -> Bundle:
+    """A copy of it."""
+    shutil.copytree(built_once, tmp_path / "bundle")
+    return Bundle.open(tmp_path / "bundle")
+
+
 def engines(folder: Path) -> dict[str, tuple[int, str]]:
     """Every engine file there: when it was written, and its hash."""
     return {
@@ -77,27 +94,26 @@ def check_folder(folder: Path) -> EnginesRecord:
 # -- what is rebuilt -------------------------------------------------------------------------------------------------
 
 
-def test_only_what_changed_is_rebuilt(bundle: Bundle) -> None:
-    first = run(bundle)
-    assert first.built == ("prefill.engine", "decode.engine") and first.kept == ()
-    before = engines(first.folder)
-    assert run(bundle).built == () and engines(first.folder) == before
+def test_only_what_changed_is_rebuilt(with_engines: Bundle) -> None:
+    bundle, folder = with_engines, with_engines.root / "engines" / "rtx-ada"
+    before = engines(folder)
+    assert run(bundle).built == () and engines(folder) == before
 
-    whole = (first.folder / "decode.engine").read_bytes()
-    (first.folder / "decode.engine").write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    whole = (folder / "decode.engine").read_bytes()
+    (folder / "decode.engine").write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     assert run(bundle).built == ("decode.engine",)
-    after = engines(first.folder)
+    after = engines(folder)
     assert after["prefill.engine"] == before["prefill.engine"]
 
-    text = (first.folder / "engines.json").read_text()
-    version = check_folder(first.folder).graphs[0].engine.tensorrt_version  # type: ignore[union-attr]
-    (first.folder / "engines.json").write_text(text.replace(version, "1.7.0.1", 1))
+    text = (folder / "engines.json").read_text()
+    version = check_folder(folder).graphs[0].engine.tensorrt_version  # type: ignore[union-attr]
+    (folder / "engines.json").write_text(text.replace(version, "1.7.0.1", 1))
     assert run(bundle).built == ("prefill.engine",)
-    assert check_folder(first.folder).graphs[0].engine.tensorrt_version == version  # type: ignore[union-attr]
+    assert check_folder(folder).graphs[0].engine.tensorrt_version == version  # type: ignore[union-attr]
 
-    before = engines(first.folder)
+    before = engines(folder)
     assert run(bundle, force=True).built == ("prefill.engine", "decode.engine")
-    assert all(engines(first.folder)[name][0] != written for name, (written, _) in before.items())
+    assert all(engines(folder)[name][0] != written for name, (written, _) in before.items())
 
 
 def test_other_choices_rebuild_what_they_change_and_keep_what_is_the_users(bundle: Bundle) -> None:
@@ -258,9 +274,10 @@ def test_without_tensorrt_the_kit_is_written_and_said(
 
 
 def test_engines_built_elsewhere_are_kept_where_nothing_can_be_built(
-    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+    with_engines: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = engines(run(bundle).folder)
+    bundle = with_engines
+    before = engines(bundle.root / "engines" / "rtx-ada")
     monkeypatch.setattr(installed, "is_installed", lambda flavour: False)
     builder = machine_for(find_target("rtx-ada"), WHOLE)
     result = build(plan_build(bundle, find_target("rtx-ada"), builder.wishes), builder.library)
