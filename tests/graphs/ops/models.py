@@ -1,5 +1,6 @@
 """Models of a single operator, and the ways to run them."""
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -76,16 +77,25 @@ def linear_model(case: linear.Case, opset: int, form: str) -> ModelProto:
 
 
 def run_onnxruntime(model: ModelProto, inputs: dict[str, Any], *, optimised: bool = True, threads: int = 1) -> Any:
-    """First output in ONNX Runtime; also takes and gives types that numpy does not know itself."""
-    return run_session(session_of(model, optimised=optimised, threads=threads), inputs)
+    """First output in ONNX Runtime; also takes and gives types that numpy does not know itself.
+
+    Examples that differ in their numbers alone are one model, which is opened once.
+    """
+    return run_session(_opened(model.SerializeToString(), optimised, threads), inputs)
 
 
 def session_of(model: ModelProto, *, optimised: bool = True, threads: int = 1) -> onnxruntime.InferenceSession:
+    """A session of its own."""
+    return _opened.__wrapped__(model.SerializeToString(), optimised, threads)
+
+
+@functools.lru_cache(maxsize=128)
+def _opened(model: bytes, optimised: bool, threads: int) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     if not optimised:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    return onnxruntime.InferenceSession(model.SerializeToString(), options)
+    return onnxruntime.InferenceSession(model, options)
 
 
 def run_session(session: onnxruntime.InferenceSession, inputs: dict[str, Any]) -> Any:
@@ -101,12 +111,21 @@ def run_session(session: onnxruntime.InferenceSession, inputs: dict[str, Any]) -
     return session.run_with_ort_values(None, values)[0]
 
 
-def run_evaluator(model: ModelProto | ReferenceEvaluator, inputs: dict[str, Any]) -> Any:
+def run_evaluator(model: ModelProto, inputs: dict[str, Any]) -> Any:
     """First output in onnx's own reference evaluator."""
-    evaluator = model if isinstance(model, ReferenceEvaluator) else ReferenceEvaluator(model)
     with np.errstate(invalid="ignore"):  # its Attention subtracts infinities
-        return evaluator.run(None, inputs)[0]
+        return _evaluator(model.SerializeToString()).run(None, inputs)[0]
+
+
+@functools.lru_cache(maxsize=128)
+def _evaluator(model: bytes) -> ReferenceEvaluator:
+    return ReferenceEvaluator(ModelProto.FromString(model))
 
 
 def check(model: ModelProto) -> None:
-    onnx.checker.check_model(model, full_check=True)
+    _check(model.SerializeToString())
+
+
+@functools.lru_cache(maxsize=512)
+def _check(model: bytes) -> None:
+    onnx.checker.check_model(ModelProto.FromString(model), full_check=True)
