@@ -91,12 +91,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="where the JSON goes")
     parser.add_argument("--write", action="store_true", help="record the results, and show them in docs/performance.md")
     parser.add_argument("--threads", type=int, default=available_cores(), help="of every program; all cores")
-    parser.add_argument("--rounds", type=int, default=7, help="turns of each program; medians count")
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        default=7,
+        help="turns of each program; medians count (of tokens, as many as caches have room for)",
+    )
     parser.add_argument("--folder", type=Path, help="where models are made and stay; a temporary one if left out")
     given = parser.parse_args(arguments)
     for name in given.only or ():
         if name.partition(":")[0] not in mine:
             parser.error(f"no benchmark {name}: one of {', '.join(mine)}")
+    if given.rounds < 1 or given.threads < 1:
+        parser.error(f"--rounds {given.rounds}, --threads {given.threads}: wanted 1 or more")
     cache_folder().mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache_folder(), prefix="benchmarks-") as scratch:
         rounds = min(given.rounds, 2) if given.quick else given.rounds

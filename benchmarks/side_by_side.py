@@ -49,7 +49,8 @@ class Model:
         self.vocab = self.bundle.spec.decoder.vocab_size
         tokens = self.profile.total_tokens
         self.ids = np.random.default_rng(0).integers(5, self.vocab, (1, tokens)).tolist()
-        self.room = (wishes.rounds + 1) * STEPS
+        self.step_rounds = min(wishes.rounds, ROOM // STEPS - 1)  # and one that is not counted
+        self.room = (self.step_rounds + 1) * STEPS
 
     def ours(self, bundle: Bundle | None = None, *, profile: str | None = None) -> tuple[str, Given]:
         chosen = profile or self.profile.name
@@ -125,7 +126,7 @@ def beside(model: Model, program: str) -> Iterator[Row]:
             times = prefills_in_turns(running, rounds, uncounted=2 if program == COMPILED else 0)
             what = f"{model.name}: prefill, ours / {other.label}"
             yield ratio(what, times[0], times[1], unit="ms", limit=1.0, why=REASON)
-            steps = steps_in_turns(running, rounds, STEPS, vocab=model.vocab)
+            steps = steps_in_turns(running, model.step_rounds, STEPS, vocab=model.vocab)
             what = f"{model.name}: a token, ours / {other.label}"
             yield ratio(what, steps[0], steps[1], unit="ms", limit=1.0, why=REASON)
     except (NotHere, Failed, RuntimeError) as error:
@@ -142,7 +143,7 @@ def pruned(model: Model) -> Iterator[Row]:
         limit, square = full.needed / left.needed, full.decoder / left.decoder
         with started(model.ours(), model.ours(less)) as running:
             times = prefills_in_turns(running, rounds)
-            steps = steps_in_turns(running, rounds, STEPS, vocab=model.vocab)
+            steps = steps_in_turns(running, model.step_rounds, STEPS, vocab=model.vocab)
         found = ratio("", times[0], times[1], unit="ms", limit=limit, why="operations that pruning saves")
         reached = (found.value or 0.0) / limit
         what = f"{model.name}: prefill with {share:.0%} of the image tokens, times as fast"
@@ -162,6 +163,6 @@ def capacities(model: Model) -> Row:
     with started(model.ours(profile=model.roomy.name), model.ours()) as running:
         for process in running:
             process.prefill()
-        steps = steps_in_turns(running, model.wishes.rounds, STEPS, vocab=model.vocab)
+        steps = steps_in_turns(running, model.step_rounds, STEPS, vocab=model.vocab)
     what = f"{model.name}: a token in caches of {number(large)} rows, of the time in {number(small)}"
     return ratio(what, *steps, unit="ms", limit=1.0, why="the same context is read")
