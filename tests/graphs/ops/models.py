@@ -85,7 +85,7 @@ def run_onnxruntime(model: ModelProto, inputs: dict[str, Any], *, optimised: boo
 
 
 def session_of(model: ModelProto, *, optimised: bool = True, threads: int = 1) -> onnxruntime.InferenceSession:
-    """A session of its own."""
+    """A session of its own, which says again what it has to say of the model."""
     return _opened.__wrapped__(model.SerializeToString(), optimised, threads)
 
 
