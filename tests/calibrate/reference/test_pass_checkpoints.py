@@ -1,7 +1,6 @@
 """A pass that is cut off and resumed gives the same bytes as one that never was."""
 
 import itertools
-import multiprocessing
 import os
 import signal
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ from calibrate.reference.streamed_model import StreamedReference
 from graphs.files.resume import Work, work_folder
 from graphs.records.plan import Stage
 from tests.calibrate.models import checkpoint, make_input, make_llava
+from tests.children import exit_code
 
 LAYERS, SIDE = 6, 6
 SHAPE = Shape("llava", LAYERS, SIDE * SIDE, (SIDE, SIDE))
@@ -205,12 +205,7 @@ def run_until_killed(folder: Path, inputs: list[Any], place: Path) -> None:
 
 def test_a_hard_kill_in_the_middle_of_a_pass(model: tuple[Any, Path], tmp_path: Path, notes: list[str]) -> None:
     inputs = [make_input(model[0], seed=seed)[0] for seed in range(2)]
-    child = multiprocessing.get_context("fork").Process(
-        target=run_until_killed, args=(model[1], inputs, tmp_path / "work")
-    )
-    child.start()
-    child.join(120)
-    assert child.exitcode == -signal.SIGKILL
+    assert exit_code(run_until_killed, model[1], inputs, tmp_path / "work") == -signal.SIGKILL
     with work_folder(tmp_path / "work", "key", notes.append, interval=0.0) as work:
         got = StreamedReference(checkpoint(model[1]), work=work).run(inputs, PLANS)
     assert notes == ["resumed after layer 1 of an interrupted run"]

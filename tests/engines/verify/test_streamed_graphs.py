@@ -1,7 +1,6 @@
 """Graphs in parts: the parts are the graph, and streamed verification finds what the ordinary one finds."""
 
 import json
-import multiprocessing
 import os
 import shutil
 import signal
@@ -26,6 +25,7 @@ from graphs.building.graph_builder import GraphBuilder
 from graphs.building.graph_parts import has_bfloat16, split, wide_weights, widen
 from graphs.files.bundle import Bundle
 from graphs.files.onnx_file import read_graph
+from tests.children import exit_code
 from tests.engines.verify.test_verification import EARLY, PLAN, TEXT
 
 STREAMED = Streaming(above=0, part_bytes=0)  # every bundle, one layer at a time
@@ -203,10 +203,7 @@ def test_a_hard_kill_and_then_the_same_result(
     assert cli.main(command) == 0
     wanted = json.loads(capsys.readouterr().out)
     printed = tmp_path / "printed"
-    child = multiprocessing.get_context("fork").Process(target=verify_until_killed, args=(root, printed))
-    child.start()
-    child.join(120)
-    assert child.exitcode == -signal.SIGKILL and printed.read_bytes() == b""
+    assert exit_code(verify_until_killed, root, printed) == -signal.SIGKILL and printed.read_bytes() == b""
     assert list((tmp_path / "cache" / "btp-export" / "work").glob("*/*/*.json")), "a checkpoint stays behind"
     assert cli.main(command) == 0
     shown = capsys.readouterr()

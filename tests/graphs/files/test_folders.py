@@ -16,6 +16,7 @@ from graphs.files import folders
 from graphs.files.atomic import check_destination, check_outside, fresh, is_bundle, staged
 from graphs.files.folders import exchange, lock_file, recover, scratch, set_aside
 from graphs.records.errors import InputError
+from tests.children import exit_code
 
 FORMAT = '{"format": "btp-bundle/1"}'
 
@@ -83,12 +84,7 @@ def test_killed_at_any_step_nothing_is_lost(tmp_path: Path, can: str, name: str,
     place = tmp_path / "place"
     place.mkdir()
     bundle(place / "b", "old")
-    child = multiprocessing.get_context("fork").Process(
-        target=replace_until_killed, args=(place / "b", name, number, can)
-    )
-    child.start()
-    child.join(60)
-    assert child.exitcode == 9
+    assert exit_code(replace_until_killed, place / "b", name, number, can) == 9
     if can == "exchange":
         assert mark(place / "b") == then, "it is there at every moment"
     with pytest.raises(InputError, match="already holds a bundle"):
@@ -121,7 +117,7 @@ def test_a_reader_never_finds_nothing(tmp_path: Path) -> None:
 
 def test_the_folder_of_a_living_run_is_left_alone(tmp_path: Path) -> None:
     started = multiprocessing.get_context("fork").Event()
-    process = multiprocessing.get_context("fork").Process(target=_work, args=(tmp_path / "b", started))
+    process = multiprocessing.get_context("fork").Process(target=_work, args=(tmp_path / "b", started), daemon=True)
     process.start()
     assert started.wait(30)
     recover(tmp_path / "b", is_bundle)
