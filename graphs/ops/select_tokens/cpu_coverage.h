@@ -89,10 +89,7 @@ BTP_AVX512 inline int next_not_below_avx512(const int32_t* values, int n, int st
             return start + __builtin_ctz(found);
         }
     }
-    while (start < n && values[start] < least) {
-        ++start;
-    }
-    return start;
+    return next_not_below_body(values, n, start, least);
 }
 BTP_AVX2 inline int next_not_below_avx2(const int32_t* values, int n, int start, int32_t least)
 {

@@ -22,6 +22,7 @@ namespace btp {
 
 constexpr size_t kStripe = 32;  // columns that are multiplied together
 constexpr size_t kTile = 8;     // rows that are; there are rows up to a multiple of it
+static_assert(kStripe % kTile == 0, "a thread's unit rows (cpu_rows.h) end where the next one's begin");
 
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC push_options
