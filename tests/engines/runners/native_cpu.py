@@ -8,8 +8,8 @@ import onnx
 import pytest
 
 from engines.native.libraries import multiplies
-from engines.runners.onnxruntime import OrtLoader
 from tests.engines.native import builds
+from tests.engines.runners.sessions import opened
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -18,6 +18,4 @@ here = pytest.mark.skipif(not multiplies(builds.ort_library()), reason="this pro
 
 def run(model: onnx.ModelProto, folder: Path, given: dict[str, Array], threads: int = 1) -> dict[str, Array]:
     """The outputs of a model, whose nodes are replaced as in every session."""
-    path = folder / "model.onnx"
-    onnx.save(model, path)
-    return OrtLoader(threads=threads, custom_ops=builds.ort_library())(path).run(given)
+    return opened(model, folder, threads=threads).run(given)

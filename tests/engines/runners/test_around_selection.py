@@ -11,17 +11,14 @@ from onnx import ModelProto, NodeProto, helper
 
 from engines.runners.on_cpu import around_selection
 from engines.runners.on_cpu.around_selection import ROWS_AT, SCORES, STREAM
-from engines.runners.onnxruntime import OrtLoader
 from graphs.building.decoder import Stream, last_query
 from graphs.building.graph_builder import GraphBuilder
-from graphs.building.portable_bodies import embed_bodies
-from graphs.building.selection import add_selection
 from graphs.dtypes import Precision
 from graphs.pruning.torch_scores import importance_scores
 from graphs.records.errors import BtpError
 from graphs.records.plan import PruningPlan, Stage
 from graphs.records.shapes import ShapeProfile
-from tests.engines.native import builds
+from tests.engines.runners.sessions import opened, with_selection
 
 Array = np.ndarray[Any, np.dtype[Any]]
 BATCH, PREFIX, TOKENS, WIDTH, SIZE, KV_HEADS = 2, 3, 12, 8, 20, 2  # more than a vector of numbers in a head
@@ -48,14 +45,7 @@ def stage_model(
     query, key = b.input("query", (BATCH, heads, S, SIZE)), b.input("key", (BATCH, KV_HEADS, S, SIZE))
     rows = last_query(b, query, last) if stage is not BY_TEXT else b.slice(query, 2, S - 5, S, "text_query")
     stream = Stream(b.input("hidden", (BATCH, S, WIDTH)), cos, sin, last)
-    chosen = add_selection(b, plan_of(stage), 0, PROFILE, stream, query=rows, key=key)
-    assert chosen.indices is not None and chosen.scores is not None
-    b.output(chosen.indices, "indices")
-    b.output(chosen.scores, "scores")
-    for name in ("hidden", "cos", "sin", "last"):
-        b.output(getattr(chosen.stream, name), f"{name}_out")
-    embed_bodies(b)
-    return ir.to_proto(b.build().model)
+    return with_selection(b, plan_of(stage), PROFILE, stream, query=rows, key=key)
 
 
 def inputs(heads: int) -> dict[str, Array]:
@@ -64,12 +54,6 @@ def inputs(heads: int) -> dict[str, Array]:
     shapes |= {"query": (heads, S, SIZE), "key": (KV_HEADS, S, SIZE)}
     made = {name: rng.standard_normal((BATCH, *shape), np.float32) for name, shape in shapes.items()}
     return made | {"last": np.array([S - 1, S - 4], np.int32)}
-
-
-def opened(model: ModelProto, folder: Path, **options: Any) -> Any:
-    path = folder / "select_0.onnx"
-    path.write_bytes(model.SerializeToString())
-    return OrtLoader(threads=1, **{"custom_ops": builds.ort_library()} | options)(path)
 
 
 def replaced(model: ModelProto) -> list[str]:

@@ -13,9 +13,9 @@ from onnx import NodeProto, TensorProto, helper
 from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument, RuntimeException
 
 from engines.runners.on_cpu.causal_attention import NODE, OWN, for_cpu
-from engines.runners.onnxruntime import OrtLoader
 from tests.engines.native import builds
 from tests.engines.runners.native_cpu import here
+from tests.engines.runners.sessions import opened
 
 BATCH, HEADS, KV_HEADS, TOKENS, SIZE = 2, 4, 2, 37, 16
 QUERY, KEY = (BATCH, HEADS, TOKENS, SIZE), (BATCH, KV_HEADS, TOKENS, SIZE)
@@ -70,9 +70,7 @@ def run(
     model: onnx.ModelProto, folder: Path, inputs: dict[str, np.ndarray], *, native: bool = False
 ) -> dict[str, np.ndarray]:
     """As bundles are run on a CPU; native: with btp_ort."""
-    path = folder / "attention.onnx"
-    onnx.save(model, path)
-    return OrtLoader(threads=1, custom_ops=builds.ort_library() if native else None)(path).run(inputs)
+    return opened(model, folder, **({} if native else {"custom_ops": None})).run(inputs)
 
 
 def rows_of_tokens(x: np.ndarray) -> np.ndarray:

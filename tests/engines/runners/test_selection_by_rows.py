@@ -9,11 +9,8 @@ import torch
 from onnx import ModelProto
 
 from engines.runners.on_cpu import selection
-from engines.runners.onnxruntime import OrtLoader
 from graphs.building.decoder import Stream
 from graphs.building.graph_builder import GraphBuilder
-from graphs.building.portable_bodies import embed_bodies
-from graphs.building.selection import add_selection
 from graphs.dtypes import Precision
 from graphs.ops import select_tokens
 from graphs.pruning.spatial_set import stage_seeds
@@ -21,7 +18,7 @@ from graphs.pruning.torch_scores import cosine_similarity, importance_scores
 from graphs.records.plan import PruningPlan, Stage
 from graphs.records.shapes import ShapeProfile
 from graphs.records.spec import DecoderSpec
-from tests.engines.native import builds
+from tests.engines.runners.sessions import opened, with_selection
 
 BATCH, PREFIX, TOKENS, WIDTH = 2, 3, 77, 48  # more than two stripes of columns, the last one not of whole blocks
 SPEC = DecoderSpec(
@@ -48,14 +45,7 @@ def select_model(stage: Stage, opset: int, precision: Precision = "float32") -> 
     cos, sin = (b.input(name, (*shape, SPEC.head_dim // 2)) for name in ("cos", "sin"))
     last = b.input("last", (BATCH,), ir.DataType.INT32)
     stream = Stream(b.input("hidden", (*shape, WIDTH)), cos, sin, last)
-    chosen = add_selection(b, plan, 0, PROFILE, stream, query=None, key=None)
-    assert chosen.indices is not None and chosen.scores is not None
-    b.output(chosen.indices, "indices")
-    b.output(chosen.scores, "scores")
-    for name in ("hidden", "cos", "sin", "last"):
-        b.output(getattr(chosen.stream, name), f"{name}_out")
-    embed_bodies(b)
-    return plan, ir.to_proto(b.build().model)
+    return plan, with_selection(b, plan, PROFILE, stream)
 
 
 def exact_rows() -> torch.Tensor:
@@ -96,9 +86,7 @@ def test_selects_what_the_reference_selects(
     stage: Stage, opset: int, precision: Precision, threads: int, tmp_path: Path
 ) -> None:
     plan, model = select_model(stage, opset, precision)
-    path = tmp_path / "select_0.onnx"
-    path.write_bytes(model.SerializeToString())
-    runner = OrtLoader(threads=threads, custom_ops=builds.ort_library())(path)
+    runner = opened(model, tmp_path, threads=threads)
     hidden = exact_rows()
     given = {name: np.zeros(spec.shape, spec.dtype) for name, spec in runner.inputs.items()}
     found = runner.run(given | {"hidden": hidden.numpy().astype(precision)})

@@ -12,12 +12,11 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 from engines.runners.on_cpu import linear
-from engines.runners.onnxruntime import OrtLoader
 from graphs.dtypes import BFLOAT16
 from graphs.ops.linear import function
 from graphs.records.errors import BtpError
-from tests.engines.native import builds
 from tests.engines.runners.native_cpu import here
+from tests.engines.runners.sessions import opened
 
 Array = np.ndarray[Any, np.dtype[Any]]
 OUTPUTS = 12
@@ -91,10 +90,7 @@ def rounded(x: Array, group: int) -> Array:
 
 
 def run(model: onnx.ModelProto, x: Array, folder: Path, threads: int = 1) -> Array:
-    path = folder / "linear.onnx"
-    onnx.save(model, path)
-    runner = OrtLoader(threads=threads, accuracy_level=4, custom_ops=builds.ort_library())(path)
-    return runner.run({"x": x})["y"]
+    return opened(model, folder, threads=threads, accuracy_level=4).run({"x": x})["y"]
 
 
 def half_a_place(y: Array, dtype: Any) -> Array:
