@@ -17,7 +17,7 @@ from graphs.ops.domain import DOMAIN
 
 FLOAT: Final = "BtpLinearFloat"  # graphs/ops/linear/cpu.cc
 PLACES, COLUMNS = 16, 32  # K and N are multiples of them
-FEW, MANY = 8, 192  # rows; with a number between, what is packed already is as fast or faster
+FEW, MANY = 8, 64  # rows; with a number between, what is packed already is as fast or faster
 LARGE: Final = 2**20  # weights; fewer stay in the cache, packed, and ONNX Runtime's product is as fast as the processor
 
 

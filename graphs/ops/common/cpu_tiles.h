@@ -26,6 +26,14 @@ constexpr size_t kTileColumns = 32;
 constexpr size_t kVector = 16;
 constexpr size_t kAhead = 32;  // steps of the depth that rows are fetched before they are read
 
+// Rows of a stored matrix, `apart` numbers apart, that come near a few at a time while a tile is computed: 16 numbers of each
+// for 16 steps of the depth. All of them at once would fill the places for lines that are on their way, and the tile would wait.
+struct Coming {
+    const float* first = nullptr;
+    size_t apart = 0;
+    size_t count = 0;
+};
+
 // What a tile is computed from, and where it goes.
 struct Tile {
     const float* rows;     // [depth, M]
@@ -34,6 +42,7 @@ struct Tile {
     const float* before;   // [M, 32], what is added; null: nothing
     float* to;             // [M, 32], rows `next` apart
     size_t next;
+    Coming coming = {};
 };
 
 template <int M>
@@ -47,8 +56,15 @@ BTP_AVX512 inline void multiply_tile(const Tile& t)
         sums[m][0] = sums[m][1] = _mm512_setzero_ps();
         _mm_prefetch(reinterpret_cast<const char*>(to + static_cast<size_t>(m) * next), _MM_HINT_T0);
     }
+    Coming coming = t.coming;
     size_t left = t.depth;
     do {
+        if (coming.count != 0 && left % kVector == 0) {
+            for (size_t row = 0; row < coming.count; ++row) {
+                _mm_prefetch(reinterpret_cast<const char*>(coming.first + row * coming.apart), _MM_HINT_T0);
+            }
+            coming.first += kVector;
+        }
         const __m512 lower = _mm512_load_ps(columns), upper = _mm512_load_ps(columns + kVector);
         _mm_prefetch(reinterpret_cast<const char*>(rows + kAhead * M), _MM_HINT_T0);
         BTP_UNROLLED for (int m = 0; m < M; ++m) {

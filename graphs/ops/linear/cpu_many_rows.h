@@ -42,7 +42,7 @@ BTP_AVX512 inline void multiply_block(const Rows& x, size_t inputs, const float*
     const RowPanels panels(x.count);
     float* const sums = scratch + kTileColumns * kDepth;  // tile after tile
     for (size_t place = 0; place < inputs; place += kDepth) {
-        const size_t depth = std::min(kDepth, inputs - place), vectors = depth / kVector;
+        const size_t depth = std::min(kDepth, inputs - place);
         const bool last = place + depth == inputs;
         for (size_t column = 0; column < columns; column += kTileColumns) {
             for (size_t half = 0; half < kTileColumns; half += kVector) {
@@ -51,21 +51,18 @@ BTP_AVX512 inline void multiply_block(const Rows& x, size_t inputs, const float*
                     turn(stored + step, inputs, scratch + step * kTileColumns + half, kTileColumns);
                 }
             }
-            // Meanwhile the next 32 columns, or places, come nearer.
+            // Meanwhile the next 32 columns, or places, come nearer, some of them with each panel.
             const bool end = column + kTileColumns == columns;
             const float* const coming = weights + (end ? 0 : (column + kTileColumns) * inputs) + place + (end ? depth : 0);
-            const size_t lines = end && last ? 0 : kTileColumns * vectors, share = lines / panels.count + 1;
-            size_t line = 0;
+            const size_t wanted = end && last ? 0 : kTileColumns, share = (wanted + panels.count - 1) / panels.count;
             for (size_t panel = 0; panel < panels.count; ++panel) {
-                for (const size_t stop = std::min(line + share, lines); line < stop; ++line) {
-                    const float* const part = coming + line / vectors * inputs + line % vectors * kVector;
-                    _mm_prefetch(reinterpret_cast<const char*>(part), _MM_HINT_T0);
-                }
+                const size_t asked = std::min(panel * share, wanted), some = std::min(share, wanted - asked);
                 const size_t first = panels.first(panel), height = panels.height(panel);
                 float* const own = sums + first * columns + column * height;
                 multiply_tile(height, {x.laid_out + place * x.count + first * depth, scratch, depth,
                                        place == 0 ? nullptr : own, last ? y + first * next + column : own,
-                                       last ? next : kTileColumns});
+                                       last ? next : kTileColumns,
+                                       {coming + asked * inputs, inputs, some}});
             }
         }
     }

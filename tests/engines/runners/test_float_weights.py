@@ -122,17 +122,17 @@ def test_a_session_reads_the_weights_as_they_are_stored(tmp_path: Path) -> None:
 def test_what_is_replaced() -> None:
     wide = np.zeros((1024, 1024), np.float32)
     cases = {
-        "many rows": (model_of("Gemm", wide, rows=192), True),
+        "many rows": (model_of("Gemm", wide, rows=64), True),
         "a batch of a few": (model_of("Gemm", wide, rows=8), True),
         "more rows": (model_of("Gemm", wide, rows=9), False),
-        "not yet many": (model_of("Gemm", wide, rows=191), False),
+        "not yet many": (model_of("Gemm", wide, rows=63), False),
         "any number of rows": (model_of("Gemm", wide), False),
-        "small weights": (model_of("Gemm", wide[:512], rows=192), False),
-        "other columns": (model_of("Gemm", np.zeros((1040, 1024), np.float32), rows=192), False),
-        "other places": (model_of("Gemm", np.zeros((1024, 1032), np.float32), rows=192), False),
-        "float16": (model_of("Gemm", wide.astype(np.float16), rows=192), False),
+        "small weights": (model_of("Gemm", wide[:512], rows=64), False),
+        "other columns": (model_of("Gemm", np.zeros((1040, 1024), np.float32), rows=64), False),
+        "other places": (model_of("Gemm", np.zeros((1024, 1032), np.float32), rows=64), False),
+        "float16": (model_of("Gemm", wide.astype(np.float16), rows=64), False),
     }
-    scaled = model_of("Gemm", wide, rows=192)
+    scaled = model_of("Gemm", wide, rows=64)
     scaled.graph.node[0].attribute.append(helper.make_attribute("alpha", 2.0))
     for name, (model, replaced) in (cases | {"scaled": (scaled, False)}).items():
         float_weights.for_cpu(model)
