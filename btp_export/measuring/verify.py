@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -235,7 +234,6 @@ def _verify(job: _Job, work: Work | None) -> _Found:
     plan, precision = job.bundle.plan_for(job.profile.name), job.bundle.manifest.build.precision
     samples, prepared = _prepared(job)
     free, silence = _free_run(job, samples, work)
-    gc.collect()  # a chain refers to itself; from here on one layer or one graph is open at a time
     inputs = _with_new_tokens(prepared, free, job.tokens)
     checkpoint = job.bundle.checkpoint()
     reference = StreamedReference(checkpoint, dtype=dtypes.BY_NAME[job.maths].torch, device=job.device, work=work)

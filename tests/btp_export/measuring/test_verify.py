@@ -1,6 +1,7 @@
 """`verify` on whole bundles."""
 
 import dataclasses
+import gc
 import json
 import os
 import shutil
@@ -131,6 +132,38 @@ def test_the_graph_that_overflows_is_named(overflowing: Path, streaming: Streami
     wrong = {graph.name for graph in result.graphs if graph.cosine is None}
     assert wrong == {"prefill_1", "decode"} and len(result.graphs) == 10
     assert result.kept_agreement == (1.0, 1.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("overflows", "streaming"),
+    [(False, None), (True, None), (True, Streaming(above=0, part_bytes=1))],
+    ids=["open", "overflows", "overflows streamed"],
+)
+def test_what_the_free_run_opened_is_closed_before_the_reference_runs(
+    overflows: bool, streaming: Streaming | None, tiny_bundle: Any, overflowing: Path
+) -> None:
+    """Without waiting for the collector, for which large models have no room."""
+    bundle = Bundle.open(overflowing) if overflows else tiny_bundle(PLAN)
+    left = []
+
+    def look(done: int, total: int, text: str = "") -> None:
+        if text.startswith("reference") and not left:
+            left.append(opened())
+
+    gc.collect()
+    before = opened()
+    gc.disable()
+    try:
+        verify_bundle(bundle, samples=1, tokens=2, threads=1, streaming=streaming, report=look)
+    finally:
+        gc.enable()
+    assert left == [before]
+
+
+def opened() -> list[str]:
+    """Sessions and towers that are open, by their classes."""
+    kinds = [type(one).__name__ for one in gc.get_objects()]
+    return sorted(kind for kind in kinds if kind in ("OrtRunner", "StreamedRunner", "ImageFeatures"))
 
 
 def test_the_command_that_was_advised_answers(overflowing: Path, capsys: pytest.CaptureFixture[str]) -> None:
