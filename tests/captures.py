@@ -1,8 +1,8 @@
 """The vision graph of a tower is captured once a run of tests; an export of the same tower takes a copy.
 
 Most exports of the tests are of one tiny tower, and capturing it takes most of their time. Processes of a run share
-captures by a folder. That a capture of the same
-tower gives the same bytes is shown by tests/graphs/building/test_vision_capture.py, which captures each time, and by
+captures by a folder. That a capture of the same tower gives the same bytes, also when the tower ran before, is shown
+by tests/graphs/building/test_vision_capture.py, which takes none from here, and by
 tests/btp_export/test_homes_and_encodings.py, where another process captures.
 """
 
@@ -17,6 +17,8 @@ from typing import Any
 
 import onnx
 import onnx_ir as ir
+from transformers import PreTrainedConfig
+from transformers.utils import output_capturing
 
 from graphs import names
 from graphs.building.graph_builder import BuiltGraph, serialize
@@ -66,9 +68,14 @@ def shared(key: str, capture: Callable[[], Captured]) -> Captured:
 
 
 class Pickler(pickle.Pickler):
-    """Tensors by their values: torch's own form has addresses in it."""
+    """Tensors by their values: torch's own form has addresses in it.
+
+    Configurations have the kind of their model, which is stored in those that were read from a file that names it.
+    """
 
     def reducer_override(self, held: Any) -> Any:
+        if isinstance(held, PreTrainedConfig):
+            return dict, (sorted((vars(held) | {"model_type": held.model_type}).items()),)
         if type(held).__module__.partition(".")[0] != "torch" or not hasattr(held, "numpy"):
             return NotImplemented
         return bytes, (f"{held.dtype} {tuple(held.shape)} ".encode() + held.detach().contiguous().numpy().tobytes(),)
@@ -84,6 +91,7 @@ def pickled(value: Any) -> bytes:
 def parts_of(module: Any) -> Iterator[bytes]:
     """All that decides what a module computes: classes, attributes, weights, variables that a local class closes over.
 
+    Not whether it ran before: transformers then hooks layers to record what they give, which changes nothing.
     Raises whatever pickle does for an attribute of another kind.
     """
     kind = type(module)
@@ -92,6 +100,8 @@ def parts_of(module: Any) -> Iterator[bytes]:
         held = cell.cell_contents
         yield held.__name__.encode() if isinstance(held, ModuleType) else pickled(held)
     for name, value in sorted(vars(module).items()):
+        if name == "_output_capturing_hooks_installed":
+            continue
         yield name.encode()
         if name in ("_parameters", "_buffers"):
             for key, tensor in value.items():
@@ -101,5 +111,7 @@ def parts_of(module: Any) -> Iterator[bytes]:
             for key, child in value.items():
                 yield key.encode()
                 yield from parts_of(child)
+        elif name == "_forward_hooks":
+            yield pickled([hook for hook in value.values() if hook.__module__ != output_capturing.__name__])
         else:
             yield pickled(value)

@@ -32,8 +32,8 @@ TEXT: dict[str, Any] = {
     "rope_parameters": {"rope_type": "default", "rope_theta": ROPE_THETA, "mrope_section": [2, 3, 3]},
 }  # fmt: skip
 VISION: dict[str, Any] = {
-    "depth": 3, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 64,
-    "fullatt_block_indexes": [1],
+    "depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 64,
+    "fullatt_block_indexes": [0],
 }  # fmt: skip
 
 Layout = Literal["hub", "new"]

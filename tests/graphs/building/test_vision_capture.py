@@ -1,4 +1,5 @@
 import copy
+import functools
 
 import numpy as np
 import onnx
@@ -8,6 +9,7 @@ import torch
 
 from btp_export.families import family_for
 from graphs.building.decoder_graphs import serialize
+from graphs.building.graph_builder import BuiltGraph
 from graphs.building.vision_capture import VISION_FILE, bind_to, capture_vision
 from graphs.files.safetensors_file import write_tensors
 from graphs.records.errors import InputError
@@ -24,6 +26,21 @@ def module(sample):
     return family_for(sample.checkpoint.config).vision_module(sample.checkpoint)
 
 
+@pytest.fixture(scope="module")
+def capture(sample, module):
+    """`capture(opset, ...)`: what capturing the tower gave, once for all tests that change nothing of it."""
+    scoring = family_for(sample.checkpoint.config).vision_module(sample.checkpoint, class_attention=True)
+
+    @functools.cache
+    def once(opset, batch, precision, class_attention):
+        settings = {"batch": batch, "opset": opset, "precision": precision, "class_attention": class_attention}
+        return capture_vision(scoring if class_attention else module, image_size=(16, 16), **settings)
+
+    return lambda opset, batch=2, precision="float32", class_attention=False: once(
+        opset, batch, precision, class_attention
+    )
+
+
 def on_disk(graph, weights, folder):
     (folder / "weights").mkdir()
     write_tensors(folder / "weights" / VISION_FILE, weights)
@@ -37,8 +54,8 @@ def transformers_features(sample, pixels):
 
 
 @pytest.mark.parametrize(("opset", "batch"), [(18, 1), (18, 2), (23, 2)])
-def test_vision_graph_matches_transformers(opset, batch, sample, module, tmp_path):
-    graph, weights = capture_vision(module, batch=batch, image_size=(16, 16), opset=opset)
+def test_vision_graph_matches_transformers(opset, batch, sample, capture, tmp_path):
+    graph, weights = capture(opset, batch)
     path = on_disk(graph, weights, tmp_path)
     onnx.checker.check_model(str(path), full_check=True)
     session = onnxruntime.InferenceSession(path)
@@ -62,11 +79,8 @@ def class_attention(sample, pixels):
 @pytest.mark.parametrize(
     ("opset", "precision", "near"), [(18, "float32", 1e-6), (23, "float32", 1e-6), (23, "float16", 2e-3)]
 )
-def test_class_attention_is_transformers(opset, precision, near, sample, tmp_path):
-    module = family_for(sample.checkpoint.config).vision_module(sample.checkpoint, class_attention=True)
-    graph, weights = capture_vision(
-        module, batch=2, image_size=(16, 16), opset=opset, precision=precision, class_attention=True
-    )
+def test_class_attention_is_transformers(opset, precision, near, sample, capture, tmp_path):
+    graph, weights = capture(opset, precision=precision, class_attention=True)
     path = on_disk(graph, weights, tmp_path)
     onnx.checker.check_model(str(path), full_check=True)
     pixels = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
@@ -79,17 +93,14 @@ def test_class_attention_is_transformers(opset, precision, near, sample, tmp_pat
     assert np.abs(features - wanted).max() < (0.02 if precision == "float16" else 1e-5) * np.abs(wanted).max()
 
 
-def test_another_capture_reads_the_same_weights(sample, module, tmp_path):
+def test_another_capture_reads_the_same_weights(capture, tmp_path):
     """A graph with one output more on the file that the graph without it was captured with."""
-    _, weights = capture_vision(module, batch=1, image_size=(16, 16), opset=23)
+    _, weights = capture(23)
     write_tensors(tmp_path / VISION_FILE, weights)
-    family = family_for(sample.checkpoint.config)
-    more, its_own = capture_vision(
-        family.vision_module(sample.checkpoint, class_attention=True),
-        batch=1, image_size=(16, 16), opset=23, class_attention=True,
-    )  # fmt: skip
+    first, its_own = capture(23, class_attention=True)
+    more = BuiltGraph(first.name, first.model.clone(), first.layers)  # which is changed here
     (tmp_path / "own").mkdir()
-    pixels = np.random.default_rng(0).standard_normal((1, 3, 16, 16), dtype=np.float32)
+    pixels = np.random.default_rng(0).standard_normal((2, 3, 16, 16), dtype=np.float32)
     alone = onnxruntime.InferenceSession(on_disk(more, its_own, tmp_path / "own")).run(None, {"pixel_values": pixels})
     (tmp_path / "bound").mkdir()
     shared = onnxruntime.InferenceSession(
@@ -102,9 +113,9 @@ def test_another_capture_reads_the_same_weights(sample, module, tmp_path):
         bind_to(more, tmp_path / "fewer.safetensors")
 
 
-def test_half_precision_is_typed_throughout_and_leaves_the_module_alone(sample, module, tmp_path):
-    before = copy.deepcopy(module.state_dict())
-    graph, weights = capture_vision(module, batch=1, image_size=(16, 16), opset=18, precision="float16")
+def test_half_precision_is_typed_throughout_and_leaves_the_module_alone(sample, module, capture, tmp_path):
+    before = family_for(sample.checkpoint.config).vision_module(sample.checkpoint).state_dict()
+    graph, weights = capture(18, 1, "float16")
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
     assert {array.dtype for array in weights.values()} == {np.dtype(np.float16)}
     path = on_disk(graph, weights, tmp_path)
@@ -116,9 +127,9 @@ def test_half_precision_is_typed_throughout_and_leaves_the_module_alone(sample, 
     assert np.abs(got - wanted).max() < 0.02 * np.abs(wanted).max()
 
 
-def test_same_bytes_twice_and_nothing_of_the_machine_in_them(module, capfd):
-    first, weights = capture_vision(module, batch=1, image_size=(16, 16), opset=23)
-    second, again = capture_vision(module, batch=1, image_size=(16, 16), opset=23)
+def test_same_bytes_twice_and_nothing_of_the_machine_in_them(module, capture, capfd):
+    first, weights = capture(23)
+    second, again = capture_vision(module, batch=2, image_size=(16, 16), opset=23)
     data = serialize(first)
     assert data == serialize(second)
     assert list(weights) == list(again)
@@ -129,11 +140,10 @@ def test_same_bytes_twice_and_nothing_of_the_machine_in_them(module, capfd):
     assert captured.out == captured.err == ""
 
 
-def test_in_place_gives_the_same_graph_and_weights(module):
-    shape = {"batch": 1, "image_size": (16, 16), "opset": 23, "precision": "float16"}
-    graph, weights = capture_vision(module, **shape)
+def test_in_place_gives_the_same_graph_and_weights(module, capture):
+    graph, weights = capture(18, 1, "float16")
     own = copy.deepcopy(module)
-    other, same = capture_vision(own, **shape, in_place=True)
+    other, same = capture_vision(own, batch=1, image_size=(16, 16), opset=18, precision="float16", in_place=True)
     assert {value.dtype for value in own.state_dict().values() if value.is_floating_point()} == {torch.float16}
     assert serialize(graph) == serialize(other)
     assert list(weights) == list(same)
