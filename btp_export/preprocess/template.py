@@ -100,6 +100,13 @@ class _Environment(ImmutableSandboxedEnvironment):
             _guard(name, (owner, *args), kwargs)
         return super().call(__context, __obj, *args, **kwargs)
 
+    def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
+        """jinja2 puts a function of its own in the place of a text's `format`; `call` does not see whose it was."""
+        wrapped: Callable[..., str] | None = super().wrap_str_format(value)
+        if wrapped is not None:
+            _refuse_widths(value.__self__)
+        return wrapped
+
 
 def _guard_operator(operator: str, left: Any, right: Any) -> None:
     numbers = [value for value in (left, right) if isinstance(value, int)]
@@ -117,7 +124,7 @@ def _guard_operator(operator: str, left: Any, right: Any) -> None:
 
 def _guard(name: str, arguments: Sequence[Any], named: Mapping[str, Any]) -> None:
     """Raise SecurityError if a filter, or a method of a text, would make too much of its arguments."""
-    if name in ("format", "format_map"):
+    if name == "format":
         _refuse_widths(str(arguments[0]))
         return
     for value in (*arguments[1:], *named.values()):

@@ -79,6 +79,8 @@ HOSTILE = {
     "width of a filter": "{{ '%1000000000d' | format(1) }}",
     "width of a method": "{{ '{:>1000000000}'.format(1) }}",
     "width as a value": "{{ '{:>{}}'.format(1, 1000000000) }}",
+    "width of a mapping": "{{ '{a:>1000000000}'.format_map({'a': 1}) }}",
+    "width in a filter": "{{ ('{:>1000000000}' | attr('format'))(1) }}",
     "centre": "{{ 'a' | center(1000000000) }}",
     "method": "{{ 'a'.ljust(1000000000) }}",
     "power": "{{ 10 ** (10 ** 10) }}",
@@ -89,7 +91,7 @@ HOSTILE = {
     "list": "{% set s = 'a' * 900000 %}{{ (s | list) | join(s) }}",
     "indenting": "{{ ('\n' * 900000) | indent(9000) }}",
     "tabs": "{{ ('\t' * 900000).expandtabs(9000) }}",
-    "date": "{{ strftime_now('%1000000000Y') }}",
+    "width of a date": "{{ strftime_now('%1000000000Y') }}",
     "recursion": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
     "output": "{% for a in range(90000) %}{{ 'a' * 900 }}{% endfor %}",
     "keeping texts": "{% set ns = namespace(l=[]) %}{% for i in range(90000) %}"
@@ -105,9 +107,10 @@ HOSTILE = {
 def test_a_hostile_template_is_stopped(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(template, "SECONDS", 0.3)
     start, before = time.thread_time(), sys.gettrace()
-    with pytest.raises(TemplateError):
+    with pytest.raises(TemplateError) as error:
         template.render(HOSTILE[name], [{"role": "user", "content": "?"}], SPECIAL)
     assert time.thread_time() - start < 5
+    assert name.startswith("width") == ("wider than any text" in str(error.value)), "refused before it is made"
     assert sys.gettrace() is before
 
 
