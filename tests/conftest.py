@@ -215,6 +215,20 @@ def make_tiny(demo: Path, folder: Path, **text: Any) -> Path:
 
 
 @pytest.fixture(scope="session")
+def first_example(shared_folder: Path) -> Path:
+    """The folder in which README.md's first command was run: `my-bundle` is the demo with its calibrated plan."""
+
+    def make(folder: Path) -> None:
+        import btp_export.exporting  # noqa: F401
+        from tests.examples import run_the_first
+
+        load_once()  # its capture is shared, too
+        run_the_first(folder)
+
+    return made_once(shared_folder / "first-example", make)
+
+
+@pytest.fixture(scope="session")
 def tiny_bundle(tiny_checkpoint: Path, shared_folder: Path) -> BundleMaker:
     """`tiny_bundle(plan=None, **options)`: a bundle of the tiny model, options of btp_export.exporting.Options."""
     return _bundle_maker(tiny_checkpoint, shared_folder / "tiny-bundles", {"text_tokens": 16, "new_tokens": 12})

@@ -3,75 +3,54 @@
 import json
 import os
 import re
-import shlex
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from btp_export import cli
+from tests.examples import ROOT, commands, examples, first_command, run_here, run_in_shell
 
-ROOT = Path(__file__).parents[1]
 PAGES = [
     "README.md",
     "CONTRIBUTING.md",
     *sorted(f"docs/{path.relative_to(ROOT / 'docs')}" for path in (ROOT / "docs").rglob("*.md")),
 ]
 WITH_EXAMPLES = ["README.md", *(page for page in PAGES if page not in ("README.md", "CONTRIBUTING.md"))]
-BLOCK = re.compile(r"^```(console|python)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
 @pytest.fixture(scope="module")
-def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the README's pictures and one of the user's, where the examples run one after the other."""
-    folder = tmp_path_factory.mktemp("docs")
-    shutil.copytree(ROOT / "docs" / "images", folder / "docs" / "images")
-    shutil.copyfile(ROOT / "docs" / "images" / "scene.png", folder / "scene.png")
-    return folder
+def workplace(first_example: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder where the first example ran, in which the others run one after the other."""
+    return shutil.copytree(first_example, tmp_path_factory.mktemp("docs") / "workplace")
 
 
-def run_in_shell(line: str, folder: Path) -> tuple[int, str, str]:
-    """The line as a user types it: exit code, standard output, standard error."""
-    done = subprocess.run(["bash", "-c", line], cwd=folder, capture_output=True, text=True, check=False)
-    return done.returncode, done.stdout, done.stderr
-
-
-def run_here(line: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
-    """The same in this process, which has the libraries loaded already: half the time of most commands."""
-    code = cli.main(shlex.split(line)[1:])
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
-
-
-@pytest.mark.timeout(900)  # README.md calibrates and exports the demo, which takes a minute of processor time
+@pytest.mark.timeout(900)  # README.md calibrates and exports the demo, which takes half a minute of processor time
 @pytest.mark.parametrize("page", WITH_EXAMPLES)
-def test_examples_run(
-    page: str, workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_examples_run(page: str, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """README.md comes first: it makes the bundle that the other pages use.
 
-    Its first command, and commands that need a shell, are run by one; all others and Python run here.
+    Commands that need a shell, and those that only run a bundle, which load little, are run by one; all others and
+    Python run here.
     """
-    if page != "README.md" and not (workplace / "my-bundle").exists():
-        pytest.skip("README.md makes the bundle")
     monkeypatch.chdir(workplace)
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     monkeypatch.setenv("PATH", path)  # btp-export is found, as in an environment that is activated
-    for kind, text in BLOCK.findall((ROOT / page).read_text(encoding="utf-8")):
+    for kind, text in examples(page):
         if kind == "python":
             exec(compile(text, page, "exec"), {"__name__": "__main__"})
             continue
-        lines = [line[2:] for line in text.splitlines() if line.startswith("$ ")]
-        assert lines, f"no line of the block starts with a dollar sign:\n{text}"
-        for line in lines:
-            here = line.startswith("btp-export ") and not set("|&;<>$*`\\") & set(line)
-            first = page == "README.md" and not (workplace / "my-bundle").exists()
-            code, out, err = run_here(line, capsys) if here and not first else run_in_shell(line, workplace)
-            assert code == 0, f"{line}\n{out}{err}"
-            assert "Traceback" not in err
-            assert out, f"{line} printed nothing"
+        for line in commands(text):
+            if line == first_command():
+                assert Path("my-bundle").is_dir(), "it was run"
+            elif (
+                line.startswith("btp-export run ")
+                or not line.startswith("btp-export ")
+                or set("|&;<>$*`\\") & set(line)
+            ):
+                run_in_shell(line)
+            else:
+                run_here(line)
 
 
 def test_the_readme_shows_what_its_commands_print() -> None:
@@ -88,7 +67,7 @@ def test_the_readme_shows_what_its_commands_print() -> None:
 def test_the_examples_left_a_whole_bundle(workplace: Path) -> None:
     """README.md exports it, and docs/report.md adds its report."""
     if not (workplace / "my-bundle" / "report").exists():
-        pytest.skip("README.md and docs/report.md make the bundle")
+        pytest.skip("docs/report.md adds the report")
     from graphs.files.bundle import Bundle
 
     bundle = Bundle.open(workplace / "my-bundle", check="full")
@@ -115,8 +94,6 @@ def test_what_an_export_costs_is_said_as_it_was_measured() -> None:
 
 
 def test_the_record_of_a_plan_is_described(workplace: Path) -> None:
-    if not (workplace / "my-bundle").exists():
-        pytest.skip("README.md makes the bundle")
     record = json.loads((workplace / "my-bundle" / "plan.json").read_text(encoding="utf-8"))["calibration"]
     page = (ROOT / "docs" / "plans.md").read_text(encoding="utf-8")
     assert [key for key in record if f"`{key}`" not in page] == []

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from btp_export.measuring.evaluate import evaluate_plans
 from btp_export.model.open_model import open_model
 from btp_export.planning.plan_files import plan_for
-from btp_export.planning.study import CalibrationSettings, calibrate_model
 from calibrate.data import scenes
+from graphs.files.bundle import Bundle
 
 SIGNS = 30
 
@@ -31,13 +30,14 @@ def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "signs.jsonl"
 
 
-def test_the_papers_plan_loses_reading_and_the_calibrated_one_does_not(demo_bundle: Any, questions: Path) -> None:
+def test_the_papers_plan_loses_reading_and_the_calibrated_one_does_not(first_example: Path, questions: Path) -> None:
     """With 22 % of the tokens, as many for every plan."""
-    model = open_model("demo")
-    own = calibrate_model(model, CalibrationSettings(samples=18))
+    model, bundle = open_model("demo"), Bundle.open(first_example / "my-bundle")
+    own = bundle.plan
+    assert own.compression == pytest.approx(0.78, abs=0.001)
     paper = plan_for("btp-paper", model.spec, average_tokens=own.average_tokens)
     plans = [("none", own.without_stages()), ("btp", own), ("btp-paper", paper)]
-    scored = evaluate_plans(demo_bundle(), plans, samples=SIGNS, data=questions, threads=1)
+    scored = evaluate_plans(bundle, plans, samples=SIGNS, data=questions, threads=1)
     read = {row.plan: row.accuracy for row in scored.evaluation.rows}
     assert read["none"] >= 0.9
     assert read["btp"] >= read["none"] - 0.1
