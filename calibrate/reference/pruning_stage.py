@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -13,21 +13,53 @@ from graphs.pruning import torch_scores
 from graphs.pruning.spatial_set import stage_seeds
 from graphs.records.plan import PruningPlan, Stage
 
+Rule = tuple[str | None, ...]
+
 
 @dataclass
-class Chain:
-    """Tokens picked one after another from nothing, of which plans that keep fewer keep the first.
+class SameRows:
+    """What stages have in common that choose from the same rows: those of a prompt's plans that pruned alike so far.
 
-    Shared by plans that choose from the same rows by the same rule and differ in their counts alone, the largest of
-    which is `most`. `picks` [most] are made by the first that asks.
+    `similarities` by features, and `picks` by rule: tokens picked one after another from nothing, of which a plan that
+    keeps fewer than `most` keeps the first. The first stage that asks makes them; where there is one stage nothing is
+    kept.
     """
 
-    most: int = 0
-    picks: torch.Tensor | None = None
+    stages: int = 0
+    most: dict[Rule, int] = field(default_factory=dict)
+    picks: dict[Rule, torch.Tensor] = field(default_factory=dict)
+    similarities: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def expect(self, plan: PruningPlan, number: int) -> None:
+        """A stage that will ask."""
+        self.stages += 1
+        rule = chain_rule(plan, number)
+        if rule is not None:
+            self.most[rule] = max(self.most.get(rule, 0), plan.stages[number].keep)
+
+    def similarity(self, stage: Stage, image: torch.Tensor) -> torch.Tensor:
+        """Of the stage's tokens `image` [1, V_i, C]: [1, V_i, V_i]."""
+        known = self.similarities.get(stage.features)
+        if known is None:
+            known = torch_scores.stage_similarity(stage, image)
+            if self.stages > 1:
+                self.similarities[stage.features] = known
+        return known
+
+    def picked(self, rule: Rule, stage: Stage, scores: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
+        """The first `stage.keep` picks of the rule from `image` [1, V_i, C] with `scores` [V_i], in ascending order."""
+        if rule not in self.picks:
+            settings = {name: value for name, value in stage.attributes.items() if name in _RULE}
+            (similarity,) = self.similarity(stage, image)
+            self.picks[rule] = select_tokens.picks_from_nothing(scores, similarity, self.most[rule], **settings)
+        return self.picks[rule][: stage.keep].sort().values.to(torch.int32)
 
 
-def chain_rule(plan: PruningPlan, number: int) -> tuple[str | None, ...] | None:
-    """What picks a stage's tokens from nothing, so that a chain gives them; None where quotas or seeds come first."""
+_RULE = ("diversity_rule", "weighted")  # what the operator's attributes say of picks from nothing
+
+
+def chain_rule(plan: PruningPlan, number: int) -> Rule | None:
+    """What picks a stage's tokens from nothing; None where quotas or seeds come first."""
     stage = plan.stages[number]
     if stage.keep == 0 or stage.attention_quota or stage.diversity_quota or stage.seeds or not stage.needs_similarity:
         return None
@@ -67,16 +99,16 @@ def apply_stage(
     before: torch.Tensor,
     forced: Sequence[int] | None = None,
     class_attention: torch.Tensor | None = None,
-    chain: Chain | None = None,
+    same: SameRows | None = None,
 ) -> tuple[StageRecord, tuple[torch.Tensor, ...]]:
     """Prune `rows` (hidden first, then whatever goes along; each [1, S, ...]) as stage `number` of `plan` says.
 
     `query` [1,H,S,D] and `key` [1,K,S,D] are those of the layer before, after RoPE (None at layer 0); `before` [V_i]
-    are the survivors so far in the picture's numbering; `class_attention` [V] is the vision tower's; `chain` is what
+    are the survivors so far in the picture's numbering; `class_attention` [V] is the vision tower's; `same` is what
     the stage shares with others, if anything. Gives the record and the gathered rows, each [1, S-V_i+k, ...].
     """
     stage, count = plan.stages[number], len(before)
-    chosen, scores = _choose(plan, number, rows[0], query, key, last, image_start, class_attention, chain)
+    chosen, scores = _choose(plan, number, rows[0], query, key, last, image_start, class_attention, same)
     indices = chosen if forced is None else torch.as_tensor(forced, dtype=torch.int32)
     at = indices[None].to(before.device)
     gathered = tuple(_gather(row, at, start=image_start, count=count) for row in rows)
@@ -101,7 +133,7 @@ def _choose(
     last: int,
     image_start: int,
     class_attention: torch.Tensor | None,
-    chain: Chain | None,
+    same: SameRows | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Indices [k] int32 and scores [V_i] float32 of one stage, on the CPU wherever the layers run."""
     stage, count = plan.stages[number], plan.tokens_before(number)
@@ -117,16 +149,13 @@ def _choose(
         vision_cls=None if class_attention is None else class_attention[None].cpu(),
     )  # fmt: skip
     image = hidden[:, image_start : image_start + count]
-    if chain is not None:
-        if chain.picks is None:
-            (similarity,) = torch_scores.stage_similarity(stage, image)
-            rule = {name: value for name, value in stage.attributes.items() if name in ("diversity_rule", "weighted")}
-            chain.picks = select_tokens.picks_from_nothing(scores[0], similarity, chain.most, **rule)
-        return chain.picks[: stage.keep].sort().values.to(torch.int32), scores[0]
+    same, rule = same or SameRows(), chain_rule(plan, number)
+    if rule is not None and rule in same.most:
+        return same.picked(rule, stage, scores[0], image), scores[0]
     seeds = stage_seeds(plan, number)
     indices = select_tokens.reference(
         scores,
-        torch_scores.stage_similarity(stage, image) if stage.needs_similarity else None,
+        same.similarity(stage, image) if stage.needs_similarity else None,
         None if seeds is None else torch.from_numpy(seeds),
         **stage.attributes,
     )

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from calibrate.reference.observers import Rows
-from calibrate.reference.pruning_stage import Chain, StageRecord, apply_stage, chain_rule
+from calibrate.reference.pruning_stage import SameRows, StageRecord, apply_stage
 from calibrate.reference.recording import KeptSegment, OpenSegment, Recorder
 from calibrate.reference.records import EmbeddedRecord, SegmentRecord
 from graphs.records.errors import InputError
@@ -37,7 +37,7 @@ class Run:
     segments: list[SegmentRecord | KeptSegment] = field(default_factory=list)
     embedded: EmbeddedRecord | None = None
     open_segment: OpenSegment | None = None
-    chain: Chain | None = None  # of the stage before the present layer
+    same: SameRows | None = None  # what the stage before the present layer shares with others
 
     @property
     def last(self) -> int:
@@ -69,7 +69,7 @@ class Run:
             before=self.kept,
             forced=self.forced[stage] if self.forced is not None else None,
             class_attention=self.class_attention,
-            chain=self.chain,
+            same=self.same,
         )
         self.kept = self.kept[torch.from_numpy(record.indices).to(self.kept.device)]
         self.stages.append(record)
@@ -84,22 +84,22 @@ class Run:
 def past_of(run: Run, layer: int) -> tuple[Any, ...]:
     """What decides a run's rows after `layer`: the prompt, and what was pruned until there."""
     stages = tuple(stage for stage in run.plan.stages if stage.layer <= layer)
+    if not stages:
+        return (run.sample,)  # however the plan prunes later
     forced = None if run.forced is None else tuple(tuple(kept) for kept in run.forced[: len(stages)])
     return run.sample, run.plan.importance, run.plan.grid, run.plan.spatial_metric, stages, forced
 
 
-def share_chains(runs: Sequence[Run], layer: int) -> None:
-    """Give those of a prompt's runs that choose by one rule from the same rows before `layer` one chain of picks."""
-    chains: dict[Any, Chain] = {}
+def share_rows(runs: Sequence[Run], layer: int) -> None:
+    """Give those of a prompt's runs that choose from the same rows before `layer` what they can share."""
+    same: dict[Any, SameRows] = {}
     for run in runs:
-        run.chain = None
+        run.same = None
         number = next((n for n, stage in enumerate(run.plan.stages) if stage.layer == layer), None)
         if number is None or number < len(run.stages) or run.forced is not None:
             continue
-        rule = chain_rule(run.plan, number)
-        if rule is not None:
-            run.chain = chains.setdefault((past_of(run, layer - 1), rule), Chain())
-            run.chain.most = max(run.chain.most, run.plan.stages[number].keep)
+        run.same = same.setdefault(past_of(run, layer - 1), SameRows())
+        run.same.expect(run.plan, number)
 
 
 def image_start(input_ids: torch.Tensor, image_token: int, image_tokens: int) -> int:

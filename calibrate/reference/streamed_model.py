@@ -32,7 +32,7 @@ from calibrate.reference.pass_checkpoints import PassCheckpoints
 from calibrate.reference.positions import position_rule
 from calibrate.reference.recording import SPILL_BYTES, Recorder
 from calibrate.reference.records import ReferenceInput, RunRecord
-from calibrate.reference.runs import Run, image_start, past_of, share_chains
+from calibrate.reference.runs import Run, image_start, past_of, share_rows
 from calibrate.reference.side_by_side import Each
 from graphs.files.checkpoint import Checkpoint
 from graphs.files.resume import Work, digest
@@ -95,7 +95,7 @@ class StreamedReference(LayeredDecoder):
             begin = checkpoints.restore(runs) if checkpoints else 0
             done = 0
             for layer in range(begin, self.num_layers):
-                share_chains(runs, layer)
+                share_rows(runs, layer)
                 with self.loaded(layer) as module:
                     if edit is not None:
                         for number, run in enumerate(runs):
@@ -143,6 +143,8 @@ class StreamedReference(LayeredDecoder):
                     self._step(number, run, layer, module, observers, recorder)
                     if not asked:  # no selection follows that would look at them
                         run.query = run.key = None
+            for number in numbers:
+                runs[number].same = None  # a similarity is V x V: those of a sample are freed before the next one's
             return [runs[number] for number in numbers]
 
         by_sample: dict[int, list[int]] = {}

@@ -4,6 +4,8 @@ None of it looks at an image, so all of it is a constant of the graph. Everythin
 bit generator with a fixed stream: the same plan gives the same constants on every machine.
 """
 
+import functools
+
 import numpy as np
 
 from graphs.records.errors import InputError
@@ -29,8 +31,13 @@ def spatial_seeds(grid: tuple[int, int], count: int, metric: SpatialMetric, bloc
             wanted=f"0 to {tokens}",
             do="lower the stage's seeds or give the grid of the model's image size",
         )
+    return np.array(_spread_out(grid, count, metric, blocks), np.int32)
+
+
+@functools.lru_cache(maxsize=256)  # every picture of a calibration asks for the same
+def _spread_out(grid: tuple[int, int], count: int, metric: SpatialMetric, blocks: Blocks) -> tuple[int, ...]:
     if count == 0:
-        return np.empty(0, np.int32)
+        return ()
     row, column = token_positions(grid, blocks)
 
     def distance_to(token: int) -> np.ndarray:
@@ -43,7 +50,7 @@ def spatial_seeds(grid: tuple[int, int], count: int, metric: SpatialMetric, bloc
     while len(chosen) < count:
         chosen.append(int(np.argmax(nearest)))  # argmax gives the first of equal maxima
         nearest = np.minimum(nearest, distance_to(chosen[-1]))
-    return np.array(chosen, np.int32)
+    return tuple(chosen)
 
 
 def stage_seeds(plan: PruningPlan, stage: int) -> np.ndarray | None:

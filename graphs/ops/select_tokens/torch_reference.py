@@ -95,9 +95,8 @@ def _attention_picks(order: Tensor, pool: int, boundary: int) -> Tensor:
 
 def _distance(similarity: Tensor) -> Tensor:
     """[V,V] similarity -> float64 with the order of the float32 distances; a token's distance to itself is _TAKEN."""
-    distance = 1.0 - similarity.to(torch.float32)
-    ordered = distance.to(torch.float64).clamp(min=_MINUS_INFINITY)
-    ordered[distance.isnan()] = _NAN
+    distance = (1.0 - similarity.to(torch.float32)).to(torch.float64)
+    ordered = distance.nan_to_num_(nan=_NAN, posinf=float("inf"), neginf=_MINUS_INFINITY)
     return ordered.fill_diagonal_(_TAKEN)
 
 
@@ -133,21 +132,20 @@ def _best_covering(columns: Tensor, weights: Tensor, selected: Tensor, count: in
         return selected[:0]
     covered = columns[:, selected].amax(dim=1) if len(selected) else torch.zeros_like(columns[:, 0])  # c
     gain = _gain(columns, covered)
-    taken = torch.zeros_like(covered, dtype=torch.bool).index_fill(0, selected, True)
-    picks: list[Tensor] = []
+    least = torch.zeros_like(weights).index_fill(0, selected, -1.0)  # the value of no gain; one taken has none left
+    picks: list[int] = []
     for _ in range(count):
-        value = torch.where(gain > 0, gain.to(torch.float32) * weights, 0.0)
-        pick = value.masked_fill(taken, -1.0).argmax(dim=0, keepdim=True)  # the first of equal ones
-        taken[pick] = True
-        better = torch.maximum(covered, columns[:, pick[0]])
+        pick = int(torch.where(gain > 0, gain * weights, least).argmax())  # the first of equal ones
+        least[pick] = -1.0
+        better = torch.maximum(covered, columns[:, pick])
         changed = (better > covered).nonzero()[:, 0]  # only these columns lose gain; the sums stay exact
         # max(0, s - c) - max(0, s - better) is s between the two, less c.
-        low, high = covered[changed], better[changed]
-        lost = columns[changed].clamp(low[:, None], high[:, None]).sum(dim=0, dtype=torch.int32)
+        low, high = covered.index_select(0, changed), better.index_select(0, changed)
+        lost = columns.index_select(0, changed).clamp_(low[:, None], high[:, None]).sum(dim=0, dtype=torch.int32)
         gain = gain - lost + low.sum(dtype=torch.int32)
         covered = better
         picks.append(pick)
-    return torch.cat(picks)
+    return torch.tensor(picks, dtype=torch.int64, device=columns.device)
 
 
 def _gain(columns: Tensor, covered: Tensor) -> Tensor:

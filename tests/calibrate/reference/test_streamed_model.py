@@ -1,6 +1,8 @@
 """The streamed reference against transformers' whole model, and against a second implementation of pruning."""
 
 import tracemalloc
+from collections import Counter as Counts
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from calibrate.reference.records import ReferenceInput
 from calibrate.reference.runs import image_start
 from calibrate.reference.streamed_model import StreamedReference, _finite
 from graphs.ops import select_tokens
+from graphs.pruning import torch_scores
 from graphs.records.errors import InputError
 from graphs.records.plan import PruningPlan, Stage
 from tests.calibrate.models import IMAGE_TOKEN, PREFIX, checkpoint, make_input, make_llava
@@ -173,6 +176,41 @@ def test_plans_that_keep_fewer_by_one_rule_share_its_picks(
         np.testing.assert_allclose(a.logits, b.logits, atol=1e-5)
     rules = [11, 9, 12, 19, 6, 6, 2, 2]  # by rule and rows the largest count
     assert sorted(asked) == sorted(2 * rules)
+
+
+def test_what_plans_have_in_common_is_computed_once(
+    model: tuple[Any, Path], reference: StreamedReference, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows before the first stage, whatever its rule, and the similarity of the tokens that stages choose from."""
+
+    @dataclass
+    class Counter:
+        layers: Counts[int] = field(default_factory=Counts)
+
+        def see(self, view: LayerView) -> None:
+            self.layers[view.layer] += 1
+
+        def finish(self, head: Any) -> None:
+            pass
+
+    stages = [(Stage(layer=2, keep=keep, boundary=keep),) for keep in (12, 7)]
+    stages += [(Stage(layer=2, keep=9, features="centred"),), (Stage(layer=3, keep=9),)]
+    rules = ("last-token", "random", "mean-text", "last-token")
+    plans = [SHAPE.plan(each, importance=rule) for each, rule in zip(stages, rules, strict=True)]
+    inputs = [make_input(model[0], seed=seed)[0] for seed in range(2)]
+    single = [run for plan in plans for run in reference.run(inputs, plan)]
+    made: list[str] = []
+    original = torch_scores.stage_similarity
+    monkeypatch.setattr(
+        torch_scores, "stage_similarity", lambda stage, image: made.append(stage.features) or original(stage, image)
+    )
+    counter = Counter()
+    together = reference.run(inputs, plans, probes=(counter,))
+    for a, b in zip(together, single, strict=True):
+        assert [list(stage.absolute) for stage in a.stages] == [list(stage.absolute) for stage in b.stages]
+        np.testing.assert_allclose(a.logits, b.logits, atol=1e-5)
+    assert [counter.layers[layer] for layer in range(4)] == [2, 2, 8, 8], "four plans on two samples"
+    assert sorted(made) == ["centred"] * 2 + ["raw"] * 4, "before layer 2 both kinds, before layer 3 one"
 
 
 def test_only_one_layer_is_in_memory(tmp_path: Path) -> None:
