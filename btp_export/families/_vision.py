@@ -211,6 +211,15 @@ class PatchFeatures:
         self.layers: list[int] = [layers] if isinstance(layers, int) else list(layers)
         self.first = 1 if config.vision_feature_select_strategy == "default" else 0
 
+    def trim(self, tower: Any) -> None:
+        """Take from the tower, whose weights are loaded, the layers behind those whose states become image tokens.
+
+        LLaVA's take the last state but one: nothing reads what the last layer makes of it.
+        """
+        layers = tower.encoder.layers
+        self.layers = [layer % (len(layers) + 1) for layer in self.layers]
+        del layers[max(1, *self.layers) :]  # state 0 is what the first layer is given
+
     def __call__(self, tower: "nn.Module", pixel_values: "torch.Tensor") -> "torch.Tensor":
         """Pixels [N,3,h,w] -> [N, patches, width of the layers side by side]."""
         return self._joined(tower(pixel_values, output_hidden_states=True).hidden_states)

@@ -207,6 +207,7 @@ class Llava:
                 self.vision_tower = model.vision_tower
                 self.multi_modal_projector = model.multi_modal_projector
                 self.patch_features = PatchFeatures(model.config)
+                self.patch_features.trim(self.vision_tower)
 
             def forward(self, pixel_values: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
                 if class_attention:

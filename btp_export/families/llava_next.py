@@ -155,6 +155,7 @@ class LlavaNext:
                 self.multi_modal_projector = model.multi_modal_projector
                 self.image_newline = model.image_newline
                 self.patch_features = PatchFeatures(config)
+                self.patch_features.trim(self.vision_tower)
                 self.pack = model.pack_image_features
 
             def forward(self, pixel_values: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:

@@ -121,6 +121,21 @@ def test_several_feature_layers(folder):
     torch.testing.assert_close(got, wanted, atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("layer", [-1, -2, 2, 1, [0]])
+def test_layers_of_the_tower_that_nothing_reads_are_left_out(folder, layer):
+    change_config(folder, vision_feature_layer=layer)
+    from transformers import LlavaForConditionalGeneration
+
+    model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    pixels = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(3))
+    module = FAMILY.vision_module(open_checkpoint(folder, FAMILY.renames))
+    states = len(model.model.vision_tower.encoder.layers) + 1
+    assert len(module.vision_tower.encoder.layers) == (1 if layer == [0] else layer % states)
+    with torch.no_grad():
+        wanted = torch.stack(list(model.get_image_features(pixel_values=pixels).pooler_output))
+    torch.testing.assert_close(module(pixels), wanted, atol=1e-6, rtol=0)
+
+
 @pytest.mark.parametrize(
     ("part", "change", "message"),
     [
