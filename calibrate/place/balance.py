@@ -7,6 +7,7 @@ wider the less it decides, and takes from it first what lies early (the rebalanc
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -37,8 +38,7 @@ class Recipe:
 
     def plan(self, shape: Shape, layers: Sequence[int], keeps: Sequence[int]) -> PruningPlan:
         """The plan that keeps `keeps` tokens from `layers` on. Raises InputError as `shares`."""
-        stages = self.stages(shape, layers, keeps)
-        return shape.plan(stages, importance=self.importance, spatial_metric=self.spatial_metric)
+        return _plan(self, shape, tuple(layers), tuple(keeps))
 
     def stages(self, shape: Shape, layers: Sequence[int], keeps: Sequence[int]) -> tuple[Stage, ...]:
         """Its stages; the spatial set is V/4 tokens, as the released 144 of 576."""
@@ -70,6 +70,12 @@ class Recipe:
             "spatial": self.spatial,
             "balance": None if self.balance is None else list(self.balance),
         }
+
+
+@functools.lru_cache(maxsize=1024)  # bootstrap samples come to the same few again and again
+def _plan(recipe: Recipe, shape: Shape, layers: tuple[int, ...], keeps: tuple[int, ...]) -> PruningPlan:
+    stages = recipe.stages(shape, layers, keeps)
+    return shape.plan(stages, importance=recipe.importance, spatial_metric=recipe.spatial_metric)
 
 
 def balance(stages: int, start: float = LAMBDA_START) -> tuple[float, ...]:

@@ -19,6 +19,7 @@ On the published counts for LLaVA-1.5-7B (algorithm.md, between two odd layers t
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -210,10 +211,8 @@ def _cheapest(
     others: Sequence[Placement],
 ) -> list[Placement]:
     """The cheapest placements for counts near V ratio^exponents, unlike one another and unlike `others`."""
-    fractions = [ratio**exponent for exponent in exponents]
-    allowed = budget / shape.image_tokens + 1e-9
-    sets = _sets(final, len(fractions))
-    sets = sets[_average(sets, fractions, final) <= allowed]
+    fractions = tuple(ratio**exponent for exponent in exponents)
+    sets = _affordable(final, fractions, budget / shape.image_tokens + 1e-9)
     costs = _costs(counts, sets, fractions, final)
     chosen: list[Placement] = []
     for place in np.argsort(costs, kind="stable"):
@@ -233,6 +232,13 @@ def _cheapest(
         if keeps is not None:
             chosen.append(Placement((*layers, final), (*keeps, 0), cost))
     return chosen
+
+
+@functools.lru_cache(maxsize=32)  # bootstrap samples ask for the same few again and again
+def _affordable(final: int, fractions: tuple[float, ...], allowed: float) -> np.ndarray:
+    """Sets of stage layers [n, stages] whose token shares, summed over the layers below `final`, are `allowed`."""
+    sets = _sets(final, len(fractions))
+    return sets[_average(sets, fractions, final) <= allowed]
 
 
 def _average(sets: np.ndarray, fractions: Sequence[float], stop: int) -> np.ndarray:

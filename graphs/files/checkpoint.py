@@ -7,6 +7,7 @@ tensor needs too. Layout of a safetensors file: 8 bytes little-endian header len
 
 import json
 import math
+import os
 import struct
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -51,7 +52,8 @@ class TensorRef:
         """The tensor, memory-mapped read-only; nothing is loaded until it is touched."""
         if math.prod(self.shape) == 0:
             return np.empty(self.shape, self.element.numpy)
-        return np.memmap(self.file, self.element.numpy, "r", offset=self.offset, shape=self.shape)
+        path = os.fspath(self.file)  # of a Path numpy looks up every folder, which takes longer than the mapping
+        return np.memmap(path, self.element.numpy, "r", offset=self.offset, shape=self.shape)
 
 
 @dataclass(frozen=True)
