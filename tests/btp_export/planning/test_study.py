@@ -24,7 +24,7 @@ Run = Any
 def run(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     """`run(*options)` -> exit code, standard output, standard error, with an empty cache.
 
-    There are 12 pictures of noise, of which 4 are used unless `--samples` says otherwise.
+    There are 12 pictures of noise, of which 4 are used unless `--samples` says otherwise, with answers of four tokens.
     """
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     rng = np.random.default_rng(0)
@@ -36,7 +36,7 @@ def run(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
 
     def call(*options: str, source: str | None = str(images)) -> tuple[int, str, str]:
         chosen = ["--images", source] if source else []
-        chosen += [] if "--samples" in options else ["--samples", "4"]
+        chosen += [*([] if "--samples" in options else ["--samples", "4"]), "--answer-tokens", "4"]
         code = cli.main(["calibrate", "--model", str(tiny_checkpoint), *chosen, *options])
         captured = capsys.readouterr()
         return code, captured.out, captured.err
@@ -204,8 +204,8 @@ def test_every_family_is_calibrated_at_the_size_that_is_asked_for(
         from tests.btp_export.families.qwen import make_qwen
 
         make_qwen(folder)
-    options = ["--image-size", size, "--samples", "12", "--compression", "0.5", "--tune", "--no-cache", "--json"]
-    code = cli.main(["calibrate", "--model", str(folder), *options])
+    options = ["--image-size", size, "--samples", "12", "--answer-tokens", "4", "--compression", "0.5", "--tune"]
+    code = cli.main(["calibrate", "--model", str(folder), *options, "--no-cache", "--json"])
     result = json.loads(capsys.readouterr().out)
     plan, source = result["plan"], result["plan"]["calibration"]["source"]
     assert code == 0 and result["compression"] >= 0.5
