@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -100,6 +100,20 @@ def share_rows(runs: Sequence[Run], layer: int) -> None:
             continue
         run.same = same.setdefault(past_of(run, layer - 1), SameRows())
         run.same.expect(run.plan, number)
+
+
+def batches(runs: Sequence[Run], numbers: Iterable[int]) -> Iterator[list[int]]:
+    """Those of one prompt's runs, by number, that go through a layer together: they have as many rows each.
+
+    Few rows take a layer little less time than more. A batch has no more of them than the prompt without pruning, for
+    which there is memory.
+    """
+    alike: dict[int, list[int]] = {}
+    for number in numbers:
+        alike.setdefault(runs[number].hidden.shape[1], []).append(number)
+    for rows, group in alike.items():
+        most = max(1, (runs[group[0]].prompt_tokens + runs[group[0]].new_tokens) // rows)
+        yield from (group[at : at + most] for at in range(0, len(group), most))
 
 
 def image_start(input_ids: torch.Tensor, image_token: int, image_tokens: int) -> int:

@@ -6,7 +6,8 @@ The layers are transformers' own (calibrate/reference/decoder.py), and the selec
 reference. So a 7B decoder needs the memory of one layer and of the samples' hidden states, and nothing here can share a
 fault with the graphs.
 
-Samples are unpadded and run one at a time: shapes are [1, S, C] with S = P + V + the text's own length.
+Samples are unpadded and run one at a time: shapes are [1, S, C] with S = P + V + the text's own length. Under several
+plans a sample's runs with as many rows go through a layer together, [B, S, C].
 
 Generated tokens are checked in the same pass. Their ids are appended to the prompt; under a causal mask no row before
 them changes, and the selection asks the prompt's last token, so the pruned caches are the ones generation would have
@@ -32,7 +33,7 @@ from calibrate.reference.pass_checkpoints import PassCheckpoints
 from calibrate.reference.positions import position_rule
 from calibrate.reference.recording import SPILL_BYTES, Recorder
 from calibrate.reference.records import ReferenceInput, RunRecord
-from calibrate.reference.runs import Run, image_start, past_of, share_rows
+from calibrate.reference.runs import Run, batches, image_start, past_of, share_rows
 from calibrate.reference.side_by_side import Each
 from graphs.files.checkpoint import Checkpoint
 from graphs.files.resume import Work, digest
@@ -40,6 +41,8 @@ from graphs.records.errors import InputError
 from graphs.records.plan import PruningPlan
 from graphs.records.progress import Report
 from graphs.tf32 import torch_without_tf32
+
+_ROTARY = ("cos", "sin")
 
 
 class StreamedReference(LayeredDecoder):
@@ -132,19 +135,20 @@ class StreamedReference(LayeredDecoder):
 
         def through(numbers: Sequence[int]) -> list[Run]:
             """The runs of one sample, in the order of the plans."""
-            leaders: dict[Any, Run] = {}
+            leaders: dict[Any, int] = {}
             for number in numbers:
-                run = runs[number]
-                past = number if alone else past_of(run, layer)
-                if past in leaders:
-                    run.follow(leaders[past], layer)
-                else:
-                    leaders[past] = run
-                    self._step(number, run, layer, module, observers, recorder)
-                    if not asked:  # no selection follows that would look at them
-                        run.query = run.key = None
+                leaders.setdefault(number if alone else past_of(runs[number], layer), number)
+            for number in leaders.values():
+                self._enter(number, runs[number], layer, recorder)
+            for batch in batches(runs, leaders.values()):
+                self._step(batch, runs, layer, module, observers, recorder)
             for number in numbers:
                 runs[number].same = None  # a similarity is V x V: those of a sample are freed before the next one's
+                leader = number if alone else leaders[past_of(runs[number], layer)]
+                if leader != number:
+                    runs[number].follow(runs[leader], layer)
+                if not asked:  # no selection follows that would look at them
+                    runs[number].query = runs[number].key = None
             return [runs[number] for number in numbers]
 
         by_sample: dict[int, list[int]] = {}
@@ -246,31 +250,35 @@ class StreamedReference(LayeredDecoder):
 
     def _step(
         self,
-        number: int,
-        run: Run,
+        batch: Sequence[int],
+        runs: Sequence[Run],
         layer: int,
         module: nn.Module,
         observers: Sequence[Observer],
         recorder: Recorder | None,
     ) -> None:
-        self._enter(number, run, layer, recorder)
-        before = run.hidden
-        run.hidden, query, key, value = forward_with_attention(module, before, run.cos, run.sin)
-        if not _finite(run.hidden):
+        """Runs with as many rows through one loaded layer."""
+        before = [runs[number].hidden for number in batch]
+        hidden, query, key, value = forward_with_attention(
+            module, _joined(before), *(_joined([getattr(runs[number], name) for number in batch]) for name in _ROTARY)
+        )
+        if not _finite(hidden):
             raise _not_finite(layer, self._dtype)
-        if recorder is not None:
-            run.open_segment = recorder.extend(
-                run.open_segment, number, layer,
-                before=before, cos=run.cos, sin=run.sin, query=query, key=key, value=value,
-            )  # fmt: skip
-        run.query, run.key = query, key
-        for observer in observers:
-            observer.see(
-                LayerView(
-                    number, layer, module, before, run.hidden, query, key, value, run.cos, run.sin, run.last,
-                    run.image_start, len(run.kept), run.sample, run.plan, run.kept,
-                )
-            )  # fmt: skip
+        for place, number in enumerate(batch):
+            run, one = runs[number], slice(place, place + 1)
+            run.hidden, run.query, run.key = hidden[one], query[one], key[one]
+            if recorder is not None:
+                run.open_segment = recorder.extend(
+                    run.open_segment, number, layer,
+                    before=before[place], cos=run.cos, sin=run.sin, query=run.query, key=run.key, value=value[one],
+                )  # fmt: skip
+            for observer in observers:
+                observer.see(
+                    LayerView(
+                        number, layer, module, before[place], run.hidden, run.query, run.key, value[one], run.cos,
+                        run.sin, run.last, run.image_start, len(run.kept), run.sample, run.plan, run.kept,
+                    )
+                )  # fmt: skip
 
     def _enter(self, number: int, run: Run, layer: int, recorder: Recorder | None) -> None:
         """Prune a run that has come to a stage, unless that was done."""
@@ -297,6 +305,11 @@ class StreamedReference(LayeredDecoder):
             stages, segments = tuple(run.stages), tuple(run.segments)
             records.append(RunRecord(run.plan, run.sample, start, prompt, part.numpy(), stages, segments, run.embedded))
         return records
+
+
+def _joined(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """[1, ...] each -> [B, ...]."""
+    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
 
 
 def _finite(values: torch.Tensor) -> bool:

@@ -13,6 +13,8 @@ import torch
 from btp_export.families.llava import FAMILY
 from calibrate.place.counts import Shape
 from calibrate.place.presets import preset
+from calibrate.reference import streamed_model
+from calibrate.reference.decoder import forward_with_attention
 from calibrate.reference.observers import LayerView
 from calibrate.reference.records import ReferenceInput
 from calibrate.reference.runs import image_start
@@ -211,6 +213,30 @@ def test_what_plans_have_in_common_is_computed_once(
         np.testing.assert_allclose(a.logits, b.logits, atol=1e-5)
     assert [counter.layers[layer] for layer in range(4)] == [2, 2, 8, 8], "four plans on two samples"
     assert sorted(made) == ["centred"] * 2 + ["raw"] * 4, "before layer 2 both kinds, before layer 3 one"
+
+
+def test_runs_with_as_many_rows_go_through_a_layer_together(
+    model: tuple[Any, Path], reference: StreamedReference, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of one prompt, and with no more rows together than it has without pruning; each gives what it gives alone."""
+    seen: list[tuple[int, int]] = []
+
+    def forward(module: Any, hidden: torch.Tensor, *tables: torch.Tensor) -> Any:
+        seen.append((hidden.shape[0], hidden.shape[1]))
+        return forward_with_attention(module, hidden, *tables)
+
+    plans = [SHAPE.plan((Stage(layer=0, keep=9, features=features),)) for features in ("raw", "centred")]
+    plans += [SHAPE.plan((Stage(layer=0, keep=9),), importance=rule) for rule in ("random", "norm", "mean-text")]
+    plans += [SHAPE.plan((Stage(layer=0, keep=20),)), SHAPE.plan((Stage(layer=0, keep=9), Stage(layer=2, keep=4)))]
+    inputs = [make_input(model[0], text=3 + seed, seed=seed)[0] for seed in range(2)]
+    single = [run for plan in plans for run in reference.run(inputs, plan)]
+    monkeypatch.setattr(streamed_model, "forward_with_attention", forward)
+    for a, b in zip(reference.run(inputs, plans), single, strict=True):
+        assert [list(stage.absolute) for stage in a.stages] == [list(stage.absolute) for stage in b.stages]
+        np.testing.assert_allclose(a.logits, b.logits, atol=1e-5)
+    assert max(batch for batch, _ in seen) > 1 and len({rows for _, rows in seen}) > 4
+    assert all(batch * rows <= len(inputs[1].input_ids) for batch, rows in seen)
+    assert sum(batch for batch, _ in seen) > 1.3 * len(seen)
 
 
 def test_only_one_layer_is_in_memory(tmp_path: Path) -> None:
