@@ -195,7 +195,7 @@ def test_what_plans_have_in_common_is_computed_once(
         def finish(self, head: Any) -> None:
             pass
 
-    stages = [(Stage(layer=2, keep=keep, boundary=keep),) for keep in (12, 7)]
+    stages = [(Stage(layer=2, keep=keep, attention_quota=2, pool=2, diversity_quota=3),) for keep in (12, 7)]
     stages += [(Stage(layer=2, keep=9, features="centred"),), (Stage(layer=3, keep=9),)]
     rules = ("last-token", "random", "mean-text", "last-token")
     plans = [SHAPE.plan(each, importance=rule) for each, rule in zip(stages, rules, strict=True)]
