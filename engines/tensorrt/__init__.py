@@ -11,5 +11,5 @@
     trtexec.py    running it and reading what it exports
     messages.py   what TensorRT says while it builds or runs
 
-prepare/, kit/ and records.py need no TensorRT; build/builder.py, build/worker.py, run/session.py and installed.py do.
+prepare/, kit/ and records.py need no TensorRT; build/builder.py, build/child.py, run/session.py and installed.py do.
 """

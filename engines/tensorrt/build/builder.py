@@ -1,6 +1,6 @@
 """Builds one engine with polygraphy in this process: parse, check the network, build, write, read the layer list.
 
-worker.py runs this in a process of its own, because TensorRT may abort, and because its memory is measured.
+child.py runs this in a process of its own, because TensorRT may abort, and because its memory is measured.
 """
 
 import mmap
@@ -15,6 +15,7 @@ from engines.tensorrt.build.job import Built, Job, Report, failure, sentence
 from engines.tensorrt.build.layers import EngineLayers, layers_of_engine, read_layers
 from engines.tensorrt.installed import INSTALL_BUILDER, Library, load
 from engines.tensorrt.messages import Messages
+from engines.tensorrt.records import Flavour
 from graphs import dtypes
 from graphs.records.errors import CheckError, InputError, UnavailableError
 from graphs.records.manifest import TensorRecord
@@ -111,18 +112,28 @@ def _register_plugins(library: Library, job: Job) -> Any:
     return register_native(library.module, job.plugin_library)
 
 
-def _create(library: Library, log: Messages, graph: str) -> tuple[Any, Any]:
-    """An empty, strongly typed network and its builder."""
-    os.environ["POLYGRAPHY_USE_TENSORRT_RTX"] = "1" if library.flavour == "rtx" else "0"
+def import_polygraphy(flavour: Flavour) -> None:
+    """Import polygraphy for a TensorRT: it asks once which of the two it is to drive, and loads neither yet.
+
+    Raises UnavailableError where it is not installed.
+    """
+    os.environ["POLYGRAPHY_USE_TENSORRT_RTX"] = "1" if flavour == "rtx" else "0"
     try:
-        from polygraphy.backend.trt import create_network
-        from polygraphy.backend.trt import util as polygraphy_trt
-        from polygraphy.exception import PolygraphyException
-        from polygraphy.logger import G_LOGGER
+        import polygraphy.backend.trt  # noqa: F401
     except ImportError as error:
         raise UnavailableError(
             "polygraphy is not installed", "polygraphy, which builds the engines", INSTALL_BUILDER
         ) from error
+
+
+def _create(library: Library, log: Messages, graph: str) -> tuple[Any, Any]:
+    """An empty, strongly typed network and its builder."""
+    import_polygraphy(library.flavour)
+    from polygraphy.backend.trt import create_network
+    from polygraphy.backend.trt import util as polygraphy_trt
+    from polygraphy.exception import PolygraphyException
+    from polygraphy.logger import G_LOGGER
+
     G_LOGGER.module_severity = G_LOGGER.CRITICAL
     polygraphy_trt.TRT_LOGGER = log.logger  # what its get_trt_logger() gives
     # A network of TensorRT 11 is strongly typed in any case, and the flag may go.

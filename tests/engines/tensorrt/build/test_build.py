@@ -179,12 +179,17 @@ def test_an_interrupted_build_is_gone_on_with(number: signal.Signals, bundle: Bu
     options = ["--target", "rtx-ada", "--assemble", "whole"]
     code = (
         "import btp_export.engine_inputs; btp_export.engine_inputs.record_calibration = None\n"  # takes seconds
+        "import time; from engines.tensorrt.build import build; build_in_child = build.build_in_child\n"
+        "def slow(job, scratch, log, report):\n"  # the second engine takes until we interrupt it
+        "    wait = report if job.graph == 'prefill' else lambda share: time.sleep(60)\n"
+        "    return build_in_child(job, scratch, log, wait)\n"
+        "build.build_in_child = slow\n"
         f"from btp_export.cli import main; raise SystemExit(main({['build', str(bundle.root), *options]!r}))"
     )
     process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
     end = time.monotonic() + 120
     while not (folder / "prefill.engine").is_file() and time.monotonic() < end:
-        time.sleep(0.01)  # the second engine takes half a second more
+        time.sleep(0.01)
     process.send_signal(number)
     _, said = process.communicate(timeout=60)
     if number == signal.SIGINT:

@@ -1,26 +1,16 @@
 """One engine in its own process: what TensorRT refuses, and children that crash, lack memory or are interrupted."""
 
-import re
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from engines.tensorrt.build.job import Built, Job
-from engines.tensorrt.build.worker import build_in_child
 from graphs.records.errors import BtpError, CheckError, InputError, UnavailableError
-from tests.engines.native import builds
-from tests.engines.tensorrt import building
-
-
-def build(job: Job, report: Callable[[float], None] = lambda share: None) -> Built:
-    folder = job.onnx.parent
-    return build_in_child(job, folder, folder / "build.log", report)
+from tests.engines.tensorrt import build_processes, building
+from tests.engines.tensorrt.build_processes import build
 
 
 @pytest.fixture(autouse=True)
@@ -105,18 +95,6 @@ def test_a_plugin_library_that_is_none_is_refused(tmp_path: Path) -> None:
         build(job.model_copy(update={"custom_nodes": {"select": "BtpSelectTokens"}}))
 
 
-def plugin_that(does: str, folder: Path) -> dict[str, Any]:
-    """A plugin library that does something of its own as soon as it is loaded."""
-    source = folder / "bad.cpp"
-    source.write_text(
-        "#include <csignal>\n#include <cstdio>\n#include <unistd.h>\n"
-        f"__attribute__((constructor)) static void loaded() {{ {does} }}\n"
-    )
-    library = folder / "libbad.so"
-    builds.run([builds.compiler(), "-shared", "-fPIC", source, "-o", library])
-    return {"plugins": "library", "plugin_library": library, "custom_nodes": {"select": "BtpSelectTokens"}}
-
-
 DEATHS: dict[str, tuple[str, type[BtpError], str]] = {
     "crash": (
         'std::fputs("it broke", stderr); std::raise(SIGSEGV);',
@@ -132,7 +110,7 @@ DEATHS: dict[str, tuple[str, type[BtpError], str]] = {
 @pytest.mark.parametrize("death", DEATHS)
 def test_a_dying_child_is_one_error(death: str, tmp_path: Path) -> None:
     does, kind, message = DEATHS[death]
-    job = building.job(building.product(tmp_path), **plugin_that(does, tmp_path))
+    job = building.job(building.product(tmp_path), **build_processes.plugin_that(does, tmp_path))
     with pytest.raises(kind, match=f"product.*{message}") as caught:
         build(job)
     assert not job.engine.exists() and len(caught.value.lines()) == 3
@@ -141,37 +119,13 @@ def test_a_dying_child_is_one_error(death: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_the_child_dies_with_its_parent(number: signal.Signals, tmp_path: Path) -> None:
     """Ctrl-C for the parent alone, and a parent that cannot clean up."""
-    pid_file = tmp_path / "pid"
-    writes = f'FILE* f = std::fopen("{pid_file}", "w"); std::fprintf(f, "%d\\n", getpid()); std::fclose(f); pause();'
-    job = building.job(building.product(tmp_path), **plugin_that(writes, tmp_path))
+    job, pids = build_processes.waiting_job(tmp_path)
     script = (
-        "import sys; from pathlib import Path; from engines.tensorrt.build.job import Job\n"
-        "from btp_export.cli import _signals_interrupt; from engines.tensorrt.build.worker import build_in_child\n"
-        "job = Job.model_validate_json(sys.argv[1]); folder = job.onnx.parent\n"
-        "with _signals_interrupt(): build_in_child(job, folder, folder / 'build.log', lambda share: None)\n"
+        f"{build_processes.BUILD}from btp_export.cli import _signals_interrupt\nwith _signals_interrupt(): build()\n"
     )
     parent = subprocess.Popen([sys.executable, "-c", script, job.model_dump_json()], stderr=subprocess.PIPE)
-    assert _eventually(lambda: pid_file.is_file() and pid_file.read_text().endswith("\n"), 60)
+    child, server = build_processes.waiting(pids)
     parent.send_signal(number)
     parent.communicate(timeout=30)
-    child = int(pid_file.read_text())
-    assert _eventually(lambda: not _runs(child), 10)
+    assert build_processes.gone(child, server)
     assert not job.engine.exists()
-
-
-def _eventually(holds: Callable[[], bool], seconds: float) -> bool:
-    end = time.monotonic() + seconds
-    while not holds():
-        if time.monotonic() > end:
-            return False
-        time.sleep(0.02)
-    return True
-
-
-def _runs(pid: int) -> bool:
-    """Whether the process is there and is no zombie."""
-    try:
-        status = Path(f"/proc/{pid}/status").read_text()
-    except OSError:
-        return False
-    return re.search(r"^State:\s+Z", status, re.MULTILINE) is None
