@@ -57,16 +57,17 @@ def waiting_job(folder: Path) -> tuple[Job, Path]:
 
 def waiting(pids: Path) -> list[int]:
     """The pids of a waiting job's child and server, as soon as the child waits."""
-    assert _eventually(lambda: pids.is_file() and pids.read_text().endswith("\n"), 60)
+    assert eventually(lambda: pids.is_file() and pids.read_text().endswith("\n"), 60)
     return [int(pid) for pid in pids.read_text().split()]
 
 
 def gone(*pids: int) -> bool:
     """Whether the processes end within 10 s."""
-    return _eventually(lambda: not any(map(runs, pids)), 10)
+    return eventually(lambda: not any(map(runs, pids)), 10)
 
 
-def _eventually(holds: Callable[[], bool], seconds: float) -> bool:
+def eventually(holds: Callable[[], bool], seconds: float) -> bool:
+    """Whether it does within that time."""
     end = time.monotonic() + seconds
     while not holds():
         if time.monotonic() > end:
