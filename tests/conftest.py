@@ -231,16 +231,16 @@ def first_example(shared_folder: Path) -> Path:
 @pytest.fixture(scope="session")
 def tiny_bundle(tiny_checkpoint: Path, shared_folder: Path) -> BundleMaker:
     """`tiny_bundle(plan=None, **options)`: a bundle of the tiny model, options of btp_export.exporting.Options."""
-    return _bundle_maker(tiny_checkpoint, shared_folder / "tiny-bundles", {"text_tokens": 16, "new_tokens": 12})
+    return bundle_maker(tiny_checkpoint, shared_folder / "tiny-bundles", {"text_tokens": 16, "new_tokens": 12})
 
 
 @pytest.fixture(scope="session")
 def demo_bundle(demo_checkpoint: Path, shared_folder: Path) -> BundleMaker:
     """`demo_bundle(plan=None, **options)`: a bundle of the demo model."""
-    return _bundle_maker(demo_checkpoint, shared_folder / "demo-bundles", {"text_tokens": 32, "new_tokens": 8})
+    return bundle_maker(demo_checkpoint, shared_folder / "demo-bundles", {"text_tokens": 32, "new_tokens": 8})
 
 
-def _bundle_maker(checkpoint: Path, folder: Path, defaults: dict[str, Any]) -> BundleMaker:
+def bundle_maker(checkpoint: Path, folder: Path, defaults: dict[str, Any]) -> BundleMaker:
     opened: dict[str, Any] = {}
 
     def make(plan: Any = None, **options: Any) -> Any:

@@ -38,13 +38,13 @@ from tests.engines.tensorrt import building
 from tests.engines.tensorrt.plans import RULES, STAGES, staged_bundle, staged_plan
 
 WHOLE = Wishes(assemble="whole")
-ONE_STAGE = (Stage(layer=4, keep=6, attention_quota=6, pool=6),)
+ONE_STAGE = (Stage(layer=2, keep=6, attention_quota=6, pool=6),)
 
 
 @pytest.fixture
-def bundle(tiny_bundle: Any, tmp_path: Path) -> Bundle:
+def bundle(short_bundle: Any, tmp_path: Path) -> Bundle:
     """A copy of a small bundle with one stage, as tests add engines to it."""
-    original = tiny_bundle(staged_plan(tiny_bundle().spec, *ONE_STAGE))
+    original = short_bundle(staged_plan(short_bundle().spec, *ONE_STAGE))
     shutil.copytree(original.root, tmp_path / "bundle")
     return Bundle.open(tmp_path / "bundle")
 
@@ -57,9 +57,9 @@ def run(bundle: Bundle, wishes: Wishes = WHOLE, **options: Any) -> Result:
 
 
 @pytest.fixture(scope="module")
-def built_once(tiny_bundle: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def built_once(short_bundle: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same bundle with its two engines."""
-    original = tiny_bundle(staged_plan(tiny_bundle().spec, *ONE_STAGE))
+    original = short_bundle(staged_plan(short_bundle().spec, *ONE_STAGE))
     root = Path(shutil.copytree(original.root, tmp_path_factory.mktemp("built") / "bundle"))
     first = run(Bundle.open(root))
     assert first.built == ("prefill.engine", "decode.engine") and first.kept == ()

@@ -23,6 +23,7 @@ from graphs.files.bundle import Bundle
 from graphs.records.match_plan import spec_at
 from graphs.records.plan import PruningPlan, Stage
 from tests.engines.tensorrt import building
+from tests.engines.tensorrt.build.conftest import LAYERS
 
 
 @pytest.fixture(autouse=True)
@@ -33,20 +34,20 @@ def _rtx() -> None:
 def _llava(demo: Path, folder: Path) -> None:
     from tests.conftest import make_tiny
 
-    make_tiny(demo, folder)
+    make_tiny(demo, folder, num_hidden_layers=LAYERS)
 
 
 def _llava_next(demo: Path, folder: Path) -> None:
     from tests.btp_export.families.test_llava_next import make_next
 
-    make_next(demo, folder)
+    make_next(demo, folder, num_hidden_layers=LAYERS)
 
 
 def _qwen(demo: Path, folder: Path) -> None:
     from tests.btp_export.families.qwen import make_qwen
 
     folder.mkdir()
-    make_qwen(folder)
+    make_qwen(folder, text={"num_hidden_layers": LAYERS})
 
 
 MODELS: dict[str, Callable[[Path, Path], None]] = {"llava": _llava, "llava_next": _llava_next, "qwen2_5_vl": _qwen}

@@ -22,19 +22,29 @@ from graphs.building.decoder_graphs import build_decoder_graphs
 from graphs.files.bundle import Bundle
 from graphs.files.packed_weights import packed_linear
 from graphs.records.errors import InputError
+from graphs.records.plan import Stage
 from tests.engines.tensorrt import building
+from tests.engines.tensorrt.build.conftest import LAYERS
 from tests.engines.tensorrt.plans import prepared
 from tests.packed import pack_folder
-from tests.plans import PLAN
+from tests.plans import plan_of
+
+# Every part of the rules; scores alone, and it chooses among what the first one kept; drops all.
+STAGES = (
+    Stage(layer=1, keep=18, attention_quota=6, pool=18, boundary=18, diversity_quota=4, seeds=9),
+    Stage(layer=2, keep=7, attention_quota=7, pool=9, boundary=7),
+    Stage(layer=3, keep=0),
+)
 
 
 @pytest.fixture(scope="module")
-def bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+def bundle(short_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """Symmetric codes in groups of 32, computed in float16."""
     folder = tmp_path_factory.mktemp("packed")
-    pack_folder(tiny_checkpoint, folder / "model", group=32, zeros=False)
+    pack_folder(short_checkpoint, folder / "model", group=32, zeros=False)
+    model = open_model(str(folder / "model"))
     options = Options(text_tokens=16, new_tokens=12, precision="float16")
-    return export_bundle(open_model(str(folder / "model")), PLAN, folder / "bundle", options)
+    return export_bundle(model, plan_of(model.spec, *STAGES), folder / "bundle", options)
 
 
 def run(path: Path, seed: int = 0) -> dict[str, np.ndarray]:
@@ -56,7 +66,7 @@ def test_signed_constants_compute_what_the_codes_do(bundle: Bundle) -> None:
     for name in ("prefill_1", "decode"):
         model = ir.load(folder / "graphs" / f"{name}.onnx")
         kinds = [node.op_type for node in model.graph]
-        assert kinds.count("DequantizeLinear") == 7 * (2 if name == "prefill_1" else 6)
+        assert kinds.count("DequantizeLinear") == 7 * (1 if name == "prefill_1" else LAYERS)
         assert not [node for node in model.graph if node.domain == "btp"]
         got, wanted = run(folder / "graphs" / f"{name}.onnx"), run(bundle.graph_path(name))
         for output, values in wanted.items():
@@ -67,7 +77,7 @@ def test_signed_constants_compute_what_the_codes_do(bundle: Bundle) -> None:
 def test_shared_words_are_the_stored_bytes(bundle: Bundle) -> None:
     (decode,) = (graph for graph in prepare(bundle, Choices(18, weights="shared")) if graph.name == "decode")
     nodes = {node.name: node for node in decode.model.graph if node.op_type == "BtpLinear"}
-    assert len(nodes) == 7 * 6
+    assert len(nodes) == 7 * LAYERS
     weights = {weight.name: weight for weight in decode.weight_inputs}
     linear = packed_linear(bundle.checkpoint(), "language_model.layers.2.mlp.down_proj")
     assert linear is not None
@@ -97,13 +107,13 @@ def test_estimates_count_packed_bytes(bundle: Bundle) -> None:
     assert not shared.findings
 
 
-def test_what_tensorrt_does_not_take_is_refused(tiny_checkpoint: Path, tmp_path: Path, bundle: Bundle) -> None:
+def test_what_tensorrt_does_not_take_is_refused(short_checkpoint: Path, tmp_path: Path, bundle: Bundle) -> None:
     with pytest.raises(InputError, match="opset 18"):
         prepare(bundle, Choices(18))
-    pack_folder(tiny_checkpoint, tmp_path / "model", zeros=True)
+    pack_folder(short_checkpoint, tmp_path / "model", zeros=True)
     model = open_model(str(tmp_path / "model"))
     profile = model.family.profile(model.spec, batch=1, text_tokens=8, new_tokens=4, image_size=None)
-    (decode,) = build_decoder_graphs(model.spec, model.checkpoint, PLAN, profile)[-1:]
+    (decode,) = build_decoder_graphs(model.spec, model.checkpoint, plan_of(model.spec, *STAGES), profile)[-1:]
     with pytest.raises(InputError, match="zero points") as refused:
         bake_packed(decode.model, 23)
     assert refused.value.do == "--engine-weights shared"
@@ -121,6 +131,6 @@ def test_engines_are_built(weights: Any, plugins: Any, bundle: Bundle) -> None:
     assert len(sizes) == len(plan.graphs)
     decode = result.record.graph("decode", bundle.profile().name)
     packs = [weight for weight in decode.weight_inputs if weight.name.endswith(".qweight")]
-    assert len(packs) == (7 * 6 if weights == "shared" else 0)
+    assert len(packs) == (7 * LAYERS if weights == "shared" else 0)
     wanted = ("int32", 2) if plugins == "python" else ("uint8", 3)
     assert all((weight.dtype, len(weight.shape)) == wanted for weight in packs)
