@@ -61,8 +61,8 @@ def verify_bundle(
 
     Graphs that would not fit in memory together are opened one layer at a time; such a run leaves checkpoints in the
     cache folder, and `note` is told when it goes on from them. `streaming` says when and how (None: as suits a
-    workstation). Raises InputError for a bundle that cannot be opened or
-    run, or too little memory; what merely does not hold is in the document.
+    workstation). Raises InputError for a bundle that cannot be opened or run, or too little memory; what merely does
+    not hold is in the document.
     """
     _check_counts(samples, tokens)
     from btp_export.model.check_spec import check_spec
@@ -71,8 +71,7 @@ def verify_bundle(
     from calibrate.reference.decoder import torch_device
     from engines.runners.onnxruntime import onnxruntime_device
 
-    streaming = streaming or Streaming()
-    chosen = bundle.profile(profile)
+    streaming, chosen = streaming or Streaming(), bundle.profile(profile)
     check_spec(bundle)
     place = torch_device(device)
     graph_device = "cpu" if target else onnxruntime_device(device)
@@ -91,15 +90,13 @@ def verify_bundle(
     if streamed:
         _check_room(bundle, chosen, samples)
     room = min(tokens or (STREAMED_TOKENS if streamed else CHECKED_TOKENS), chosen.new_tokens)
-    phases = Phases(report, PHASES)
-    how = streaming if streamed else None
+    how, phases = streaming if streamed else None, Phases(report, PHASES)
     job = _Job(bundle, chosen, samples, room, seed, loader, files, how, place, maths, phases)
     with _work(job, note) as work:
         found = _verify(job, work)
     verified = _document(job, found.checks, tokens_equal=found.tokens_equal, target=target)
-    if verified.activations is None or streamed or not found.answered:
-        return verified
-    return _with_int8_rows(verified, job, threads)
+    int8 = verified.activations is not None and not streamed and found.answered
+    return _with_int8_rows(verified, job, threads) if int8 else verified
 
 
 def _check_room(bundle: Bundle, profile: ShapeProfile, samples: int) -> None:

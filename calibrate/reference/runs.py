@@ -94,7 +94,6 @@ def share_rows(runs: Sequence[Run], layer: int) -> None:
     """Give those of a prompt's runs that choose from the same rows before `layer` what they can share."""
     same: dict[Any, SameRows] = {}
     for run in runs:
-        run.same = None
         number = next((n for n, stage in enumerate(run.plan.stages) if stage.layer == layer), None)
         if number is None or number < len(run.stages) or run.forced is not None:
             continue

@@ -135,16 +135,17 @@ class StreamedReference(LayeredDecoder):
 
         def through(numbers: Sequence[int]) -> list[Run]:
             """The runs of one sample, in the order of the plans."""
+            pasts = {number: number if alone else past_of(runs[number], layer) for number in numbers}
             leaders: dict[Any, int] = {}
-            for number in numbers:
-                leaders.setdefault(number if alone else past_of(runs[number], layer), number)
+            for number, past in pasts.items():
+                leaders.setdefault(past, number)
             for number in leaders.values():
                 self._enter(number, runs[number], layer, recorder)
             for batch in batches(runs, leaders.values()):
                 self._step(batch, runs, layer, module, observers, recorder)
             for number in numbers:
                 runs[number].same = None  # a similarity is V x V: those of a sample are freed before the next one's
-                leader = number if alone else leaders[past_of(runs[number], layer)]
+                leader = leaders[pasts[number]]
                 if leader != number:
                     runs[number].follow(runs[leader], layer)
                 if not asked:  # no selection follows that would look at them
