@@ -30,6 +30,13 @@ BTP_AVX512 BTP_INLINE __m512 floats_at(const uint16_t* stored, __mmask16 some)
 BTP_AVX512 BTP_INLINE void put_float(float* to, float value) { *to = value; }
 BTP_AVX512 BTP_INLINE void put_float(uint16_t* to, float value) { *to = _cvtss_sh(value, _MM_FROUND_TO_NEAREST_INT); }
 
+// Those of sixteen that `some` names.
+BTP_AVX512 BTP_INLINE void put_floats(float* to, __mmask16 some, __m512 values) { _mm512_mask_storeu_ps(to, some, values); }
+BTP_AVX512 BTP_INLINE void put_floats(uint16_t* to, __mmask16 some, __m512 values)
+{
+    _mm256_mask_storeu_epi16(to, some, _mm512_cvtps_ph(values, _MM_FROUND_TO_NEAREST_INT));
+}
+
 }  // namespace btp
 
 BTP_QUIET_END

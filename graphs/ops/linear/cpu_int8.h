@@ -21,6 +21,7 @@ namespace btp {
 constexpr size_t kBlock = 128;  // places; K is a multiple of it
 constexpr size_t kLanes = 16;
 constexpr size_t kColumns = 4;  // N is a multiple of it
+constexpr size_t kLeastGroup = 16;
 
 // Rows of x in int8, with a scale for each group: (q - z) x s = q x s - z x s.
 struct ByteRows {
@@ -48,44 +49,64 @@ inline ByteRows byte_rows(void* memory, size_t rows, size_t inputs)
 
 BTP_VNNI BTP_INLINE __m512i joined(__m256i a, __m256i b) { return _mm512_inserti64x4(_mm512_castsi256_si512(a), b, 1); }
 
-// One row of x. The largest of a group becomes 127. T: float or uint16_t.
+// Places whose bytes have one scale, in x and in w.
+inline size_t span_of(const Codes& w) { return std::min(w.group, kBlock); }
+
+// A block of x in bytes: its even places, then its odd ones.
+struct Halves {
+    __m512i even, odd;
+};
+
+// kBlock places of a row, with scales and less of each lane. The largest of a span becomes 127. T: float or uint16_t.
+template <typename T>
+BTP_VNNI BTP_INLINE Halves round_block(const T* x, const Codes& w, float* scales, int32_t* less)
+{
+    const size_t span = span_of(w);
+    alignas(64) int8_t rounded[kBlock];
+    for (size_t first = 0; first < kBlock; first += span) {
+        __m512i most = _mm512_setzero_si512();  // as integers: floats without a sign have their order, NaN is the largest
+        for (size_t place = first; place < first + span; place += kLanes) {
+            const __m512 size = _mm512_abs_ps(floats_at(x + place));
+            most = _mm512_max_epi32(most, _mm512_castps_si512(size));
+        }
+        const int32_t bits = _mm512_reduce_max_epi32(most);
+        float largest;
+        std::memcpy(&largest, &bits, sizeof largest);
+        const __m512 by = _mm512_set1_ps(largest > 0.0f ? 127.0f / largest : 0.0f);
+        for (size_t place = first; place < first + span; place += kLanes) {
+            const __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(floats_at(x + place), by));
+            _mm_store_si128(reinterpret_cast<__m128i*>(rounded + place), _mm512_cvtsepi32_epi8(whole));
+        }
+        for (size_t lane = first / 8; lane < (first + span) / 8; ++lane) {
+            scales[lane] = largest / 127.0f;
+        }
+    }
+    const __m512i ones = _mm512_set1_epi8(1);
+    const __m512i lower = _mm512_load_si512(rounded), upper = _mm512_load_si512(rounded + 64);
+    const __m512i even = joined(_mm512_cvtepi16_epi8(lower), _mm512_cvtepi16_epi8(upper));
+    const __m512i odd =
+        joined(_mm512_cvtepi16_epi8(_mm512_srli_epi16(lower, 8)), _mm512_cvtepi16_epi8(_mm512_srli_epi16(upper, 8)));
+    const __m512i total = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(_mm512_setzero_si512(), ones, even), ones, odd);
+    const __m512i scaled = _mm512_slli_epi32(total, w.zeros == nullptr ? 3 : 0);
+    _mm512_store_si512(less, _mm512_sub_epi32(_mm512_setzero_si512(), scaled));
+    return {even, odd};
+}
+
+// One row of x.
 template <typename T>
 BTP_VNNI inline void round_row(const T* x, const Codes& w, int8_t* bytes, float* scales, int32_t* less)
 {
-    const size_t inputs = w.inputs, count = std::min(w.group, kBlock);
-    const auto times = static_cast<unsigned>(w.zeros == nullptr ? 3 : 0);
-    for (size_t block = 0; block < inputs; block += kBlock) {
-        alignas(64) int8_t rounded[kBlock];
-        for (size_t first = 0; first < kBlock; first += count) {
-            const T* const given = x + block + first;
-            __m512i most = _mm512_setzero_si512();  // as integers: floats without a sign have their order, NaN is the largest
-            for (size_t place = 0; place < count; place += kLanes) {
-                const __m512 size = _mm512_abs_ps(floats_at(given + place));
-                most = _mm512_max_epi32(most, _mm512_castps_si512(size));
-            }
-            const int32_t bits = _mm512_reduce_max_epi32(most);
-            float largest;
-            std::memcpy(&largest, &bits, sizeof largest);
-            const __m512 by = _mm512_set1_ps(largest > 0.0f ? 127.0f / largest : 0.0f);
-            for (size_t place = 0; place < count; place += kLanes) {
-                const __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(floats_at(given + place), by));
-                _mm_store_si128(reinterpret_cast<__m128i*>(rounded + first + place), _mm512_cvtsepi32_epi8(whole));
-            }
-            for (size_t lane = first / 8; lane < (first + count) / 8; ++lane) {
-                scales[block / 8 + lane] = largest / 127.0f;
-            }
-        }
-        const __m512i ones = _mm512_set1_epi8(1);
-        const __m512i lower = _mm512_load_si512(rounded), upper = _mm512_load_si512(rounded + 64);
-        const __m512i even = joined(_mm512_cvtepi16_epi8(lower), _mm512_cvtepi16_epi8(upper));
-        const __m512i odd = joined(_mm512_cvtepi16_epi8(_mm512_srli_epi16(lower, 8)),
-                                   _mm512_cvtepi16_epi8(_mm512_srli_epi16(upper, 8)));
-        _mm512_store_si512(bytes + block, even);
-        _mm512_store_si512(bytes + block + 64, odd);
-        const __m512i total = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(_mm512_setzero_si512(), ones, even), ones, odd);
-        const __m512i scaled = _mm512_slli_epi32(total, times);
-        _mm512_store_si512(less + block / 8, _mm512_sub_epi32(_mm512_setzero_si512(), scaled));
+    for (size_t block = 0; block < w.inputs; block += kBlock) {
+        const Halves halves = round_block(x + block, w, scales + block / 8, less + block / 8);
+        _mm512_store_si512(bytes + block, halves.even);
+        _mm512_store_si512(bytes + block + 64, halves.odd);
     }
+}
+
+// A zero's upper 16 bits are 0, and 16 bits are enough for a sum of 128 bytes.
+BTP_VNNI BTP_INLINE __m512i times_zeros(__m512i zeros, __m512i less)
+{
+    return _mm512_dpwssd_epi32(_mm512_setzero_si512(), zeros, less);
 }
 
 // What scales and zeros of a block are for each lane. some: which of 16 neighbouring groups are the block's.
@@ -104,14 +125,24 @@ BTP_VNNI BTP_INLINE __m512 block_scales(const Codes& w, size_t first, __m512i pl
     return _mm512_permutexvar_ps(places, floats_at(static_cast<const S*>(w.scales) + first, some));
 }
 
-BTP_VNNI inline __m512i block_zeros(const uint8_t* row, size_t group, size_t count, __m512i places)
+// shifts: 4 times a lane's place among the block's groups. count: of them, 1, 2, 4 or 8.
+BTP_VNNI BTP_INLINE __m512i block_zeros(const uint8_t* row, size_t group, size_t count, __m512i shifts)
 {
-    alignas(64) int32_t found[kLanes] = {};
-    for (size_t place = 0; place < count; ++place, ++group) {
-        found[place] = row[group / 2] >> (4 * (group % 2)) & 15;
+    const uint8_t* const stored = row + group / 2;
+    uint32_t bits = *stored;
+    if (count == 8) {
+        std::memcpy(&bits, stored, 4);
+    } else if (count == 4) {
+        bits |= static_cast<uint32_t>(stored[1]) << 8;
+    } else if (count == 1) {
+        bits >>= 4 * (group % 2);
     }
-    return _mm512_permutexvar_epi32(places, _mm512_load_si512(found));
+    const __m512i own = _mm512_srlv_epi32(_mm512_set1_epi32(static_cast<int32_t>(bits)), shifts);
+    return _mm512_and_si512(own, _mm512_set1_epi32(15));
 }
+
+// Begins to fetch what is read one tile later: 2 KiB and more, which the processor would not foresee at the end of a column.
+BTP_INLINE void ask_for(const void* stored) { _mm_prefetch(static_cast<const char*>(stored), _MM_HINT_T0); }
 
 // y [M rows, N columns], `next` apart, of rows from `row` on and columns from `column` on. T: of bias and y, S: of scales.
 template <int M, int N, bool Zeros, typename S, typename T>
@@ -124,7 +155,7 @@ BTP_VNNI BTP_INLINE void multiply_bytes(const ByteRows& x, size_t row, const Cod
     const float* const row_scales = x.scales + row * inputs / 8;
     const int32_t* const less = x.less + row * inputs / 8;
     const uint8_t* const codes = w.codes + column * inputs / 2;
-    const __m512i low = _mm512_set1_epi8(15), places = places_of(w.group);
+    const __m512i low = _mm512_set1_epi8(15), places = places_of(w.group), shifts = _mm512_slli_epi32(places, 2);
     const auto some = static_cast<uint16_t>((1u << step) - 1);
     __m512 sums[N][M];
     for (int n = 0; n < N; ++n) {
@@ -136,16 +167,19 @@ BTP_VNNI BTP_INLINE void multiply_bytes(const ByteRows& x, size_t row, const Cod
         const size_t group = (block >> twice) * step;
         for (int n = 0; n < N; ++n) {
             const size_t own = column + static_cast<size_t>(n);
-            const __m512i both = _mm512_loadu_si512(codes + static_cast<size_t>(n) * inputs / 2 + block * kBlock / 2);
+            const uint8_t* const stored = codes + static_cast<size_t>(n) * inputs / 2 + block * kBlock / 2;
+            const __m512i both = _mm512_loadu_si512(stored);
+            ask_for(stored + N * inputs / 2);
+            ask_for(static_cast<const S*>(w.scales) + (own + N) * groups + group);
             const __m512i even = _mm512_and_si512(both, low);
             const __m512i odd = _mm512_and_si512(_mm512_srli_epi16(both, 4), low);
             const __m512 scales = block_scales<S>(w, own * groups + group, places, some);
             const __m512i zeros =
-                Zeros ? block_zeros(w.zeros + own * ((groups + 1) / 2), group, step, places) : _mm512_setzero_si512();
+                Zeros ? block_zeros(w.zeros + own * ((groups + 1) / 2), group, step, shifts) : _mm512_setzero_si512();
             for (int m = 0; m < M; ++m) {
                 const size_t place = static_cast<size_t>(m) * inputs + block * kBlock;
                 __m512i total = _mm512_load_si512(less + place / 8);
-                total = Zeros ? _mm512_mullo_epi32(zeros, total) : total;
+                total = Zeros ? times_zeros(zeros, total) : total;
                 total = _mm512_dpbusd_epi32(total, even, _mm512_load_si512(bytes + place));
                 total = _mm512_dpbusd_epi32(total, odd, _mm512_load_si512(bytes + place + 64));
                 const __m512 scale = _mm512_mul_ps(scales, _mm512_load_ps(row_scales + place / 8));
@@ -175,8 +209,8 @@ BTP_VNNI inline void multiply_columns(const ByteRows& x, size_t rows, const Code
         }
     }
     for (; row < rows; ++row) {
-        for (size_t column = first; column < last; column += 4) {
-            multiply_bytes<1, 4, Zeros, S>(x, row, w, column, bias, y, next);
+        for (size_t column = first; column < last; ++column) {
+            multiply_bytes<1, 1, Zeros, S>(x, row, w, column, bias, y, next);
         }
     }
 }

@@ -6,11 +6,14 @@
 #include "../common/ort_common.h"
 #include "cpu_few_rows.h"
 #include "cpu_int8.h"
+#include "cpu_int8_many_rows.h"
 #include "rules.h"
 
 #ifdef BTP_X86
 #include <algorithm>
 #include <string>
+#include <thread>
+#include <type_traits>
 
 namespace btp {
 
@@ -49,22 +52,25 @@ public:
         const Codes codes = codes_of(x, qweight, scales, zeros, bias);
         const size_t rows = static_cast<size_t>(x.shape[0]), outputs = static_cast<size_t>(qweight.shape[0]);
         auto* const y = static_cast<T*>(output(context, 0, {x.shape[0], qweight.shape[0]}));
-        const StreamBuffer scratch(context, x.value, byte_rows_size(rows, codes.inputs));
-        const ByteRows given = byte_rows(scratch.data(), rows, codes.inputs);
-        round_rows(context, static_cast<const T*>(x.data), rows, codes, given);
-        const size_t together = std::max(kColumns, kChunk / (codes.inputs / 2) / kColumns * kColumns);
-        const auto* const added = static_cast<const T*>(bias.data);
-        parallel_for(context, static_cast<int>((outputs + together - 1) / together), [&](int chunk) {
-            const size_t first = static_cast<size_t>(chunk) * together;
-            const size_t last = std::min(outputs, first + together);
-            codes.halves ? multiply<uint16_t>(given, rows, codes, added, y, outputs, first, last)
-                         : multiply<T>(given, rows, codes, added, y, outputs, first, last);
-        });
+        const Product p{context, x.value, static_cast<const T*>(x.data), rows, codes, static_cast<const T*>(bias.data), y, outputs};
+        rows > kFew ? multiply_many(p) : multiply_few(p);
     }
 
 private:
-    static constexpr size_t kChunk = 262144;  // bytes of codes that stay in the cache while all rows are multiplied
+    static constexpr size_t kFew = 8;         // rows that take no longer as places in lanes (measured: 8 to 12)
+    static constexpr size_t kChunk = 262144;  // bytes of codes that stay in the cache while few rows are multiplied
     static constexpr size_t kRows = 16;       // rounded together
+
+    struct Product {
+        const OrtKernelContext* context;
+        const OrtValue* beside;
+        const T* x;
+        size_t rows;
+        Codes w;
+        const T* bias;
+        T* y;
+        size_t outputs;
+    };
 
     Codes codes_of(const Input& x, const Input& qweight, const Input& scales, const Input& zeros, const Input& bias) const
     {
@@ -94,30 +100,70 @@ private:
                 static_cast<size_t>(inputs), static_cast<size_t>(group_)};
     }
 
-    static void round_rows(const OrtKernelContext* context, const T* x, size_t rows, const Codes& codes,
-                           const ByteRows& given)
+    static void multiply_few(const Product& p)
     {
-        const size_t inputs = codes.inputs;
-        const auto some = [&](int part) {
-            const size_t first = static_cast<size_t>(part) * kRows;
-            for (size_t row = first; row < std::min(rows, first + kRows); ++row) {
-                const size_t place = row * inputs;
-                round_row(x + place, codes, given.bytes + place, given.scales + place / 8, given.less + place / 8);
-            }
-        };
-        if (rows <= kRows) {
-            return some(0);
+        const size_t rows = p.rows, inputs = p.w.inputs;
+        const StreamBuffer scratch(p.context, p.beside, byte_rows_size(rows, inputs));
+        const ByteRows given = byte_rows(scratch.data(), rows, inputs);
+        for (size_t row = 0; row < rows; ++row) {
+            const size_t place = row * inputs;
+            round_row(p.x + place, p.w, given.bytes + place, given.scales + place / 8, given.less + place / 8);
         }
-        parallel_for(context, static_cast<int>((rows + kRows - 1) / kRows), some);
+        const size_t together = std::max(kColumns, kChunk / (inputs / 2) / kColumns * kColumns);
+        parallel_for(p.context, static_cast<int>((p.outputs + together - 1) / together), [&](int chunk) {
+            const size_t first = static_cast<size_t>(chunk) * together, last = std::min(p.outputs, first + together);
+            with_types(p.w, [&](auto zeros, auto scale) {
+                multiply_columns<decltype(zeros)::value, decltype(scale)>(given, rows, p.w, p.bias, p.y, p.outputs, first, last);
+            });
+        });
     }
 
-    // S: of the scales.
-    template <typename S>
-    static void multiply(const ByteRows& x, size_t rows, const Codes& w, const T* bias, T* y, size_t next, size_t first,
-                         size_t last)
+    static void multiply_many(const Product& p)
     {
-        w.zeros != nullptr ? multiply_columns<true, S>(x, rows, w, bias, y, next, first, last)
-                           : multiply_columns<false, S>(x, rows, w, bias, y, next, first, last);
+        const size_t inputs = p.w.inputs, parts = parts_of(inputs);
+        const StreamBuffer memory(p.context, p.beside, parts * p.rows * sizeof(RowPart));
+        auto* const laid_out = static_cast<RowPart*>(memory.data());
+        const size_t blocks = (p.rows + kByteRows - 1) / kByteRows;
+        const auto start = [&](size_t block) { return p.rows * block / blocks; };
+        for (size_t block = 0; block < blocks; ++block) {
+            lay_out(p, start(block), start(block + 1) - start(block), laid_out + start(block) * parts);
+        }
+        const size_t wide = width(p.outputs, blocks), chunks = (p.outputs + wide - 1) / wide;
+        parallel_for(p.context, static_cast<int>(chunks * blocks), [&](int part) {
+            const size_t block = static_cast<size_t>(part) / chunks, first = static_cast<size_t>(part) % chunks * wide;
+            const size_t row = start(block), rows = start(block + 1) - row, last = std::min(p.outputs, first + wide);
+            const StreamBuffer scratch(p.context, p.beside, ByteScratch::size(rows));
+            auto& own = *static_cast<ByteScratch*>(scratch.data());
+            with_types(p.w, [&](auto zeros, auto scale) {
+                multiply_parts<decltype(zeros)::value, decltype(scale)>(laid_out + row * parts, rows, p.w, p.bias,
+                                                                       p.y + row * p.outputs, p.outputs, first, last, own);
+            });
+        });
+    }
+
+    static void lay_out(const Product& p, size_t first, size_t count, RowPart* to)
+    {
+        parallel_for(p.context, static_cast<int>((count + kRows - 1) / kRows), [&](int part) {
+            const size_t start = static_cast<size_t>(part) * kRows;
+            for (size_t row = start; row < std::min(count, start + kRows); ++row) {
+                lay_out_row(p.x + (first + row) * p.w.inputs, p.w, to, count, row);
+            }
+        });
+    }
+
+    // Columns of a part: as many as the cache takes, unless threads would have too few parts to share.
+    static size_t width(size_t outputs, size_t blocks)
+    {
+        static const size_t threads = std::max(1u, std::thread::hardware_concurrency());
+        return std::clamp(outputs * blocks / (4 * threads) / kLanes * kLanes, kLanes, kByteColumns);
+    }
+
+    // Calls body with whether there are zeros, as a type, and a number of the type of the scales.
+    template <typename Body>
+    static void with_types(const Codes& w, const Body& body)
+    {
+        const auto with_scales = [&](auto zeros) { w.halves ? body(zeros, uint16_t{}) : body(zeros, T{}); };
+        w.zeros != nullptr ? with_scales(std::true_type{}) : with_scales(std::false_type{});
     }
 
     const int32_t group_;

@@ -19,7 +19,7 @@ from tests.engines.runners.native_cpu import here
 from tests.engines.runners.sessions import opened
 
 Array = np.ndarray[Any, np.dtype[Any]]
-OUTPUTS = 12
+OUTPUTS = 84  # a part of 64 columns, one of 16 and four more
 
 
 def weights(inputs: int, group: int, *, zeros: bool, bias: bool) -> dict[str, Array]:
@@ -63,7 +63,7 @@ def model_of(
         nodes,
         "linear",
         [helper.make_tensor_value_info("x", element, [rows, inputs])],
-        [helper.make_tensor_value_info("y", element, [rows, OUTPUTS])],
+        [helper.make_tensor_value_info("y", element, [rows, len(given["qweight"])])],
         [numpy_helper.from_array(array, name) for name, array in stored.items()],
     )
     opsets = [helper.make_opsetid("", 23), helper.make_opsetid("btp", 1)]
@@ -101,11 +101,17 @@ def half_a_place(y: Array, dtype: Any) -> Array:
 @here
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
 @pytest.mark.parametrize("zeros", [False, True])
-@pytest.mark.parametrize(("group", "inputs"), [(16, 128), (32, 384), (64, 256), (128, 384), (256, 512)])
-def test_is_the_definition_with_rows_in_int8(group: int, inputs: int, zeros: bool, dtype: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("rows", [6, 21])  # few, in fours and one by one; more than are rounded together, in two tiles
+@pytest.mark.parametrize(
+    ("group", "inputs"), [(16, 128), (16, 1152), (32, 384), (32, 1664), (64, 256), (128, 1408), (256, 512), (256, 1792)]
+)
+def test_is_the_definition_with_rows_in_int8(
+    group: int, inputs: int, rows: int, zeros: bool, dtype: Any, tmp_path: Path
+) -> None:
+    """Rows longer than the parts of 512 places that many rows are multiplied in too, with a last part of any length."""
     half, bias = group in (16, 64) and dtype == np.float32, group != 128
     given = weights(inputs, group, zeros=zeros, bias=bias)
-    x = rows_of(21, inputs, dtype)  # more than are rounded together, in fours and one by one
+    x = rows_of(rows, inputs, dtype)
     found = run(model_of(given, len(x), group, half=half, dtype=dtype), x, tmp_path, threads=2)
     assert found.dtype == dtype
     x, w, added = x.astype(np.float32), multiplied_out(given, group), given.get("bias", np.zeros(OUTPUTS))
@@ -120,7 +126,7 @@ def test_is_the_definition_with_rows_in_int8(group: int, inputs: int, zeros: boo
 @drawn(
     group=st.sampled_from([16, 32, 64, 128, 256]),
     blocks=st.integers(1, 3),
-    rows=st.integers(1, 6),
+    rows=st.sampled_from([1, 2, 5, 6, 9, 30]),
     zeros=st.booleans(),
     seed=st.integers(0, 2**32 - 1),
 )
@@ -140,12 +146,33 @@ def test_rows_of_float16_are_those_of_float32_rounded_at_the_end(
 
 
 @here
-def test_a_row_does_not_depend_on_the_others(tmp_path: Path) -> None:
-    given, x = weights(256, 32, zeros=True, bias=False), rows_of(6, 256)
-    whole = run(model_of(given, 6, 32), x, tmp_path)
-    for place in range(6):
+def test_one_of_few_rows_does_not_depend_on_the_others(tmp_path: Path) -> None:
+    given, x = weights(256, 32, zeros=True, bias=False), rows_of(8, 256)
+    whole = run(model_of(given, 8, 32), x, tmp_path, threads=2)
+    for place in range(8):
         alone = run(model_of(given, 1, 32), x[place : place + 1], tmp_path)
         np.testing.assert_array_equal(alone[0], whole[place])
+
+
+@here
+@pytest.mark.parametrize(("zeros", "group"), [(True, 16), (False, 32), (True, 128), (False, 256)])
+def test_one_of_many_rows_does_not_depend_on_the_others(group: int, zeros: bool, tmp_path: Path) -> None:
+    """Tiles of 5 to 12 rows, several of them, and rows in two blocks, in any order of threads, to the last bit."""
+    given, x = weights(1280, group, zeros=zeros, bias=True), rows_of(800, 1280)
+    whole = run(model_of(given, 800, group), x, tmp_path, threads=2)
+    for first, count in ((0, 9), (40, 12), (395, 13), (399, 39), (700, 100)):
+        some = run(model_of(given, count, group), x[first : first + count], tmp_path)
+        np.testing.assert_array_equal(some, whole[first : first + count])
+
+
+@here
+@pytest.mark.parametrize("outputs", [4, 8, 60, 68, 76])
+def test_columns_that_fill_no_register(outputs: int, tmp_path: Path) -> None:
+    """The first columns of a larger matrix, with and without the others; what lies behind it is not touched."""
+    given, x = weights(640, 32, zeros=True, bias=True), rows_of(20, 640, np.float16)
+    whole = run(model_of(given, 20, 32, dtype=np.float16), x, tmp_path)
+    fewer = {name: array[:outputs] for name, array in given.items()}
+    np.testing.assert_array_equal(run(model_of(fewer, 20, 32, dtype=np.float16), x, tmp_path), whole[:, :outputs])
 
 
 @here
