@@ -12,10 +12,11 @@
 #include <algorithm>
 #include <cstddef>
 
-#if defined(__GNUC__) && !defined(__clang__)
-#define BTP_UNROLLED _Pragma("GCC unroll 16")  // early enough for the sums to become registers
+// Early enough for sums to become registers.
+#if defined(__clang__)
+#define BTP_UNROLLED _Pragma("clang loop unroll(full)")
 #else
-#define BTP_UNROLLED
+#define BTP_UNROLLED _Pragma("GCC unroll 16")
 #endif
 BTP_QUIET_INTRINSICS
 

@@ -46,18 +46,26 @@ BTP_AVX512 BTP_INLINE void multiply_few(const T* x, size_t inputs, const W* weig
     }
 }
 
-template <int M, typename T, typename W>
-BTP_AVX512 inline void multiply_few_rows(const T* x, size_t inputs, const W* weights, size_t columns, T* y,
-                                          size_t next)
+// M rows, N columns at a time.
+template <int M, int N, typename T, typename W>
+BTP_AVX512 inline void multiply_few_rows(const T* x, size_t inputs, const W* weights, size_t columns, T* y, size_t next)
 {
-    constexpr size_t kSome = M > 4 ? 2 : 4;  // with as many rows, what registers take
     size_t column = 0;
-    for (; column + kSome <= columns; column += kSome) {
-        multiply_few<M, kSome>(x, inputs, weights + column * inputs, y + column, next);
+    for (; column + N <= columns; column += N) {
+        multiply_few<M, N>(x, inputs, weights + column * inputs, y + column, next);
     }
     for (; column < columns; ++column) {
         multiply_few<M, 1>(x, inputs, weights + column * inputs, y + column, next);
     }
+}
+
+// One row. Weights come fastest when they are read as they lie in memory, column after column, as long as x stays near.
+template <typename T, typename W>
+BTP_AVX512 inline void multiply_row(const T* x, size_t inputs, const W* weights, size_t columns, T* y, size_t next)
+{
+    constexpr int kSome = sizeof(W) == 2 ? 8 : 4;
+    stays_near(inputs * sizeof(T)) ? multiply_few_rows<1, 1>(x, inputs, weights, columns, y, next)
+                                   : multiply_few_rows<1, kSome>(x, inputs, weights, columns, y, next);
 }
 
 // Columns of y [rows,N] from y on. weights [columns,K].
@@ -67,13 +75,13 @@ void multiply_few_columns(const T* x, size_t rows, size_t inputs, const W* weigh
 {
     size_t row = 0;
     for (; row + 8 <= rows; row += 8) {
-        multiply_few_rows<8>(x + row * inputs, inputs, weights, columns, y + row * next, next);
+        multiply_few_rows<8, 2>(x + row * inputs, inputs, weights, columns, y + row * next, next);
     }
     for (; row + 4 <= rows; row += 4) {
-        multiply_few_rows<4>(x + row * inputs, inputs, weights, columns, y + row * next, next);
+        multiply_few_rows<4, 4>(x + row * inputs, inputs, weights, columns, y + row * next, next);
     }
     for (; row < rows; ++row) {
-        multiply_few_rows<1>(x + row * inputs, inputs, weights, columns, y + row * next, next);
+        multiply_row(x + row * inputs, inputs, weights, columns, y + row * next, next);
     }
 }
 

@@ -12,6 +12,9 @@ BTP_QUIET_INTRINSICS
 
 namespace btp {
 
+// Whether a row of x of this many bytes stays in the first cache while weights pass through it (measured: 8 KiB of 32 do).
+inline bool stays_near(size_t bytes) { return bytes <= 8192; }
+
 BTP_AVX512 BTP_INLINE float float_at(const float* stored) { return *stored; }
 BTP_AVX512 BTP_INLINE float float_at(const uint16_t* stored) { return _cvtsh_ss(*stored); }
 

@@ -197,6 +197,22 @@ BTP_VNNI BTP_INLINE void multiply_bytes(const ByteRows& x, size_t row, const Cod
     }
 }
 
+// One row: columns are read as they lie in memory, one after the other, as long as x stays near.
+template <bool Zeros, typename S, typename T>
+BTP_VNNI inline void multiply_row_of_bytes(const ByteRows& x, size_t row, const Codes& w, const T* bias, T* y, size_t next,
+                                           size_t first, size_t last)
+{
+    if (stays_near(byte_rows_size(1, w.inputs))) {
+        for (size_t column = first; column < last; ++column) {
+            multiply_bytes<1, 1, Zeros, S>(x, row, w, column, bias, y, next);
+        }
+        return;
+    }
+    for (size_t column = first; column < last; column += 4) {
+        multiply_bytes<1, 4, Zeros, S>(x, row, w, column, bias, y, next);
+    }
+}
+
 // Columns [first, last) of y [M,N], multiples of kColumns. The order of a sum is the same however many rows there are.
 template <bool Zeros, typename S, typename T>
 BTP_VNNI inline void multiply_columns(const ByteRows& x, size_t rows, const Codes& w, const T* bias, T* y, size_t next,
@@ -209,9 +225,7 @@ BTP_VNNI inline void multiply_columns(const ByteRows& x, size_t rows, const Code
         }
     }
     for (; row < rows; ++row) {
-        for (size_t column = first; column < last; ++column) {
-            multiply_bytes<1, 1, Zeros, S>(x, row, w, column, bias, y, next);
-        }
+        multiply_row_of_bytes<Zeros, S>(x, row, w, bias, y, next, first, last);
     }
 }
 
