@@ -63,6 +63,16 @@ def measure(names: Sequence[str], wishes: Wishes) -> Iterator[tuple[str, Row]]:
             yield name, skipped("the rest, which broke", error)
 
 
+def beside(kept: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The kept rows, with the new ones in place of those of the same name, or behind the last of their benchmark."""
+    new = {(row["benchmark"], row["what"]): dict(row) for row in rows}
+    merged = [new.pop((row["benchmark"], row["what"]), dict(row)) for row in kept]
+    for (name, _), row in new.items():
+        places = [place for place, other in enumerate(merged) if other["benchmark"] == name]
+        merged.insert(places[-1] + 1 if places else len(merged), row)
+    return merged
+
+
 def recorded(machine: Machine, found: Sequence[tuple[str, Row]], wishes: Wishes) -> dict[str, Any]:
     """The same for JSON."""
     settings = {"threads": wishes.threads, "rounds": wishes.rounds, "quick": wishes.quick}
@@ -89,7 +99,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--quick", action="store_true", help="tiny models and few rounds, to try the programs")
     parser.add_argument("--out", type=Path, help="where the JSON goes")
-    parser.add_argument("--write", action="store_true", help="record the results, and show them in docs/performance.md")
+    parser.add_argument(
+        "--write",
+        action="store_true",
+        help="record the results, and show them in docs/performance.md; with --only beside what is recorded of others",
+    )
     parser.add_argument("--threads", type=int, default=available_cores(), help="of every program; all cores")
     parser.add_argument(
         "--rounds",
@@ -108,14 +122,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory(dir=cache_folder(), prefix="benchmarks-") as scratch:
         rounds = min(given.rounds, 2) if given.quick else given.rounds
         wishes = Wishes(given.folder or Path(scratch), given.threads, rounds, given.quick)
+        kept = json.loads(RESULTS.read_text("utf-8"))["rows"] if given.write and given.only else []
         found: list[tuple[str, Row]] = []
         for one in measure(given.only or mine, wishes):
             found.append(one)  # written as they come: a run that is stopped leaves what it found
             document = recorded(this_machine(), found, wishes)
-            for path in [given.out] * (given.out is not None) + [RESULTS] * given.write:
-                write_text(path, json.dumps(document, indent=1) + "\n")
+            whole = document | {"rows": beside(kept, document["rows"])}
+            for path, one in [(given.out, document)] * (given.out is not None) + [(RESULTS, whole)] * given.write:
+                write_text(path, json.dumps(one, indent=1) + "\n")
     if given.write:
-        put_between_marks(PAGE, render(document))
+        put_between_marks(PAGE, render(whole))
     print(render(document))
     print(f"\nby themselves: {', '.join(name for name in everything if name not in mine)}")
 

@@ -91,3 +91,22 @@ def test_the_page_shows_what_was_recorded() -> None:
     recorded = json.loads(program.RESULTS.read_text(encoding="utf-8"))
     assert program.render(recorded) in program.PAGE.read_text(encoding="utf-8")
     assert recorded["format"] == program.FORMAT and not recorded["settings"]["quick"]
+
+
+def test_one_benchmark_is_recorded_beside_the_others(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Its rows take the places of those of the same name; new ones follow the last of its own."""
+    from benchmarks import batches
+
+    results, page = tmp_path / "benchmarks.json", tmp_path / "performance.md"
+    before = [("batches", Row("a", 1.0, "x")), ("batches", Row("b", 2.0, "x")), ("export_cost", Row("c", 3.0, "s"))]
+    wishes = Wishes(tmp_path, threads=1, note=lambda text: None)
+    results.write_text(json.dumps(program.recorded(this_machine(), before, wishes)))
+    page.write_text("<!-- table: begin -->\n<!-- table: end -->\n")
+    monkeypatch.setattr(program, "RESULTS", results)
+    monkeypatch.setattr(program, "PAGE", page)
+    monkeypatch.setattr(batches, "benchmark", lambda _: iter([Row("b", 5.0, "x"), Row("d", 6.0, "x")]))
+    program.main(["--only", "batches", "--threads", "1", "--write"])
+    rows = json.loads(results.read_text())["rows"]
+    expected = [("batches", "a", 1.0), ("batches", "b", 5.0), ("batches", "d", 6.0), ("export_cost", "c", 3.0)]
+    assert [(row["benchmark"], row["what"], row["value"]) for row in rows] == expected
+    assert all(f"| {row['what']} |" in page.read_text() for row in rows)
