@@ -32,6 +32,8 @@ from graphs.files.onnx_file import graph_bytes, parse_graph, refusing_graph
 from graphs.records.errors import BtpError, CheckError, InputError, UnavailableError
 
 if TYPE_CHECKING:
+    import onnx
+
     from engines.runners.on_cpu import Native, Replaced
     from engines.runners.packed_files import PackedFiles
 
@@ -125,11 +127,10 @@ class OrtLoader:
                 replaced = _on_cpu().for_cpu(model, self._native)
             if own_nodes:
                 ops.for_onnxruntime(model, accuracy_level=self.accuracy_level)
-        kept: list[Any] = []
         if self._packed is not None:
             kept = self._packed.share(model, path, options)
         else:
-            options.add_session_config_entry(FOLDER_OPTION, str(path.parent))
+            kept = self._weights(model, path.parent, options)
         runner = self._open(model.SerializeToString(), path, options, replaced)
         runner.weights = kept
         return runner
@@ -143,8 +144,19 @@ class OrtLoader:
             return None
         model, replaced = found
         options = self._options()
-        options.add_session_config_entry(FOLDER_OPTION, str(links[0].path.parent))
-        return self._open(model.SerializeToString(), links[0].path.with_name("prefill"), options, replaced)
+        kept = self._weights(model, links[0].path.parent, options)
+        runner = self._open(model.SerializeToString(), links[0].path.with_name("prefill"), options, replaced)
+        runner.weights = kept
+        return runner
+
+    def _weights(self, model: "onnx.ModelProto", folder: Path, options: ort.SessionOptions) -> list[Any]:
+        """Let a session on the CPU read the weights where other sessions have them mapped; a GPU takes a copy."""
+        if self._kind != "cpu":
+            options.add_session_config_entry(FOLDER_OPTION, str(folder))
+            return []
+        from engines.runners.mapped_weights import share_weights
+
+        return share_weights(model, folder, options)
 
     def _takes_own_nodes(self, content: bytes) -> bool:
         """Whether nodes are put in that ONNX Runtime has itself; on CUDA our library's come first."""

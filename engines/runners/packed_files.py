@@ -25,13 +25,12 @@ from math import prod
 from pathlib import Path
 from typing import Any, Final
 
-import numpy as np
 import onnx
 import onnxruntime as ort
 from onnx import NodeProto, TensorProto, helper
 
+from engines.runners.mapped_weights import external_entry, mapped_tensors, nbytes, share_weights
 from engines.runners.session_options import FOLDER_OPTION, LARGE
-from graphs import dtypes
 from graphs.files.atomic import move
 from graphs.files.folders import scratch
 from graphs.files.onnx_file import read_graph
@@ -71,12 +70,11 @@ class PackedFiles:
                 break  # the disk is full
             places[node.input[WEIGHT]] = place
         if not places:
-            options.add_session_config_entry(FOLDER_OPTION, str(path.parent))
-            return []
+            return share_weights(model, path.parent, options)
         options.add_session_config_entry(FOLDER_OPTION, str(self._folder))
         _point(model, places)
-        others = {t.name: _mapped(t, path.parent) for t in model.graph.initializer
-                  if t.external_data and t.name not in places}  # fmt: skip
+        # Casts of some are folded, for which ONNX Runtime would look in the folder of packed files.
+        others = mapped_tensors(model, path.parent, but=places)
         options.add_external_initializers(list(others), list(others.values()))
         return list(others.values())
 
@@ -85,7 +83,7 @@ class PackedFiles:
         place = self._folder / _key(small, path)
         if not place.is_dir():
             self._folder.mkdir(parents=True, exist_ok=True)
-            needed = 3 * sum(_nbytes(tensor) for tensor in small.graph.initializer)
+            needed = 3 * sum(nbytes(tensor) for tensor in small.graph.initializer)
             if shutil.disk_usage(self._folder).free < needed + SPARE:
                 return None
             self._sweep()
@@ -118,7 +116,7 @@ def _is_shared(node: NodeProto, model: onnx.ModelProto, stored: Stored) -> bool:
     """Whether a node's weight is worth a file: four-bit codes, or a large matrix in float32."""
     if node.op_type == NODE:
         codes = stored.get(node.input[WEIGHT])
-        return codes is not None and _nbytes(codes) >= SMALLEST
+        return codes is not None and nbytes(codes) >= SMALLEST
     return _large_product(node, _casts(model), stored) == TensorProto.FLOAT
 
 
@@ -198,12 +196,12 @@ def _alone(node: NodeProto, model: onnx.ModelProto, stored: Stored) -> onnx.Mode
 
 def _key(small: onnx.ModelProto, path: Path) -> str:
     """The name of a matrix: where its bytes lie, what is done with them, and by which program on which processor."""
-    files = {_entry(tensor)["location"] for tensor in small.graph.initializer}
+    files = {external_entry(tensor)["location"] for tensor in small.graph.initializer}
     status = [(path.parent / file).stat() for file in sorted(files)]
     weights = [(one.st_dev, one.st_ino, one.st_size, one.st_mtime_ns) for one in status]
     text = json.dumps([weights, ort.__version__, platform.machine(), _processor()])
     # A derived bundle calls its files differently, but they are the same: names are not part of the key.
-    places = [(t.name, t.data_type, list(t.dims), _entry(t).get("offset")) for t in small.graph.initializer]
+    places = [(t.name, t.data_type, list(t.dims), external_entry(t).get("offset")) for t in small.graph.initializer]
     nodes = b"".join(node.SerializeToString(deterministic=True) for node in small.graph.node)
     whole = text.encode() + json.dumps(places).encode() + nodes
     return hashlib.sha256(whole).hexdigest()[:32]
@@ -269,21 +267,5 @@ def _point(model: onnx.ModelProto, places: Mapping[str, Path]) -> None:
 
 def _packed_tensor(place: Path) -> TensorProto:
     """The one that ONNX Runtime packed, of those in a packed file; it is the largest."""
-    packed: TensorProto = max(read_graph(place / MODEL_FILE).graph.initializer, key=_nbytes)
+    packed: TensorProto = max(read_graph(place / MODEL_FILE).graph.initializer, key=nbytes)
     return packed
-
-
-def _mapped(tensor: TensorProto, folder: Path) -> ort.OrtValue:
-    """A stored tensor over its mapped file."""
-    entry, element = _entry(tensor), dtypes.BY_ONNX[tensor.data_type]
-    kind = np.dtype(np.uint16) if element.numpy == dtypes.BFLOAT16 else element.numpy
-    array = np.memmap(folder / entry["location"], kind, "r", offset=int(entry["offset"]), shape=tuple(tensor.dims))
-    return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array, element.onnx)
-
-
-def _entry(tensor: TensorProto) -> dict[str, str]:
-    return {entry.key: entry.value for entry in tensor.external_data}
-
-
-def _nbytes(tensor: TensorProto) -> int:
-    return int(prod(tensor.dims)) * dtypes.BY_ONNX[tensor.data_type].nbytes
