@@ -2,12 +2,13 @@
 
 ONNX Runtime maps a graph's weights anew for each session. The pages are the file's and in memory once, but in a process
 whose prefill and decode read the same weights each counts twice: in what is resident, which limits and tools look at,
-and in page tables and first touches. So stored tensors are handed over, from one mapping for all sessions.
+and in page tables and first touches. So what operators read as it is stored is handed over, from one mapping for all
+sessions. What ONNX Runtime casts or packs when a session opens, and reads never again, it maps itself for as long.
 """
 
 import mmap
 import threading
-from collections.abc import Container
+from collections.abc import Callable
 from math import prod
 from pathlib import Path
 from typing import Any, Final
@@ -18,6 +19,7 @@ import onnx
 import onnxruntime as ort
 from onnx import TensorProto
 
+from engines.runners.on_cpu import AS_STORED
 from engines.runners.session_options import FOLDER_OPTION
 from graphs import dtypes
 
@@ -26,21 +28,24 @@ _lock: Final = threading.Lock()
 
 
 def share_weights(model: onnx.ModelProto, folder: Path, options: ort.SessionOptions) -> list[Any]:
-    """Let a session read the stored tensors of a graph, which lie in `folder`, where the process has them mapped.
+    """Let a session read weights of a graph, which lie in `folder`, where the process has them mapped.
 
     The session needs what is given back for as long as it lives. What is not all there, is of an unknown type or lies
     elsewhere is left to ONNX Runtime, which says what is wrong with it.
     """
     options.add_session_config_entry(FOLDER_OPTION, str(folder))
-    found = mapped_tensors(model, folder)
+    read = {name for node in model.graph.node if node.op_type in AS_STORED for name in node.input}
+    found = mapped_tensors(model, folder, wanted=read.__contains__)
     for name, value in found.items():
         options.add_initializer(name, value)
     return list(found.values())
 
 
-def mapped_tensors(model: onnx.ModelProto, folder: Path, *, but: Container[str] = ()) -> dict[str, ort.OrtValue]:
-    """The stored tensors of a graph by name, without those in `but`."""
-    stored = (tensor for tensor in model.graph.initializer if tensor.external_data and tensor.name not in but)
+def mapped_tensors(
+    model: onnx.ModelProto, folder: Path, *, wanted: Callable[[str], bool] = lambda name: True
+) -> dict[str, ort.OrtValue]:
+    """The stored tensors of a graph by name, those whose names are wanted."""
+    stored = (tensor for tensor in model.graph.initializer if tensor.external_data and wanted(tensor.name))
     values = {tensor.name: _value(tensor, folder) for tensor in stored}
     return {name: value for name, value in values.items() if value is not None}
 

@@ -74,7 +74,7 @@ class PackedFiles:
         options.add_session_config_entry(FOLDER_OPTION, str(self._folder))
         _point(model, places)
         # Casts of some are folded, for which ONNX Runtime would look in the folder of packed files.
-        others = mapped_tensors(model, path.parent, but=places)
+        others = mapped_tensors(model, path.parent, wanted=lambda name: name not in places)
         options.add_external_initializers(list(others), list(others.values()))
         return list(others.values())
 

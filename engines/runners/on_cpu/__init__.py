@@ -10,6 +10,7 @@ one graph of a prefill's.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Final
 
 import onnx
 
@@ -29,7 +30,9 @@ from engines.runners.on_cpu.layers_at_once import Room
 from graphs import names
 from graphs.files.onnx_file import read_graph, refusing_graph
 
-__all__ = ["Native", "Replaced", "for_cpu", "joined", "may_have"]
+__all__ = ["AS_STORED", "Native", "Replaced", "for_cpu", "joined", "may_have"]
+
+AS_STORED: Final = frozenset({linear.INT8, linear.HALF, float_weights.FLOAT})  # how they read weights, in every run
 
 
 @dataclass(frozen=True)

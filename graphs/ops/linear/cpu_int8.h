@@ -1,4 +1,4 @@
-// BtpLinear on a CPU with the rows of x rounded to int8: products of bytes, summed in 32 bits (AVX512-VNNI).
+// BtpLinear on a CPU with few rows of x, rounded to int8: products of bytes, summed in 32 bits (AVX512-VNNI).
 //
 // Codes are read as they are stored, so nothing is packed when a session opens and all sessions share the file's pages.
 // 64 bytes of a row of w are a block of 128 codes: their low nibbles are its even places, their high ones the odd ones,

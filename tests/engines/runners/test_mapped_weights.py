@@ -13,11 +13,12 @@ from onnx import TensorProto
 
 from engines.runners.interface import Runner
 from engines.runners.mapped_weights import mapped_tensors
+from engines.runners.on_cpu.linear import FEW
 from engines.runners.onnxruntime import OrtLoader
 from graphs.records.errors import BtpError
 from tests.engines.native import builds
 from tests.engines.runners.native_cpu import here
-from tests.engines.runners.test_stored_weights import model_of, rows_of, weights
+from tests.engines.runners.test_stored_weights import half_model, model_of, rows_of, weights
 
 FILE = "weights.bin"
 GROUP, INPUTS = 32, 4096
@@ -62,6 +63,19 @@ def test_a_file_is_mapped_once_for_all_sessions(tmp_path: Path) -> None:
     del last
     gc.collect()
     assert not mappings(tmp_path / FILE)
+
+
+def test_what_is_packed_when_a_session_opens_is_not_kept(tmp_path: Path) -> None:
+    """Many rows of weights in float16: ONNX Runtime casts and packs them, and the file is left."""
+    path = tmp_path / "many.onnx"
+    weight = np.random.default_rng(0).standard_normal((64, 2048)).astype(np.float16)
+    model = half_model(FEW + 1, weight)
+    onnx.save_model(model, path, save_as_external_data=True, location=FILE, size_threshold=0)
+    runner = opened(path)
+    assert not mappings(tmp_path / FILE)
+    x = rows_of(FEW + 1, 2048)
+    found, exact = runner.run({"x": x})["y"], x.astype(np.float64) @ weight.astype(np.float64).T
+    assert (np.abs(found - exact) <= 1e-6 * np.linalg.norm(x, axis=1)[:, None] * np.linalg.norm(weight, axis=1)).all()
 
 
 def test_a_link_of_a_bundle_that_was_derived_is_the_same_file(tmp_path: Path) -> None:
