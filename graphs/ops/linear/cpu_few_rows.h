@@ -6,6 +6,7 @@
 #include "cpu_floats.h"
 
 #ifdef BTP_X86
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 
@@ -68,20 +69,29 @@ BTP_AVX512 inline void multiply_row(const T* x, size_t inputs, const W* weights,
                                    : multiply_few_rows<1, kSome>(x, inputs, weights, columns, y, next);
 }
 
+// All rows with columns that stay in the second cache, four at a time.
+template <typename T, typename W>
+void multiply_kept_columns(const T* x, size_t rows, size_t inputs, const W* weights, size_t columns, T* y, size_t next)
+{
+    for (; rows >= 4; rows -= 4, x += 4 * inputs, y += 4 * next) {
+        multiply_few_rows<4, 4>(x, inputs, weights, columns, y, next);
+    }
+    switch (rows) {
+    case 1: return multiply_row(x, inputs, weights, columns, y, next);
+    case 2: return multiply_few_rows<2, 4>(x, inputs, weights, columns, y, next);
+    case 3: return multiply_few_rows<3, 4>(x, inputs, weights, columns, y, next);
+    default: return;
+    }
+}
+
 // Columns of y [rows,N] from y on. weights [columns,K].
 template <typename T, typename W>
-void multiply_few_columns(const T* x, size_t rows, size_t inputs, const W* weights, size_t columns, T* y,
-                           size_t next)
+void multiply_few_columns(const T* x, size_t rows, size_t inputs, const W* weights, size_t columns, T* y, size_t next)
 {
-    size_t row = 0;
-    for (; row + 8 <= rows; row += 8) {
-        multiply_few_rows<8, 2>(x + row * inputs, inputs, weights, columns, y + row * next, next);
-    }
-    for (; row + 4 <= rows; row += 4) {
-        multiply_few_rows<4, 4>(x + row * inputs, inputs, weights, columns, y + row * next, next);
-    }
-    for (; row < rows; ++row) {
-        multiply_row(x + row * inputs, inputs, weights, columns, y + row * next, next);
+    constexpr size_t kKept = 262144;  // bytes of weights
+    const size_t some = rows <= 4 ? columns : std::max(kKept / (inputs * sizeof(W)) / 8 * 8, size_t{8});
+    for (size_t column = 0; column < columns; column += some) {
+        multiply_kept_columns(x, rows, inputs, weights + column * inputs, std::min(some, columns - column), y + column, next);
     }
 }
 

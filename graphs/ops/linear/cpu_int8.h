@@ -213,6 +213,16 @@ BTP_VNNI inline void multiply_row_of_bytes(const ByteRows& x, size_t row, const 
     }
 }
 
+// M rows.
+template <int M, bool Zeros, typename S, typename T>
+BTP_VNNI inline void multiply_rows_of_bytes(const ByteRows& x, size_t row, const Codes& w, const T* bias, T* y, size_t next,
+                                            size_t first, size_t last)
+{
+    for (size_t column = first; column < last; column += 4) {
+        multiply_bytes<M, 4, Zeros, S>(x, row, w, column, bias, y, next);
+    }
+}
+
 // Columns [first, last) of y [M,N], multiples of kColumns. The order of a sum is the same however many rows there are.
 template <bool Zeros, typename S, typename T>
 BTP_VNNI inline void multiply_columns(const ByteRows& x, size_t rows, const Codes& w, const T* bias, T* y, size_t next,
@@ -220,12 +230,13 @@ BTP_VNNI inline void multiply_columns(const ByteRows& x, size_t rows, const Code
 {
     size_t row = 0;
     for (; row + 4 <= rows; row += 4) {
-        for (size_t column = first; column < last; column += 4) {
-            multiply_bytes<4, 4, Zeros, S>(x, row, w, column, bias, y, next);
-        }
+        multiply_rows_of_bytes<4, Zeros, S>(x, row, w, bias, y, next, first, last);
     }
-    for (; row < rows; ++row) {
-        multiply_row_of_bytes<Zeros, S>(x, row, w, bias, y, next, first, last);
+    switch (rows - row) {
+    case 1: return multiply_row_of_bytes<Zeros, S>(x, row, w, bias, y, next, first, last);
+    case 2: return multiply_rows_of_bytes<2, Zeros, S>(x, row, w, bias, y, next, first, last);
+    case 3: return multiply_rows_of_bytes<3, Zeros, S>(x, row, w, bias, y, next, first, last);
+    default: return;
     }
 }
 
