@@ -128,8 +128,8 @@ number of cores, times say little.{limit}
 
 {table}
 
-Peak is the process's resident memory at most. A page of packed weights that prefill and decode both map counts twice in
-it and once in "mapped once", and the system may drop it.
+Peak is the process's resident memory at most. Pages that are mapped from a file count once, and the system may drop
+them.
 
 One layer at a time in float32, as a machine must that does not hold the model in float16: {layer_ms:.0f} ms a layer for
 one token, {all_s:.0f} s for {layers} layers.

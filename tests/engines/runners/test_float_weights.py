@@ -78,13 +78,14 @@ def test_many_rows_are_taken_in_blocks() -> None:
 
 
 @here
-def test_few_rows_do_not_depend_on_each_other() -> None:
-    """As many as are taken at once, by eights, fours and ones."""
-    x, weight = numbers(0, 15, 272), numbers(1, 160, 272)
-    found = product(x, weight)
-    assert_is_product(found, x, weight)
-    for row in (0, 9, 14):
-        np.testing.assert_array_equal(product(x[row : row + 1], weight, 1)[0], found[row])
+@pytest.mark.parametrize("inputs", [272, 2064])  # the second is too long for one column after the other
+def test_few_rows_do_not_depend_on_each_other(inputs: int) -> None:
+    """As many as are taken at once: fours, and all that are left."""
+    x, weight = numbers(0, 15, inputs), numbers(1, 160, inputs)
+    assert_is_product(product(x, weight), x, weight)
+    alone = [product(row[None], weight, 1)[0] for row in x]
+    for count in range(2, 16):
+        np.testing.assert_array_equal(product(x[:count], weight), alone[:count])
 
 
 @here
