@@ -7,6 +7,7 @@ sessions. What ONNX Runtime casts or packs when a session opens, and reads never
 """
 
 import mmap
+import os
 import threading
 from collections.abc import Callable
 from math import prod
@@ -45,8 +46,10 @@ def mapped_tensors(
     model: onnx.ModelProto, folder: Path, *, wanted: Callable[[str], bool] = lambda name: True
 ) -> dict[str, ort.OrtValue]:
     """The stored tensors of a graph by name, those whose names are wanted."""
-    stored = (tensor for tensor in model.graph.initializer if tensor.external_data and wanted(tensor.name))
-    values = {tensor.name: _value(tensor, folder) for tensor in stored}
+    stored = [tensor for tensor in model.graph.initializer if tensor.external_data and wanted(tensor.name)]
+    places = {tensor.name: external_entry(tensor).get("location", "") for tensor in stored}
+    files = {place: _mapped(folder / place, folder) for place in set(places.values())}
+    values = {tensor.name: _value(tensor, files[places[tensor.name]]) for tensor in stored}
     return {name: value for name, value in values.items() if value is not None}
 
 
@@ -60,32 +63,31 @@ def nbytes(tensor: TensorProto) -> int:
     return int(prod(tensor.dims)) * dtypes.BY_ONNX[tensor.data_type].nbytes
 
 
-def _value(tensor: TensorProto, folder: Path) -> ort.OrtValue | None:
-    """A stored tensor over its mapped file."""
+def _value(tensor: TensorProto, data: mmap.mmap | None) -> ort.OrtValue | None:
+    """A stored tensor over the bytes of its file."""
     entry, element = external_entry(tensor), dtypes.BY_ONNX.get(tensor.data_type)
-    path, offset = folder / entry.get("location", ""), entry.get("offset", "0")
-    if element is None or not offset.isdecimal() or not path.is_file() or not _lies_in(path, folder):
+    offset = entry.get("offset", "0")
+    if data is None or element is None or not offset.isdecimal():
         return None
     first, size = int(offset), nbytes(tensor)
-    there = first + size <= path.stat().st_size and entry.get("length", str(size)) == str(size)
-    if size == 0 or not there:
+    if size == 0 or first + size > len(data) or entry.get("length", str(size)) != str(size):
         return None
     kind = np.dtype(np.uint16) if element.numpy == dtypes.BFLOAT16 else element.numpy
-    array = np.frombuffer(_mapped(path), kind, prod(tensor.dims), first).reshape(tuple(tensor.dims))
+    array = np.frombuffer(data, kind, prod(tensor.dims), first).reshape(tuple(tensor.dims))
     return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array, element.onnx)
 
 
-def _lies_in(path: Path, folder: Path) -> bool:
-    """Whether no `..` and no link leads out of the folder, which ONNX Runtime refuses."""
-    return path.resolve().is_relative_to(folder.resolve())
+def _mapped(path: Path, folder: Path) -> mmap.mmap | None:
+    """A file's bytes. Whoever asks while they are in use gets the same; a file that has changed is another one.
 
-
-def _mapped(path: Path) -> mmap.mmap:
-    """A file's bytes. Whoever asks while they are in use gets the same; a file that has changed is another one."""
+    None for what is no file with bytes in the folder: no `..` and no link leads out of it, as ONNX Runtime has it too.
+    """
+    if not path.is_file() or not path.resolve().is_relative_to(folder.resolve()):
+        return None
     with path.open("rb") as file, _lock:
-        status = path.stat()
+        status = os.fstat(file.fileno())
         key = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
         found = _maps.get(key)
-        if found is None:
+        if found is None and status.st_size > 0:
             found = _maps[key] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         return found

@@ -114,6 +114,10 @@ def _gone(entry: dict[str, str], folder: Path) -> None:
     (folder / FILE).unlink()
 
 
+def _empty(entry: dict[str, str], folder: Path) -> None:
+    os.truncate(folder / FILE, 0)
+
+
 def _cut(entry: dict[str, str], folder: Path) -> None:
     os.truncate(folder / FILE, 4096)
 
@@ -130,7 +134,7 @@ def _short(entry: dict[str, str], folder: Path) -> None:
     entry["length"] = "16"
 
 
-@pytest.mark.parametrize("spoil", [_elsewhere, _linked, _gone, _cut, _behind, _negative, _short])
+@pytest.mark.parametrize("spoil", [_elsewhere, _linked, _gone, _empty, _cut, _behind, _negative, _short])
 def test_what_is_not_what_the_graph_says_is_refused(
     spoil: Callable[[dict[str, str], Path], None], tmp_path: Path
 ) -> None:
