@@ -116,6 +116,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name in given.only or ():
         if name.partition(":")[0] not in mine:
             parser.error(f"no benchmark {name}: one of {', '.join(mine)}")
+    if given.quick and given.write:
+        parser.error("--quick --write: wanted one of them, as quick runs measure nothing")
     if given.rounds < 1 or given.threads < 1:
         parser.error(f"--rounds {given.rounds}, --threads {given.threads}: wanted 1 or more")
     cache_folder().mkdir(parents=True, exist_ok=True)

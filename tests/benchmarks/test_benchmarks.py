@@ -110,3 +110,5 @@ def test_one_benchmark_is_recorded_beside_the_others(monkeypatch: pytest.MonkeyP
     expected = [("batches", "a", 1.0), ("batches", "b", 5.0), ("batches", "d", 6.0), ("export_cost", "c", 3.0)]
     assert [(row["benchmark"], row["what"], row["value"]) for row in rows] == expected
     assert all(f"| {row['what']} |" in page.read_text() for row in rows)
+    with pytest.raises(SystemExit):  # tiny models are no result
+        program.main(["--only", "batches", "--quick", "--write"])
