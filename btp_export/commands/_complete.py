@@ -5,6 +5,7 @@ from pathlib import Path
 
 import typer
 
+from btp_export.commands._model_names import model_names
 from graphs.records.errors import InputError
 from graphs.records.reading import read_object
 
@@ -15,9 +16,7 @@ MOST_BYTES = 16 * 2**20  # of a manifest
 
 def models(incomplete: str) -> list[str]:
     """Models known by name; folders are completed by the shell."""
-    from btp_export.families import known_models
-
-    return _beginning(["demo", *known_models()], incomplete)
+    return _beginning(["demo", *model_names()], incomplete)
 
 
 def targets(incomplete: str) -> list[str]:

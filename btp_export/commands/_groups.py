@@ -22,12 +22,12 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from btp_export import extras
+from btp_export.commands._model_names import model_names
 from btp_export.console import note
 from graphs.files.paths import expanded
 from graphs.records.errors import InputError
 
-# Stands in help for the models' names until it is shown: to know them every family is loaded, which takes longer than
-# all else that a Tab in the shell waits for.
+# Stands in help for the models' names until it is shown: to know them the families' files are read.
 MODELS = "{models}"
 DebugOption = Annotated[bool, typer.Option("--debug", help="After an error, show where in the code it came from.")]
 
@@ -130,9 +130,7 @@ def _shown(text: str) -> str:
     """Help as it is shown."""
     if MODELS not in text:
         return text
-    from btp_export.families import known_models
-
-    return text.replace(MODELS, ", ".join(known_models()))
+    return text.replace(MODELS, ", ".join(model_names()))
 
 
 def _fields(group: Any) -> list[inspect.Parameter]:

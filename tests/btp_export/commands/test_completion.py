@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from btp_export import cli
+from btp_export.commands._model_names import model_names
+from btp_export.families import known_models
 
 ROOT = Path(__file__).parents[3]
 HEAVY = ("torch", "transformers", "onnxruntime", "onnx", "onnx_ir", "huggingface_hub", "PIL")
@@ -110,6 +112,20 @@ for words in ("export --model ", "build B --target ", "export --plan ", "run B -
     assert main([]) == 0
     print("loaded for", words, [name for name in HEAVY if name in sys.modules])
 """
+
+
+def test_models_named_for_help_are_those_of_the_families() -> None:
+    assert model_names() == list(known_models())
+
+
+def test_help_loads_no_numpy(shell: dict[str, str]) -> None:
+    """Which would take longer than all else: the aim is 0.3 s."""
+    code = (
+        "import sys; from btp_export.cli import main; main(['--help']); print([*filter(sys.modules.get, HEAVY)])"
+    )
+    heavy = (*HEAVY, "numpy", "pydantic")
+    answer = run([sys.executable, "-c", f"HEAVY = {heavy!r}; {code}"], shell)
+    assert answer.splitlines()[-1] == "[]" and all(name in answer for name in known_models())
 
 
 def test_completion_is_light(shell: dict[str, str]) -> None:
