@@ -97,8 +97,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if "_BTP_EXPORT_COMPLETE" in os.environ:
         os.environ["COLUMNS"] = "1000"  # typer wraps the descriptions that it gives to zsh
     _set_up_libraries(debug)
-    with _signals_interrupt():
-        return _run(words, debug)
+    with _signals_interrupt() as interrupted:
+        return _run(words, debug, interrupted)
 
 
 def _wants_debug(words: Sequence[str]) -> bool:
@@ -118,7 +118,7 @@ def _wants_debug(words: Sequence[str]) -> bool:
     return any(at == 0 or words[at - 1] not in takes for at in places)
 
 
-def _run(arguments: list[str], debug: bool) -> int:
+def _run(arguments: list[str], debug: bool, interrupted: threading.Event) -> int:
     try:
         known = "_BTP_EXPORT_COMPLETE" not in os.environ and arguments[:1] and arguments[0] in command_names()
         program = _program(arguments[0] if known else None)
@@ -138,6 +138,9 @@ def _run(arguments: list[str], debug: bool) -> int:
         _discard_stdout()
         return PIPE_CLOSED
     except Exception as error:
+        if interrupted.is_set():  # pydantic makes an error of its own of what is raised while it writes a record
+            console.show_lines(["interrupted"], prefix="")
+            return INTERRUPTED
         if debug:
             # A line can hold a value of any length, as the name of a file that is not there.
             console.note("\n".join(map(shortened, traceback.format_exc().splitlines())))
@@ -225,10 +228,15 @@ class _Interrupt(KeyboardInterrupt):
 
 
 @contextlib.contextmanager
-def _signals_interrupt() -> Iterator[None]:
-    """SIGTERM and SIGHUP act like Ctrl-C, so that every `finally` that cleans up runs; `nohup` keeps its meaning."""
+def _signals_interrupt() -> Iterator[threading.Event]:
+    """SIGTERM and SIGHUP act like Ctrl-C, so that every `finally` that cleans up runs; `nohup` keeps its meaning.
+
+    Gives what says whether one has come.
+    """
+    interrupted = threading.Event()
 
     def interrupt(number: int, frame: FrameType | None) -> None:
+        interrupted.set()
         raise _Interrupt
 
     before = {}
@@ -237,7 +245,7 @@ def _signals_interrupt() -> Iterator[None]:
             if signal.getsignal(number) is not signal.SIG_IGN:
                 before[number] = signal.signal(number, interrupt)
     try:
-        yield
+        yield interrupted
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -7,11 +7,13 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import typer
+from pydantic import BaseModel, Field, model_serializer
 
 from btp_export import __version__, cli
 from graphs.records.errors import CheckError, InputError, UnavailableError
@@ -113,6 +115,31 @@ def test_errors_become_messages_and_exit_codes(
     captured = capsys.readouterr()
     assert captured.out == "" and captured.err.startswith(said)
     assert len(captured.err.splitlines()) <= 3 and "Traceback" not in captured.err
+
+
+def interrupted(number: int) -> bool:
+    signal.raise_signal(signal.SIGINT)
+    return number == 1
+
+
+class Serialized(BaseModel):
+    @model_serializer
+    def written(self) -> bool:
+        return interrupted(1)
+
+
+class Excluded(BaseModel):
+    number: int = Field(default=1, exclude_if=interrupted)
+
+
+@pytest.mark.parametrize("written", [lambda: Serialized().model_dump(), lambda: Excluded().model_dump_json()])
+def test_a_signal_while_a_record_is_written_still_exits_with_130(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], written: Callable[[], object]
+) -> None:
+    """pydantic makes an error of its own of whatever is raised there."""
+    monkeypatch.setattr("btp_export.commands.doctor.command", lambda: print(written()))
+    assert cli.main(["doctor"]) == 130
+    assert capsys.readouterr() == ("", "interrupted\n")
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])

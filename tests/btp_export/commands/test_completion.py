@@ -120,9 +120,7 @@ def test_models_named_for_help_are_those_of_the_families() -> None:
 
 def test_help_loads_no_numpy(shell: dict[str, str]) -> None:
     """Which would take longer than all else: the aim is 0.3 s."""
-    code = (
-        "import sys; from btp_export.cli import main; main(['--help']); print([*filter(sys.modules.get, HEAVY)])"
-    )
+    code = "import sys; from btp_export.cli import main; main(['--help']); print([*filter(sys.modules.get, HEAVY)])"
     heavy = (*HEAVY, "numpy", "pydantic")
     answer = run([sys.executable, "-c", f"HEAVY = {heavy!r}; {code}"], shell)
     assert answer.splitlines()[-1] == "[]" and all(name in answer for name in known_models())
