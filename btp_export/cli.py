@@ -124,11 +124,10 @@ def _run(arguments: list[str], debug: bool, interrupted: threading.Event) -> int
         program = _program(arguments[0] if known else None)
         code = program(arguments, prog_name="btp-export", standalone_mode=False)
         if code == INTERRUPTED:  # typer turns KeyboardInterrupt into this
-            console.show_lines(["interrupted"], prefix="")
+            return _say_interrupted()
         return code if isinstance(code, int) else 0
     except KeyboardInterrupt:
-        console.show_lines(["interrupted"], prefix="")
-        return INTERRUPTED
+        return _say_interrupted()
     except SystemExit as left:  # so typer ends when it has printed completions, and when a pipe is closed
         if not isinstance(left.__context__, BrokenPipeError):
             return left.code if isinstance(left.code, int) else 0
@@ -139,14 +138,18 @@ def _run(arguments: list[str], debug: bool, interrupted: threading.Event) -> int
         return PIPE_CLOSED
     except Exception as error:
         if interrupted.is_set():  # pydantic makes an error of its own of what is raised while it writes a record
-            console.show_lines(["interrupted"], prefix="")
-            return INTERRUPTED
+            return _say_interrupted()
         if debug:
             # A line can hold a value of any length, as the name of a file that is not there.
             console.note("\n".join(map(shortened, traceback.format_exc().splitlines())))
         lines, code = describe(error)
         console.show_lines(lines)
         return code
+
+
+def _say_interrupted() -> int:
+    console.show_lines(["interrupted"], prefix="")
+    return INTERRUPTED
 
 
 def describe(error: BaseException) -> tuple[list[str], int]:

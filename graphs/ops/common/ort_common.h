@@ -8,11 +8,13 @@
 #include "ort_abi.h"
 #endif
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <exception>
 #include <stdexcept>
 #include <string>
+#include <thread>
 #include <vector>
 
 namespace btp {
@@ -186,6 +188,14 @@ inline void* wanted_output(OrtKernelContext* context, size_t index, const std::v
         check(ort()->GetTensorMutableData(value, &data));
     }
     return data;
+}
+
+// Columns of a part of a product that has so many, counted once for each block of its rows: `most`, which the cache takes,
+// unless threads would have too few parts to share; a multiple of `unit`.
+inline size_t columns_of_part(size_t columns, size_t unit, size_t least, size_t most)
+{
+    static const size_t threads = std::max(1u, std::thread::hardware_concurrency());
+    return std::clamp(columns / (4 * threads) / unit * unit, least, most);
 }
 
 // Runs body(0) to body(count - 1) on the session's threads, and throws what one of them has thrown.

@@ -2,7 +2,6 @@
 #include <algorithm>
 #include <stdexcept>
 #include <string>
-#include <thread>
 
 #include "../common/ort_common.h"
 #include "cpu_few_rows.h"
@@ -45,7 +44,8 @@ public:
         for (size_t block = 0; block < blocks; ++block) {
             lay_out(context, static_cast<const float*>(x.data), inputs, first(block), first(block + 1), laid_out);
         }
-        const size_t wide = width(outputs, blocks), parts = (outputs + wide - 1) / wide;
+        const size_t wide = columns_of_part(outputs * blocks, kTileColumns, 2 * kTileColumns, kWidest);
+        const size_t parts = (outputs + wide - 1) / wide;
         parallel_for(context, static_cast<int>(parts * blocks), [&](int part) {
             const size_t block = static_cast<size_t>(part) / parts, column = static_cast<size_t>(part) % parts * wide;
             const Rows own{laid_out + first(block) * inputs, first(block + 1) - first(block)};
@@ -75,14 +75,6 @@ private:
         parallel_for(context, static_cast<int>(panels.count), [&](int panel) {
             lay_out_panel(x + first * inputs, inputs, panels, last - first, static_cast<size_t>(panel), to + first * inputs);
         });
-    }
-
-    // Columns of a part: as many as the cache takes, unless threads would have too few parts to share.
-    static size_t width(size_t outputs, size_t blocks)
-    {
-        static const size_t threads = std::max(1u, std::thread::hardware_concurrency());
-        const size_t fair = outputs * blocks / (4 * threads) / kTileColumns * kTileColumns;
-        return std::clamp(fair, 2 * kTileColumns, kWidest);
     }
 };
 

@@ -123,8 +123,8 @@ BTP_VNNI inline void lay_out_columns(const Codes& w, size_t column, size_t count
         if (Zeros) {
             for (size_t n = 0; n < count; ++n) {
                 const uint8_t* const zeros = w.zeros + (column + n) * ((groups + 1) / 2);
-                const __m512i own = _mm512_permutexvar_epi32(group_of, nibbles_at(zeros, group, wanted));
-                _mm512_store_si512(found + n * kLanes, own);
+                _mm512_store_si512(found + n * kLanes,
+                                   _mm512_permutexvar_epi32(group_of, nibbles_at(zeros, group, wanted)));
             }
             turn(found, kLanes, reinterpret_cast<float*>(to.zeros[first]), kLanes);
         }

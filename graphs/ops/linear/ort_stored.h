@@ -12,7 +12,6 @@
 #ifdef BTP_X86
 #include <algorithm>
 #include <string>
-#include <thread>
 #include <type_traits>
 
 namespace btp {
@@ -128,7 +127,8 @@ private:
         for (size_t block = 0; block < blocks; ++block) {
             lay_out(p, start(block), start(block + 1) - start(block), laid_out + start(block) * parts);
         }
-        const size_t wide = width(p.outputs, blocks), chunks = (p.outputs + wide - 1) / wide;
+        const size_t wide = columns_of_part(p.outputs * blocks, kLanes, kLanes, kByteColumns);
+        const size_t chunks = (p.outputs + wide - 1) / wide;
         parallel_for(p.context, static_cast<int>(chunks * blocks), [&](int part) {
             const size_t block = static_cast<size_t>(part) / chunks, first = static_cast<size_t>(part) % chunks * wide;
             const size_t row = start(block), rows = start(block + 1) - row, last = std::min(p.outputs, first + wide);
@@ -149,13 +149,6 @@ private:
                 lay_out_row(p.x + (first + row) * p.w.inputs, p.w, to, count, row);
             }
         });
-    }
-
-    // Columns of a part: as many as the cache takes, unless threads would have too few parts to share.
-    static size_t width(size_t outputs, size_t blocks)
-    {
-        static const size_t threads = std::max(1u, std::thread::hardware_concurrency());
-        return std::clamp(outputs * blocks / (4 * threads) / kLanes * kLanes, kLanes, kByteColumns);
     }
 
     // Calls body with whether there are zeros, as a type, and a number of the type of the scales.
