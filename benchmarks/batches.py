@@ -31,8 +31,9 @@ def benchmark(wishes: Wishes) -> Iterator[Row]:
     name = "hidden 64" if wishes.quick else "demo"
     source = models.checkpoint(models.TINY, wishes.folder / "tiny") if wishes.quick else models.demo_checkpoint()
     profiles = tuple(f"batch={size}" for size in sizes)
-    bundle = models.bundle(source, wishes.folder / "batches" / "full", profiles=profiles)
-    pruned = models.pruned(bundle, wishes.folder / "batches" / "pruned", 0.22)
+    folder = wishes.folder / "batches" / name
+    bundle = models.bundle(source, folder / "full", profiles=profiles)
+    pruned = models.pruned(bundle, folder / "pruned", 0.22)
     for kind, one in (("all image tokens", bundle), ("22% of them", pruned)):
         yield from _batches(f"{name}, {kind}", one, sizes, wishes)
 

@@ -93,6 +93,7 @@ class Chain:
         self._last: list[Buffer] = []
         self._chosen = {n: (stage.keep, plan.tokens_before(n)) for n, stage in enumerate(plan.stages) if stage.keep}
         self._gone = [profile.image_tokens - segment.image_tokens for segment in self.segments]
+        self._is_seen = False  # whether the vision graph's outputs are those of its pixels
         self._lengths = np.zeros((len(self.segments), profile.batch), np.int32)
         self._places = np.zeros(profile.batch, np.int64)  # of the next token, in the unpruned sequence
         decode = self._open(names.DECODE)
@@ -119,19 +120,28 @@ class Chain:
 
     # Prefill
 
-    def prefill(self, batch: Batch, *, vision: Mapping[str, Array] | None = None) -> PrefillRun:
+    def prefill(
+        self, batch: Batch, *, vision: Mapping[str, Array] | None = None, same_pictures: bool = False
+    ) -> PrefillRun:
         """Run a batch from pictures to the logits of its last tokens; the caches then hold it.
 
         `vision` is `vision_outputs` after an earlier run of the same pictures, in place of running the vision graph,
-        which is done if anything is missing there. A whole graph has no such place.
+        which is done if anything is missing there. With `same_pictures` it is not run either where the pixels are those
+        of the latest prefill: what it gave is still in its place. A whole graph has no such place.
         """
-        program, first = self._prefill, [batch.pixel_values]
-        if vision is not None and self._vision_out and self._vision_out.keys() <= vision.keys():
-            program, first = self._prefill_after_vision, [vision[name] for name in self._vision_out]
+        given = self._given(vision)
+        if given is not None:
+            program, first = self._prefill_after_vision, given
+        elif same_pictures and self._has_seen(batch):
+            program, first = self._prefill_of_same_pictures, []
+        else:
+            program, first = self._prefill, [batch.pixel_values]
         values = [*first, np.asarray(batch.last), batch.prefix, batch.text]
+        self._is_seen = False  # until it has run
         for array, value in zip(program.inputs, values, strict=True):
             _fill(array, value)
         ran = program()
+        self._is_seen = given is None and not self.is_whole
         times = {} if self._joined is None else self._joined.milliseconds()
         for name in ran.spans:
             times[name] = ran.lasted(name)
@@ -144,6 +154,15 @@ class Chain:
         self._lengths = np.array([[row + 1 for row in rows] for rows in ends], np.int32)
         self._places = np.array([row + 1 for row in last], np.int64)
         return PrefillRun(logits.copy(), kept, tuple(self._lengths.copy()), times)
+
+    def _given(self, vision: Mapping[str, Array] | None) -> list[Array] | None:
+        """The vision graph's outputs in their order; None if any is missing, or there is no such graph."""
+        whole = vision is not None and not self.is_whole and self._vision_out.keys() <= vision.keys()
+        return [vision[name] for name in self._vision_out] if vision is not None and whole else None
+
+    def _has_seen(self, batch: Batch) -> bool:
+        """Whether the vision graph's outputs are those of the batch's pictures."""
+        return self._is_seen and np.array_equal(self._prefill.inputs[0], batch.pixel_values)
 
     # Decode
 
@@ -370,6 +389,11 @@ class Chain:
     def _prefill_after_vision(self) -> Program:
         """The same from the vision graph's outputs."""
         return self._program(self._steps[1:], list(self._vision_out.values()))
+
+    @cached_property
+    def _prefill_of_same_pictures(self) -> Program:
+        """The same from the outputs that the vision graph left."""
+        return self._program(self._steps[1:], [])
 
     def _program(self, steps: Sequence[Step], first: list[Buffer]) -> Program:
         writes = [*first, self._last_in, self._prefix, self._text]

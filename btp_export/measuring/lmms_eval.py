@@ -152,7 +152,7 @@ class BtpExport(lmms):  # type: ignore[misc]
             )
         pictures, _ = fitted([picture], self.model.spec, self.model.profile)
         encoded = self.model.prompter.encode(pictures, [prompt], profile=self.model.profile)
-        prefill = self.model.prefill(encoded)
+        prefill = self.model.prefill(encoded, same_pictures=True)  # each choice is asked about the same one
         scored = _Continuation(ids)
         self.model.complete(prefill, [Answer(scored.next_token, frozenset(), room=len(ids))])
         return scored.loss / len(ids), scored.is_greedy

@@ -33,12 +33,14 @@ def fitted(pictures: Sequence[Image.Image], spec: ModelSpec, profile: ShapeProfi
     are.
     """
     height, width = profile.image_size
-    fitting = [fits(picture, spec, profile) for picture in pictures]
-    scaled = [
-        picture if is_fit else picture.resize((width, height), Image.Resampling.BICUBIC)
-        for picture, is_fit in zip(pictures, fitting, strict=True)
-    ]
-    return scaled, fitting.count(False)
+    scaled = {  # each picture once, however often it is there
+        number: picture.resize((width, height), Image.Resampling.BICUBIC)
+        for number, picture in {id(picture): picture for picture in pictures}.items()
+        if not fits(picture, spec, profile)
+    }
+    return [scaled.get(id(picture), picture) for picture in pictures], sum(
+        id(picture) in scaled for picture in pictures
+    )
 
 
 def profile_for(

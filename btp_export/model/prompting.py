@@ -160,13 +160,14 @@ class Prompter:
         self, images: Sequence[Image.Image], texts: Sequence[str], system: str | None, profile: ShapeProfile | None
     ) -> Encoded:
         """Samples of whole texts; see `encode`."""
-        samples = [self._sample(image, text) for image, text in zip(images, texts, strict=True)]
-        ids = tuple(sample[0] for sample in samples)
+        ids = tuple(self._ids(image, text) for image, text in zip(images, texts, strict=True))
+        own = {id(image): image for image in images}  # each picture once, however many questions there are about it
+        pixels = {number: self.processor.pixels(image) for number, image in own.items()}
         image_tokens = self._span(ids, system)
         unknown = self.processor.steps.text.unknown_id
         encoded = Encoded(
             input_ids=ids,
-            pixel_values=np.concatenate([sample[1] for sample in samples]).astype(np.float32, copy=False),
+            pixel_values=np.concatenate([pixels[id(image)] for image in images]).astype(np.float32, copy=False),
             prefix_tokens=self.spec.prefix_tokens,
             image_tokens=image_tokens,
             unknown=tuple(0 if unknown is None else int((row == unknown).sum()) for row in ids),
@@ -209,11 +210,11 @@ class Prompter:
 
     def ids(self, image: Image.Image, prompt: str) -> np.ndarray[Any, np.dtype[np.int64]]:
         """Token ids of one sample (the picture in RGB), [P + V + t], not checked."""
-        return self._sample(image, self.text(prompt))[0]
+        return self._ids(image, self.text(prompt))
 
-    def _sample(self, image: Image.Image, text: str) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    def _ids(self, image: Image.Image, text: str) -> np.ndarray[Any, np.dtype[np.int64]]:
         tokens = family_of(self.spec).layout(self.spec, (image.height, image.width)).image_tokens
-        return np.array(self.processor.ids(text, tokens), np.int64), self.processor.pixels(image)
+        return np.array(self.processor.ids(text, tokens), np.int64)
 
     def _span(self, ids: Sequence[np.ndarray[Any, Any]], system: str | None) -> int:
         """Image tokens V, after checking that they stand together, right after the prefix, with text behind them."""

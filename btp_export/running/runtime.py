@@ -59,7 +59,8 @@ class Prefill:
     kept_relative: the same as indices into the tokens that the stage chose from.
     lengths: for each segment, [n] valid cache rows.
     prefill_ms: the decoder chain with selection and head, without vision (with it if the bundle is one whole graph).
-    select_ms: one for each stage; empty if the bundle is one whole graph. vision_ms: None then.
+    select_ms: one for each stage; empty if the bundle is one whole graph. vision_ms: None then, and where the vision
+    graph did not have to run.
     """
 
     logits: Array
@@ -79,6 +80,7 @@ class Generation:
     text: what was generated, without special tokens. token_ids: all ids, the end token included if it came.
     tokens_kept: image tokens kept by each stage. kept: for each stage, indices into the V image tokens.
     decode_ms_per_token: mean over the decode steps, None if the answer was a single token.
+    vision_ms: None where the pictures were those of the batch before, and for a bundle that is one whole graph.
     unknown_tokens: how many tokens of the prompt the tokenizer does not know.
     """
 
@@ -263,8 +265,9 @@ class BundleModel:
     ) -> list[Generation]:
         """One answer for each picture and prompt; a single picture serves all prompts, and the other way round.
 
-        More samples than the profile's batch are run in several batches. Sample i draws from its own generator, seeded
-        with (seed, i), so its answer does not depend on its batch.
+        More samples than the profile's batch are run in several batches; the vision graph does not run again for
+        pictures that are those of the batch before. Sample i draws from its own generator, seeded with (seed, i), so
+        its answer does not depend on its batch.
 
         Args:
             images: pictures or their files.
@@ -311,15 +314,19 @@ class BundleModel:
         system: str | None = None,
     ) -> Encoded:
         """Token ids and pixels of the samples. Raises InputError if one does not fit the bundle."""
-        pictures = [to_rgb(image) for image in images]
+        upright = {id(image): to_rgb(image) for image in images}  # each once, for as many prompts as there are
+        pictures = [upright[id(image)] for image in images]
         require_fit(pictures, self.spec, self.profile)
         return self.prompter.encode(pictures, prompts, raw=raw, system=system, profile=self.profile)
 
     @_alone
-    def prefill(self, encoded: Encoded, *, vision: Mapping[str, Array] | None = None) -> Prefill:
+    def prefill(
+        self, encoded: Encoded, *, vision: Mapping[str, Array] | None = None, same_pictures: bool = False
+    ) -> Prefill:
         """Run the samples up to their first logits; at most as many as the profile's batch.
 
-        `vision` is `chain.vision_outputs` after an earlier prefill of the same pictures, to save the vision graph.
+        `vision` is `chain.vision_outputs` after an earlier prefill of the same pictures, to save the vision graph. With
+        `same_pictures` it is saved too where they are those of the latest prefill.
         A smaller batch is filled up with its last sample, whose results are dropped. Raises CheckError if a stage did
         not keep exactly its tokens.
         """
@@ -327,7 +334,7 @@ class BundleModel:
         if count > batch:
             raise InputError(f"{count} samples", wanted=f"at most {batch}, the batch of profile {self.profile.name}")
         inputs = self._embedding.batch(encoded, self.profile, filled(count, batch))
-        run = self.chain.prefill(inputs, vision=vision)
+        run = self.chain.prefill(inputs, vision=vision, same_pictures=same_pictures)
         self._prefills += 1
         own = {stage: indices[:count] for stage, indices in run.kept.items()}
         relative = kept_tokens.every_stage(own, [stage.keep for stage in self.plan.stages], samples=count)
@@ -391,7 +398,7 @@ class BundleModel:
     ) -> list[Generation]:
         """The answers of one batch."""
         part = encoded.part(samples)
-        prefill = self.prefill(part)
+        prefill = self.prefill(part, same_pictures=True)
         answers = answers_for(self.spec, part.input_ids, room=room, chosen_by=chosen_by, first=samples.start)
         texts = [TextPieces(sample, Detokeniser(self.prompter.tokens), on_text) for sample in samples]
         for answer, text in zip(answers, texts, strict=True):

@@ -31,7 +31,8 @@ class Finish:
     """The end of an answer.
 
     reason: OpenAI's word for why it ended. prompt_tokens: of the unpruned prompt, image_tokens of them the picture's;
-    tokens_kept: image tokens that each stage kept. batch: how many requests shared it. kept: if it was asked for.
+    tokens_kept: image tokens that each stage kept. batch: how many requests shared it, same_pictures: whether its
+    pictures were those of the batch before. kept: if it was asked for.
     """
 
     reason: str
@@ -42,6 +43,7 @@ class Finish:
     average_tokens: float
     profile: str
     batch: int
+    same_pictures: bool
     queue_seconds: float
     prefill_seconds: float
     decode_seconds: float

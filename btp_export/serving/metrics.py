@@ -20,6 +20,9 @@ class Metrics:
         self._tokens = Counter("btp_tokens", "Tokens of prompts (unpruned) and answers.", ["kind"], registry=registry)
         self._image_tokens = Counter("btp_image_tokens", "Image tokens before pruning.", registry=registry)
         self._kept = Counter("btp_kept_tokens", "Image tokens that each stage kept.", ["stage"], registry=registry)
+        self._same = Counter(
+            "btp_same_pictures", "Answers about the pictures of the batch before: no vision.", registry=registry
+        )
         self._batch = Histogram(
             "btp_batch_requests", "Requests in a batch.", registry=registry, buckets=(1, 2, 4, 8, 16, 32, 64, 128)
         )
@@ -52,6 +55,7 @@ class Metrics:
         self._image_tokens.inc(finish.image_tokens)
         for stage, count in enumerate(finish.tokens_kept):
             self._kept.labels(str(stage)).inc(count)
+        self._same.inc(finish.same_pictures)
         self._batch.observe(finish.batch)
         parts = {"queue": finish.queue_seconds, "prefill": finish.prefill_seconds, "decode": finish.decode_seconds}
         for part, value in (parts | {"request": seconds}).items():

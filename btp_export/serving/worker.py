@@ -67,7 +67,7 @@ class Worker:
             return
         model, start = self._models[waiting[0].profile], time.monotonic()
         try:
-            prefill = model.prefill(Encoded.joined([job.encoded for job in waiting]))
+            prefill = model.prefill(Encoded.joined([job.encoded for job in waiting]), same_pictures=True)
         except Exception as error:
             if len(waiting) == 1:
                 waiting[0].send(_refusal(error))
@@ -141,6 +141,7 @@ class Row:
             average_tokens=model.plan.average_tokens,
             profile=job.profile,
             batch=len(self._prefill.logits),
+            same_pictures=self._prefill.vision_ms is None and not model.chain.is_whole,
             queue_seconds=self._start - job.arrived,
             prefill_seconds=self._chosen - self._start,
             decode_seconds=time.monotonic() - self._chosen,

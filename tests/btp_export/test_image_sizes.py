@@ -14,6 +14,7 @@ from btp_export.drawing.kept_tokens import draw_kept
 from btp_export.exporting import Options, make_profiles
 from btp_export.measuring.verify import verify_profiles
 from btp_export.model.open_model import open_model
+from btp_export.model.pictures import fitted
 from btp_export.planning.plan_files import plan_for
 from btp_export.planning.study import fitted_samples
 from btp_export.running.runtime import load
@@ -101,6 +102,17 @@ def test_run_takes_the_profile_that_fits(
         document, model = json.loads(out), load(exported[0], profile=profile, threads=1)
         assert document["token_ids"] == list(model.generate(pictures[name], PROMPT)[0].token_ids)
         assert document["tokens_kept"] == [stage.keep for stage in model.plan.stages]
+
+
+def test_a_picture_is_scaled_once_and_stands_wherever_it_is_asked_about(exported: tuple[Path, Path]) -> None:
+    model = load(exported[0], profile=WIDE, threads=1)
+    fit, tall = parity.picture(40, 72, seed=1), parity.picture(72, 20, seed=2)
+    pictures, scaled = fitted([tall, fit, tall, tall.copy()], model.spec, model.profile)
+    assert [picture.size for picture in pictures] == [(72, 40)] * 4 and scaled == 3
+    assert pictures[1] is fit and pictures[0] is pictures[2] is not pictures[3]
+    answers = model.generate([tall, fit, tall], [PROMPT, PROMPT, "where is the ring?"], resize=True)
+    for answer, picture, prompt in ((answers[1], fit, PROMPT), (answers[2], pictures[3], "where is the ring?")):
+        assert answer.token_ids == load(exported[0], profile=WIDE, threads=1).generate(picture, prompt)[0].token_ids
 
 
 def test_a_turned_picture_is_counted_upright(checkpoint: Path, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engines.chain import Batch, Chain
+from engines.chain import Batch, Chain, PrefillRun
 from engines.runners.onnxruntime import OrtLoader
 from graphs.files.bundle import ROPE_WEIGHTS, Bundle
 from graphs.files.checkpoint import open_tensors
@@ -50,6 +50,50 @@ def test_features_stand_in_for_the_vision_graph(bundle: Bundle) -> None:
     again = chain.prefill(Batch(np.zeros_like(pixels), *rest), vision=features)
     np.testing.assert_array_equal(again.logits, first.logits)
     assert "vision" in first.milliseconds and "vision" not in again.milliseconds
+
+
+@pytest.mark.parametrize("samples", [1, 2])
+def test_the_vision_graph_does_not_run_again_for_the_same_pictures(samples: int, tiny_bundle: Any) -> None:
+    """Only for those of the prefill before: not after others, nor where features were given, nor after a failure."""
+    bundle = tiny_bundle(**({} if samples == 1 else {"batch": samples}))
+    pixels, *rest = (np.repeat(value, samples, axis=0) for value in inputs(bundle))
+    others = pixels[::-1] + np.arange(1, samples + 1, dtype=np.float32).reshape(-1, 1, 1, 1)
+    texts = [Batch(pixels, rest[0], rest[1] * factor, rest[2]) for factor in (1, 2, -1)]
+    wanted = [Chain(**parts(bundle)).prefill(batch) for batch in texts]
+    chain = Chain(**parts(bundle))
+
+    def seen(batch: Batch, right: PrefillRun, **settings: Any) -> bool:
+        """Whether the vision graph did not run; logits and kept tokens are right in any case."""
+        run = chain.prefill(batch, **settings)
+        np.testing.assert_array_equal(run.logits, right.logits)
+        for stage, kept in right.kept.items():
+            np.testing.assert_array_equal(run.kept[stage], kept)
+        return "vision" not in run.milliseconds
+
+    once = [seen(batch, right, same_pictures=True) for batch, right in zip(texts, wanted, strict=True)]
+    assert once == [False, True, True]
+    chain.decode(rest[1][:, 0])
+    assert seen(texts[0], wanted[0], same_pictures=True)
+    assert not seen(texts[0], wanted[0])  # nobody asked for it
+    features = chain.vision_outputs
+    elsewhere = Batch(others, *rest)
+    right = Chain(**parts(bundle)).prefill(elsewhere)
+    assert not seen(elsewhere, right, same_pictures=True)
+    assert seen(texts[1], wanted[1], vision=features)  # whatever its pixels are
+    assert not seen(elsewhere, right, same_pictures=True)
+    with pytest.raises(ValueError, match="an input of shape"):
+        chain.prefill(Batch(others, rest[0], rest[1][:, 1:], rest[2]), same_pictures=True)
+    assert not seen(elsewhere, right, same_pictures=True)
+
+
+def test_a_whole_graph_runs_all_of_it(tiny_bundle: Any) -> None:
+    bundle = tiny_bundle(assemble="whole")
+    chain, batch = Chain(**parts(bundle)), Batch(*inputs(bundle))
+    runs = [chain.prefill(batch, same_pictures=True) for _ in range(2)]
+    np.testing.assert_array_equal(runs[0].logits, runs[1].logits)
+    assert not np.allclose(
+        chain.prefill(Batch(batch.pixel_values + 1, *inputs(bundle)[1:]), same_pictures=True).logits, runs[0].logits
+    )
 
 
 def test_padding_changes_nothing(bundle: Bundle) -> None:

@@ -38,6 +38,18 @@ def test_encode_is_the_processor(prompter: Prompter, demo_checkpoint: Path, pict
     assert encoded.part(range(1, 3)).lengths == encoded.lengths[1:3]
 
 
+def test_a_picture_stands_wherever_it_is_asked_about(prompter: Prompter, pictures: list[Image.Image]) -> None:
+    """The same object, an equal one and others, in any order."""
+    first, other = pictures[:2]
+    asked = [first, other, first, first.copy(), other]
+    prompts = [f"question {place} ?" for place in range(len(asked))]
+    together = prompter.encode(asked, prompts)
+    alone = Encoded.joined([prompter.encode([one], [text]) for one, text in zip(asked, prompts, strict=True)])
+    np.testing.assert_array_equal(together.pixel_values, alone.pixel_values)
+    assert all(map(np.array_equal, together.input_ids, alone.input_ids))
+    assert not np.array_equal(together.pixel_values[0], together.pixel_values[1])
+
+
 def test_raw_prompt_is_the_whole_text(prompter: Prompter, pictures: list[Image.Image]) -> None:
     text = prompter.text("is there a red circle?")
     assert text.count("<image>") == 1

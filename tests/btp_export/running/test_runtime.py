@@ -53,6 +53,25 @@ def test_unpruned_is_transformers_generate(
     assert len({answer.token_ids for answer in answers}) > 1, "the model says the same to everything: no test"
 
 
+@pytest.mark.parametrize("batch", [1, 3])
+def test_several_questions_about_one_picture(batch: int, tiny_bundle: Any, pictures: list[Image.Image]) -> None:
+    """The vision graph runs where the pictures are not those of the batch before; answers are as one by one."""
+    bundle = tiny_bundle(tiny_plan(), **({"batch": batch} if batch > 1 else {}))
+    alone = [
+        btp_export.load(bundle, threads=1).generate(picture, prompt)[0]
+        for picture in pictures[:2]
+        for prompt in PROMPTS
+    ]
+    model = btp_export.load(bundle, threads=1)
+    answers = [*model.generate(pictures[0], PROMPTS), *model.generate(pictures[1], PROMPTS)]
+    for got, wanted in zip(answers, alone, strict=True):
+        assert got.token_ids == wanted.token_ids
+        assert all(map(np.array_equal, got.kept, wanted.kept))
+    ran = [answer.vision_ms is not None for answer in answers]
+    assert ran == [place % len(PROMPTS) < batch for place in range(len(answers))]
+    assert model.prefill(model.encode(pictures[1:2], PROMPTS[:1])).vision_ms is not None  # to be measured
+
+
 def test_unpruned_demo_is_transformers_generate(
     demo_checkpoint: Path, demo_bundle: Any, pictures: list[Image.Image]
 ) -> None:

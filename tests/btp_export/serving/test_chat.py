@@ -55,6 +55,19 @@ def test_answers_and_usage(
         assert got.usage.total_tokens == got.usage.prompt_tokens + 12
 
 
+def test_the_same_picture_again(
+    client: openai.OpenAI, serving: Server, alone: dict[str, BundleModel], square: Image.Image
+) -> None:
+    """The vision graph does not run for a question about the picture of the batch before, and the answer is right."""
+    other = square.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    asked(client, other, PROMPT)
+    before = serving.number("btp_same_pictures_total")
+    for picture, prompt, times in ((square, PROMPT, 0), (square, "where is the ring?", 1), (other, PROMPT, 1)):
+        wanted = expected(alone, picture, prompt)
+        assert asked(client, picture, prompt).choices[0].message.content == wanted.text
+        assert serving.number("btp_same_pictures_total") - before == times
+
+
 def test_a_stream_is_the_same_text_and_more_than_one_piece(client: openai.OpenAI, square: Image.Image) -> None:
     whole = asked(client, square, PROMPT)
     chunks = list(asked(client, square, PROMPT, stream=True, stream_options={"include_usage": True}))

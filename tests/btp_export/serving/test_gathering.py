@@ -97,7 +97,9 @@ def asked(alone: dict[str, BundleModel], square: Image.Image) -> Asked:
 def prefilled_batches(model: BundleModel, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     sizes: list[int] = []
     prefill = model.prefill
-    monkeypatch.setattr(model, "prefill", lambda encoded: (sizes.append(len(encoded)), prefill(encoded))[1])
+    monkeypatch.setattr(
+        model, "prefill", lambda encoded, **settings: (sizes.append(len(encoded)), prefill(encoded, **settings))[1]
+    )
     return sizes
 
 

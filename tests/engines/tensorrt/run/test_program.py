@@ -156,6 +156,24 @@ def test_vision_outputs_in_place_of_the_vision_engine(bundle: Bundle, folder: Pa
     assert len(captured(machine)) == 2
 
 
+def test_pictures_that_stay_in_their_place(bundle: Bundle, folder: Path, machine: HostCuda) -> None:
+    """A third program, without the vision engine, between runs of the whole one."""
+    loader, graphs = engines(bundle, folder)
+    model = chain(bundle, graphs, loader)
+    pixels, prefix, text, last = inputs(bundle)
+    texts = [Batch(pixels, prefix, text * factor, last) for factor in (1, 2)]
+    wanted = [model.prefill(batch).logits for batch in texts]
+    for _ in range(3):
+        for batch, logits in zip(texts, wanted, strict=True):
+            run = model.prefill(batch, same_pictures=True)
+            assert "vision" not in run.milliseconds
+            np.testing.assert_array_equal(run.logits, logits)
+        others = model.prefill(Batch(pixels + 1, prefix, text, last), same_pictures=True)
+        assert "vision" in others.milliseconds and not np.array_equal(others.logits, wanted[0])
+        np.testing.assert_array_equal(model.prefill(texts[0], same_pictures=True).logits, wanted[0])
+    assert len(captured(machine)) == 2
+
+
 def test_memory_that_moves_is_captured_anew(bundle: Bundle, folder: Path, machine: HostCuda) -> None:
     """Engines share the memory they compute in: an engine that needs more moves it, under both programs."""
     loader, graphs = engines(bundle, folder)
