@@ -157,8 +157,9 @@ class Chain:
 
     def _given(self, vision: Mapping[str, Array] | None) -> list[Array] | None:
         """The vision graph's outputs in their order; None if any is missing, or there is no such graph."""
-        whole = vision is not None and not self.is_whole and self._vision_out.keys() <= vision.keys()
-        return [vision[name] for name in self._vision_out] if vision is not None and whole else None
+        if vision is None or self.is_whole or not self._vision_out.keys() <= vision.keys():
+            return None
+        return [vision[name] for name in self._vision_out]
 
     def _has_seen(self, batch: Batch) -> bool:
         """Whether the vision graph's outputs are those of the batch's pictures."""
