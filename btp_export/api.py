@@ -145,7 +145,7 @@ def export(
     options = Options(
         profiles=tuple(str(shape) for shape in shapes), opset=opset, precision=precision, assemble=assemble, link=link
     )
-    opened, folder = open_model(model, system=system, report=report), Path(out)
+    opened, folder = open_model(model, system=system, weights=weights, report=report), Path(out)
     check_weights(opened, weights)
     settings = CalibrationSettings(compression=compression)
     reads = [] if isinstance(plan, PruningPlan) else files_read(str(plan), settings)

@@ -76,7 +76,7 @@ def run_job(job: Job) -> JobResult:
     clock = Clock()
     with clock.phase("open", say=False) as report:  # what fails here should stand alone
         engines = None if job.target is None else Engines.check(job.target)
-        model = open_model(job.model, job.dummy, system=job.system, report=report)
+        model = open_model(job.model, job.dummy, system=job.system, weights=job.weights, report=report)
         reads = files_read(job.plan, job.calibration)
         profiles = check_target(model, job.out, job.export, force=job.force, reads=reads)
         check_weights(model, job.weights)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
-from btp_export.model.open_model import Model
+from btp_export.model.open_model import Model, refuse_quantised
 from btp_export.planning.calibration_settings import CalibrationSettings
 from btp_export.planning.study import calibration_samples, model_inputs
 from btp_export.quantised.packed_folder import (
@@ -63,12 +63,7 @@ def check_weights(model: Model, weights: Weights) -> None:
         return
     quantization = model.checkpoint.quantization
     if quantization is not None and not _made_up_so(model, weights):
-        raise InputError(
-            f"--weights {weights}, but {model.spec.name} has four-bit weights already "
-            f"({quantization.method}, {quantization.source})",
-            wanted="a model in 16 or 32 bits",
-            do="leave --weights out, or take the model that it was made of",
-        )
+        refuse_quantised(model.spec.name, quantization, weights)
     if quantization is not None:
         return
     sizes = _inner_sizes(model.spec)

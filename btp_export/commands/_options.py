@@ -294,13 +294,15 @@ def parse_image_size(text: str) -> tuple[int, int]:
     return int(height), int(width)
 
 
-def open_chosen(model: str, dummy: "DummyWeights | None", system: str | None = None) -> "Model":
+def open_chosen(
+    model: str, dummy: "DummyWeights | None", system: str | None = None, weights: "Weights" = "model"
+) -> "Model":
     """The model, with a progress bar where dummy weights have to be made, and a note that they are dummies."""
     from btp_export.console import dummy_lines, note, progress
     from btp_export.model.open_model import open_model
 
     with progress("opening") as bar:
-        opened = open_model(model, dummy, system=system, report=bar)
+        opened = open_model(model, dummy, system=system, weights=weights, report=bar)
     for line in dummy_lines(opened.source.is_dummy):
         note(line)
     return opened

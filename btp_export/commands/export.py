@@ -28,7 +28,7 @@ def command(
 
     chosen, settings = shapes.options(), plan.settings()
     target = out or options.default_out(model)
-    opened = options.open_chosen(model, dummy.chosen(weights), system)
+    opened = options.open_chosen(model, dummy.chosen(weights), system, weights)
     reads = files_read(plan.plan, settings)
     profiles = check_target(opened, target, chosen, force=force, reads=reads)
     check_weights(opened, weights)

@@ -8,17 +8,20 @@ import difflib
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NoReturn
 
 from btp_export.families import Family, family_for, known_models
 from btp_export.families._checkpoint import count_prefix_tokens
-from btp_export.quantised.formats import OTHERS, find_format, refuse_gguf
+from btp_export.quantised.formats import OTHERS, find_beside, find_format, refuse_gguf
 from graphs.files.checkpoint import Checkpoint, missing_shards, open_checkpoint, read_config
 from graphs.files.paths import expanded, require_utf8
 from graphs.records.errors import InputError, UnavailableError
 from graphs.records.progress import Report
+from graphs.records.quantization import Quantization
 from graphs.records.reading import read_object, read_text
 from graphs.records.refusing import refusing
 from graphs.records.spec import ModelSpec
+from graphs.records.stored_weights import Weights
 
 DEMO = "demo"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -96,12 +99,18 @@ class DummyWeights:
 
 
 def open_model(
-    name: str, dummy: DummyWeights | None = None, *, system: str | None = None, report: Report | None = None
+    name: str,
+    dummy: DummyWeights | None = None,
+    *,
+    system: str | None = None,
+    weights: Weights = "model",
+    report: Report | None = None,
 ) -> Model:
     """Find a model and read its configuration and headers; with `dummy`, one of its shapes with made-up weights.
 
     One in another program's four-bit format is repacked into the cache folder first, see btp_export/quantised.
-    `system` is a message that every prompt is to begin with: its tokens are part of the prefix.
+    `system` is a message that every prompt is to begin with: its tokens are part of the prefix. `weights` is what the
+    decoder's matrices are to be made into: where they are in such a format, that is refused before they are repacked.
 
     Raises InputError for an unknown name, a model without a family, or a checkpoint that is broken or lacks a part;
     UnavailableError if it must be fetched and cannot.
@@ -112,26 +121,40 @@ def open_model(
     with refusing(
         f"the files of {source.folder} describe no usable model", wanted="the model's own files", do="restore them"
     ):
-        model = _opened(source, report)
+        model = _opened(source, weights, report)
     if system is None:
         return model
     prefix = count_prefix_tokens(model.source.folder, model.spec.image_token_id, system=system)
     return replace(model, spec=model.spec.model_copy(update={"system": system, "prefix_tokens": prefix}))
 
 
-def _opened(source: Source, report: Report | None) -> Model:
+def refuse_quantised(name: str, quantization: Quantization, weights: Weights) -> NoReturn:
+    """Raise the error of `--weights int4` for a model that is in four bits."""
+    raise InputError(
+        f"--weights {weights}, but {name} has four-bit weights already ({quantization.method}, {quantization.source})",
+        wanted="a model in 16 or 32 bits",
+        do="leave --weights out, or take the model that it was made of",
+    )
+
+
+def _opened(source: Source, weights: Weights, report: Report | None) -> Model:
     refuse_gguf(source.folder)
     config = read_config(source.folder)
     quantised = find_format(source.folder, config)
     family = family_for(config)
     _check_parts(source)
     checkpoint = open_checkpoint(source.folder, family.renames)
+    if quantised is None and checkpoint.quantization is None:
+        quantised = find_beside(checkpoint)
     if quantised is not None:
         from btp_export.quantised.reading import open_foreign, read_packed  # loads torch: most names need none of it
 
         foreign = open_foreign(checkpoint, *quantised)
-        planned = _spec(family, foreign.planned(), source.name)  # all that can be wrong, before anything is written
-        folder = read_packed(foreign, source.name, planned.decoder.head_dim, report)
+        planned = foreign.planned()
+        spec = _spec(family, planned, source.name)  # all that can be wrong, before anything is written
+        if weights != "model" and planned.quantization is not None:
+            refuse_quantised(source.name, planned.quantization, weights)
+        folder = read_packed(foreign, source.name, spec.decoder.head_dim, report)
         source, checkpoint = replace(source, folder=folder), open_checkpoint(folder, family.renames)
     spec = _spec(family, checkpoint, source.name)
     return Model(source, family, checkpoint, spec)

@@ -17,6 +17,7 @@ from typing import Any, Final, Literal
 
 import numpy as np
 
+from btp_export.quantised.formats import BESIDE, MODELOPT_FILE, without_settings
 from graphs.files.atomic import check_space, link_or_copy, replacing, write_json
 from graphs.files.cache_folder import cache_folder, only_one
 from graphs.files.checkpoint import INDEX, Checkpoint, TensorRef, open_tensors, read_config
@@ -29,7 +30,7 @@ from graphs.records.quantization import Quantization
 REST: Final = "rest.safetensors"
 DECODER: Final = "language_model.layers."
 # What of a source folder is not taken over: its weights, and what says how those were packed.
-LEFT: Final = ("*.index.json", "config.json", "hf_quant_config.json", "quant_config.json", "quantize_config.json")
+LEFT: Final = ("*.index.json", "config.json", MODELOPT_FILE, *BESIDE)
 
 
 def packed_place(name: str, key: str) -> Path:
@@ -80,7 +81,7 @@ class PackedWriter:
             groups=dict(sorted(groups.items())),
             zeros=sum(name.endswith(f".{ZEROS}") for name in shapes),
         )
-        config = read_config(self._source.folder)
+        config = without_settings(read_config(self._source.folder))
         config.pop("transformers_weights", None)
         config["quantization_config"] = record.model_dump(mode="json")
         write_json(self.folder / "config.json", config)

@@ -4,14 +4,14 @@ Everything that headers and settings can say is checked before anything is writt
 decoder's tensors sees the packed checkpoint that will be made.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from btp_export.quantised.folding import fold_input_scales
-from btp_export.quantised.formats import Format, Settings, refuse, require_part
+from btp_export.quantised.formats import Format, Settings, refuse, require_part, without_settings
 from btp_export.quantised.packed_folder import (
     DECODER,
     is_whole,
@@ -28,7 +28,7 @@ from graphs.records.errors import InputError
 from graphs.records.progress import Report
 from graphs.records.quantization import Quantization
 
-VERSION = 1  # of what is written; raise it when the same source gives other bytes
+VERSION = 2  # of what is written; raise it when the same source gives other bytes
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Foreign:
             )
             tensors[steps] = replace(some, name=steps, stored_name=name + SCALES, shape=(n, k // group))
         record = Quantization(method="read", source=self.form.name, groups={})
-        config = {key: value for key, value in self.checkpoint.config.items() if key != "quantization_config"}
+        config = without_settings(self.checkpoint.config)
         return replace(self.checkpoint, config=config, tensors=tensors, quantization=record)
 
     @property
@@ -92,7 +92,18 @@ def open_foreign(checkpoint: Checkpoint, form: Format, settings: Settings) -> Fo
             )
         if f"{module}.weight" in checkpoint.tensors and "weight" not in form.parts:
             refuse(f"{module} is there in four bits and in 16", "each matrix once", "get the checkpoint again")
-    return Foreign(checkpoint, form, settings, modules)
+    zeros = _biases_of_zeros(checkpoint, modules)
+    tensors = {name: ref for name, ref in checkpoint.tensors.items() if name not in zeros}
+    return Foreign(replace(checkpoint, tensors=tensors), form, settings, modules)
+
+
+def _biases_of_zeros(checkpoint: Checkpoint, modules: Collection[str]) -> set[str]:
+    """Biases that are zero in all layers: AutoGPTQ once gave every matrix one, whether the model has it or not."""
+    biases: dict[str, list[TensorRef]] = {}
+    for module in modules:
+        if f"{module}.bias" in checkpoint.tensors:
+            biases.setdefault(module.rpartition(".")[2], []).append(checkpoint[f"{module}.bias"])
+    return {ref.name for refs in biases.values() if not any(np.any(ref.read()) for ref in refs) for ref in refs}
 
 
 def read_packed(foreign: Foreign, name: str, head_dim: int, report: Report | None = None) -> Path:

@@ -12,9 +12,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn, Protocol, TypeAlias
 
-from graphs.files.checkpoint import PACKED, TensorRef
+from graphs.files.checkpoint import PACKED, Checkpoint, TensorRef
 from graphs.files.packed_weights import PackedMatrix
 from graphs.records.errors import InputError
+from graphs.records.reading import read_object
 
 # Methods that many checkpoints name, and what to do about those that no file here reads.
 OTHERS = {
@@ -23,6 +24,13 @@ OTHERS = {
     "fp8": "8 bits are not read; take the 16-bit checkpoint and --weights int4",
 }
 READ = "take one in AWQ (gemm), GPTQ, compressed-tensors (pack-quantized) or ModelOpt W4A16_AWQ, or the 16-bit one"
+# Where config.json and its text_config may say what their codes are; the second is compressed-tensors' older word.
+KEYS = ("quantization_config", "compression_config")
+MODELOPT_FILE = "hf_quant_config.json"
+# Files that say it for codes of which config.json says nothing, as older AutoGPTQ and AutoAWQ left it.
+BESIDE = ("quantize_config.json", "quant_config.json")
+# Tensors that full weights and packed ones (graphs/files/packed_weights.py) never have.
+FOREIGN = ("weight_packed", "weight_zero_point", "qzeros", "g_idx", "pre_quant_scale")
 
 
 Settings: TypeAlias = Mapping[str, Any]  # what a checkpoint says of its codes, in the format's own words
@@ -32,15 +40,12 @@ class Format(Protocol):
     """How one program stores matrices of four bits."""
 
     name: str
-    """As it is called in messages and in the record of the packed checkpoint."""
+    """Its `quant_method`; as it is called in messages and in the record of the packed checkpoint."""
     parts: tuple[str, ...]
     """Last parts of the names of a quantised layer's tensors; the first is its mark."""
 
-    def settings(self, folder: Path, config: Mapping[str, Any]) -> Settings | None:
-        """What the checkpoint says, None if it is of another format.
-
-        Raises InputError for a variant that is not read.
-        """
+    def check(self, settings: Settings) -> None:
+        """Raise InputError for a variant that is not read."""
 
     def shape(self, parts: Mapping[str, TensorRef], settings: Settings) -> tuple[int, int, int]:
         """N, K and the group of one layer, from headers alone. Raises InputError for tensors that do not fit."""
@@ -56,48 +61,91 @@ def known_formats() -> dict[str, Format]:
 
 
 def find_format(folder: Path, config: Mapping[str, Any]) -> tuple[Format, Settings] | None:
-    """The format of a checkpoint folder and what it says; None for one without a foreign quantisation.
+    """The format of a checkpoint folder and what it says of its codes; None for one without a foreign quantisation.
 
     Raises InputError for a method that is not read, and for a folder of two.
     """
-    named = config.get("quantization_config")
-    method = None
-    if named is not None:
-        method = str(require_object(named, "quantization_config").get("quant_method", "")).lower()
-    recognised = {
-        form.name: (form, settings)
-        for form in known_formats().values()
-        if (settings := form.settings(folder, config)) is not None
-    }
-    methods = [*recognised, *([PACKED] if method == PACKED else [])]
+    stated = _stated(folder, config)
+    methods = list(dict.fromkeys(method for method, _ in stated))
     if len(methods) > 1:
         refuse(
             f"{folder.name} is quantised twice: {' and '.join(methods)}",
             "one method",
             "remove the settings that are not of its tensors",
         )
-    if recognised:
-        return next(iter(recognised.values()))
-    if method is not None and method != PACKED:
+    found = [_checked(folder, method, fields) for method, fields in stated if method != PACKED]
+    return found[0] if found else None
+
+
+def find_beside(checkpoint: Checkpoint) -> tuple[Format, Settings] | None:
+    """The same for codes of which config.json says nothing: what a file beside it says; None for full weights.
+
+    Such a file is left alone beside full weights, as transformers does. Raises InputError as find_format, and for codes
+    of which no file says anything.
+    """
+    mark = next((ref for name, ref in checkpoint.tensors.items() if name.rpartition(".")[2] in FOREIGN), None)
+    if mark is None:
+        return None
+    for path in (checkpoint.folder / name for name in BESIDE):
+        fields = read_object(path) if path.is_file() else {}
+        method = fields.get("quant_method") or ("awq" if "w_bit" in fields else "gptq" if "bits" in fields else None)
+        if method is not None:
+            return _checked(checkpoint.folder, str(method).lower(), fields)
+    refuse(
+        f"{mark.shard}: {mark.stored_name} is of quantised weights, of which config.json says nothing",
+        f"its quantization_config, or {' or '.join(BESIDE)} beside it",
+        "restore the model's own files",
+    )
+
+
+def without_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json without what it says of codes."""
+    rest = {key: value for key, value in config.items() if key not in KEYS}
+    text = rest.get("text_config")
+    if isinstance(text, Mapping):
+        rest["text_config"] = {key: value for key, value in text.items() if key not in KEYS}
+    return rest
+
+
+def _stated(folder: Path, config: Mapping[str, Any]) -> list[tuple[str, Settings]]:
+    """Methods and settings in config.json, in its text_config, and in ModelOpt's own file."""
+    stated: list[tuple[str, Settings]] = []
+    text = config.get("text_config")
+    for holder in (config, text if isinstance(text, Mapping) else {}):
+        for key in KEYS:
+            if holder.get(key) is not None:
+                fields = require_object(holder[key], key)
+                stated.append((str(fields.get("quant_method", "")).lower(), fields))
+    path = folder / MODELOPT_FILE
+    return [*stated, ("modelopt", _modelopt_file(path))] if path.is_file() else stated
+
+
+def _checked(folder: Path, method: str, settings: Settings) -> tuple[Format, Settings]:
+    form = next((form for form in known_formats().values() if form.name == method), None)
+    if form is None:
         refuse(
             f"{folder.name} is quantised by {method or 'a method without a name'}",
             "a format that is read, or 16 bits",
             OTHERS.get(method, READ),
         )
-    return None
+    form.check(settings)
+    return form, settings
+
+
+def _modelopt_file(path: Path) -> Settings:
+    try:
+        fields = read_object(path)["quantization"]
+    except (InputError, KeyError) as error:
+        refuse(f"{path} has no readable quantization", "ModelOpt's settings", f"restore it ({type(error).__name__})")
+    if not isinstance(fields, Mapping):
+        refuse(f"{path}: quantization is a {type(fields).__name__}", "ModelOpt's settings", READ)
+    return fields
 
 
 def refuse_gguf(folder: Path) -> None:
     """Raise InputError for a folder of GGUF files alone, whatever else it lacks."""
     if any(folder.glob("*.gguf")) and not any(folder.glob("*.safetensors")):
         refuse(f"{folder.name} holds GGUF files", "safetensors", OTHERS["gguf"])
-
-
-def quantization_config(config: Mapping[str, Any], method: str) -> Mapping[str, Any] | None:
-    """config.json's `quantization_config` if it is of that method."""
-    fields = config.get("quantization_config")
-    own = isinstance(fields, Mapping) and str(fields.get("quant_method", "")).lower() == method
-    return fields if own else None
 
 
 def require_value(fields: Mapping[str, Any], key: str, wanted: tuple[Any, ...], form: str) -> None:

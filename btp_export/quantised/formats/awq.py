@@ -7,14 +7,13 @@ weight = (q - z) * s
 """
 
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from btp_export.quantised.formats import (
+    READ,
     Settings,
-    quantization_config,
+    refuse,
     require_group,
     require_matrix,
     require_part,
@@ -35,16 +34,14 @@ class Awq:
     name = "awq"
     parts = ("qweight", "qzeros", "scales")
 
-    def settings(self, folder: Path, config: Mapping[str, Any]) -> Settings | None:
+    def check(self, settings: Settings) -> None:
         """gemm with 4 bits; the other versions order the same codes for one kernel each."""
-        fields = quantization_config(config, "awq")
-        if fields is None:
-            return None
-        version = str(fields.get("version", "gemm")).lower()
-        require_value({"version": version}, "version", ("gemm",), "AWQ")
-        require_value(fields, "bits", (4,), "AWQ")
-        require_value(fields, "w_bit", (4,), "AWQ")
-        return fields
+        for key in ("version", "format", "checkpoint_format"):  # what AutoAWQ, transformers and GPTQModel call it
+            require_value({key: str(settings.get(key) or "gemm").lower()}, key, ("gemm",), "AWQ")
+        if str(settings.get("backend", "")).lower() == "llm-awq":
+            refuse('quantised by AWQ: backend is "llm-awq"', "version gemm: llm-awq packs other words", READ)
+        require_value(settings, "bits", (4,), "AWQ")
+        require_value(settings, "w_bit", (4,), "AWQ")
 
     def shape(self, parts: Mapping[str, TensorRef], settings: Settings) -> tuple[int, int, int]:
         """Of qweight and scales."""

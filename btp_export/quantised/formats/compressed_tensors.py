@@ -9,7 +9,6 @@ weight = (q - z) * s
 """
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,6 @@ import numpy as np
 from btp_export.quantised.formats import (
     READ,
     Settings,
-    quantization_config,
     refuse,
     require_group,
     require_matrix,
@@ -40,33 +38,30 @@ class CompressedTensors:
     name = FORM
     parts = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx")
 
-    def settings(self, folder: Path, config: Mapping[str, Any]) -> Settings | None:
+    def check(self, settings: Settings) -> None:
         """Every group of layers must have weights of 4 bits; activations, caches and transforms stay as they are."""
-        fields = quantization_config(config, FORM)
-        if fields is None:
-            return None
-        require_value(fields, "quantization_status", ("compressed",), FORM)
+        require_value(settings, "quantization_status", ("compressed",), FORM)
         for key in ("kv_cache_scheme", "transform_config"):
-            if fields.get(key):
+            if settings.get(key):
                 refuse(f"a {FORM} checkpoint with a {key}", f"no {key}: graphs do not compute it", READ)
-        sparsity = require_object(fields.get("sparsity_config") or {}, "sparsity_config")
+        sparsity = require_object(settings.get("sparsity_config") or {}, "sparsity_config")
         if sparsity.get("format", "dense") != "dense":
             refuse(f"a {FORM} checkpoint that is sparse", "dense matrices", READ)
-        groups = fields.get("config_groups")
+        groups = settings.get("config_groups")
         if not isinstance(groups, Mapping) or not groups:
             refuse(f"a {FORM} checkpoint without config_groups", "what each layer's codes are", READ)
         for name, group in groups.items():
             where = f"{FORM} ({name})"
             group = require_object(group, f"group {name}")
-            require_value({"format": group.get("format") or fields.get("format")}, "format", ("pack-quantized",), where)
+            packing = group.get("format") or settings.get("format")
+            require_value({"format": packing}, "format", ("pack-quantized",), where)
             for key in ("input_activations", "output_activations"):
                 require_value(group, key, (None,), where)
             weights = require_object(group.get("weights") or {"num_bits": None}, f"weights of group {name}")
-            require_value(weights, "num_bits", (4,), where)
+            require_value({"num_bits": weights.get("num_bits", 8)}, "num_bits", (4,), where)
             require_value(weights, "type", ("int",), where)
             require_value(weights, "strategy", ("group", "channel"), where)
             require_value(weights, "dynamic", (False,), where)
-        return fields
 
     def shape(self, parts: Mapping[str, TensorRef], settings: Settings) -> tuple[int, int, int]:
         """weight_shape has K, which need not fill its last word."""
@@ -76,11 +71,15 @@ class CompressedTensors:
         require_shape(packed, "I32", (n, -(-k // NIBBLES)))
         require_shape(scale, "float", (n, k // group))
         zero = parts.get("weight_zero_point")
+        if zero is None and _in_all_groups(settings, "symmetric", (False,)):
+            require_part(parts, "weight_zero_point")
         if zero is not None and zero.dtype == "I8":
             require_shape(zero, "I8", (n, k // group))
         elif zero is not None:
             require_shape(zero, "I32", (-(-n // NIBBLES), k // group))
         index = parts.get("weight_g_idx")
+        if index is None and _in_all_groups(settings, "actorder", ("group", "dynamic", True)):
+            require_part(parts, "weight_g_idx")
         if index is not None:
             require_shape(index, "I32", (k,))
             _refuse_order(index, group)
@@ -109,6 +108,11 @@ class CompressedTensors:
         if n < 1 or k < 1:
             refuse(f"{ref.shard}: {ref.stored_name} says {[n, k]}", "N and K", "get the checkpoint again")
         return n, k
+
+
+def _in_all_groups(settings: Settings, key: str, values: tuple[Any, ...]) -> bool:
+    """Whether the weights of every group of layers have one of these values; names and types pick a layer's group."""
+    return all(group["weights"].get(key) in values for group in settings["config_groups"].values())
 
 
 def _refuse_order(index: TensorRef, group: int) -> None:

@@ -8,15 +8,12 @@ weight = (q - z) * s
 """
 
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from btp_export.quantised.formats import (
     READ,
     Settings,
-    quantization_config,
     refuse,
     require_group,
     require_matrix,
@@ -30,31 +27,34 @@ from graphs.files.checkpoint import TensorRef
 from graphs.files.packed_weights import PackedMatrix
 from graphs.packing import GROUPS, LARGEST
 
+VERSION_KEYS = ("checkpoint_format", "format")  # what different writers call it
+
 
 class Gptq:
-    """quant_method "gptq", checkpoint_format "gptq" or "gptq_v2"."""
+    """quant_method "gptq", version "gptq" or "gptq_v2"."""
 
     name = "gptq"
     parts = ("qweight", "qzeros", "scales", "g_idx")
 
-    def settings(self, folder: Path, config: Mapping[str, Any]) -> Settings | None:
+    def check(self, settings: Settings) -> None:
         """4 bits in either format; those packed for Marlin are other words."""
-        fields = quantization_config(config, "gptq")
-        if fields is None:
-            return None
-        require_value(fields, "bits", (4,), "GPTQ")
-        require_value(fields, "checkpoint_format", ("gptq", "gptq_v2"), "GPTQ")
-        require_value(fields, "is_marlin_format", (False,), "GPTQ")
-        for key, change in require_object(fields.get("dynamic") or {}, "GPTQ's dynamic").items():
+        require_value(settings, "bits", (4,), "GPTQ")
+        named = {key: str(settings[key]).lower() for key in VERSION_KEYS if settings.get(key) is not None}
+        for key in named:
+            require_value(named, key, ("gptq", "gptq_v2"), "GPTQ")
+        if len(set(named.values())) > 1:
+            refuse(f"quantised by GPTQ: {' and '.join(VERSION_KEYS)} are {named}", "one version", READ)
+        require_value(settings, "is_marlin_format", (False,), "GPTQ")
+        require_value(settings, "rotation", (None,), "GPTQ")  # of activations too, which the graphs do not compute
+        for key, change in require_object(settings.get("dynamic") or {}, "GPTQ's dynamic").items():
             require_value(require_object(change, f"GPTQ's dynamic {key}"), "bits", (4,), f"GPTQ ({key})")
-        return fields
 
     def shape(self, parts: Mapping[str, TensorRef], settings: Settings) -> tuple[int, int, int]:
         """Of all; g_idx tells codes of other bits, whose words are more."""
         qweight, scales = require_part(parts, "qweight"), require_part(parts, "scales")
         words, n = require_matrix(qweight)
         k = NIBBLES * words
-        index = parts.get("g_idx")
+        index = require_part(parts, "g_idx") if settings.get("desc_act") else parts.get("g_idx")
         if index is not None and len(index.shape) == 1 and index.shape[0] and index.shape[0] != k:
             bits = 32 * words / index.shape[0]
             refuse(f"{qweight.shard}: {qweight.stored_name} has {bits:g} bits a weight", "4 bits", READ)
@@ -73,7 +73,7 @@ class Gptq:
         scales = parts["scales"].read()
         codes = nibbles(parts["qweight"].read()).transpose(0, 2, 1).reshape(k, n).T
         zeros = nibbles(parts["qzeros"].read()).reshape(len(scales), -1)[:, :n].astype(np.int64)
-        if settings.get("checkpoint_format", "gptq") == "gptq":
+        if _version(settings) == "gptq":
             zeros += 1
             if zeros.max(initial=0) > LARGEST:
                 ref = parts["qzeros"]
@@ -82,6 +82,10 @@ class Gptq:
         first = np.arange(0, k, stored)
         blocks = first // (k // len(scales)) if index is None else index.read()[first]
         return PackedMatrix.of(codes, np.ascontiguousarray(scales.T[:, blocks]), zeros.T[:, blocks])
+
+
+def _version(settings: Settings) -> str:
+    return next((str(settings[key]).lower() for key in VERSION_KEYS if settings.get(key) is not None), "gptq")
 
 
 def _whole(index: TensorRef, group: int) -> int:

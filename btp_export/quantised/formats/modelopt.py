@@ -7,16 +7,11 @@ weight = q * s
 """
 
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from btp_export.quantised.formats import (
-    READ,
     Settings,
-    quantization_config,
-    refuse,
     require_group,
     require_matrix,
     require_part,
@@ -27,10 +22,7 @@ from btp_export.quantised.formats._codes import spread, stored_group
 from graphs.files.checkpoint import TensorRef
 from graphs.files.packed_weights import PackedMatrix
 from graphs.packing import check_scales
-from graphs.records.errors import InputError
-from graphs.records.reading import read_object
 
-FILE = "hf_quant_config.json"
 FORM = "ModelOpt"
 
 
@@ -40,16 +32,12 @@ class ModelOpt:
     name = "modelopt"
     parts = ("weight_scale", "weight", "pre_quant_scale")
 
-    def settings(self, folder: Path, config: Mapping[str, Any]) -> Settings | None:
-        """Of the file, or of config.json alone."""
-        path = folder / FILE
-        fields = _read(path) if path.is_file() else quantization_config(config, "modelopt")
-        if fields is None:
-            return None
-        require_value(fields, "quant_algo", ("W4A16_AWQ",), FORM)
-        require_value(fields, "kv_cache_quant_algo", (None,), FORM)
-        require_value(fields, "has_zero_point", (False,), FORM)
-        return fields
+    def check(self, settings: Settings) -> None:
+        """Of the file, or of config.json alone, whose words for caches are others."""
+        require_value({"quant_algo": settings.get("quant_algo")}, "quant_algo", ("W4A16_AWQ",), FORM)
+        for key in ("kv_cache_quant_algo", "kv_cache_scheme"):
+            require_value(settings, key, (None,), FORM)
+        require_value(settings, "has_zero_point", (False,), FORM)
 
     def shape(self, parts: Mapping[str, TensorRef], settings: Settings) -> tuple[int, int, int]:
         """Two rows lie in one of the stored matrix."""
@@ -74,16 +62,6 @@ class ModelOpt:
         if before is not None:
             check_scales(before, parts["pre_quant_scale"].stored_name)
         return PackedMatrix.of(codes, spread(scale, k // scale.shape[1], stored), None, before)
-
-
-def _read(path: Path) -> Mapping[str, Any]:
-    try:
-        fields = read_object(path)["quantization"]
-    except (InputError, KeyError) as error:
-        refuse(f"{path} has no readable quantization", "ModelOpt's settings", f"restore it ({type(error).__name__})")
-    if not isinstance(fields, Mapping):
-        refuse(f"{path}: quantization is a {type(fields).__name__}", "ModelOpt's settings", READ)
-    return fields
 
 
 FORMAT = ModelOpt()

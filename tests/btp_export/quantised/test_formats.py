@@ -26,12 +26,14 @@ from tests.btp_export.quantised.packers import (
 
 FORMATS = known_formats()
 V2 = {"checkpoint_format": "gptq_v2"}
+ONE_GROUP: dict[str, Any] = {"config_groups": {"group_0": {"weights": {}}}}
 # form, settings of the checkpoint, packer, whether the format has no zeros of its own
 VARIANTS: dict[str, tuple[str, dict[str, Any], Callable[[Layer], dict[str, np.ndarray]], bool]] = {
     "awq": ("awq", {}, pack_awq, False),
     "gptq 1": ("gptq", {}, pack_gptq, False),
     "gptq 1 without g_idx": ("gptq", {}, lambda layer: pack_gptq(layer, g_idx=False), False),
     "gptq 2": ("gptq", V2, lambda layer: pack_gptq(layer, version=2), False),
+    "gptq 2 by its other name": ("gptq", {"format": "gptq_v2"}, lambda layer: pack_gptq(layer, version=2), False),
     "compressed-tensors symmetric": (
         "compressed_tensors",
         {},
@@ -55,7 +57,7 @@ def parts_of(folder: Path, tensors: dict[str, np.ndarray]) -> dict[str, TensorRe
 
 
 def read(folder: Path, form: Format, tensors: dict[str, np.ndarray], fields: dict[str, Any] | None = None) -> Any:
-    parts, chosen = parts_of(folder, tensors), fields or {}
+    parts, chosen = parts_of(folder, tensors), fields or ONE_GROUP
     matrix = form.matrix(parts, chosen)
     n, k, group = form.shape(parts, chosen)
     assert matrix.qweight.shape == (n, k // group, group // 2)
@@ -176,6 +178,36 @@ BAD: dict[str, tuple[str, Callable[[], dict[str, np.ndarray]], str]] = {
 }
 
 
+INCOMPLETE: dict[str, tuple[str, dict[str, Any], Callable[[Layer], dict[str, np.ndarray]], str]] = {
+    "order without its index, gptq": (
+        "gptq",
+        {"desc_act": True},
+        lambda layer: pack_gptq(layer, g_idx=False),
+        r"no q_proj\.g_idx",
+    ),
+    "asymmetric without zeros": (
+        "compressed_tensors",
+        {"config_groups": {"group_0": {"weights": {"symmetric": False}}}},
+        lambda layer: pack_compressed(layer, zeros="none"),
+        r"no q_proj\.weight_zero_point",
+    ),
+    "order without its index": (
+        "compressed_tensors",
+        {"config_groups": {"group_0": {"weights": {"actorder": "group"}}}},
+        pack_compressed,
+        r"no q_proj\.weight_g_idx",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", INCOMPLETE)
+def test_tensors_that_the_settings_promise_must_be_there(case: str, tmp_path: Path) -> None:
+    name, fields, pack, message = INCOMPLETE[case]
+    tensors = pack(draw_layer(np.random.default_rng(8), 8, 64, 32))
+    with pytest.raises(InputError, match=message):
+        read(tmp_path, FORMATS[name], tensors, fields)
+
+
 @pytest.mark.parametrize("case", BAD)
 def test_tensors_that_cannot_be_are_refused(case: str, tmp_path: Path) -> None:
     name, tensors, message = BAD[case]
@@ -195,7 +227,9 @@ def compressed(**weights: Any) -> dict[str, Any]:
     return COMPRESSED | {"config_groups": {**COMPRESSED["config_groups"], "group_1": other}}
 
 
+AWQ: dict[str, Any] = {"quant_method": "awq", "bits": 4}
 READ_BY: dict[str, tuple[dict[str, Any], dict[str, Any] | None, str]] = {
+    "AWQ by GPTQModel": (AWQ | {"checkpoint_format": "gemm", "format": "gemm", "pack_dtype": "int32"}, None, "awq"),
     "AutoAWQ": (
         {"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemm", "zero_point": True},
         None,
@@ -214,6 +248,9 @@ READ_BY: dict[str, tuple[dict[str, Any], dict[str, Any] | None, str]] = {
 }
 REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any] | None, str]] = {
     "gemv": ({"quant_method": "awq", "version": "gemv"}, None, 'AWQ: version is "gemv"'),
+    "gemv by transformers' word": (AWQ | {"format": "gemv"}, None, 'AWQ: format is "gemv"'),
+    "gemv by GPTQModel's word": (AWQ | {"checkpoint_format": "gemv_fast"}, None, 'checkpoint_format is "gemv_fast"'),
+    "llm-awq": (AWQ | {"backend": "llm-awq"}, None, 'backend is "llm-awq"'),
     "AWQ for Marlin": ({"quant_method": "awq", "version": "marlin"}, None, 'AWQ: version is "marlin"'),
     "AWQ of 8 bits": ({"quant_method": "awq", "bits": 8}, None, "AWQ: bits is 8"),
     "GPTQ of 8 bits": ({"quant_method": "gptq", "bits": 8}, None, "GPTQ: bits is 8"),
@@ -227,11 +264,27 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any] | None, str]] = {
         None,
         "is_marlin_format is true",
     ),
+    "GPTQ for Marlin by its other name": (
+        {"quant_method": "gptq", "bits": 4, "format": "marlin"},
+        None,
+        'format is "marlin"',
+    ),
+    "GPTQ of two versions": (
+        {"quant_method": "gptq", "checkpoint_format": "gptq", "format": "gptq_v2"},
+        None,
+        "checkpoint_format and format are",
+    ),
+    "GPTQ, rotated": ({"quant_method": "gptq", "rotation": "hadamard"}, None, 'rotation is "hadamard"'),
     "GPTQ, an unknown version": ({"quant_method": "gptq", "checkpoint_format": "gptq_v3"}, None, '"gptq_v3"'),
     "GPTQ, some layers in 8 bits": (
         {"quant_method": "gptq", "bits": 4, "dynamic": {"+:.*down.*": {"bits": 8}}},
         None,
         r"GPTQ \(\+:\.\*down\.\*\): bits is 8",
+    ),
+    "bits by default, which are 8": (
+        COMPRESSED | {"config_groups": {"g": {"weights": {"type": "int"}}}},
+        None,
+        r"\(g\): num_bits is 8",
     ),
     "8 bits in one group": (compressed(num_bits=8), None, r"\(group_1\): num_bits is 8"),
     "FP8 in one group": (compressed(type="float"), None, r'\(group_1\): type is "float"'),
@@ -258,13 +311,19 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any] | None, str]] = {
     ),
     "a method without a name": ({"bits": 4}, None, "by a method without a name"),
     "ModelOpt in FP8": ({}, {"quant_algo": "FP8"}, 'ModelOpt: quant_algo is "FP8"'),
+    "ModelOpt, nothing named": ({"quant_method": "modelopt"}, None, "quant_algo is null"),
+    "ModelOpt, quantised caches in config.json": (
+        {"quant_method": "modelopt", "quant_algo": "W4A16_AWQ", "kv_cache_scheme": {"num_bits": 8}},
+        None,
+        "kv_cache_scheme is",
+    ),
     "ModelOpt, mixed": ({}, {"quant_algo": "MIXED_PRECISION"}, '"MIXED_PRECISION"'),
     "two quantisers": (
         {"quant_method": "awq", "bits": 4},
         {"quant_algo": "W4A16_AWQ"},
         "quantised twice: awq and modelopt",
     ),
-    "read again": ({"quant_method": "btp"}, {"quant_algo": "W4A16_AWQ"}, "quantised twice: modelopt and btp"),
+    "read again": ({"quant_method": "btp"}, {"quant_algo": "W4A16_AWQ"}, "quantised twice: btp and modelopt"),
 }
 
 
@@ -289,6 +348,15 @@ def test_what_is_not_read_is_refused_by_name(case: str, tmp_path: Path) -> None:
         find_format(tmp_path, settings_folder(tmp_path, fields, file))
     assert error.value.wanted
     assert error.value.do
+
+
+def test_settings_of_the_decoder_and_under_an_older_word_are_found(tmp_path: Path) -> None:
+    for config in ({"text_config": {"quantization_config": COMPRESSED}}, {"compression_config": COMPRESSED}):
+        found = find_format(tmp_path, config)
+        assert found is not None
+        assert found == (FORMATS["compressed_tensors"], COMPRESSED)
+    with pytest.raises(InputError, match="quantised twice: awq and compressed-tensors"):
+        find_format(tmp_path, {"quantization_config": AWQ, "text_config": {"quantization_config": COMPRESSED}})
 
 
 def test_other_folders_are_nobodys(tmp_path: Path) -> None:

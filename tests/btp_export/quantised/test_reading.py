@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
+from btp_export.cli import main
 from btp_export.exporting import Options, export_bundle
 from btp_export.measuring.verify import verify_bundle
 from btp_export.model.open_model import open_model
@@ -245,6 +246,87 @@ def test_a_quantised_head_is_refused(tiny_checkpoint: Path, tmp_path: Path) -> N
     save_file(tensors, tmp_path / "model" / "model.safetensors")
     with pytest.raises(InputError, match=r"lm_head\..* is quantised"):
         open_model(str(tmp_path / "model"))
+
+
+def change_config(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    change(config)
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def says_text_config(folder: Path) -> None:
+    def move(config: dict[str, Any]) -> None:
+        config["text_config"]["quantization_config"] = config.pop("quantization_config")
+
+    change_config(folder, move)
+
+
+def says_file_beside(folder: Path) -> None:
+    """As AutoAWQ wrote it at first, in words of its own."""
+    change_config(folder, lambda config: config.pop("quantization_config"))
+    fields = {"zero_point": True, "q_group_size": 16, "w_bit": 4, "version": "GEMM"}
+    (folder / "quant_config.json").write_text(json.dumps(fields))
+
+
+@pytest.mark.parametrize("say", [says_text_config, says_file_beside])
+def test_settings_in_other_places_are_found(say: Callable[[Path], None], tiny_checkpoint: Path, tmp_path: Path) -> None:
+    layers = quantise(tiny_checkpoint, tmp_path / "model", "awq")
+    say(tmp_path / "model")
+    checkpoint = open_model(str(tmp_path / "model")).checkpoint
+    module, layer = next(iter(layers.items()))
+    weight = read_tensor(checkpoint, f"{canonical(module)}.weight")
+    np.testing.assert_array_equal(weight, layer.numbers().astype(np.float32))
+
+
+def test_a_file_beside_is_of_the_method_that_its_words_are_of(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    quantise(tiny_checkpoint, folder, "gptq")
+    change_config(folder, lambda config: config.pop("quantization_config"))
+    with pytest.raises(InputError, match=r"\.(qzeros|g_idx) is of quantised weights, of which config\.json says noth"):
+        open_model(str(folder))
+    file = folder / "quantize_config.json"
+    file.write_text(json.dumps({"bits": 8, "group_size": 16, "desc_act": False}))
+    with pytest.raises(InputError, match="GPTQ: bits is 8"):
+        open_model(str(folder))
+    file.write_text(json.dumps({"bits": 4, "group_size": 16, "desc_act": False}))
+    quantization = open_model(str(folder)).checkpoint.quantization
+    assert quantization is not None
+    assert quantization.source == "gptq"
+
+
+def test_a_file_beside_full_weights_is_left_alone(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_checkpoint, tmp_path / "model")
+    (tmp_path / "model" / "quantize_config.json").write_text(json.dumps({"bits": 4}))
+    assert open_model(str(tmp_path / "model")).checkpoint.quantization is None
+
+
+@pytest.mark.parametrize("value", [0, 1])
+def test_biases_that_autogptq_added_are_left_out_where_they_are_zero(
+    value: int, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    layers = quantise(tiny_checkpoint, tmp_path / "model", "gptq")
+    file = tmp_path / "model" / "model.safetensors"
+    tensors = load_file(file)
+    tensors |= {f"{module}.bias": np.zeros(len(layer.codes), np.float16) for module, layer in layers.items()}
+    tensors[next(name for name in tensors if name.endswith("layers.4.mlp.down_proj.bias"))][3] = value
+    save_file(tensors, file, metadata={"format": "pt"})
+    if value:
+        with pytest.raises(InputError, match=r"down_proj\.bias"):
+            open_model(str(tmp_path / "model"))
+    else:
+        names = open_model(str(tmp_path / "model")).checkpoint.tensors
+        assert not [name for name in names if name.endswith("_proj.bias") and "vision" not in name]
+
+
+def test_codes_are_not_read_to_be_refused(tiny_checkpoint: Path, tmp_path: Path, capsys: Any) -> None:
+    quantise(tiny_checkpoint, tmp_path / "model", "awq")
+    before = sorted(cache_folder("packed").rglob("*"))
+    for command in (["export"], []):
+        arguments = [*command, "--model", str(tmp_path / "model"), "--plan", "none", "--out", str(tmp_path / "b")]
+        assert main([*arguments, "--weights", "int4-g32"]) == 2
+        assert "--weights int4-g32, but model has four-bit weights already (read, awq)" in capsys.readouterr().err
+    assert sorted(cache_folder("packed").rglob("*")) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_settings_without_codes_are_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:
