@@ -13,7 +13,7 @@ import os
 import sys
 from pathlib import Path
 
-from benchmarks.gpu_check import prepare, results, runner, steps
+from benchmarks.gpu_check import results, runner, steps
 from graphs.records.errors import BtpError
 
 
@@ -21,7 +21,7 @@ def main() -> int:
     given = _arguments()
     try:
         if given.what == "prepare":
-            return prepare.main(given.architecture, given.before, given.folder)
+            return prepared(given)
         if given.what == "run":
             return run(given.call, given.folder, given.out)
         if given.what == "record":
@@ -34,14 +34,14 @@ def main() -> int:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    out = Path(os.environ.get("OUT") or prepare.FOLDER / "results")
-    parser.set_defaults(architecture=None, before=None, folder=prepare.FOLDER, out=out)
+    out = Path(os.environ.get("OUT") or steps.FOLDER / "results")
+    parser.set_defaults(architecture=None, before=None, folder=steps.FOLDER, out=out)
     parts = parser.add_subparsers(dest="what")
     command = parts.add_parser("prepare", help="compile, and work out what is expected")
     command.add_argument("--architecture", help="such as 90; this machine's GPU, or 90, if left out")
     command.add_argument("--before", help="git revision whose kernels are timed beside these; none for no such")
     command = parts.add_parser("run", help="run a call")
-    command.add_argument("call", choices=sorted(steps.calls(prepare.FOLDER)))
+    command.add_argument("call", choices=sorted(steps.calls(steps.FOLDER)))
     command.add_argument(
         "--out", type=Path, default=out, help="folder of the results; $OUT, or a folder of what was prepared"
     )
@@ -49,8 +49,15 @@ def _arguments() -> argparse.Namespace:
     command.add_argument("results", type=Path, nargs="+")
     for name, part in parts.choices.items():
         if name != "record":
-            part.add_argument("--folder", type=Path, default=prepare.FOLDER, help="what was prepared")
+            part.add_argument("--folder", type=Path, default=steps.FOLDER, help="what was prepared")
     return parser.parse_args()
+
+
+def prepared(given: argparse.Namespace) -> int:
+    """Fill the folder. Only this needs packages: `run` begins with Python alone, and says what a step lacks."""
+    from benchmarks.gpu_check import prepare
+
+    return prepare.main(given.architecture, given.before, given.folder)
 
 
 def run(call: str, folder: Path, out: Path) -> int:
@@ -70,7 +77,7 @@ def record(folders: list[Path]) -> int:
 
 def everything(given: argparse.Namespace) -> int:
     """On a GPU machine that has the project, nvcc and git."""
-    prepare.main(given.architecture, given.before, given.folder)
+    prepared(given)
     codes = [run(call, given.folder, given.out) for call in ("A", "B")]
     if not runner.gpu_problems():
         record([given.out])

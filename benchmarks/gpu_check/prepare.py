@@ -2,35 +2,24 @@
 
     build/gpu-check/     what is carried; git ignores it
         native/          harness, libbtp_kernels.so, libbtp_ort.so, and before/libbtp_kernels.so of an earlier version
-        cases.bin        calls.json          calls.py
+        cases.bin        calls.json
         prepared.json    what all of it was made from, shapes for the floors, the 7B's stages
 
-Nothing is compiled twice: a file is kept while its sources and its command stay the same.
+What is there already and was made from the same sources is kept.
 """
 
 import hashlib
 import json
 import subprocess
 import sys
-import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu_check.runner import find_nvcc
+from benchmarks.gpu_check.compiling import KEY, compile_all, nvcc_version
+from benchmarks.gpu_check.steps import ROOT
 from engines.native import kernels
-from graphs import ops
-from graphs.files.atomic import move
-from graphs.records.errors import InputError, UnavailableError
 
-ROOT = Path(__file__).parents[2]
-FOLDER = ROOT / "build" / "gpu-check"
-NATIVE = Path(__file__).parent / "native"
-KEY = ".key"  # beside a compiled file: what it was compiled from
 DRAWN = 200
-# The C++ library goes along, so that a program made on one system starts on another.
-FLAGS = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-static-libstdc++,-static-libgcc"]
-KERNEL_FLAGS = ["-shared", "-fmad=false"]
 
 
 def prepare(folder: Path, architecture: str, before: str | None, *, cases: bool = True, report: Any = print) -> None:
@@ -45,83 +34,6 @@ def prepare(folder: Path, architecture: str, before: str | None, *, cases: bool 
         record |= {"shapes": write_all_cases(folder, report), "model": model_7b()}
         (folder / "prepared.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     report(f"{folder}: {sum(path.stat().st_size for path in folder.rglob('*') if path.is_file()) / 1e6:.1f} MB")
-
-
-# -- compiling ---------------------------------------------------------------------------------------------------------
-
-
-def compile_all(target: Path, architecture: str, before: str | None, *, report: Any = print) -> None:
-    """The program and the libraries, for one architecture ("90")."""
-    folders, common = ops.folders(), ROOT / "graphs" / "ops" / "common"
-    named = f'-DBTP_ARCHITECTURES="{architecture}"'
-    compiled(
-        target / "libbtp_kernels.so", architecture, kernel_sources(folders, common), [*KERNEL_FLAGS, named], report
-    )
-    compiled(target / "harness", architecture, [NATIVE / "harness.cpp", NATIVE / "device.cu"], ["-ldl"], report)
-    forms = ops.native_files("ort_op.cc", "cpu.cc")
-    sources = [*kernel_sources(folders, common), *forms, ROOT / "engines" / "native" / "ort_library.cc"]
-    flags = [*KERNEL_FLAGS, named, "-DBTP_WITH_CUDA", "-Xcompiler=-fvisibility=hidden"]
-    compiled(target / "libbtp_ort.so", architecture, sources, flags, report)
-    if before is not None:
-        with tempfile.TemporaryDirectory(prefix="btp-before-") as name:
-            earlier = checked_out(before, Path(name)) / "graphs" / "ops"
-            library = target / "before" / "libbtp_kernels.so"
-            sources = kernel_sources(sorted(earlier.iterdir()), earlier / "common")
-            compiled(library, architecture, sources, [*KERNEL_FLAGS, named], report)
-
-
-def kernel_sources(folders: Sequence[Path], common: Path) -> list[Path]:
-    """The CUDA sources of these operators and what they share."""
-    return [*(folder / "kernel.cu" for folder in folders if (folder / "kernel.cu").is_file()), common / "status.cpp"]
-
-
-def compiled(target: Path, architecture: str, sources: Sequence[Path], flags: Sequence[str], report: Any) -> None:
-    """Compile `target` unless it is there and of the same sources; it appears whole or not at all."""
-    nvcc = find_nvcc()
-    if nvcc is None:
-        raise UnavailableError("nvcc was not found", "a CUDA toolkit", "put nvcc on PATH")
-    command = [nvcc, f"-gencode=arch=compute_{architecture},code=sm_{architecture}", *FLAGS]
-    key = hashlib.sha256("\0".join([nvcc_version(), *command[1:], *flags]).encode() + _contents(sources)).hexdigest()
-    note = target.with_name(target.name + KEY)
-    if target.is_file() and note.is_file() and note.read_text() == key:
-        return
-    report(f"compiling {target.name} for sm_{architecture}")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(target.name + ".partial")
-    inputs = [str(path) for path in sources]
-    done = subprocess.run([*command, *inputs, *flags, "-o", str(partial)], capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        do = f"use a CUDA toolkit that knows sm_{architecture}:\n{done.stderr}"
-        raise UnavailableError(f"nvcc could not build {target.name}", f"machine code for sm_{architecture}", do)
-    move(partial, target)
-    note.write_text(key)
-
-
-def _contents(sources: Sequence[Path]) -> bytes:
-    """The sources and every header beside them or in graphs/ops, without where they lie."""
-    folders = {path.parent for path in sources} | {sources[0].parents[1]}
-    headers = {path for folder in folders for pattern in ("*.h", "*.cuh") for path in folder.rglob(pattern)}
-    files = sorted({*sources, *headers}, key=lambda path: (path.parent.name, path.name))
-    return b"".join(path.name.encode() + path.read_bytes() for path in files)
-
-
-def checked_out(revision: str, folder: Path) -> Path:
-    """The operators' sources of a git revision."""
-    archive = subprocess.run(["git", "archive", revision, "graphs/ops"], cwd=ROOT, capture_output=True, check=False)
-    if archive.returncode != 0:
-        got = f"git has no {revision}: {archive.stderr.decode().strip()}"
-        raise InputError(got, "a revision with graphs/ops", "--before none")
-    subprocess.run(["tar", "-x", "-C", str(folder)], input=archive.stdout, check=True)
-    return folder
-
-
-def nvcc_version() -> str:
-    """Its last line, which names the build."""
-    nvcc = find_nvcc()
-    if nvcc is None:
-        return ""
-    done = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False)
-    return done.stdout.strip().splitlines()[-1] if done.stdout.strip() else ""
 
 
 def versions(before: str | None) -> dict[str, Any]:

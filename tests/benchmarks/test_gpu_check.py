@@ -9,9 +9,11 @@ import json
 import shutil
 import subprocess
 import sys
+import venv
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,7 +25,7 @@ from graphs.records.errors import UnavailableError
 from tests.engines.native import builds
 
 pytest.importorskip("benchmarks.gpu_check")
-from benchmarks.gpu_check import calls, drawn, linear_cases, on_ort, prepare, runner, steps
+from benchmarks.gpu_check import calls, compiling, drawn, linear_cases, on_ort, prepare, runner, steps
 from benchmarks.gpu_ort import require_provider
 
 CPU = "CPUExecutionProvider"
@@ -58,10 +60,10 @@ def built_harness() -> Path | None:
     nvcc = runner.find_nvcc()
     if nvcc is None:
         return None
-    headers = b"".join(path.read_bytes() for path in sorted(prepare.NATIVE.glob("*")))
+    headers = b"".join(path.read_bytes() for path in sorted(compiling.NATIVE.glob("*")))
     kept = f"-DBTP_SOURCES={hashlib.sha256(headers).hexdigest()[:16]}"  # builds.compiled does not look at ours
     flags = [nvcc, "-std=c++17", "-arch=sm_90", "-Xcompiler=-Wall,-Wextra,-Werror", "-Werror=all-warnings", kept]
-    return builds.compiled("harness", flags, [prepare.NATIVE / "harness.cpp", prepare.NATIVE / "device.cu"])
+    return builds.compiled("harness", flags, [compiling.NATIVE / "harness.cpp", compiling.NATIVE / "device.cu"])
 
 
 # -- the case file -----------------------------------------------------------------------------------------------------
@@ -192,11 +194,18 @@ def every_step() -> Iterator[tuple[steps.Call, steps.Step]]:
             yield call, step
 
 
-def test_every_step_has_a_time_limit_inside_its_call() -> None:
+def test_the_time_limits_together_fit_the_call() -> None:
+    """So a hang costs one step: the others have their time."""
     limits = {"A": 240, "B": 300}  # what the issue of a GPU's time allows: four and five minutes
-    assert {call.name for call, _ in every_step()} == limits.keys()
-    for call, step in every_step():
-        assert 0 < step.seconds < call.seconds <= limits[call.name], step.name
+    made = steps.calls(Path("native"))
+    assert made.keys() == limits.keys()
+    for name, call in made.items():
+        assert all(step.seconds > 0 for step in call.steps)
+        assert sum(step.seconds for step in call.steps if not step.beside) <= call.seconds < limits[name]
+        seconds = {step.name: step.seconds for step in call.steps}
+        for step in call.steps:
+            if step.after:
+                assert seconds[step.after] + step.seconds <= call.seconds, "it is waited for, and then comes this one"
 
 
 def test_nothing_that_was_asked_for_is_left_out() -> None:
@@ -227,20 +236,7 @@ def test_nothing_that_was_asked_for_is_left_out() -> None:
 @pytest.mark.skipif(not runner.gpu_problems(), reason="a GPU is here: make gpu-check runs the steps")
 @pytest.mark.parametrize("call", ["A", "B"])
 def test_without_a_gpu_every_step_says_what_it_misses(call: str, prepared: Path, native: Path, tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks.gpu_check",
-        "run",
-        call,
-        "--folder",
-        str(prepared),
-        "--out",
-        str(tmp_path),
-    ]
-    done = subprocess.run(command, cwd=builds.ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 3, done.stdout + done.stderr
-    records = [json.loads(line) for line in (tmp_path / f"{call}.jsonl").read_text().splitlines()][1:]
+    records = dry_run(call, Path(sys.executable), prepared, tmp_path)
     expected = [step.name for made, step in every_step() if made.name == call]
     assert sorted(one["step"] for one in records) == sorted(expected)
     for one in records:
@@ -248,6 +244,30 @@ def test_without_a_gpu_every_step_says_what_it_misses(call: str, prepared: Path,
         assert "an NVIDIA GPU: " in runner.what_is_missing(one), one
     if call == "A":
         assert ["compute-sanitizer" in one["result"]["missing"] for one in records].count(True) in (0, 4)
+
+
+def dry_run(call: str, python: Path, prepared: Path, out: Path) -> list[dict[str, Any]]:
+    """The records of the call's steps."""
+    command = [python, "-m", "benchmarks.gpu_check", "run", call, "--folder", prepared, "--out", out]
+    done = subprocess.run(command, cwd=builds.ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 3, done.stdout + done.stderr
+    assert "Traceback" not in done.stdout + done.stderr + (out / f"{call}.log").read_text()
+    return [json.loads(line) for line in (out / f"{call}.jsonl").read_text().splitlines()][1:]
+
+
+@pytest.mark.skipif(not runner.gpu_problems(), reason="a GPU is here: make gpu-check runs the steps")
+@pytest.mark.parametrize("call", ["A", "B"])
+def test_a_python_without_packages_starts_both_calls(call: str, prepared: Path, native: Path, tmp_path: Path) -> None:
+    """The native steps need none, and the others name those that they need."""
+    venv.create(tmp_path / "bare", symlinks=True)
+    records = dry_run(call, tmp_path / "bare" / "bin" / "python", prepared, tmp_path / "deep" / "out")
+    missing = {one["step"]: runner.what_is_missing(one) for one in records}
+    wanting = {step.name: step.modules for made, step in every_step() if made.name == call and step.modules}
+    assert len(wanting) == (2 if call == "A" else 6)
+    for name, why in missing.items():
+        assert "an NVIDIA GPU: " in why, name
+        assert why.startswith(f"{', '.join(wanting[name])} (for Python); " if name in wanting else ""), name
+        assert ("for Python" in why) == (name in wanting), name
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this torch can use a GPU")
@@ -284,11 +304,8 @@ def test_cases_are_worked_out_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert len(json.loads((tmp_path / "calls.json").read_text())) >= 1
 
 
-# What the project needs and a bare machine lacks; torch, numpy, onnx and ml_dtypes are there (docs/gpu-check.md).
-LACKING = (
-    *("pydantic", "pydantic_core", "typer", "rich", "jinja2", "onnx_ir", "onnxruntime", "safetensors", "tokenizers"),
-    *("transformers", "huggingface_hub", "PIL"),
-)
+# What a machine with torch, numpy, onnx and ml_dtypes may lack (docs/gpu-check.md).
+LACKING = tuple(sorted({*steps.COMMANDS, "pydantic_core"} - {*steps.OPERATORS, "torch"}))
 
 
 def test_call_a_starts_with_torch_numpy_and_onnx_alone() -> None:

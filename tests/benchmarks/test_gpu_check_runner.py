@@ -2,12 +2,18 @@
 
 import fcntl
 import json
+import os
+import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any, TextIO
 
 import pytest
+
+from graphs.records.errors import InputError
+from tests.engines.native import builds
 
 pytest.importorskip("benchmarks.gpu_check")
 from benchmarks.gpu_check import runner, steps
@@ -99,6 +105,83 @@ def test_a_step_beside_runs_while_others_do_and_is_waited_for(tmp_path: Path) ->
     )
     assert list(found) == ["prepared", "quick", "beside", "needs-it"]
     assert found["beside"]["result"] == {"made": 1} and found["needs-it"]["status"] == "done"
+
+
+def test_a_step_beside_has_its_seconds_from_the_start_of_the_call(tmp_path: Path) -> None:
+    found = run(
+        tmp_path,
+        steps.Step("beside", 2, python("import time; time.sleep(60)"), beside=True),
+        steps.Step("other", 9, python("import time; time.sleep(1)")),
+        steps.Step("needs-it", 9, python("pass"), after="beside"),
+    )
+    assert (found["beside"]["status"], found["needs-it"]["status"]) == ("timeout", "timeout")
+    assert 2 <= found["beside"]["seconds"] < 3 and found["beside"]["limit"] == pytest.approx(2, abs=0.2)
+
+
+def test_what_a_step_leaves_is_for_those_behind_it_and_nobody_takes_what_they_are_due(tmp_path: Path) -> None:
+    sleep = "import time; time.sleep({})"
+    found = run(
+        tmp_path,
+        steps.Step("hangs", 1, python(sleep.format(60))),
+        steps.Step("quick", 4, python("pass")),
+        steps.Step("longer", 1, python(sleep.format(1.5))),
+        steps.Step("last", 2, python("pass")),
+        seconds=60,
+    )
+    assert found["hangs"]["status"] == "timeout" and found["hangs"]["limit"] < 2
+    assert found["longer"]["status"] == "done" and 3 < found["longer"]["limit"] < 6
+    assert found["last"]["status"] == "done"
+
+
+def test_a_step_that_all_others_need_may_take_the_time_of_the_last(tmp_path: Path) -> None:
+    found = run(
+        tmp_path,
+        steps.Step("vital", 1, python("import time; time.sleep(1.5)"), at_most=9),
+        steps.Step("next", 1, python("pass")),
+        steps.Step("last", 1, python("pass")),
+        seconds=3,
+    )
+    assert (found["vital"]["status"], found["next"]["status"]) == ("done", "done")
+
+
+def test_a_folder_that_takes_no_results_is_said(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="file/results takes no results: Not a directory"):
+        runner.run_call(steps.Call("T", 9, ()), tmp_path, tmp_path / "file" / "results")
+
+
+def test_without_room_in_memory_the_scratch_folder_is_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Containers often have 64 MB there."""
+    monkeypatch.setattr(runner, "SCRATCH_BYTES", 1 << 60)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with runner.scratch_folder("T") as scratch:
+        assert scratch.parent == tmp_path and scratch.is_dir()
+    assert not scratch.exists()
+
+
+DRIVER = """
+#define GIVES extern "C" int
+GIVES cuInit(unsigned) { return 0; }
+GIVES cuDeviceGetCount(int* count) { *count = 1; return 0; }
+GIVES cuDeviceGet(int* device, int number) { *device = 7 + number; return 0; }
+GIVES cuDeviceGetAttribute(int* value, int attribute, int device)
+{
+    *value = attribute == 75 ? 12 : 1;
+    return device == 7 && (attribute == 75 || attribute == 76) ? 0 : 1;
+}
+"""
+
+
+def test_the_driver_says_which_gpu_is_there(tmp_path: Path) -> None:
+    """A driver's place is taken by four functions: neither nvidia-smi nor a CUDA runtime is asked."""
+    (tmp_path / "driver.cpp").write_text(DRIVER)
+    builds.run([builds.compiler(), *builds.STRICT, "-shared", tmp_path / "driver.cpp", "-o", tmp_path / "libcuda.so.1"])
+    script = "from benchmarks.gpu_check import runner; print(runner.gpu_problems(), runner.gpu_architecture())"
+    environment = os.environ | {"LD_LIBRARY_PATH": str(tmp_path), "PATH": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=builds.ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.stdout == "[] 121\n", done.stderr
 
 
 def test_when_the_time_is_over_the_rest_is_skipped(tmp_path: Path) -> None:

@@ -8,7 +8,8 @@
 //   verify   every call against the reference's output: launched, and (without --plain) replayed from a graph;
 //            --clean leaves out the poison too, for tools that look for what nobody wrote
 //   once     one launch of each call, for profilers
-//   replay   --count replays of each call's graph, workspace and output poisoned before each, compared on the device
+//   replay   --count replays of each call's graph, workspace and output poisoned before each, compared on the device;
+//            --seconds for all calls together
 //   streams  pairs of calls on two streams at once
 //   green    verifies and times the calls on --count multiprocessors of the GPU
 //   probe    latencies and bandwidth that the floors are made of

@@ -101,13 +101,33 @@ inline std::string probe(const Options& given)
     return result.value("copy_gb_per_s", 2.0 * large / us / 1e3).str();
 }
 
+// Null where none is named, or none that loads here: then `problem` says why.
+inline std::unique_ptr<Library> earlier_kernels(const std::string& path, std::string& problem)
+{
+    try {
+        return path.empty() ? nullptr : std::make_unique<Library>(path);
+    } catch (const std::runtime_error& error) {
+        problem = error.what();
+        return nullptr;
+    }
+}
+
+// Another version of an operator may not know the case, or not this GPU.
+inline bool gives_the_same(const Run& old, cudaStream_t stream)
+{
+    try {
+        return differs(old, stream, true).empty();
+    } catch (const std::runtime_error&) {
+        cudaGetLastError();
+        return false;
+    }
+}
+
 inline std::string times(const Work& work, const Options& given, bool& held)
 {
     const Stream stream;
-    std::vector<std::unique_ptr<Library>> before;
-    if (!given.before.empty()) {
-        before.push_back(std::make_unique<Library>(given.before));
-    }
+    std::string why_not_before;
+    const std::unique_ptr<Library> before = earlier_kernels(given.before, why_not_before);
     std::vector<std::string> rows;
     for (const Call* call : work.calls) {
         const auto run = std::make_shared<Run>(work.library, work.file, *call);
@@ -124,9 +144,9 @@ inline std::string times(const Work& work, const Options& given, bool& held)
         const std::string problem = differs(*run, stream.handle, true);
         held = held && problem.empty();
         std::vector<std::string> us, earlier;
-        if (!before.empty() && before[0]->find(call->function) != nullptr && before[0]->problem(*call).empty()) {
-            const Run old(*before[0], work.file, *call, run);
-            if (differs(old, stream.handle, true).empty()) {  // another operator version may not know the case
+        if (before != nullptr && before->find(call->function) != nullptr && before->problem(*call).empty()) {
+            const Run old(*before, work.file, *call, run);
+            if (gives_the_same(old, stream.handle)) {
                 us.push_back(number(measure(*run)));
                 earlier = {number(measure(old)), number(measure(old))};
             }
@@ -134,7 +154,7 @@ inline std::string times(const Work& work, const Options& given, bool& held)
         us.push_back(number(measure(*run)));
         rows.push_back(row.raw("us", list(us)).raw("before_us", list(earlier)).text("problem", problem).str());
     }
-    return Object().raw("rows", list(rows)).str();
+    return Object().raw("rows", list(rows)).text("before_problem", why_not_before).str();
 }
 
 }  // namespace harness

@@ -1,6 +1,8 @@
 // Commands that compare: each call once, thousands of replays, two streams at once.
 #pragma once
 
+#include <cuda_profiler_api.h>
+
 #include "work.h"
 
 namespace harness {
@@ -55,8 +57,10 @@ inline std::string once(const Work& work)
     const Stream stream;
     for (const Call* call : work.calls) {
         const Run run(work.library, work.file, *call);
+        CHECK(cudaProfilerStart());  // so that a profiler sees nothing of what makes the data
         run.launch(stream.handle);
         CHECK(cudaStreamSynchronize(stream.handle));
+        CHECK(cudaProfilerStop());
     }
     return Object().value("calls", work.calls.size()).str();
 }
@@ -108,21 +112,49 @@ inline int drive(const std::vector<std::pair<const Replays*, cudaStream_t>>& all
     return done;
 }
 
+// A call that is replayed, and what came of it.
+struct Replayed {
+    Replayed(const Work& work, const Call& call, cudaStream_t stream)
+        : run(work.library, work.file, call), problem(differs(run, stream, true)), replays(run)
+    {
+    }
+
+    Run run;
+    std::string problem;
+    Replays replays;
+    int done = 0;
+    double seconds = 0;
+};
+
+// In rounds, each of which shares out the time that is left among the calls that are not done: short ones leave theirs to
+// long ones.
 inline std::string replay(const Work& work, const Options& given, bool& held)
 {
-    std::vector<std::string> rows;
     const Stream stream;
+    std::vector<std::unique_ptr<Replayed>> all;
     for (const Call* call : work.calls) {
-        const Run run(work.library, work.file, *call);
-        const std::string problem = differs(run, stream.handle, true);
-        const Replays replays(run);
-        const double start = now();
-        const int done = drive({{&replays, stream.handle}}, given.count, given.seconds);
-        const auto wrong = static_cast<double>(replays.wrong());
-        held = held && problem.empty() && wrong == 0;
+        all.push_back(std::make_unique<Replayed>(work, *call, stream.handle));
+    }
+    const auto open = [&given](const std::unique_ptr<Replayed>& one) { return one->done < given.count; };
+    const double end = now() + given.seconds;
+    while (now() < end && std::any_of(all.begin(), all.end(), open)) {
+        auto left = std::count_if(all.begin(), all.end(), open);
+        for (const auto& one : all) {
+            if (open(one)) {
+                const double start = now();
+                const double share = std::max(0.0, end - start) / static_cast<double>(left--);
+                one->done += drive({{&one->replays, stream.handle}}, given.count - one->done, share);
+                one->seconds += now() - start;
+            }
+        }
+    }
+    std::vector<std::string> rows;
+    for (const auto& one : all) {
+        const auto wrong = static_cast<double>(one->replays.wrong());
+        held = held && one->problem.empty() && wrong == 0;
         Object row;
-        row.text("name", call->name).value("replays", done).value("wrong_bytes", wrong);
-        rows.push_back(row.value("seconds", now() - start).text("problem", problem).str());
+        row.text("name", one->run.call.name).value("replays", one->done).value("wrong_bytes", wrong);
+        rows.push_back(row.value("seconds", one->seconds).text("problem", one->problem).str());
     }
     return Object().raw("rows", list(rows)).str();
 }
