@@ -52,7 +52,7 @@ def stacked(
     from graphs.ops.linear import reference
 
     rows = 16 if m % 16 == 0 else m
-    case = make(f"{m}-{k}-{group}", rows, ROWS, k, group, dtype=dtype)
+    case = make(f"{k}-{group}", rows, ROWS, k, group, dtype=dtype)  # of one shape one w, which the file holds once
     tensors = {key: to_torch(value) for key, value in case.inputs.items()}
     part = from_torch(reference(**tensors, **case.attributes))
     inputs: dict[str, Any] = {key: Stacked(value, n // ROWS) for key, value in case.inputs.items()}

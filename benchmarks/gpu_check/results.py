@@ -83,6 +83,7 @@ def summary(prepared: Mapping[str, Any], steps: Records, logs: str) -> dict[str,
         "steps": {name: _state(record) for name, record in steps.items()},
         "verified": result("verify"),
         "limits": limits,
+        "before_problem": steps.get("time", {}).get("result", {}).get("before_problem", ""),
         "rows": _rows(
             steps.get("time", {}).get("result", {}).get("rows", []),
             prepared.get("shapes", {}),
@@ -215,6 +216,8 @@ def _checked(document: Mapping[str, Any]) -> list[str]:
         for row in (document[kind] or {"rows": []})["rows"]:
             what = "replayed" if kind == "replays" else "two streams"
             lines.append(f"- {what}, {row['name']}: {row['replays']} times, {row['wrong_bytes']} wrong bytes")
+    if problem := document["before_problem"]:
+        lines.append(f"- the kernels before were not timed: {problem}")
     if green := document["green"]:
         rows = ", ".join(f"{row['name']} {row['us']:.1f} us" for row in green["rows"])
         lines.append(f"- on {green['multiprocessors_used']} multiprocessors: {rows}")

@@ -243,7 +243,8 @@ def what_is_missing(record: Mapping[str, Any]) -> str:
     result = record["result"]
     reason = result.get("missing") or result.get("error") or next(iter(result.get("failed") or []), "")
     last = record["tail"].strip().splitlines()[-1:] if record.get("tail") else []
-    silent = "" if record["code"] is None else f"it ended with {record['code']} and said nothing"
+    code = record.get("code")
+    silent = "" if code is None else f"it ended with {code} and said nothing"
     return " ".join(str(reason or (last[0] if last else silent)).split())[:300]
 
 

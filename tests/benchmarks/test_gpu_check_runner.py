@@ -72,6 +72,7 @@ def test_failures_say_why_and_stop_nothing(tmp_path: Path) -> None:
     found = run(
         tmp_path,
         steps.Step("fails", 9, python("raise SystemExit('it broke')")),
+        steps.Step("killed", 9, python("import os; os.kill(os.getpid(), 9)")),
         steps.Step("lacks", 9, python('print(\'{"missing": "a thing"}\'); raise SystemExit(3)')),
         steps.Step("no-program", 9, ("{native}/no-such-file",)),
         steps.Step("no-tool", 9, python("pass"), needs=("no-such-tool",)),
@@ -81,10 +82,11 @@ def test_failures_say_why_and_stop_nothing(tmp_path: Path) -> None:
     )
     states = {name: one["status"] for name, one in found.items()}
     assert states == {
-        "prepared": "done", "fails": "failed", "lacks": "missing", "no-program": "missing", "no-tool": "missing",
+        "prepared": "done", "fails": "failed", "killed": "failed", "lacks": "missing", "no-program": "missing", "no-tool": "missing",
         "no-module": "missing", "pointless": "failed", "fine": "done",
     }  # fmt: skip
     assert runner.what_is_missing(found["fails"]) == "it broke"
+    assert runner.what_is_missing(found["killed"]) == "it ended with -9 and said nothing"
     assert runner.what_is_missing(found["lacks"]) == "a thing"
     assert "no-such-file: No such file" in found["no-program"]["result"]["missing"]
     assert found["no-tool"]["result"]["missing"].startswith("no-such-tool (of the CUDA toolkit)")

@@ -70,9 +70,12 @@ def test_two_folders_are_one_result_and_what_was_done_counts(sample: Path, tmp_p
     again = tmp_path / "again"
     again.mkdir()
     done = {"step": "streams", "status": "done", "seconds": 3.0, "tail": "", "result": {"rows": []}}
+    time = {"step": "time", "status": "done", "result": {"rows": [], "before_problem": "GLIBC_9.9 not found"}}
     worse = {"step": "verify", "status": "failed", "seconds": 3.0, "tail": "", "result": {"failed": ["one"]}}
-    (again / "A.jsonl").write_text("\n".join(map(json.dumps, (done, worse))))
-    document = json.loads(results.record([sample, again], tmp_path)[0].read_text())
+    (again / "A.jsonl").write_text("\n".join(map(json.dumps, (done, time | {"seconds": 1.0}, worse))))
+    path, text = results.record([sample, again], tmp_path)
+    document = json.loads(path.read_text())
+    assert "- the kernels before were not timed: GLIBC_9.9 not found" in text
     assert document["streams"] == {"rows": []} and document["verified"]["calls"] == 333
 
 
