@@ -82,8 +82,8 @@ def test_failures_say_why_and_stop_nothing(tmp_path: Path) -> None:
     )
     states = {name: one["status"] for name, one in found.items()}
     assert states == {
-        "prepared": "done", "fails": "failed", "killed": "failed", "lacks": "missing", "no-program": "missing", "no-tool": "missing",
-        "no-module": "missing", "pointless": "failed", "fine": "done",
+        "prepared": "done", "fails": "failed", "killed": "failed", "lacks": "missing", "no-program": "missing",
+        "no-tool": "missing", "no-module": "missing", "pointless": "failed", "fine": "done",
     }  # fmt: skip
     assert runner.what_is_missing(found["fails"]) == "it broke"
     assert runner.what_is_missing(found["killed"]) == "it ended with -9 and said nothing"
