@@ -102,7 +102,7 @@ def show(result: "BuildResult") -> Any:
     lines = [
         f"{result.target}: TensorRT {result.tensorrt}, opset {result.opset}, {result.precision}, "
         f"{result.assemble}, weights {result.engine_weights}, plugins {result.plugins}",
-        f"to run {_size(total.run_bytes)} of {_size(total.usable_bytes)}, to build "
+        f"the engines fit: to run {_size(total.run_bytes)} of {_size(total.usable_bytes)}, to build "
         f"{_size(total.build_peak_bytes)}, on disk {_size(total.disk_bytes)}"
         + (f", shared weights {_size(total.shared_weight_bytes)}" if total.shared_weight_bytes else ""),
         *(f"note: {text}" for text in result.notes),

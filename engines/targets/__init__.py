@@ -3,6 +3,7 @@
 import difflib
 import importlib
 import pkgutil
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final, Literal
@@ -96,8 +97,10 @@ def known_targets() -> list[str]:
 
 
 def find_target(name: str) -> Target:
-    """The target of that name. Raises InputError that names the close ones."""
+    """The target of that name; a memory size may end in "gb". Raises InputError that names the close ones."""
     names = known_targets()
+    if re.search(r"-\d+gb$", name):
+        name = name.removesuffix("gb")
     if name not in names:
         close = difflib.get_close_matches(name.lower().replace("_", "-"), names, n=3, cutoff=0.4)
         raise InputError(

@@ -81,6 +81,12 @@ def test_an_unknown_target_names_the_close_ones() -> None:
         find_target("../a100")
 
 
+def test_a_memory_size_may_end_in_gb() -> None:
+    assert find_target("jetson-orin-nx-16gb") is find_target("jetson-orin-nx-16")
+    with pytest.raises(InputError, match="unknown target"):
+        find_target("jetson-orin-jp6gb")
+
+
 def test_versions_of_a_target() -> None:
     orin, server = find_target("jetson-orin-jp6"), find_target("h100")
     assert orin.version("10.3") == "10.3" and orin.version("10.3.0") == "10.3.0"

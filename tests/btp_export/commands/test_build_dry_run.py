@@ -1,6 +1,7 @@
 """`btp-export build --dry-run`: a table or one JSON document for any target, nothing written, short errors."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ def test_the_table_fits_the_console(tiny_bundle: Any, capsys: Any) -> None:
     shown = capsys.readouterr().out
     assert "prefill_0" in shown and "lint: the graphs suit this version" in shown and "TensorRT 10.13" in shown
     assert "opset 18 in place of 23" in shown
+    assert re.search(r"the engines fit: to run [\d.]+ [KMG]iB of [\d.]+ GiB, to build", shown)
 
 
 def test_findings_end_with_1(tiny_bundle: Any, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
