@@ -107,13 +107,13 @@ def layer_at_a_time(layers: int, folder: Path) -> float:
 
 def rows(found: dict[str, dict[str, Any]]) -> list[str]:
     columns = ("", "opening, s", "of processor time, s", "vision, ms", "prefill, ms", "decode, ms a token")
-    columns += ("peak, GB", "private, GB", "mapped once, GB", "load")
+    columns += ("peak, GiB", "private, GiB", "mapped once, GiB", "load")
     lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     for name, one in found.items():
-        gb = {key: one[key] / 1024 for key in ("VmHWM", "RssAnon", "Pss")}
+        gib = {key: one[key] / 1024 for key in ("VmHWM", "RssAnon", "Pss")}
         lines.append(
             f"| {name} | {one['open']:.0f} | {one['busy']:.1f} | {one['vision']:.0f} | {one['prefill']:.0f} "
-            f"| {one['decode']:.0f} | {gb['VmHWM']:.1f} | {gb['RssAnon']:.1f} | {gb['Pss'] - gb['RssAnon']:.1f} "
+            f"| {one['decode']:.0f} | {gib['VmHWM']:.1f} | {gib['RssAnon']:.1f} | {gib['Pss'] - gib['RssAnon']:.1f} "
             f"| {one['load']:.1f} |"
         )
     return lines
@@ -121,10 +121,10 @@ def rows(found: dict[str, dict[str, Any]]) -> list[str]:
 
 TITLE = "LLaVA-1.5-7B with four-bit weights on a CPU"
 PAGE = """\
-`python -m benchmarks.four_bits_cpu`, {date}, {cores} cores ({machine}), ONNX Runtime with int8 rows, {layers} layers of
-random codes in groups of {group}, float32 where a row does not say float16, batch 1, 576 image tokens, the published
-plan. The first prefill after opening, the median of the decode steps. `load` is the machine's: where it is above the
-number of cores, times say little.{limit}
+`python -m benchmarks.four_bits_cpu`, {date}, {cores} cores ({machine}), ONNX Runtime with int8 rows (btp_ort's products
+where the processor has AVX512-VNNI), {layers} layers of random codes in groups of {group}, float32 where a row does
+not say float16, batch 1, 576 image tokens, the published plan. The first prefill after opening, the median of
+the decode steps. `load` is the machine's: where it is above the number of cores, times say little.{limit}
 
 {table}
 

@@ -37,5 +37,6 @@ def test_a_run_in_four_bits_has_a_row_for_each_model() -> None:
     found = {name: {**one, "VmHWM": 2048, "RssAnon": 1024, "Pss": 1536} for name in ("pruned", "pruned, float16")}
     text = four_bits_cpu.report(found, 100.0, 32)
     assert "| pruned, float16 | 6 | 4.0 | 1 | 2 | 3 | 2.0 | 1.0 | 0.5 | 0.5 |" in text
+    assert "| peak, GiB | private, GiB | mapped once, GiB |" in text, "fields are in MiB"
     columns, dashes = (line.count("|") for line in four_bits_cpu.rows(found)[:2])
     assert columns == dashes == 11
