@@ -9,6 +9,7 @@ from btp_export.results.evaluation import EvaluatedPlan
 from btp_export.results.report import ReportDocument
 from btp_export.results.timing import CacheBytes
 from graphs.records.plan import Stage
+from graphs.records.stored_weights import Activations
 
 MOST_PLACEMENTS = 12  # rows of tried plans on the page; every other kind has its best one below
 MAIN = 0.75  # share of the bundle's own tokens from which on a plan counts as one of its budget
@@ -197,6 +198,10 @@ def verdict(document: ReportDocument) -> dict[str, str]:
     return {"state": "passed", "text": "verified against transformers"}
 
 
+def _multiplied(activations: Activations | None) -> str:
+    return "" if activations is None else f", four-bit weights multiplied with {activations} rows"
+
+
 def places(document: ReportDocument) -> list[tuple[str, str]]:
     """What ran where: (step, what it ran in)."""
     runner = "the exported graphs in ONNX Runtime"
@@ -204,11 +209,12 @@ def places(document: ReportDocument) -> list[tuple[str, str]]:
     if document.calibration is not None and "samples" in document.calibration:
         rows.append(("Calibration", "the unpruned model in PyTorch, one layer at a time"))
     if document.verification is not None:
-        rows.append(("Verification", f"{runner}, against transformers’ modelling code in PyTorch"))
+        multiplied = _multiplied(document.verification.activations)
+        rows.append(("Verification", f"{runner}{multiplied}, against transformers’ modelling code in PyTorch"))
     if document.evaluation is not None:
-        rows.append(("Evaluation", runner))
+        rows.append(("Evaluation", f"{runner}{_multiplied(document.evaluation.activations)}"))
     if document.bench is not None:
-        rows.append(("Benchmark", runner))
+        rows.append(("Benchmark", f"{runner}{_multiplied(document.bench.activations)}"))
     if document.pictures:
         rows.append(("Pictures", runner))
     return rows

@@ -22,7 +22,7 @@ from btp_export.report.picture_views import data_uri
 from btp_export.report.rows import headlines
 from btp_export.report.write import write_report
 from btp_export.results.evaluation import WeightsCost
-from btp_export.results.verification import GraphParity
+from btp_export.results.verification import GraphParity, Int8Rows
 
 NBSP = "\N{NO-BREAK SPACE}"
 
@@ -159,6 +159,23 @@ def test_four_bits_are_told_beside_full_weights_where_they_were_measured(data: R
     assert page.row("the model’s own")[1:] == ["95.3 %", "93.7 %"]
     assert page.row("four bits")[1:] == ["95.1 %", "93.3 %"]
     assert contents["evaluation"]["weights_cost"]["both"] == 0.933
+
+
+def test_what_four_bit_weights_were_multiplied_with_is_told(data: ReportData, tmp_path: Path) -> None:
+    assert data.verification and data.evaluation and data.bench
+    page, _, _ = _written(tmp_path / "a", data)
+    assert "int8" not in page.words
+    rounding = Int8Rows(logits_cosine=0.99997, answers_equal=0.75)
+    packed = replace(
+        data,
+        verification=data.verification.model_copy(update={"activations": "float32", "int8_rows": rounding}),
+        evaluation=data.evaluation.model_copy(update={"activations": "int8"}),
+        bench=data.bench.model_copy(update={"activations": "int8"}),
+    )
+    page, _, _ = _written(tmp_path / "b", packed)
+    assert "cosine of the logits 0.99997, 75 % of the answers the same" in page.words
+    assert "four-bit weights multiplied with float32 rows, against transformers" in page.row("Verification")[1]
+    assert all(page.row(step)[1].endswith("multiplied with int8 rows") for step in ("Evaluation", "Benchmark"))
 
 
 def test_report_json_holds_what_the_page_shows(data: ReportData, tmp_path: Path) -> None:
