@@ -114,7 +114,7 @@ def read_packed(foreign: Foreign, name: str, head_dim: int, report: Report | Non
     from calibrate.measure.statistics_cache import checkpoint_identity  # brings torch
 
     source = foreign.checkpoint
-    key = digest("read", VERSION, foreign.form.name, checkpoint_identity(source))
+    key = digest("read", VERSION, foreign.form.name, foreign.settings, checkpoint_identity(source))
     place = packed_place(name, key)
     if is_whole(place):
         return place

@@ -289,9 +289,13 @@ def test_a_file_beside_is_of_the_method_that_its_words_are_of(tiny_checkpoint: P
     with pytest.raises(InputError, match="GPTQ: bits is 8"):
         open_model(str(folder))
     file.write_text(json.dumps({"bits": 4, "group_size": 16, "desc_act": False}))
-    quantization = open_model(str(folder)).checkpoint.quantization
-    assert quantization is not None
-    assert quantization.source == "gptq"
+    first = open_model(str(folder)).checkpoint
+    assert first.quantization is not None
+    assert first.quantization.source == "gptq"
+    file.write_text(json.dumps({"bits": 4, "checkpoint_format": "gptq_v2"}))
+    weight = "language_model.layers.0.mlp.up_proj.weight"
+    second = read_tensor(open_model(str(folder)).checkpoint, weight)
+    assert (second != read_tensor(first, weight)).any(), "settings decide what is read, so they are part of its key"
 
 
 def test_a_file_beside_full_weights_is_left_alone(tiny_checkpoint: Path, tmp_path: Path) -> None:
