@@ -32,6 +32,8 @@ def large_cases() -> Iterator[Given]:
         yield _large(f"exact-{case.name}", tokens, case.attributes, None, tags=tags)
     few = _counts(512, quotas=(128, 32), pool=256, boundary=4096)
     yield _large("exact-8192", 8192, few, np.arange(256, dtype=np.int32) * 32, tags=("replayed", "timed"))
+    covering = _counts(48, quotas=(12, 16), pool=64, boundary=4096) | {"diversity_rule": COVERAGE, "weighted": 1}
+    yield _large("exact-coverage-8192", 8192, covering, np.arange(8, dtype=np.int32) * 1000)
     for tokens in (1025, 3840, 4097):
         counts = _counts(tokens // 4, quotas=(tokens // 16, tokens // 16), pool=tokens // 8, boundary=tokens // 2)
         yield _large(f"exact-{tokens}", tokens, counts, np.arange(tokens // 8, dtype=np.int32) * 7)
