@@ -55,7 +55,7 @@ def measure(names: Sequence[str], wishes: Wishes) -> Iterator[tuple[str, Row]]:
         try:
             for row in importlib.import_module(f"benchmarks.{name}").benchmark(replace(wishes, part=part)):
                 wishes.note(f"  {row.what}: {row.missing or f'{row.value:.3g} {row.unit}, {row.detail}'}")
-                yield name, replace(row, load=os.getloadavg()[0])
+                yield name, replace(row, rounds=wishes.rounds, load=os.getloadavg()[0])
         except (NotHere, BtpError, ImportError) as error:
             yield name, skipped("all", error)
         except Exception as error:
@@ -63,28 +63,42 @@ def measure(names: Sequence[str], wishes: Wishes) -> Iterator[tuple[str, Row]]:
             yield name, skipped("the rest, which broke", error)
 
 
-def beside(kept: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The kept rows, with the new ones in place of those of the same name, or behind the last of their benchmark."""
-    new = {(row["benchmark"], row["what"]): dict(row) for row in rows}
-    merged = [new.pop((row["benchmark"], row["what"]), dict(row)) for row in kept]
+def beside(kept: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
+    """What is recorded, with new rows in place of those of the same name, or behind the last of their benchmark.
+
+    Machine and settings are the recorded ones (`difference` says whether they are the same), versions those of both.
+    """
+    new = {(row["benchmark"], row["what"]): dict(row) for row in found["rows"]}
+    merged = [new.pop((row["benchmark"], row["what"]), dict(row)) for row in kept["rows"]]
     for (name, _), row in new.items():
         places = [place for place, other in enumerate(merged) if other["benchmark"] == name]
         merged.insert(places[-1] + 1 if places else len(merged), row)
-    return merged
+    versions = kept["machine"]["versions"] | found["machine"]["versions"]
+    return {**kept, "machine": kept["machine"] | {"versions": versions}, "rows": merged}
+
+
+def difference(kept: Mapping[str, Any], machine: Machine, threads: int) -> str:
+    """In what the recorded rows were measured otherwise than here, so that rows of both are no one table; "" if not."""
+    before, now = kept["machine"], asdict(machine)
+    unlike = [name for name in ("processor", "cores") if before[name] != now[name]]
+    common = before["versions"].keys() & now["versions"].keys()
+    unlike += sorted(name for name in common if before["versions"][name] != now["versions"][name])
+    unlike += ["threads"] if kept["settings"]["threads"] != threads else []
+    return ", ".join(unlike)
 
 
 def recorded(machine: Machine, found: Sequence[tuple[str, Row]], wishes: Wishes) -> dict[str, Any]:
     """The same for JSON."""
-    settings = {"threads": wishes.threads, "rounds": wishes.rounds, "quick": wishes.quick}
+    settings = {"threads": wishes.threads, "quick": wishes.quick}
     return {"format": FORMAT, "machine": asdict(machine), "settings": settings, "rows": document(found)}
 
 
 def render(document: Mapping[str, Any]) -> str:
     """Where, with what and how it was measured, and the table."""
-    settings, found = document["settings"], [(row.pop("benchmark"), row) for row in map(dict, document["rows"])]
-    threads = f"{settings['threads']} threads each, {settings['rounds']} rounds"
+    found = [(row.pop("benchmark"), row) for row in map(dict, document["rows"])]
     rows = [(name, Row(**{key: row[key] for key in row if key != "holds"})) for name, row in found]
-    return f"{Machine(**document['machine']).sentence()}; {threads}.\n\n{markdown(rows)}"
+    threads = document["settings"]["threads"]
+    return f"{Machine(**document['machine']).sentence()}; {threads} threads each.\n\n{markdown(rows)}"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -120,16 +134,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error("--quick --write: wanted one of them, as quick runs measure nothing")
     if given.rounds < 1 or given.threads < 1:
         parser.error(f"--rounds {given.rounds}, --threads {given.threads}: wanted 1 or more")
+    kept = json.loads(RESULTS.read_text("utf-8")) if given.write and given.only else None
+    if kept is not None and (unlike := difference(kept, this_machine(), given.threads)):
+        parser.error(f"--only with --write: what is recorded has another {unlike}; leave --only out, or take --out")
     cache_folder().mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache_folder(), prefix="benchmarks-") as scratch:
         rounds = min(given.rounds, 2) if given.quick else given.rounds
         wishes = Wishes(given.folder or Path(scratch), given.threads, rounds, given.quick)
-        kept = json.loads(RESULTS.read_text("utf-8"))["rows"] if given.write and given.only else []
         found: list[tuple[str, Row]] = []
         for one in measure(given.only or mine, wishes):
             found.append(one)  # written as they come: a run that is stopped leaves what it found
             document = recorded(this_machine(), found, wishes)
-            whole = document | {"rows": beside(kept, document["rows"])}
+            whole = document if kept is None else beside(kept, document)
             for path, one in [(given.out, document)] * (given.out is not None) + [(RESULTS, whole)] * given.write:
                 write_text(path, json.dumps(one, indent=1) + "\n")
     if given.write:

@@ -32,7 +32,8 @@ class Row:
     """One number. limit: what it should be at most, or at least with `more_is_better`; None where there is none.
 
     detail: the times a ratio was made of, and between what numbers the ratio lies. missing: why there is no number.
-    load: of the machine in the minute before, the measurement's own included.
+    rounds: turns of each program that were asked for. load: of the machine in the minute before, the measurement's own
+    included.
     """
 
     what: str
@@ -43,6 +44,7 @@ class Row:
     more_is_better: bool = False
     detail: str = ""
     missing: str = ""
+    rounds: int | None = None
     load: float | None = None
 
     @property
@@ -80,7 +82,7 @@ def number(value: float) -> str:
 
 def markdown(found: Iterable[tuple[str, Row]]) -> str:
     """Rows of several benchmarks as one table."""
-    columns = ("benchmark", "what", "measured", "limit", "where the limit comes from", "", "load")
+    columns = ("benchmark", "what", "measured", "limit", "where the limit comes from", "", "rounds", "load")
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     return "\n".join([*lines, *(f"| {' | '.join(_cells(name, row))} |" for name, row in found)])
 
@@ -93,6 +95,7 @@ def _cells(name: str, row: Row) -> Iterator[str]:
     yield "" if row.limit is None else f"{bound} {number(row.limit)} {row.unit}".strip()
     yield row.limit_from
     yield row.detail + {True: "", False: " **missed**", None: ""}[row.holds]
+    yield "" if row.rounds is None else str(row.rounds)
     yield "" if row.load is None else f"{row.load:.1f}"
 
 

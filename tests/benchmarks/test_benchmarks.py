@@ -100,15 +100,37 @@ def test_one_benchmark_is_recorded_beside_the_others(monkeypatch: pytest.MonkeyP
     results, page = tmp_path / "benchmarks.json", tmp_path / "performance.md"
     before = [("batches", Row("a", 1.0, "x")), ("batches", Row("b", 2.0, "x")), ("export_cost", Row("c", 3.0, "s"))]
     wishes = Wishes(tmp_path, threads=1, note=lambda text: None)
-    results.write_text(json.dumps(program.recorded(this_machine(), before, wishes)))
+    recorded = program.recorded(this_machine(), before, wishes)
+    recorded["machine"]["versions"]["a peer"] = "1.0"  # that is not installed now
+    results.write_text(json.dumps(recorded))
     page.write_text("<!-- table: begin -->\n<!-- table: end -->\n")
     monkeypatch.setattr(program, "RESULTS", results)
     monkeypatch.setattr(program, "PAGE", page)
     monkeypatch.setattr(batches, "benchmark", lambda _: iter([Row("b", 5.0, "x"), Row("d", 6.0, "x")]))
     program.main(["--only", "batches", "--threads", "1", "--write"])
-    rows = json.loads(results.read_text())["rows"]
+    document = json.loads(results.read_text())
+    assert document["machine"] == recorded["machine"] and "a peer 1.0" in page.read_text()
+    rows = document["rows"]
     expected = [("batches", "a", 1.0), ("batches", "b", 5.0), ("batches", "d", 6.0), ("export_cost", "c", 3.0)]
     assert [(row["benchmark"], row["what"], row["value"]) for row in rows] == expected
     assert all(f"| {row['what']} |" in page.read_text() for row in rows)
     with pytest.raises(SystemExit):  # tiny models are no result
         program.main(["--only", "batches", "--quick", "--write"])
+
+
+@pytest.mark.parametrize("other", ["processor", "numpy", "threads"])
+def test_rows_measured_otherwise_are_no_one_table(
+    other: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results = tmp_path / "benchmarks.json"
+    recorded = program.recorded(this_machine(), [], Wishes(tmp_path, threads=1, note=lambda text: None))
+    place = {"processor": recorded["machine"], "numpy": recorded["machine"]["versions"]}.get(
+        other, recorded["settings"]
+    )
+    place[other] = "another"
+    results.write_text(json.dumps(recorded))
+    monkeypatch.setattr(program, "RESULTS", results)
+    with pytest.raises(SystemExit):
+        program.main(["--only", "batches", "--threads", "1", "--write"])
+    assert f"what is recorded has another {other}" in capsys.readouterr().err
+    assert json.loads(results.read_text()) == recorded
