@@ -56,6 +56,16 @@ def text_config(config: dict[str, Any]) -> "PreTrainedConfig":
     return text
 
 
+def biased_projections(text: "PreTrainedConfig") -> frozenset[str]:
+    """The projections of a layer that have a bias, as a decoder's configuration says."""
+    attention = bool(getattr(text, "attention_bias", False))
+    # Qwen2 has the first three always, and no setting for it.
+    parts = ("q_proj", "k_proj", "v_proj") if attention or text.model_type.startswith("qwen2") else ()
+    output = ("o_proj",) if attention else ()
+    mlp = ("gate_proj", "up_proj", "down_proj") if getattr(text, "mlp_bias", False) else ()
+    return frozenset((*parts, *output, *mlp))
+
+
 def decoder_spec(checkpoint: Checkpoint) -> DecoderSpec:
     """The decoder of a checkpoint whose tensors carry canonical names.
 
@@ -65,7 +75,7 @@ def decoder_spec(checkpoint: Checkpoint) -> DecoderSpec:
     text = text_config(config)
     _refuse_features(config, text)
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    bias = bool(getattr(text, "attention_bias", False))
+    biased = biased_projections(text)
     spec = DecoderSpec(
         num_layers=text.num_hidden_layers,
         hidden_size=text.hidden_size,
@@ -76,9 +86,9 @@ def decoder_spec(checkpoint: Checkpoint) -> DecoderSpec:
         vocab_size=checkpoint["language_model.embed_tokens.weight"].shape[0],
         rms_norm_eps=text.rms_norm_eps,
         hidden_act=ACTIVATIONS[text.hidden_act],
-        qkv_bias=bias or text.model_type.startswith("qwen2"),  # Qwen2 has these three always, and no setting for it
-        o_bias=bias,
-        mlp_bias=bool(getattr(text, "mlp_bias", False)),
+        qkv_bias="q_proj" in biased,
+        o_bias="o_proj" in biased,
+        mlp_bias="up_proj" in biased,
         # transformers ties if either level says so, but not where the file holds a separate matrix
         tie_word_embeddings="lm_head.weight" not in checkpoint.tensors
         and bool(config.get("tie_word_embeddings") or getattr(text, "tie_word_embeddings", False)),

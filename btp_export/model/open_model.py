@@ -12,7 +12,8 @@ from typing import NoReturn
 
 from btp_export.families import Family, family_for, known_models
 from btp_export.families._checkpoint import count_prefix_tokens
-from btp_export.quantised.formats import OTHERS, find_beside, find_format, refuse_gguf
+from btp_export.families._decoder import biased_projections, text_config
+from btp_export.quantised.formats import OTHERS, find_beside, find_format, refuse_gguf, without_settings
 from graphs.files.checkpoint import Checkpoint, missing_shards, open_checkpoint, read_config
 from graphs.files.paths import expanded, require_utf8
 from graphs.records.errors import InputError, UnavailableError
@@ -149,7 +150,8 @@ def _opened(source: Source, weights: Weights, report: Report | None) -> Model:
     if quantised is not None:
         from btp_export.quantised.reading import open_foreign, read_packed  # loads torch: most names need none of it
 
-        foreign = open_foreign(checkpoint, *quantised)
+        biased = biased_projections(text_config(without_settings(config)))
+        foreign = open_foreign(checkpoint, *quantised, biased=biased)
         planned = foreign.planned()
         spec = _spec(family, planned, source.name)  # all that can be wrong, before anything is written
         if weights != "model" and planned.quantization is not None:

@@ -67,8 +67,10 @@ class Foreign:
         return sum(ref.nbytes for ref in self.checkpoint.tensors.values()) + 2**20
 
 
-def open_foreign(checkpoint: Checkpoint, form: Format, settings: Settings) -> Foreign:
+def open_foreign(checkpoint: Checkpoint, form: Format, settings: Settings, biased: Collection[str] = ()) -> Foreign:
     """The quantised layers of a checkpoint in the format that `find_format` found.
+
+    biased: last parts of the names of modules that have a bias in this model, whatever it holds.
 
     Raises InputError for a part of the model that is not read.
     """
@@ -92,7 +94,7 @@ def open_foreign(checkpoint: Checkpoint, form: Format, settings: Settings) -> Fo
             )
         if f"{module}.weight" in checkpoint.tensors and "weight" not in form.parts:
             refuse(f"{module} is there in four bits and in 16", "each matrix once", "get the checkpoint again")
-    zeros = _biases_of_zeros(checkpoint, modules)
+    zeros = _biases_of_zeros(checkpoint, [module for module in modules if module.rpartition(".")[2] not in biased])
     tensors = {name: ref for name, ref in checkpoint.tensors.items() if name not in zeros}
     return Foreign(replace(checkpoint, tensors=tensors), form, settings, modules)
 

@@ -167,8 +167,9 @@ def test_scales_of_inputs_go_where_nothing_is_lost(tiny_checkpoint: Path, tmp_pa
     assert checkpoint["language_model.layers.0.input_layernorm.weight"].dtype == "F32"
 
 
-def test_qwen_as_it_is_published_in_awq(tmp_path: Path) -> None:
-    """Shards, a flat configuration, biases of q, k and v, and the tower left in 16 bits."""
+@pytest.mark.parametrize("zero", [False, True])
+def test_qwen_as_it_is_published_in_awq(zero: bool, tmp_path: Path) -> None:
+    """Shards, a flat configuration, biases of q, k and v (also where all are zero), and the tower left in 16 bits."""
     folder, layers = tmp_path / "model", dict[str, Layer]()
     make_qwen(folder)
     index = json.loads((folder / "model.safetensors.index.json").read_text())
@@ -178,6 +179,8 @@ def test_qwen_as_it_is_published_in_awq(tmp_path: Path) -> None:
             module, (n, k) = stored.removesuffix(".weight"), tensors.pop(stored).shape
             layers[module] = draw_layer(np.random.default_rng(len(layers)), n, k, 32)
             tensors |= {f"{module}.{part}": array for part, array in pack_awq(layers[module]).items()}
+        for name in [name for name in tensors if name.endswith("_proj.bias") and zero]:
+            tensors[name] = np.zeros_like(tensors[name])
         save_file(tensors, folder / shard, metadata={"format": "pt"})
         index["weight_map"] = {name: file for name, file in index["weight_map"].items() if file != shard}
         index["weight_map"] |= dict.fromkeys(tensors, shard)
