@@ -11,13 +11,18 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar, get_type_hints
 
+from btp_export import bounds
+from btp_export.arguments import check_arguments, checked
 from btp_export.extras import CPU, DEVICE, EXPORT, naming
+from graphs.dtypes import Precision
+from graphs.files.atomic import Link
 from graphs.files.bundle import Bundle
 from graphs.records.errors import InputError
-from graphs.records.plan import PruningPlan
-from graphs.records.stored_weights import Activations
+from graphs.records.plan import Importance, PruningPlan, SpatialMetric
+from graphs.records.progress import Note, Report
+from graphs.records.stored_weights import Activations, Weights
 
 if TYPE_CHECKING:
     from btp_export.results.engines import BuildResult
@@ -25,11 +30,6 @@ if TYPE_CHECKING:
     from btp_export.results.timing import Bench
     from btp_export.results.verification import Verification
     from btp_export.running.runtime import BundleModel
-    from graphs.dtypes import Precision
-    from graphs.files.atomic import Link
-    from graphs.records.plan import Importance, SpatialMetric
-    from graphs.records.progress import Note, Report
-    from graphs.records.stored_weights import Weights
 
 PathLike = Path | str
 Item = TypeVar("Item")
@@ -37,7 +37,7 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class Shape:
-    """Shapes for which graphs are made, all static; None is the model's default.
+    """Shapes for which graphs are made, all static; None is the model's default. Raises InputError for other values.
 
     Args:
         batch: samples at a time.
@@ -51,6 +51,10 @@ class Shape:
     new: int | None = None
     image: tuple[int, int] | None = None
 
+    def __post_init__(self) -> None:
+        sizes = {"batch": bounds.BATCHES, "text": bounds.TOKENS, "new": bounds.TOKENS}
+        check_arguments("Shape", vars(self), get_type_hints(Shape), sizes)
+
     def __str__(self) -> str:
         """As the command line writes it: batch=2,text=64,new=128,image=336x672."""
         size = None if self.image is None else f"{self.image[0]}x{self.image[1]}"
@@ -59,6 +63,7 @@ class Shape:
 
 
 @naming(CPU)
+@checked(threads=bounds.THREADS)
 def load(
     bundle: Bundle | PathLike,
     *,
@@ -102,8 +107,9 @@ def load(
 
 
 @naming(EXPORT)
+@checked()
 def export(
-    model: str,
+    model: PathLike,
     *,
     out: PathLike,
     plan: PruningPlan | PathLike = "btp",
@@ -145,7 +151,8 @@ def export(
     options = Options(
         profiles=tuple(str(shape) for shape in shapes), opset=opset, precision=precision, assemble=assemble, link=link
     )
-    opened, folder = open_model(model, system=system, weights=weights, report=report), Path(out)
+    opened = open_model(str(model), system=system, weights=weights, report=report)
+    folder = Path(out)
     check_weights(opened, weights)
     settings = CalibrationSettings(compression=compression)
     reads = [] if isinstance(plan, PruningPlan) else files_read(str(plan), settings)
@@ -163,8 +170,9 @@ def export(
 
 
 @naming(EXPORT)
+@checked(samples=bounds.CALIBRATION_SAMPLES, answer_tokens=bounds.ANSWER_TOKENS, seed=bounds.SEEDS)
 def calibrate(
-    model: str,
+    model: PathLike,
     *,
     compression: float | None = None,
     keep: Sequence[int] | None = None,
@@ -231,12 +239,13 @@ def calibrate(
         device=device, maths=maths, ray=ray,
     )  # fmt: skip
     chosen.check_settings(settings)
-    opened = open_model(model, system=system, report=report)
+    opened = open_model(str(model), system=system, report=report)
     profile = default_profile(opened, image_size)
     return calibrate_model(opened, settings, profile=profile, report=report, note=note)
 
 
 @naming(EXPORT)
+@checked(samples=bounds.VERIFIED_SAMPLES, tokens=bounds.TOKENS, seed=bounds.SEEDS, threads=bounds.THREADS)
 def verify(
     bundle: Bundle | PathLike,
     *,
@@ -285,6 +294,7 @@ def verify(
 
 
 @naming(EXPORT)
+@checked(samples=bounds.QUESTIONS, seed=bounds.SEEDS, threads=bounds.THREADS)
 def evaluate(
     bundle: Bundle | PathLike,
     *,
@@ -328,6 +338,7 @@ def evaluate(
 
 
 @naming(EXPORT)
+@checked(rounds=bounds.ROUNDS, threads=bounds.THREADS)
 def bench(
     bundle: Bundle | PathLike,
     *,
@@ -365,6 +376,7 @@ def bench(
 
 
 @naming(DEVICE)
+@checked(memory_bytes=bounds.MEMORY)
 def build(
     bundle: Bundle | PathLike,
     target: str,
@@ -378,7 +390,7 @@ def build(
     unpruned: bool = False,
     dry_run: bool = False,
     force: bool = False,
-    report: Report = lambda done, total, text="": None,
+    report: Report | None = None,
 ) -> BuildResult:
     """Build TensorRT engines in the bundle; without TensorRT, write what the device needs to build and profile them.
 
@@ -404,7 +416,9 @@ def build(
         return BuildResult.of(plan_build(opened, device, wishes).summary())
     machine = machine_for(device, wishes)
     plan = plan_build(opened, device, machine.wishes)
-    return BuildResult.of(plan.summary(), build_engines(plan, machine, force=force, report=report))
+    return BuildResult.of(
+        plan.summary(), build_engines(plan, machine, force=force, report=report or (lambda done, total, text="": None))
+    )
 
 
 def _opened(bundle: Bundle | PathLike, *, full: bool = False) -> Bundle:

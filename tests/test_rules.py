@@ -54,7 +54,7 @@ ROOMS = {
     "btp_export": [
         ["__init__"],  # the version, and names that are loaded when they are asked for: ON_REQUEST
         ["results"],
-        ["extras"],
+        ["extras", "bounds", "arguments"],
         ["console"],
         ["drawing", "preprocess", "spreading"],
         ["families"],

@@ -3,13 +3,13 @@
 A group is a dataclass whose fields are options, with a method that makes of them what the toolkit takes; see _groups.
 """
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import typer
 
+from btp_export import bounds
 from btp_export.commands import _complete as complete
 from btp_export.commands._groups import MODELS, Between, Formerly
 from graphs.files.paths import expanded
@@ -24,11 +24,6 @@ Importance = Literal["last-token", "mean-text", "similar-text"]
 Metric = Literal["euclidean", "manhattan"]
 Float = Literal["float32", "float16", "bfloat16"]
 
-MOST_SEEDS = 2**24 - 1  # the calibration keeps the upper bits of a seed for its own draws
-MOST_TOKENS = 2**20  # more than any model has positions
-MOST_THREADS = max(64, 2 * (os.cpu_count() or 1))  # thousands of threads take a machine down
-SAMPLES = 4096
-
 MODEL_HELP = f"demo, {MODELS}, a checkpoint folder, or a hub id."
 TARGET_HELP = "The device, e.g. jetson-orin-jp6, h100, rtx-ada."
 
@@ -41,7 +36,7 @@ OutOption = Annotated[
     Path | None, typer.Option("--out", metavar="DIR", help="Folder of the new bundle.  [default: ./NAME-bundle]")
 ]
 ForceOption = Annotated[bool, typer.Option("--force", help="Replace the bundle at --out.")]
-SeedOption = Annotated[int, typer.Option("--seed", metavar="N", help="Chooses the samples."), Between(0, MOST_SEEDS, 0)]
+SeedOption = Annotated[int, typer.Option("--seed", metavar="N", help="Chooses the samples."), Between(*bounds.SEEDS, 0)]
 TargetOption = Annotated[
     str, typer.Option("--target", metavar="NAME", help=TARGET_HELP, autocompletion=complete.targets)
 ]
@@ -65,7 +60,7 @@ ProfileOption = Annotated[
 ThreadsOption = Annotated[
     int | None,
     typer.Option("--threads", metavar="N", help="CPU threads for each graph.  [default: all cores]"),
-    Between(1, MOST_THREADS, 4),
+    Between(*bounds.THREADS, 4),
 ]
 RayOption = Annotated[
     str | None,
@@ -160,7 +155,9 @@ class PlanOptions:
     images: ImagesOption = None
     mix: MixOption = None
     samples: Annotated[
-        int, typer.Option("--samples", metavar="N", help="Calibration samples."), Between(1, SAMPLES, 64)
+        int,
+        typer.Option("--samples", metavar="N", help="Calibration samples."),
+        Between(*bounds.CALIBRATION_SAMPLES, 64),
     ] = 64
     seed: SeedOption = 0
 
@@ -185,16 +182,18 @@ class ExportOptions:
     """The static shapes, and the form of the graphs."""
 
     heading: ClassVar[str] = "Shapes and graphs"
-    batch: Annotated[int, typer.Option("--batch", metavar="B", help="Samples at a time."), Between(1, 1024, 1)] = 1
+    batch: Annotated[
+        int, typer.Option("--batch", metavar="B", help="Samples at a time."), Between(*bounds.BATCHES, 1)
+    ] = 1
     text_tokens: Annotated[
         int | None,
         typer.Option("--text-tokens", metavar="T", help="Room for the prompt after the image.  [default: 64; demo 32]"),
-        Between(1, MOST_TOKENS, 64),
+        Between(*bounds.TOKENS, 64),
     ] = None
     max_new_tokens: Annotated[
         int | None,
         typer.Option("--max-new-tokens", metavar="N", help="Room for generated tokens.  [default: 128; demo 8]"),
-        Between(1, MOST_TOKENS, 128),
+        Between(*bounds.TOKENS, 128),
     ] = None
     image_size: Annotated[
         list[str] | None,
@@ -262,7 +261,7 @@ class DummyOptions:
         Between(1, 1024, 2),
     ] = None
     dummy_seed: Annotated[
-        int, typer.Option("--dummy-seed", metavar="N", help="Chooses the dummy weights."), Between(0, MOST_SEEDS, 0)
+        int, typer.Option("--dummy-seed", metavar="N", help="Chooses the dummy weights."), Between(*bounds.SEEDS, 0)
     ] = 0
 
     def chosen(self, weights: Weights = "model") -> "DummyWeights | None":

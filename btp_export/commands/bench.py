@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from btp_export import bounds
 from btp_export.commands import _options as options
 from btp_export.commands._groups import Between
 from btp_export.console import JsonOption, dummy_lines, emit, note, progress, table
@@ -19,7 +20,7 @@ def command(
     rounds: Annotated[
         int,
         typer.Option("--rounds", metavar="N", help="Runs of each model; medians are shown."),
-        Between(1, 10_000, 10),
+        Between(*bounds.ROUNDS, 10),
     ] = 10,
     profile: options.ProfileOption = None,
     threads: options.ThreadsOption = None,

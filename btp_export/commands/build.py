@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from btp_export import extras
+from btp_export import bounds, extras
 from btp_export.commands import _options as options
 from btp_export.commands._groups import Between
 from btp_export.console import JsonOption, emit, progress, table
@@ -41,7 +41,7 @@ def command(
     memory: Annotated[
         float | None,
         typer.Option("--memory", metavar="GIB", help="Memory of the device.  [default: the target's]"),
-        Between(0.25, 65_536, 8),
+        Between(*(size / GIB for size in bounds.MEMORY), 8),
     ] = None,
     unpruned: Annotated[
         bool, typer.Option("--unpruned", help="Also build engines without pruning, for comparison.")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import typer
 
+from btp_export import bounds
 from btp_export.commands import _complete as complete
 from btp_export.commands import _options as options
 from btp_export.commands._groups import Between
@@ -102,7 +103,7 @@ class MethodOptions:
     answer_tokens: Annotated[
         int,
         typer.Option("--answer-tokens", metavar="N", help="Tokens of the model's own answer that plans are judged by."),
-        Between(1, 128, 16),
+        Between(*bounds.ANSWER_TOKENS, 16),
     ] = 16
     kind_bound: Annotated[
         float | None,
@@ -138,7 +139,7 @@ def command(
     samples: Annotated[
         int | None,
         typer.Option("--samples", metavar="N", help="Calibration samples.  [default: 64; with --tune 128]"),
-        Between(1, options.SAMPLES, 64),
+        Between(*bounds.CALIBRATION_SAMPLES, 64),
     ] = None,
     seed: options.SeedOption = 0,
     budget: BudgetOptions = BudgetOptions(),

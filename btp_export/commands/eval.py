@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from btp_export import bounds
 from btp_export.commands import _complete as complete
 from btp_export.commands import _options as options
 from btp_export.commands._groups import Between
@@ -30,7 +31,9 @@ def command(
         typer.Option("--compression", metavar="X,X,...", help="Budgets for all plans.  [default: the bundle's own]"),
     ] = None,
     samples: Annotated[
-        int, typer.Option("--samples", metavar="N", help="How many held-out questions."), Between(1, 1_000_000, 200)
+        int,
+        typer.Option("--samples", metavar="N", help="How many held-out questions."),
+        Between(*bounds.QUESTIONS, 200),
     ] = 200,
     seed: options.SeedOption = 0,
     data: options.DataOption = None,

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from btp_export import bounds
 from btp_export.commands import _options as options
 from btp_export.commands._groups import Between
 from btp_export.console import JsonOption, emit, progress
@@ -15,7 +16,9 @@ if TYPE_CHECKING:
 def command(
     bundle: options.BundleArgument,
     samples: Annotated[
-        int, typer.Option("--samples", metavar="N", help="How many held-out questions."), Between(1, 1_000_000, 100)
+        int,
+        typer.Option("--samples", metavar="N", help="How many held-out questions."),
+        Between(*bounds.QUESTIONS, 100),
     ] = 100,
     seed: options.SeedOption = 0,
     data: options.DataOption = None,

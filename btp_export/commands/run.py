@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
 
-from btp_export import extras
+from btp_export import bounds, extras
 from btp_export.commands import _complete as complete
 from btp_export.commands import _options as options
 from btp_export.commands._groups import Between
@@ -30,7 +30,7 @@ class AnswerOptions:
     max_new_tokens: Annotated[
         int | None,
         typer.Option("--max-new-tokens", metavar="N", help="Most tokens to generate.  [default: the profile's]"),
-        Between(1, options.MOST_TOKENS, 8),
+        Between(*bounds.TOKENS, 8),
     ] = None
     temperature: Annotated[
         float,
@@ -43,7 +43,7 @@ class AnswerOptions:
         Between(0, 1, 0.9),
     ] = 1.0
     seed: Annotated[
-        int, typer.Option("--seed", metavar="N", help="Seed of the sampling."), Between(0, options.MOST_SEEDS, 0)
+        int, typer.Option("--seed", metavar="N", help="Seed of the sampling."), Between(*bounds.SEEDS, 0)
     ] = 0
 
 

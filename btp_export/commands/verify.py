@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from btp_export import bounds
 from btp_export.commands import _complete as complete
 from btp_export.commands import _options as options
 from btp_export.commands._groups import Between
@@ -17,7 +18,9 @@ if TYPE_CHECKING:
 def command(
     bundle: options.BundleArgument,
     samples: Annotated[
-        int, typer.Option("--samples", metavar="N", help="How many generated scenes."), Between(1, 1024, 4)
+        int,
+        typer.Option("--samples", metavar="N", help="How many generated scenes."),
+        Between(*bounds.VERIFIED_SAMPLES, 4),
     ] = 4,
     seed: options.SeedOption = 0,
     profile: Annotated[
@@ -32,7 +35,7 @@ def command(
     tokens: Annotated[
         int | None,
         typer.Option("--tokens", metavar="N", help="Generated tokens compared.  [default: 8; 3 for large models]"),
-        Between(1, options.MOST_TOKENS, 8),
+        Between(*bounds.TOKENS, 8),
     ] = None,
     device: options.DeviceOption = "auto",
     maths: options.MathsOption = "float32",

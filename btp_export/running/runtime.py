@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Concatenate, Final, Literal, ParamSpec, T
 
 import numpy as np
 
+from btp_export.arguments import checked
 from btp_export.model.pictures import fitted, require_fit
 from btp_export.model.prompting import Encoded, Prompter
 from btp_export.running.detokenise import Detokeniser, OnText, TextPieces
@@ -249,10 +250,11 @@ class BundleModel:
         return Prompter(self.bundle.processor, self.spec)
 
     @_alone
+    @checked()
     def generate(
         self,
         images: "Pictures",
-        prompts: Sequence[str] | str,
+        prompts: str | Sequence[str],
         *,
         max_new_tokens: int | None = None,
         temperature: float = 0.0,
@@ -436,7 +438,9 @@ def room_in(profile: ShapeProfile, max_new_tokens: int | None) -> int:
 
 def paired(images: "Pictures", prompts: Sequence[str] | str) -> "tuple[list[Image.Image], list[str]]":
     """As many pictures as prompts, the pictures upright and in RGB. Raises InputError where they do not go together."""
-    given = list(images) if isinstance(images, Sequence) and not isinstance(images, str) else [images]
+    given = (
+        list(images) if isinstance(images, Sequence) and not isinstance(images, (str, bytes, bytearray)) else [images]
+    )
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     wrong = next((text for text in texts if not isinstance(text, str)), None)
     if wrong is not None:
@@ -460,5 +464,7 @@ def _opened(item: "Image.Image | Path | str") -> "Image.Image":
     if isinstance(item, Image.Image):
         return to_rgb(item)
     raise InputError(
-        f"a picture of type {type(item).__name__}", wanted="a file or a PIL image", do="PIL.Image.fromarray(array)"
+        f"a picture of type {type(item).__name__}",
+        wanted="the name of a file or a PIL image, one or a list of them",
+        do="PIL.Image.fromarray(array) for an array, PIL.Image.open(io.BytesIO(data)) for bytes",
     )

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from graphs.files.atomic import SMALL_FILE, Link, hashing, put, record, sha256
 from graphs.files.bundle_checks import (
@@ -74,6 +74,8 @@ class Bundle:
         """
         path = Path(path)
         require_utf8(path)
+        if check not in get_args(Check):
+            raise InputError(f"check {check!r}", wanted=" or ".join(get_args(Check)), do='check="full"')
         while True:
             before = _identity(path)
             try:

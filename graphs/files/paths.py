@@ -23,11 +23,13 @@ def expanded(path: Path | str) -> Path:
 
 
 def require_utf8(path: Path) -> None:
-    """Raise InputError unless the path's bytes are UTF-8.
+    """Raise InputError unless the path's bytes are UTF-8, none of them null.
 
     ONNX Runtime and the tokenizers write paths in UTF-8 whatever the locale says: they would look for another file, or
     refuse this one as no text.
     """
+    if "\0" in str(path):
+        raise InputError(f"the path {str(path)!r} holds a null byte", wanted="a path", do="leave it out")
     if not is_text(str(path)) or str(path).encode() != os.fsencode(path):
         raise InputError(f"the path {path} is not UTF-8", wanted="names in UTF-8", do=_remedy("rename it"))
 

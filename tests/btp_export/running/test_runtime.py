@@ -279,12 +279,12 @@ def test_wrong_use_is_told(tiny_bundle: Any, pictures: list[Image.Image], tmp_pa
         model.generate(pictures[:3], PROMPTS[:2])
     for other in (np.zeros((8, 8, 3), np.uint8), b"\x89PNG", None):
         with pytest.raises(
-            InputError, match=r"a picture of type (ndarray|int|NoneType)\nwanted: a file or a PIL image"
+            InputError, match=r"a picture of type (ndarray|bytes|NoneType)\nwanted: the name of a file or a PIL image"
         ):
             model.generate(other, ["red ?"])  # type: ignore[arg-type]
-    with pytest.raises(InputError, match="a prompt of type bytes"):
+    with pytest.raises(InputError, match=r"prompts is \[b'red \?'\]\nwanted: text or a sequence of text"):
         model.generate(pictures[0], [b"red ?"])  # type: ignore[list-item]
-    with pytest.raises(InputError, match=r"activations 'int4'\nwanted: float32 or int8"):
+    with pytest.raises(InputError, match=r"activations is 'int4'\nwanted: 'int8' or 'float32'"):
         btp_export.load(model.bundle, activations="int4")  # type: ignore[arg-type]
     with pytest.raises(InputError, match="0 pictures and 0 prompts"):
         model.generate([], [])
