@@ -187,9 +187,13 @@ def _describe_surroundings(error: BaseException) -> tuple[list[str], int] | None
         return ["too many open files", "do this: ulimit -n 4096 raises the limit of this shell"], 3
     if isinstance(error, OSError) and number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         where = f" while writing {error.filename}" if error.filename else ""
-        return [f"{error.strerror}{where}", "do this: free some space, or give --out on another disk"], 2
+        return [f"{error.strerror}{where}", "do this: free some space there, or write to another disk"], 2
+    if isinstance(error, FileNotFoundError) and "No usable temporary directory" in str(error):  # Python's words
+        return [f"{error.strerror}", "wanted: one with space to write", "do this: free some space, or set TMPDIR"], 3
     if isinstance(error, FileNotFoundError) and error.filename is None and not _in_a_folder():
         return ["the current folder was removed", "do this: cd to a folder that exists"], 2
+    if number == errno.ELOOP or (isinstance(error, RuntimeError) and "Symlink loop" in str(error)):  # pathlib's words
+        return [f"{error}", "wanted: links that lead somewhere", "do this: ls -l shows where they lead"], 2
     if isinstance(error, RuntimeError) and "home directory" in str(error):  # Python's words where there is none
         return ["there is no home folder", "wanted: HOME, or a user the system knows", "do this: export HOME=..."], 2
     if isinstance(error, OSError) and error.filename:

@@ -33,6 +33,7 @@ class Printable(Protocol):
 
 
 Shown = TypeVar("Shown", bound=Printable)
+MOST_COLUMNS = 10_000  # of a table
 
 
 class Phases:
@@ -284,12 +285,17 @@ def _print(file: TextIO, shown: Any) -> None:
         _write(file, printable(shown).rstrip("\n") + "\n")
         return
     from rich.console import Console, Group
+    from rich.measure import Measurement
 
     if isinstance(shown, Group):  # text beside tables is not wrapped: a path must stay in one piece
         for part in shown.renderables:
             _print(file, part)
         return
     drawn = Console(file=file, highlight=False, markup=False, emoji=False)
+    # Where the terminal is too narrow for the words and numbers of a table, its lines are wrapped by the terminal: rich
+    # would cut them off, which leaves no result.
+    unlimited = drawn.options.update(max_width=MOST_COLUMNS)
+    drawn.width = max(drawn.width, Measurement.get(drawn, unlimited, shown).minimum)
     with drawn.capture() as lines:
         drawn.print(shown)
     _write(file, lines.get())

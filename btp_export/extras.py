@@ -5,10 +5,11 @@ raises becomes an UnavailableError that names the extra.
 """
 
 import contextlib
+import sys
 from collections.abc import Iterator
 from typing import Final
 
-from graphs.records.errors import UnavailableError
+from graphs.records.errors import InputError, UnavailableError
 from graphs.records.refusing import LIBRARIES
 
 EXPORT: Final = "export"  # everything
@@ -36,6 +37,16 @@ FOR: Final = {
 def install(extra: str) -> str:
     """What to type for an extra."""
     return f"pip install 'btp-export[{extra}]'"
+
+
+def require_docstrings() -> None:
+    """Raise InputError where Python leaves docstrings out: transformers reads them while it loads a model's code."""
+    if sys.flags.optimize >= 2:
+        raise InputError(
+            "Python runs without docstrings, which transformers reads",
+            wanted="PYTHONOPTIMIZE unset, 0 or 1, and no -OO",
+            do="unset PYTHONOPTIMIZE",
+        )
 
 
 @contextlib.contextmanager

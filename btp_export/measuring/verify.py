@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from btp_export.console import Phases
+from btp_export.extras import require_docstrings
 from btp_export.results.verification import AppliedGates, GateValues, GraphParity, Int8Rows, Verification, joined
 from graphs import dtypes
 from graphs.dtypes import Precision
@@ -65,6 +66,7 @@ def verify_bundle(
     not hold is in the document.
     """
     _check_counts(samples, tokens)
+    require_docstrings()
     from btp_export.model.check_spec import check_spec
     from btp_export.running.memory_fit import Streaming, must_stream
     from btp_export.running.runtime import open_graphs

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NoReturn
 
+from btp_export.extras import require_docstrings
 from btp_export.families import Family, family_for, known_models
 from btp_export.families._checkpoint import count_prefix_tokens
 from btp_export.families._decoder import biased_projections, text_config
@@ -116,6 +117,7 @@ def open_model(
     Raises InputError for an unknown name, a model without a family, or a checkpoint that is broken or lacks a part;
     UnavailableError if it must be fetched and cannot.
     """
+    require_docstrings()
     source = find_model(name) if dummy is None else _dummy_source(name, dummy, report)
     _refuse_adapter(source.folder, source.name)
     # A family walks over nested settings that anybody may have written, and hands them to transformers' classes.

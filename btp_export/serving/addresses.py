@@ -54,7 +54,9 @@ def _of_data(address: str, limits: Limits) -> bytes:
     try:
         data = base64.b64decode(text, validate=True) if header["base64"] else unquote_to_bytes(text)
     except (binascii.Error, ValueError) as error:
-        raise _refused("a data: URI that is not base64") from error
+        raise _refused(
+            "a data: URI that is not base64; wanted: the standard alphabet, no line breaks and no other signs"
+        ) from error
     if len(data) > limits.picture:
         raise _too_large(limits)
     return data

@@ -40,7 +40,7 @@ def question_of(request: ChatRequest) -> Question:
         pictures = len(_pictures(message))
         if pictures != (place == 0):
             wanted = "one picture in the first message of the user, none later"
-            raise _wrong(number, f"a message with {pictures} pictures", wanted)
+            raise _wrong(number, f"{pictures} picture{'s' * (pictures != 1)} in this message", wanted)
     if len(turns) % 2 == 0:
         raise _wrong(len(request.messages) - 1, "the conversation ends here", "a question of the user at its end")
     prompt, *later = (_words(*turn) for turn in turns)

@@ -130,4 +130,5 @@ def parse_request(body: bytes) -> ChatRequest:
         first: Any = error.errors(include_url=False, include_input=False, include_context=False)[0]
         where = ".".join(str(part) for part in first["loc"] if part not in (ONE, MANY))
         kind = "not a field of this server" if first["type"] == "extra_forbidden" else first["msg"]
+        kind = kind.replace("Tuple should have", "it should have").replace(" after validation", "")
         raise Refusal(f"{where or 'the body'}: {kind}", param=where[:200] or None) from error

@@ -11,6 +11,7 @@ from calibrate.place.balance import IMPORTANCES, Recipe, stage_of
 from calibrate.place.counts import Shape, counts_for, exponents_of
 from graphs.records.errors import InputError
 from graphs.records.plan import PruningPlan, Stage, with_keep
+from graphs.records.record import first_error
 
 
 @dataclass(frozen=True)
@@ -205,8 +206,9 @@ def switched(
         given = {key: value for key, value in changes.items() if value is not None}
         return Shape.of(plan).plan(plan.stages, **(_settings(plan) | given))
     except ValidationError as error:
-        reason = error.errors()[0]["msg"].removeprefix("Value error, ")
-        raise InputError(f"the switches do not fit the plan: {reason}", wanted="a plan that can have them") from error
+        raise InputError(
+            f"the switches do not fit the plan: {first_error(error)}", wanted="a plan that can have them"
+        ) from error
 
 
 def _settings(plan: PruningPlan) -> dict[str, object]:

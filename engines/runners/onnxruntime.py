@@ -340,6 +340,12 @@ def explain(error: Exception, path: Path, doing: str) -> BtpError:
             wanted="kernels for every operator and precision of the graph",
             do="--device cuda, or export with --precision float32",
         )
+    if "escapes model directory" in text:
+        return InputError(
+            f"ONNX Runtime cannot open {path}: weights beside it are symbolic links that lead out of its folder",
+            wanted="the files themselves, or hard links",
+            do="copy the bundle with cp -rL, which copies what links lead to",
+        )
     if doing == "open":
         return InputError(got, wanted="the graph and the weight files as exported", do="export the bundle again")
     return CheckError(got, wanted="a graph that runs", do="btp-export verify shows which part is wrong")

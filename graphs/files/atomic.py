@@ -179,9 +179,11 @@ def replacing(path: Path, *, sync: bool = True) -> Iterator[BinaryIO]:
             if sync:
                 os.fsync(stream.fileno())
         os.replace(partial, path)
-    except BaseException:
+    except BaseException as error:
         with uninterrupted():
             partial.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:  # of a write, which names no file
+            error.filename = os.fspath(path)
         raise
     if sync:
         sync_folder(path.parent)

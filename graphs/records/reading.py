@@ -125,6 +125,8 @@ def parse_json(text: str | bytes, *, finite: bool = True) -> Any:
     try:
         if isinstance(text, bytes):
             text = text.decode()
+        if text.startswith("\ufeff"):
+            raise ValueError("it begins with a byte order mark; save it as UTF-8 without one")
         document = (_DECODER if finite else _DECODER_OF_OWN).decode(text)
     except UnicodeDecodeError as error:
         raise ValueError(f"byte {error.start} is not UTF-8") from error

@@ -1,5 +1,6 @@
 """The pydantic base of every record that is written to disk: immutable, unknown keys are errors."""
 
+import json
 import re
 from pathlib import Path
 from typing import Annotated, Any, Final, TypeVar
@@ -62,26 +63,30 @@ def parse_record(kind: type[Parsed], text: str | bytes, *, source: Path | str, n
         parse_json(text)
         record = kind.model_validate_json(text, context=FROM_FILE)
     except ValidationError as error:
-        first: Any = error.errors(include_url=False)[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the document"
-        raise InputError(
-            f"{source} is not a valid {noun}: {where}: {first['msg']}",
-            wanted=f"{with_article(noun)} as written by btp-export",
-            do="restore the file or make it again",
-        ) from error
+        raise _invalid(source, noun, first_error(error)) from error
     except ValueError as error:  # not JSON; a ValidationError is one too
-        raise InputError(
-            f"{source} is not a valid {noun}: the document: Invalid JSON: {error}",
-            wanted=f"{with_article(noun)} as written by btp-export",
-            do="restore the file or make it again",
-        ) from error
+        raise _invalid(source, noun, f"Invalid JSON: {error}") from error
     if "format" in kind.model_fields and "format" not in record.model_fields_set:
-        raise InputError(
-            f"{source} is not a valid {noun}: format: Field required",
-            wanted=f"{with_article(noun)} as written by btp-export",
-            do="restore the file or make it again",
-        )
+        raise _invalid(source, noun, "format: Field required")
     return record
+
+
+def first_error(error: ValidationError) -> str:
+    """What pydantic found first: the key, what is wrong with it, and its value where that is a single one."""
+    first: Any = error.errors(include_url=False)[0]
+    where = "".join(f"{part}." for part in first["loc"])[:-1]
+    said, got = first["msg"].removeprefix("Value error, "), first["input"]
+    if first["type"] not in ("value_error", "extra_forbidden") and (got is None or isinstance(got, (str, int, float))):
+        said = f"{said}; it is {json.dumps(got, ensure_ascii=False)}"
+    return f"{where}: {said}" if where else said
+
+
+def _invalid(source: Path | str, noun: str, reason: str) -> InputError:
+    return InputError(
+        f"{source} is not a valid {noun}: {reason}",
+        wanted=f"{with_article(noun)} as written by btp-export",
+        do="correct or restore the file, or make it again",
+    )
 
 
 def read_record(kind: type[Parsed], path: Path, *, noun: str) -> Parsed:

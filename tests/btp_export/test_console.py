@@ -128,3 +128,16 @@ def test_phases_are_parts_of_one_whole() -> None:
     phases.named("b")(5, 5, "")
     assert told == [(125, 1000, "a"), (250, 1000, "b: begun"), (1000, 1000, "b")]
     console.Phases(None, {"a": 1}).named("a")(1, 1)
+
+
+@pytest.mark.parametrize("columns", ["0", "1", "20", "40"])
+def test_narrow_terminals_show_every_number_and_word(
+    columns: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    rows = [["prefill_0", "1.000000000000", "0.999999978"], ["select_0", "1.000000000001", "1.19e-07"]]
+    console.emit(
+        Version(version="1"), as_json=False, render=lambda _: console.table(["graph", "cosine", "norm ratio"], rows)
+    )
+    shown = capsys.readouterr().out.split()
+    assert all(cell in shown for row in rows for cell in row), shown

@@ -94,6 +94,7 @@ def test_no_home(monkeypatch: pytest.MonkeyPatch) -> None:
         (OSError(12, "Cannot allocate memory"), "not enough memory"),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 10 bytes"), "not enough memory"),
         (RuntimeError("std::bad_alloc"), "not enough memory"),
+        (FileNotFoundError(2, (none := "No usable temporary directory found in ['/tmp']")), none),
     ],
 )
 def test_what_the_machine_refuses_is_no_defect(error: Exception, said: str) -> None:
@@ -191,3 +192,25 @@ def test_libraries_cannot_spoil_the_document(tmp_path: Path) -> None:
     assert done.returncode == 0 and json.loads(done.stdout)["version"] == "1"
     said = done.stderr.decode()
     assert all(f"from {what}" in said for what in ("Python", "a descriptor", "C", "a child"))
+
+
+def test_links_in_a_circle(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    assert cli.main(["export", "--model", "demo", "--plan", "none", "--out", str(tmp_path / "loop")]) == 2
+    assert "loop" in (said := capsys.readouterr().err) and "defect" not in said
+
+
+def test_a_full_disk_names_the_file(tmp_path: Path) -> None:
+    """The system's limit for a file in place of the disk's."""
+    given, written = tmp_path / "given.json", tmp_path / "written.json"
+    assert shell(f"{COMMAND} plan vtw --model demo --out {given}").returncode == 0
+    given.write_text(json.dumps(json.loads(given.read_text()) | {"calibration": {"notes": ["x" * 4096]}}))
+    done = shell(f"ulimit -f 1; {COMMAND} plan {given} --model demo --out {written}")
+    assert done.returncode == 2 and f"while writing {written}".encode() in done.stderr, done.stderr
+    assert list(tmp_path.iterdir()) == [given]
+
+
+def test_python_without_docstrings(tmp_path: Path) -> None:
+    """Transformers' own words were taken for a broken checkpoint, and for a defect."""
+    done = shell(f"{COMMAND} plan none --model demo", PYTHONOPTIMIZE="2")
+    assert done.returncode == 2 and b"Python runs without docstrings" in done.stderr, done.stderr

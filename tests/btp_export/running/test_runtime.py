@@ -1,5 +1,6 @@
 """The runtime against transformers: the unpruned bundle must be `model.generate`, a pruned one a plain torch loop."""
 
+import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -381,3 +382,16 @@ def test_a_thread_whose_caches_are_gone_is_told(tiny_bundle: Any, pictures: list
     other.join()
     with pytest.raises(InputError, match="hold a later batch"):
         model.decode_step(result, [5])
+
+
+def test_weights_that_are_links_out_of_the_bundle(tiny_bundle: Any, tmp_path: Path) -> None:
+    """As `cp -rs` and stores of files make them; ONNX Runtime follows none."""
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny_bundle().root, copy)
+    for file in (copy / "graphs" / "weights").iterdir():
+        shutil.move(file, tmp_path / file.name)
+        file.symlink_to(tmp_path / file.name)
+    with pytest.raises(InputError, match=r"symbolic links that lead out(.|\n)*cp -rL"):
+        btp_export.load(copy)
+    shutil.copytree(copy, tmp_path / "whole")
+    assert btp_export.load(tmp_path / "whole").bundle.plan

@@ -37,6 +37,7 @@ def test_data_uris() -> None:
         assert picture_bytes(f"DATA:image/png;x=y;BASE64,{text}", CLOSED, LIMITS) == data
     assert picture_bytes("data:,a%00b", CLOSED, LIMITS) == b"a\x00b"
     assert "not base64" in refusal("data:image/png;base64,a b")
+    assert "no line breaks" in refusal("data:image/png;base64,YWJj\nZGVm")
     assert "that is none" in refusal("data:image/png;base64")
     assert "more than 1000 bytes" in refusal(f"data:image/png;base64,{base64.b64encode(bytes(1001)).decode()}")
     assert "more than 1000 bytes" in refusal(f"data:,{'a' * 1001}")

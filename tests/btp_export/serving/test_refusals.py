@@ -75,7 +75,7 @@ def test_wrong_conversations(serving: Server, square: Image.Image) -> None:
         ([first, says["user"]], "role user"),
         ([says["assistant"], first], "role assistant"),
         ([first, says["assistant"], says["system"]], "role system"),
-        ([first, says["assistant"], first], "1 pictures"),
+        ([first, says["assistant"], first], "1 picture in this message"),
         ([{"role": "user", "content": first["content"][:1] + first["content"]}], "2 pictures"),
         ([{"role": "user", "content": first["content"][:1]}], "without text"),
         (question(square, "what is <image> ?"), "stands for a picture"),

@@ -112,12 +112,12 @@ def test_quick_leaves_big_weights_to_full(bundle: Bundle) -> None:
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
-        (lambda text: text[: len(text) // 2], "the document: Invalid JSON"),
+        (lambda text: text[: len(text) // 2], "Invalid JSON"),
         (lambda text: text.replace('"format": "btp-bundle/1"', '"format": "btp-bundle/9"'), "format"),
         (lambda text: text.replace('"format": "btp-bundle/1",', '"more": 1, "format": "btp-bundle/1",'), "more"),
         (lambda text: text.replace("graphs/head.onnx", "../head.onnx"), "not a path inside the bundle"),
         (lambda text: text.replace('"file": "plan.json"', '"file": "/etc/passwd"'), "not a path inside the bundle"),
-        (lambda text: "[]", "the document"),
+        (lambda text: "[]", "Input should be an object"),
     ],
 )
 def test_a_damaged_manifest_names_the_key(bundle: Bundle, damage: Callable[[str], str], said: str) -> None:

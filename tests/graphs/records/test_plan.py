@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -279,3 +280,27 @@ def test_without_stages_the_tokens_lie_as_before() -> None:
     bare = plan.without_stages()
     assert (bare.grid, bare.blocks, bare.image_tokens, bare.stages) == (plan.grid, plan.blocks, 24, ())
     assert bare.compression == 0.0
+
+
+@pytest.mark.parametrize(
+    ("edit", "said"),
+    [
+        ({"keep": 10.5}, "stages.0.keep: .*; it is 10.5"),
+        ({"keep": "many"}, 'stages.0.keep: .*; it is "many"'),
+        ({"keep": 10**6}, "plan: stage 0: keep 1000000 is not below"),
+    ],
+)
+def test_what_is_wrong_in_a_file_is_shown(edit: dict[str, Any], said: str, tmp_path: Path) -> None:
+    """With its value, and without the words of the library that found it."""
+    document = json.loads(RELEASED.to_json())
+    document["stages"][0] |= edit
+    (tmp_path / "plan.json").write_text(json.dumps(document))
+    with pytest.raises(InputError, match=said) as raised:
+        PruningPlan.load(tmp_path / "plan.json")
+    assert "Value error" not in raised.value.got
+
+
+def test_a_byte_order_mark_is_named(tmp_path: Path) -> None:
+    (tmp_path / "plan.json").write_text("\ufeff" + RELEASED.to_json())
+    with pytest.raises(InputError, match="byte order mark"):
+        PruningPlan.load(tmp_path / "plan.json")
