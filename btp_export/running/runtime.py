@@ -466,5 +466,5 @@ def _opened(item: "Image.Image | Path | str") -> "Image.Image":
     raise InputError(
         f"a picture of type {type(item).__name__}",
         wanted="the name of a file or a PIL image, one or a list of them",
-        do="PIL.Image.fromarray(array) for an array, PIL.Image.open(io.BytesIO(data)) for bytes",
+        do="PIL.Image.fromarray(array) for an array, PIL.Image.open for bytes in io.BytesIO",
     )

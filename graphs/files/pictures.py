@@ -73,7 +73,7 @@ def open_picture(
         if isinstance(error, UnidentifiedImageError):
             reason = "not a picture of a known format"
         raise InputError(
-            f"cannot read {name if isinstance(source, bytes) else f'the picture {name}'}: {reason}",
+            f"cannot read the picture{'' if name == 'the picture' else f' {name}'}: {reason}",
             wanted=f"a whole picture file: {', '.join(FORMATS)}",
             do="check the file",
         ) from error
