@@ -83,7 +83,8 @@ def load(
         profile: name of a shape profile; the first if left out.
         threads: threads inside an operator; all cores if left out. Engines have none. A model may be called by several
             threads: one call runs at a time, the others wait. Load it twice to run two at once.
-        device: where ONNX Runtime computes: "cpu", "cuda" or "cuda:<number>"; engines run on the first GPU.
+        device: where ONNX Runtime computes: "cpu", "cuda", "cuda:<number>" or "auto", a GPU if any;
+            engines run on the first GPU.
         target: run the engines built for this device in place of the graphs.
         activations: what a CPU multiplies four-bit weights with: rows rounded to "int8" (fast), or "float32" rows.
         cuda_graphs: replay a prefill and a decode step of engines as CUDA graphs; `note` is told where that cannot be.

@@ -65,7 +65,8 @@ def _choices(values: tuple[str, ...]) -> str:
 def _documented(text: str) -> tuple[str, list[str]]:
     """The docstring's prose, and its arguments as a list."""
     prose, _, rest = text.partition("\nArgs:\n")
-    arguments = [line.strip() for line in rest.splitlines() if line.strip()]
+    # A line that is indented further goes on with the one before.
+    arguments = re.sub(r"\n {5,}", " ", rest.rstrip()).replace("    ", "").splitlines()
     return prose.strip(), [f"- `{name}`: {words}" for name, _, words in (line.partition(": ") for line in arguments)]
 
 

@@ -14,7 +14,7 @@ from btp_export import console
 from btp_export.exporting import Options, check_plan, check_target, export_into, note_generation, note_links
 from btp_export.model.open_model import DummyWeights, Model, open_model
 from btp_export.planning.calibration_settings import CalibrationSettings
-from btp_export.planning.choose_plan import choose_plan, files_read
+from btp_export.planning.choose_plan import check_pictures_are_used, choose_plan, files_read
 from btp_export.quantising import check_weights, quantise_model
 from btp_export.report.collect import Settings, collect
 from btp_export.report.write import write_report
@@ -74,6 +74,7 @@ def run_job(job: Job) -> JobResult:
     bundle does not verify, InputError and UnavailableError as the phases do.
     """
     clock = Clock()
+    check_pictures_are_used(job.plan, job.calibration, job.weights)
     with clock.phase("open", say=False) as report:  # what fails here should stand alone
         engines = None if job.target is None else Engines.check(job.target)
         model = open_model(job.model, job.dummy, system=job.system, weights=job.weights, report=report)

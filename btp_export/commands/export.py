@@ -22,11 +22,12 @@ def command(
 ) -> None:
     """Export a model with a pruning plan: the bundle of ONNX graphs, without verification and report."""
     from btp_export.exporting import check_plan, check_target, export_bundle
-    from btp_export.planning.choose_plan import choose_plan, files_read
+    from btp_export.planning.choose_plan import check_pictures_are_used, choose_plan, files_read
     from btp_export.quantising import check_weights, quantise_model
     from btp_export.results.plans import ExportResult
 
     chosen, settings = shapes.options(), plan.settings()
+    check_pictures_are_used(plan.plan, settings, weights)
     target = out or options.default_out(model)
     opened = options.open_chosen(model, dummy.chosen(weights), system, weights)
     reads = files_read(plan.plan, settings)

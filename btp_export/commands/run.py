@@ -165,7 +165,7 @@ def _check_show(path: Path, samples: int, *, force: bool) -> None:
         )
     kind = Image.registered_extensions().get(path.suffix.lower())  # also of formats that are only read
     if kind not in Image.SAVE:
-        raise InputError(f"--show {path}", wanted="a file name that ends in .png", do=f"--show {path}.png")
+        raise InputError(f"--show {path}", wanted="a file name that ends in .png", do="--show kept.png")
     _encoded(Image.new("RGB", (1, 1)), path)
     if not path.absolute().parent.is_dir():
         raise InputError(f"no folder {path.parent}", wanted="a folder that exists", do=f"mkdir -p {path.parent}")
@@ -186,7 +186,7 @@ def _encoded(picture: "Picture", path: Path) -> bytes:
         picture.save(stream, Image.registered_extensions()[path.suffix.lower()])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
-            f"--show {path}: {error}", wanted="a file name that ends in .png", do=f"--show {path}.png"
+            f"--show {path}: {error}", wanted="a file name that ends in .png", do="--show kept.png"
         ) from error
     return stream.getvalue()
 

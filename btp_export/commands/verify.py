@@ -9,6 +9,7 @@ from btp_export.commands import _complete as complete
 from btp_export.commands import _options as options
 from btp_export.commands._groups import Between
 from btp_export.console import JsonOption, emit, note, progress
+from graphs.records.errors import InputError
 
 if TYPE_CHECKING:
     from btp_export.results.verification import FilesVerified, Verification
@@ -47,6 +48,8 @@ def command(
     """Check every graph of a bundle, its kept tokens and its text against transformers' own modelling code."""
     from graphs.files.bundle import Bundle
 
+    if files and target is not None:
+        raise InputError(f"--files with --target {target}", wanted="one of them", do="leave one out")
     with progress("verifying") as bar:
         opened = Bundle.open(bundle, check="full")
         if files:

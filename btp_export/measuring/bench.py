@@ -63,6 +63,9 @@ def measure(
     if rounds < 1 or warm_up < 0:
         raise InputError(f"{rounds} rounds after {warm_up}", wanted="at least 1 round", do="--rounds 10")
     if target is None:
+        from engines.runners.onnxruntime import onnxruntime_device
+
+        device = onnxruntime_device(device)
         check_fits_memory(bundle, profile, device, models=2, activations=activations)
     with scratch_beside(bundle.root) as folder:
         common = {"threads": threads, "device": device, "cuda_graphs": cuda_graphs, "note": note}

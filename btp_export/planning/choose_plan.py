@@ -14,6 +14,7 @@ from graphs.records.match_plan import spec_at
 from graphs.records.plan import PruningPlan
 from graphs.records.progress import Note, Report
 from graphs.records.shapes import ShapeProfile
+from graphs.records.stored_weights import Weights
 
 
 def choose_plan(
@@ -43,6 +44,18 @@ def choose_plan(
         note(f"btp-paper on {model.spec.name}: {released.caution}")
     spec = model.spec if profile is None else spec_at(model.spec, profile)
     return plan_for(choice, spec, compression=settings.compression)
+
+
+def check_pictures_are_used(choice: str, settings: CalibrationSettings, weights: Weights) -> None:
+    """Raise InputError for calibration pictures where nothing is calibrated on them, neither a plan nor weights."""
+    given = {"--images": settings.images, "--mix": settings.mix}
+    option = next((name for name, value in given.items() if value is not None), None)
+    if option is not None and choice != CALIBRATED and weights == "model":
+        raise InputError(
+            f"{option} with --plan {choice}",
+            wanted=f"{option} only with the calibrated plan, or with four-bit weights",
+            do=f"leave {option} out",
+        )
 
 
 def files_read(choice: str, settings: CalibrationSettings) -> list[Path]:

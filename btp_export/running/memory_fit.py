@@ -84,7 +84,11 @@ def check_fits_memory(
     bundle: Bundle, profile: str | None, device: str, *, models: int = 1, activations: Activations = "int8"
 ) -> None:
     """Raise InputError if the graphs are to be open together on the CPU and memory does not hold them."""
-    if device == "cpu" and (reason := too_large(bundle, profile, models=models, activations=activations)):
+    from engines.runners.onnxruntime import onnxruntime_device
+
+    if onnxruntime_device(device) == "cpu" and (
+        reason := too_large(bundle, profile, models=models, activations=activations)
+    ):
         raise InputError(
             reason,
             wanted="enough memory for all graphs at once",

@@ -114,7 +114,7 @@ def load(
         bundle: its folder, or an opened Bundle.
         profile: name of a shape profile; the first if left out.
         threads: threads inside an operator; all cores if left out. Engines have none.
-        device: "cpu", "cuda" or "cuda:<number>"; engines run on the first GPU if nothing else is said.
+        device: "cpu", "cuda", "cuda:<number>" or "auto"; engines run on the first GPU if nothing else is said.
         target: run the engines built for this device, which lie in the bundle, see docs/engines.md.
         activations: what ONNX Runtime multiplies four-bit weights with: rows rounded to int8, or float32 rows.
         cuda_graphs: whether a prefill and a decode step of engines are CUDA graphs. note: told where they cannot be.

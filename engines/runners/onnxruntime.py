@@ -86,8 +86,8 @@ class OrtLoader:
         joins: bool = True,
         log_severity: int = 4,
     ) -> None:
-        self.device = device
-        self._kind, self._number = _parse_device(device)
+        self.device = onnxruntime_device(device)
+        self._kind, self._number = _parse_device(self.device)
         if threads is not None and threads < 1:
             raise InputError(f"{threads} threads", wanted="1 or more", do="leave threads out to use every core")
         if custom_ops == "found":
@@ -370,7 +370,7 @@ def _parse_device(device: str) -> tuple[str, int]:
         return "cpu", 0
     if kind == "cuda" and (number.isdigit() if colon else True):
         return "cuda", int(number or 0)
-    raise InputError(f"unknown device {device!r}", wanted="cpu, cuda or cuda:<number>", do="--device cpu")
+    raise InputError(f"unknown device {device!r}", wanted="cpu, cuda, cuda:<number> or auto", do="--device cpu")
 
 
 def _require_code_for_gpu(library: Path, number: int) -> None:

@@ -38,6 +38,9 @@ def test_the_page_has_the_real_signatures() -> None:
         described = [line for line in (inspect.getdoc(getattr(btp_export, name)) or "").splitlines() if ": " in line]
         assert {line.split(":")[0].strip() for line in described if line.startswith("    ")} <= arguments.keys()
     assert {"bundle", "model", "target", "dry_run"} <= documented
+    assert all(line.rstrip()[-1] in ".;" and "`: " in line for line in text.splitlines() if line.startswith("- `"))
+    # An argument has one entry, also where its description takes several lines.
+    assert all(name.isidentifier() for name in documented) and text.count("- `threads`") == 1
 
 
 @pytest.mark.parametrize("name", api_reference.FUNCTIONS)

@@ -111,14 +111,21 @@ def test_no_space(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatc
         (["--compression", "1.5"], "1.5"), (["--keep", "many"], "--keep many"), (["--keep", "5,9"], "9"),
         (["--compression", "0.5", "--keep", "3"], "both"), (["--samples", "0"], "--samples 0"),
         (["--plan", "nothing"], "'nothing'"), (["--plan", "vtw", "--keep", "3"], "--keep"),
+        (["--plan", "vtw", "--images", "cats"], "--images with --plan vtw"),
+        (["--plan", "vtw", "--mix", "scenes=1"], "--mix with --plan vtw"),
     ],
 )  # fmt: skip
 def test_budgets_that_cannot_be(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, tiny_checkpoint: Path, budget: list[str], said: str
 ) -> None:
     model = ["--model", str(tiny_checkpoint), "--samples", "2"]
-    assert said in refused(capsys, ["export", *model, "--out", str(tmp_path / "b"), *budget])
+    for command in (["export"], []):  # a part, and the whole job
+        assert said in refused(capsys, [*command, *model, "--out", str(tmp_path / "b"), *budget])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_hashing_files_checks_no_engines(capsys: pytest.CaptureFixture[str], bundle: Path) -> None:
+    assert "--files with --target l4" in refused(capsys, ["verify", str(bundle), "--files", "--target", "l4"])
 
 
 def test_messages_of_any_length_are_three_short_lines() -> None:

@@ -11,7 +11,7 @@ from onnx import TensorProto, helper
 
 from engines.runners.cuda_stream import Stream
 from engines.runners.host import HostBuffer
-from engines.runners.onnxruntime import OrtLoader, explain, ort_errors
+from engines.runners.onnxruntime import OrtLoader, explain, onnxruntime_device, ort_errors
 from graphs import dtypes
 from graphs.records.errors import CheckError, InputError, UnavailableError
 
@@ -140,6 +140,12 @@ def test_dynamic_shapes_are_refused(tmp_path: Path) -> None:
     x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n"]) for name in "xy")
     with pytest.raises(InputError, match="x is"):
         OrtLoader()(save(tmp_path, [helper.make_node("Identity", ["x"], ["y"])], [x], [y]))
+
+
+def test_a_device_is_chosen() -> None:
+    """`run`, `bench` and `serve` offer `auto` as `verify` does, which chose for itself."""
+    assert OrtLoader(device="auto").device == onnxruntime_device("auto") in ("cpu", "cuda")
+    assert OrtLoader(device="cpu").device == "cpu"
 
 
 def test_settings_are_checked(tmp_path: Path) -> None:
