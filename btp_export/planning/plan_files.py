@@ -30,6 +30,12 @@ def plan_for(
     from btp_export.families import family_of
     from calibrate.place.presets import PRESETS, preset
 
+    if name == "none" and compression:
+        raise InputError(
+            f"--compression {compression:g} with the preset none, which prunes nothing",
+            wanted="one of them",
+            do="leave --compression out, or take another preset",
+        )
     if name in PRESETS:
         return preset(
             name,

@@ -111,6 +111,7 @@ def test_no_space(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatc
         (["--compression", "1.5"], "1.5"), (["--keep", "many"], "--keep many"), (["--keep", "5,9"], "9"),
         (["--compression", "0.5", "--keep", "3"], "both"), (["--samples", "0"], "--samples 0"),
         (["--plan", "nothing"], "'nothing'"), (["--plan", "vtw", "--keep", "3"], "--keep"),
+        (["--plan", "none", "--compression", "0.5"], "the preset none"),
         (["--plan", "vtw", "--images", "cats"], "--images with --plan vtw"),
         (["--plan", "vtw", "--mix", "scenes=1"], "--mix with --plan vtw"),
     ],

@@ -231,7 +231,7 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, small_files: None, capsys: p
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.splitlines() == [
-        "error: File too large", "  do this: free some space, or give --out on another disk"
+        "error: File too large", "  do this: free some space there, or write to another disk"
     ]  # fmt: skip
     assert list(tmp_path.iterdir()) == []
 

@@ -198,7 +198,7 @@ class Runner:
 def command_line(command: str, flag: str, model: str, bundle: str) -> list[str]:
     """The command with what it cannot do without, and with what this option goes with."""
     picture = ["--image", "PICTURES/red.png", "--prompt", "<image> what ?" if flag == "--raw-prompt" else "what ?"]
-    plan = ["--plan", "btp" if flag in CALIBRATES else "none"]
+    plan = ["--plan", "btp" if flag in CALIBRATES else "vtw" if flag == "--compression" else "none"]
     needs = {
         "": ["--model", model, *plan], "export": ["--model", model, *plan], "calibrate": ["--model", model],
         "run": [bundle, *picture], "plan": [], "doctor": [],
