@@ -14,13 +14,17 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from typing import Annotated, Any, Protocol, TextIO, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Protocol, TextIO, TypeVar
 
 import typer
 
 from graphs.records.errors import InputError
 from graphs.records.printable import json_safe, one_line, printable
 from graphs.records.progress import Report
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")]
 
@@ -33,7 +37,7 @@ class Printable(Protocol):
 
 
 Shown = TypeVar("Shown", bound=Printable)
-MOST_COLUMNS = 10_000  # of a table
+WORD = 20  # characters of text to which a column may be narrowed
 
 
 class Phases:
@@ -280,25 +284,54 @@ def _stdout() -> TextIO:
     return _results if _results is not None else sys.stdout
 
 
+def _drawn(console: "Console", shown: Any) -> str:
+    with console.capture() as lines:
+        console.print(shown)
+    return lines.get()
+
+
+def _is_cut(shown: "Table", lines: str) -> bool:
+    """Whether a number or a word of a table is not in its lines."""
+    cells = [str(cell) for column in shown.columns for cell in (column.header, *column.cells)]
+    words = {word for cell in cells for word in cell.split()}
+    return not {word for word in words if len(word) <= WORD} <= set(lines.split())
+
+
+def _fit(shown: "Table", width: int) -> int:
+    """Give a table's columns the room that their numbers and words need; the columns of a terminal that this takes.
+
+    rich narrows the widest column first and cuts its numbers off, which leaves no result. Of words longer than WORD,
+    such as paths, the beginning is shown. A terminal that is narrower still wraps the lines itself.
+    """
+    cells = [[str(cell) for cell in (column.header, *column.cells)] for column in shown.columns]
+    longest = [max((len(word) for cell in own for word in cell.split()), default=0) for own in cells]
+    numbers = [column.justify == "right" for column in shown.columns]
+    least = [size if number else min(size, WORD) for size, number in zip(longest, numbers, strict=True)]
+    most = [max(map(len, own)) for own in cells]
+    spare = width - sum(least) - 3 * len(least) + 1  # two spaces around each, one between two
+    for column, size, whole in zip(shown.columns, least, most, strict=True):
+        column.width = size + max(0, min(whole - size, spare))
+        spare -= column.width - size
+    return max(width, width - spare)
+
+
 def _print(file: TextIO, shown: Any) -> None:
     if isinstance(shown, str):
         _write(file, printable(shown).rstrip("\n") + "\n")
         return
     from rich.console import Console, Group
-    from rich.measure import Measurement
+    from rich.table import Table
 
     if isinstance(shown, Group):  # text beside tables is not wrapped: a path must stay in one piece
         for part in shown.renderables:
             _print(file, part)
         return
     drawn = Console(file=file, highlight=False, markup=False, emoji=False)
-    # Where the terminal is too narrow for the words and numbers of a table, its lines are wrapped by the terminal: rich
-    # would cut them off, which leaves no result.
-    unlimited = drawn.options.update(max_width=MOST_COLUMNS)
-    drawn.width = max(drawn.width, Measurement.get(drawn, unlimited, shown).minimum)
-    with drawn.capture() as lines:
-        drawn.print(shown)
-    _write(file, lines.get())
+    lines = _drawn(drawn, shown)
+    if isinstance(shown, Table) and _is_cut(shown, lines):
+        drawn.width = _fit(shown, drawn.width)
+        lines = _drawn(drawn, shown)
+    _write(file, lines)
 
 
 def _write(file: TextIO, text: str) -> None:

@@ -1,5 +1,6 @@
 """Results on standard output, everything else on standard error."""
 
+import io
 import json
 import math
 import os
@@ -9,6 +10,8 @@ from typing import Any, Literal
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from btp_export import console
 from btp_export.results.base import Number, Result
@@ -141,3 +144,34 @@ def test_narrow_terminals_show_every_number_and_word(
     )
     shown = capsys.readouterr().out.split()
     assert all(cell in shown for row in rows for cell in row), shown
+
+
+@given(data=st.data(), columns=st.sampled_from([0, 1, 20, 40, 60, 80]))
+def test_tables_lose_no_number_and_no_word(data: st.DataObject, columns: int) -> None:
+    """And are no wider than the terminal, or what their words need."""
+    count = data.draw(st.integers(2, 6))
+    words = st.lists(st.text("ab", min_size=1, max_size=12), min_size=1, max_size=5).map(" ".join)
+    head = data.draw(st.lists(words, min_size=count, max_size=count))
+    rows = data.draw(st.lists(st.lists(words, min_size=count, max_size=count), min_size=1, max_size=3))
+    drawn, file = console.table(head, rows, text=data.draw(st.integers(0, count))), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COLUMNS", str(columns))
+        console._print(file, drawn)
+    lines = file.getvalue().splitlines()
+    cells = [cell for row in (head, *rows) for cell in row]
+    assert {word for cell in cells for word in cell.split()} <= set(" ".join(lines).split())
+    longest = [max(len(word) for row in (head, *rows) for word in row[place].split()) for place in range(count)]
+    assert max(map(len, lines)) <= max(columns or 80, sum(longest) + 3 * count - 1)
+
+
+@pytest.mark.parametrize("columns", [60, 80, 120])
+def test_a_long_path_makes_no_table_wider_than_its_terminal(
+    columns: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    row = ["TensorRT", f"10.3.0 is in /{'a' * 150}/dist-packages", "make the environment with its packages", "1.25"]
+    drawn = console.table(["engine builder", "state", "purpose", "seconds"], [row], text=3)
+    console.emit(Version(version="1"), as_json=False, render=lambda _: drawn)
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= columns and any("1.25" in line for line in lines)
+    assert {"environment", "packages", "10.3.0", "TensorRT"} <= set(" ".join(lines).split())
