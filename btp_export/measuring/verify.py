@@ -142,7 +142,11 @@ def _document(job: _Job, findings: CheckResults, *, tokens_equal: bool, target: 
         precision=job.bundle.manifest.build.precision,
         computed_in=job.computed,
         dummy_weights=job.bundle.manifest.model.dummy_weights,
-        gates=AppliedGates(**gates_of(findings.gates), kept_agreement=findings.gates.agreement),
+        gates=AppliedGates(
+            **gates_of(findings.gates),
+            kept_agreement=findings.gates.agreement,
+            free_run_agreement=findings.free.agreement,
+        ),
         failures=tuple(findings.failures),
         near_ties=tuple(findings.near_ties),
         activations=activations_in(job.bundle, "float32", target),

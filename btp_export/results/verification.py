@@ -17,9 +17,10 @@ class GateValues(Record):
 
 
 class AppliedGates(GateValues):
-    """What the decoder's graphs and the kept tokens had to hold."""
+    """What the decoder's graphs had to hold, and the kept tokens of graphs and of free runs."""
 
     kept_agreement: float
+    free_run_agreement: float | None = None  # null in documents that are older
 
 
 class GraphParity(Record):

@@ -91,10 +91,12 @@ class GraphCheck:
 class CheckResults:
     """What verification found so far; `failures` are sentences, empty if everything held.
 
-    `gates` are the decoder's, by which kept tokens and free runs are judged too; a graph has its own.
+    `gates` are the decoder's, by which the kept tokens of its graphs are judged too; a graph has its own. `free` are
+    those of free runs, which begin with the vision graph: what rounds there may turn near-ties behind it.
     """
 
     gates: Gates = GATES["float32"]
+    free: Gates = GATES["float32"]
     graphs: list[GraphCheck] = field(default_factory=list)
     kept: list[list[float]] = field(default_factory=list)  # per stage: agreement of each sample, 1.0 for keep 0
     near_ties: list[str] = field(default_factory=list)
@@ -108,7 +110,8 @@ class CheckResults:
     def restored(state: dict[str, Any]) -> CheckResults:
         """The findings that `state` was taken of."""
         graphs = [GraphCheck(**{**check, "gates": Gates(**check["gates"])}) for check in state["graphs"]]
-        return CheckResults(**{**state, "gates": Gates(**state["gates"]), "graphs": graphs})
+        gates = {name: Gates(**state[name]) for name in ("gates", "free")}
+        return CheckResults(**{**state, **gates, "graphs": graphs})
 
     def kept_agreement(self) -> list[float]:
         """Mean agreement per stage; 0 for a stage whose graph did not run."""

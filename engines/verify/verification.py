@@ -61,7 +61,9 @@ def verify_graphs(
     if latest is not None:
         findings, checked = CheckResults.restored(latest.meta), latest.number
     else:
-        findings, checked = CheckResults(gates=gates, kept=[[] for _ in plan.stages]), 0
+        whole = names.WHOLE in graphs  # with the vision graph's part in it, so its tokens are kept as in a free run
+        forced = GATES[precision] if whole else gates
+        findings, checked = CheckResults(forced, GATES[precision], kept=[[] for _ in plan.stages]), 0
     wanted = [*names.prefill_graphs(plan, whole=names.WHOLE in graphs), names.DECODE]
     missing = [name for name in wanted if name not in graphs]
     if missing and not checked:
@@ -73,7 +75,7 @@ def verify_graphs(
             progress(number - checked, len(graphs) - checked, name)
         verifier = GraphVerifier(name, opener(), plan, profile, findings)
         check = verifier.result
-        check.gates = GATES[precision] if name == names.VISION else gates
+        check.gates = GATES[precision] if name in (names.VISION, names.WHOLE) else gates
         try:
             verifier.check(samples)
         except CudaError:  # the GPU's fault, and no graph runs on it any more
@@ -123,9 +125,9 @@ def verify_free(
     A token is equal if it is the reference's argmax at its place, or ties with it within the gate: such near-ties are
     named. Where a near-tie made the bundle keep another token, `tokens_from` are reference runs forced to the bundle's
     kept sets, so that the tokens are still compared like with like. `rules` are, for each sample, what the model's
-    generation settings do to logits. Failures are added to `findings`, whose gates hold here too.
+    generation settings do to logits. Failures are added to `findings`, whose gates of free runs hold.
     """
-    gates, equal = findings.gates, True
+    gates, equal = findings.free, True
     for number, (run, own) in enumerate(zip(runs, free, strict=True)):
         for stage, record in enumerate(run.stages):
             kept = own.kept[stage]

@@ -14,10 +14,11 @@ import pytest
 from btp_export import cli
 from btp_export.measuring.verify import verify_bundle
 from btp_export.running.memory_fit import Streaming
+from engines.verify.gates import GATES
 from graphs.files.bundle import Bundle
 from graphs.records.errors import InputError
-from graphs.records.plan import PruningPlan
-from tests.plans import PLAN
+from graphs.records.plan import PruningPlan, Stage
+from tests.plans import PLAN, tiny_plan
 
 
 @pytest.mark.parametrize(
@@ -38,6 +39,20 @@ def test_half_precision_is_verified(tiny_bundle: Any) -> None:
     assert result.failures == ()
     assert result.passed
     assert any(1 - graph.cosine > 1e-9 for graph in result.graphs), "it did not run in half precision"
+
+
+@pytest.mark.parametrize("assemble", ["segments", "whole"])
+def test_what_begins_with_a_rounded_vision_graph_has_the_gates_of_its_type(assemble: str, tiny_bundle: Any) -> None:
+    """bfloat16 on a CPU: decoder graphs compute in float32 and are held to that, free runs and whole graphs are not."""
+    plan = tiny_plan(Stage(layer=0, keep=20, importance="norm", diversity="coverage", features="centred"))
+    result = verify_bundle(tiny_bundle(plan, precision="bfloat16", assemble=assemble), samples=3, threads=1)
+    assert result.failures == () and result.computed_in == "float32"
+    whole, wide = GATES["bfloat16"], GATES["float32"]
+    assert result.gates.kept_agreement == (whole if assemble == "whole" else wide).agreement
+    assert result.gates.free_run_agreement == whole.agreement
+    cosines = {graph.name: graph.gates.cosine for graph in result.graphs}
+    assert cosines["decode"] == wide.cosine
+    assert cosines.get("vision", cosines.get("prefill")) == whole.cosine
 
 
 def test_the_command_prints_the_contract(tiny_bundle: Any, capsys: pytest.CaptureFixture[str]) -> None:

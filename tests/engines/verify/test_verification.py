@@ -16,8 +16,9 @@ from calibrate.data.samples import prepare, scene_samples
 from calibrate.reference.streamed_model import StreamedReference
 from engines.runners.cuda import CudaError
 from engines.runners.onnxruntime import OrtLoader
-from engines.verify.gates import CheckResults, agreement, compare
+from engines.verify.gates import GATES, CheckResults, agreement, compare
 from engines.verify.verification import FreeRun, VerifySample, same_kept, verify_free, verify_graphs
+from graphs.dtypes import Precision
 from graphs.files.bundle import Bundle
 from graphs.records.errors import CheckError
 from graphs.records.plan import PruningPlan, Stage
@@ -195,6 +196,20 @@ def test_another_token_is_a_failure_and_a_tie_is_named(samples: list[VerifySampl
     tied, findings = replace(samples[0].run, logits=logits), CheckResults()  # type: ignore[type-var]
     assert verify_free(findings, PLAN, [tied, *runs[1:]], other)
     assert findings.failures == [] and "logit gap" in findings.near_ties[0]
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_free_runs_have_gates_of_their_own(precision: Precision, samples: list[VerifySample]) -> None:
+    free, runs = free_runs(samples), [sample.run for sample in samples]
+    first, *rest = free[0].kept
+    others = np.setdiff1d(np.arange(36), first)
+    free[0] = replace(free[0], kept=[np.sort(np.append(first[1:], others[0])), *rest])
+    findings = CheckResults(gates=GATES["float32"], free=GATES[precision])
+    verify_free(findings, PLAN, runs, free)
+    told, silent = findings.failures, findings.near_ties
+    if precision == "bfloat16":
+        told, silent = silent, told
+    assert silent == [] and len(told) == 1 and "stage 0 keeps 0.94" in told[0]
 
 
 def test_a_free_run_that_keeps_everything_is_a_failure(samples: list[VerifySample]) -> None:
