@@ -97,4 +97,8 @@ def _is_noise(interval: tuple[float, float]) -> bool:
 def _reached(prefill: "PrefillTimes") -> str:
     if prefill.speedup_interval is not None and _is_noise(prefill.speedup_interval):
         return "; the two are not told apart"
-    return f"; {prefill.share_of_limit:.0%} of that is reached"
+    reached = f"; {prefill.share_of_limit:.0%} of that is reached"
+    if prefill.causal_limit is None:
+        return reached
+    share = prefill.speedup / prefill.causal_limit
+    return f"{reached}, {share:.0%} of the {prefill.causal_limit:.2f} x with attention up to its diagonal"

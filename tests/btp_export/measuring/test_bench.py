@@ -65,11 +65,12 @@ def test_a_difference_inside_the_noise_is_not_told(bundle: Any) -> None:
     assert prefill.speedup_interval[0] <= prefill.speedup_interval[1]
 
     def shown(low: float, high: float) -> str:
-        changed = prefill.model_copy(update={"speedup": 1.234, "speedup_interval": (low, high)})
+        changed = prefill.model_copy(update={"speedup": 1.234, "causal_limit": 1.543, "speedup_interval": (low, high)})
         return Text.from_ansi(render(show(result.model_copy(update={"prefill": changed})))).plain
 
     assert "no difference" in shown(0.97, 1.5) and "not told apart" in shown(0.97, 1.5)
     assert "(1.10 to 1.50)" in shown(1.1, 1.5) and "of that is reached" in shown(1.1, 1.5)
+    assert "80% of the 1.54 x with attention up to its diagonal" in shown(1.1, 1.5)
 
 
 def render(shown: Any) -> str:

@@ -195,7 +195,9 @@ def _evaluation(plan: PruningPlan) -> Evaluation:
 def _bench() -> Bench:
     return Bench(
         vision_ms=21.46,
-        prefill=PrefillTimes(full_ms=182.4, pruned_ms=61.9, speedup=2.9467, flops_limit=3.712, share_of_limit=0.7938),
+        prefill=PrefillTimes(
+            full_ms=182.4, pruned_ms=61.9, speedup=2.9467, flops_limit=3.712, causal_limit=3.4, share_of_limit=0.7938
+        ),
         select_ms=(6.31, 2.42, 1.07, 0.02),
         decode=DecodeTimes(ms_per_token=3.275, full_ms_per_token=5.918, speedup=1.807),
         flops=Operations(full=2_412_345_678, pruned=649_876_543, selection=12_345_678),

@@ -96,6 +96,7 @@ def test_the_numbers_on_the_page_are_the_datas(data: ReportData, tmp_path: Path)
         assert f"{row.kept_accuracy * 100:.1f}" in cells[2] and f"{row.flops_ratio * 100:.1f}" in cells[5]
     assert page.row("Vision tower and projector")[1:] == ["21.5", "21.5"]
     assert page.row("Decoder prefill, selection included")[1:] == ["182", "61.9"]
+    assert "it reaches 79 % of that limit, and 87 % of 3.40 times, where attention is counted up to" in page.words
     assert page.row("of it: selection of stage 2 before layer 3")[1:] == ["–", "2.42"]
     assert page.row("Prefill operations of the decoder")[1].endswith(" G")
     assert page.row("Key and value cache")[1:] == ["7.67 MB", "2.20 MB", "28.8 %"]
