@@ -28,14 +28,9 @@ LARGEST = 1e-4  # of the logits' spread: by how much those of a batch may differ
 def benchmark(wishes: Wishes) -> Iterator[Row]:
     """Rows of the demo; `quick`: of a tiny model in batches of 1 and 2."""
     sizes = SIZES[:2] if wishes.quick else SIZES
-    name = "hidden 64" if wishes.quick else "demo"
-    source = models.checkpoint(models.TINY, wishes.folder / "tiny") if wishes.quick else models.demo_checkpoint()
     profiles = tuple(f"batch={size}" for size in sizes)
-    folder = wishes.folder / "batches" / name
-    bundle = models.bundle(source, folder / "full", profiles=profiles)
-    pruned = models.pruned(bundle, folder / "pruned", 0.22)
-    for kind, one in (("all image tokens", bundle), ("22% of them", pruned)):
-        yield from _batches(f"{name}, {kind}", one, sizes, wishes)
+    for name, bundle in models.small(wishes, "batches", profiles):
+        yield from _batches(name, bundle, sizes, wishes)
 
 
 def _batches(name: str, bundle: Bundle, sizes: Sequence[int], wishes: Wishes) -> Iterator[Row]:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.findings import Wishes
 from btp_export.demo import checkpoint_path
 from btp_export.dummy import packed
 from btp_export.dummy.checkpoints import configured, stored_type, tensor_bits, tensor_shapes
@@ -108,6 +109,17 @@ def pruned(unpruned: Bundle, folder: Path, share: float) -> Bundle:
     if folder.is_dir():
         return Bundle.open(folder)
     return derive(unpruned, plan(unpruned.spec, share), folder)
+
+
+def small(wishes: Wishes, part: str, profiles: tuple[str, ...] = ()) -> Iterator[tuple[str, Bundle]]:
+    """The demo, in words and as bundles, with all image tokens and with 22 % of them; `quick`: a tiny model instead."""
+    source, name = demo_checkpoint(), "demo"
+    if wishes.quick:
+        source, name = checkpoint(TINY, wishes.folder / "tiny"), TINY.name
+    folder = wishes.folder / part / name
+    unpruned = bundle(source, folder / "full", profiles=profiles)
+    yield f"{name}, all image tokens", unpruned
+    yield f"{name}, 22% of them", pruned(unpruned, folder / "pruned", 0.22)
 
 
 def plan(spec: ModelSpec, share: float) -> PruningPlan:

@@ -25,13 +25,8 @@ PROMPT = "what color is the circle ?"
 
 def benchmark(wishes: Wishes) -> Iterator[Row]:
     """Rows of the demo; `quick`: of a tiny model."""
-    name = "hidden 64" if wishes.quick else "demo"
-    source = models.checkpoint(models.TINY, wishes.folder / "tiny") if wishes.quick else models.demo_checkpoint()
-    folder = wishes.folder / "same-picture" / name
-    bundle = models.bundle(source, folder / "full")
-    pruned = models.pruned(bundle, folder / "pruned", 0.22)
-    for kind, one in (("all image tokens", bundle), ("22% of them", pruned)):
-        yield _one(f"{name}, {kind}: first token about the same picture / another", one, wishes)
+    for name, bundle in models.small(wishes, "same-picture"):
+        yield _one(f"{name}: first token about the same picture / another", bundle, wishes)
 
 
 def _one(what: str, bundle: Bundle, wishes: Wishes) -> Row:

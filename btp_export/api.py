@@ -417,9 +417,7 @@ def build(
         return BuildResult.of(plan_build(opened, device, wishes).summary())
     machine = machine_for(device, wishes)
     plan = plan_build(opened, device, machine.wishes)
-    return BuildResult.of(
-        plan.summary(), build_engines(plan, machine, force=force, report=report or (lambda done, total, text="": None))
-    )
+    return BuildResult.of(plan.summary(), build_engines(plan, machine, force=force, report=report))
 
 
 def _opened(bundle: Bundle | PathLike, *, full: bool = False) -> Bundle:

@@ -15,7 +15,7 @@ from graphs.files.atomic import size_text
 from graphs.files.bundle import Bundle
 from graphs.files.memory import available_memory
 from graphs.records.errors import InputError, UnavailableError
-from graphs.records.progress import Report
+from graphs.records.progress import Report, silent
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -26,11 +26,12 @@ if TYPE_CHECKING:
 EXPANSION = 3  # memory of ONNX Runtime on the CPU in units of half-precision weights, which become float32
 
 
-def build_engines(plan: BuildPlan, machine: BuildMachine, *, force: bool, report: Report) -> BuiltEngines:
+def build_engines(plan: BuildPlan, machine: BuildMachine, *, force: bool, report: Report | None) -> BuiltEngines:
     """Bring the engines of a target up to date, or its kit where this machine cannot build; gives Result.summary().
 
     Raises what engines.tensorrt.build.build.build raises.
     """
+    report = report or silent
     result = build(
         plan,
         machine.library,

@@ -9,7 +9,7 @@ import pytest
 import torch
 from onnx import TensorProto
 
-from btp_export.running.runtime import open_graphs
+from btp_export.running.opening import open_graphs
 from calibrate.reference.streamed_model import StreamedReference
 from engines.runners.onnxruntime import OrtLoader
 from engines.targets import find_target

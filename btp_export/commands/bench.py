@@ -98,7 +98,7 @@ def _reached(prefill: "PrefillTimes") -> str:
     if prefill.speedup_interval is not None and _is_noise(prefill.speedup_interval):
         return "; the two are not told apart"
     reached = f"; {prefill.share_of_limit:.0%} of that is reached"
-    if prefill.causal_limit is None:
+    share = prefill.share_of_causal_limit
+    if share is None:
         return reached
-    share = prefill.speedup / prefill.causal_limit
     return f"{reached}, {share:.0%} of the {prefill.causal_limit:.2f} x with attention up to its diagonal"

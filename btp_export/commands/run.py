@@ -93,7 +93,8 @@ def command(
     """Answer a prompt about a picture; text is printed as it is generated."""
     from btp_export.model.pictures import fitted, profile_for
     from btp_export.model.prompting import Prompter
-    from btp_export.running.runtime import activations_in, load, paired, room_in
+    from btp_export.running.opening import activations_in
+    from btp_export.running.runtime import load, paired, room_in
     from btp_export.running.sampling import Sampling
     from graphs.files.bundle import Bundle
     from graphs.files.pictures import open_picture

@@ -19,7 +19,8 @@ from btp_export.model.prompting import Encoded
 from btp_export.results.timing import Bench, CacheBytes, DecodeTimes, Operations, PrefillTimes
 from btp_export.running.generation import answers_for
 from btp_export.running.memory_fit import check_fits_memory
-from btp_export.running.runtime import BundleModel, activations_in, load, open_graphs
+from btp_export.running.opening import activations_in, open_graphs
+from btp_export.running.runtime import BundleModel, load
 from graphs.files.bundle import Bundle
 from graphs.files.folders import scratch_beside
 from graphs.pruning.operations import cost

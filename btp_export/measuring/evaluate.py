@@ -139,7 +139,8 @@ def evaluate_plans(
     note: Note = lambda text: None,
 ) -> ScoredEvaluation:
     """The same for named plans; plans that give the same graphs are run once."""
-    from btp_export.running.runtime import activations_in, load
+    from btp_export.running.opening import activations_in
+    from btp_export.running.runtime import load
     from calibrate.measure.accuracy import hits
     from graphs.pruning.operations import cost
 

@@ -69,7 +69,7 @@ def verify_bundle(
     require_docstrings()
     from btp_export.model.check_spec import check_spec
     from btp_export.running.memory_fit import Streaming, must_stream
-    from btp_export.running.runtime import open_graphs
+    from btp_export.running.opening import open_graphs
     from calibrate.reference.decoder import torch_device
     from engines.runners.onnxruntime import onnxruntime_device
 
@@ -111,7 +111,7 @@ def _check_room(bundle: Bundle, profile: ShapeProfile, samples: int) -> None:
 
 
 def _document(job: _Job, findings: CheckResults, *, tokens_equal: bool, target: str | None) -> Verification:
-    from btp_export.running.runtime import activations_in
+    from btp_export.running.opening import activations_in
 
     def gates_of(gates: Gates) -> dict[str, float]:
         return {"cosine": gates.cosine, "norm_ratio_within": gates.norm}

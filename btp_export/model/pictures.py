@@ -1,7 +1,8 @@
 """Fitting pictures to a bundle's profiles. They come from graphs/files/pictures.py, upright and in RGB."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 from PIL import Image
 
@@ -10,6 +11,8 @@ from btp_export.families._vision import Layout
 from graphs.records.errors import InputError
 from graphs.records.shapes import ShapeProfile
 from graphs.records.spec import ModelSpec
+
+Made = TypeVar("Made")
 
 
 def fits(picture: Image.Image, spec: ModelSpec, profile: ShapeProfile) -> bool:
@@ -33,14 +36,19 @@ def fitted(pictures: Sequence[Image.Image], spec: ModelSpec, profile: ShapeProfi
     are.
     """
     height, width = profile.image_size
-    scaled = {  # each picture once, however often it is there
-        number: picture.resize((width, height), Image.Resampling.BICUBIC)
-        for number, picture in {id(picture): picture for picture in pictures}.items()
-        if not fits(picture, spec, profile)
-    }
-    return [scaled.get(id(picture), picture) for picture in pictures], sum(
-        id(picture) in scaled for picture in pictures
-    )
+
+    def fitting(picture: Image.Image) -> Image.Image:
+        is_fit = fits(picture, spec, profile)
+        return picture if is_fit else picture.resize((width, height), Image.Resampling.BICUBIC)
+
+    scaled = each_once(fitting, pictures)
+    return scaled, sum(new is not old for new, old in zip(scaled, pictures, strict=True))
+
+
+def each_once(make: Callable[[Image.Image], Made], pictures: Sequence[Image.Image]) -> list[Made]:
+    """What is made of each picture, of one that is there several times, as in several prompts' samples, once."""
+    made = {number: make(picture) for number, picture in {id(picture): picture for picture in pictures}.items()}
+    return [made[id(picture)] for picture in pictures]
 
 
 def profile_for(

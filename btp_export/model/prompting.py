@@ -16,6 +16,7 @@ from PIL import Image
 
 from btp_export.families import family_of
 from btp_export.families._chat import conversation_text, refuse_placeholders
+from btp_export.model.pictures import each_once
 from btp_export.preprocess.processor import Processor, read_processor
 from graphs.files.paths import require_text
 from graphs.records.errors import InputError, UnavailableError
@@ -161,13 +162,12 @@ class Prompter:
     ) -> Encoded:
         """Samples of whole texts; see `encode`."""
         ids = tuple(self._ids(image, text) for image, text in zip(images, texts, strict=True))
-        own = {id(image): image for image in images}  # each picture once, however many questions there are about it
-        pixels = {number: self.processor.pixels(image) for number, image in own.items()}
+        pixels = each_once(self.processor.pixels, images)
         image_tokens = self._span(ids, system)
         unknown = self.processor.steps.text.unknown_id
         encoded = Encoded(
             input_ids=ids,
-            pixel_values=np.concatenate([pixels[id(image)] for image in images]).astype(np.float32, copy=False),
+            pixel_values=np.concatenate(pixels).astype(np.float32, copy=False),
             prefix_tokens=self.spec.prefix_tokens,
             image_tokens=image_tokens,
             unknown=tuple(0 if unknown is None else int((row == unknown).sum()) for row in ids),

@@ -27,6 +27,11 @@ class PrefillTimes(Record):
     causal_limit: float | None = None
     share_of_limit: float
 
+    @property
+    def share_of_causal_limit(self) -> float | None:
+        """None in documents that are older than the limit."""
+        return None if self.causal_limit is None else self.speedup / self.causal_limit
+
 
 class DecodeTimes(Record):
     """One token more; `speedup_interval` as that of the prefill."""

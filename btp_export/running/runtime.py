@@ -13,24 +13,24 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Concatenate, Final, Literal, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 
 from btp_export.arguments import checked
-from btp_export.model.pictures import fitted, require_fit
+from btp_export.model.pictures import each_once, fitted, require_fit
 from btp_export.model.prompting import Encoded, Prompter
 from btp_export.running.detokenise import Detokeniser, OnText, TextPieces
 from btp_export.running.embedding import TokenEmbedding, filled
 from btp_export.running.generation import Answer, answers_for, generate
-from btp_export.running.memory_fit import check_fits_memory, shares_weights
+from btp_export.running.memory_fit import check_fits_memory
+from btp_export.running.opening import open_graphs
 from btp_export.running.sampling import Sampling
 from engines.chain import Chain
 from engines.runners.interface import Loader, Runner
 from graphs import names
 from graphs.building.rope import token_tables
-from graphs.files.bundle import ROPE_WEIGHTS, Bundle, Check
-from graphs.files.cache_folder import cache_folder
+from graphs.files.bundle import ROPE_WEIGHTS, Bundle
 from graphs.files.checkpoint import open_tensors
 from graphs.files.pictures import open_picture, to_rgb
 from graphs.pruning import kept_tokens
@@ -38,7 +38,6 @@ from graphs.records.errors import InputError
 from graphs.records.progress import Note
 from graphs.records.shapes import ShapeProfile
 from graphs.records.stored_weights import Activations
-from graphs.tf32 import allows_tf32
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -48,7 +47,6 @@ if TYPE_CHECKING:
 Array = np.ndarray[Any, np.dtype[Any]]
 P = ParamSpec("P")
 T = TypeVar("T")
-LEVELS: Final[dict[Activations, Literal[1, 4]]] = {"float32": 1, "int8": 4}  # OrtLoader's accuracy_level
 
 
 @dataclass(frozen=True)
@@ -138,52 +136,6 @@ def load(
     if target is None:
         check_fits_memory(opened, chosen, device, activations=activations)
     return BundleModel(opened, loader, profile=chosen, graphs=graphs, beside=beside)
-
-
-def open_graphs(
-    bundle: Bundle,
-    profile: str,
-    *,
-    threads: int | None = None,
-    device: str = "cpu",
-    target: str | None = None,
-    activations: Activations = "int8",
-    cuda_graphs: bool = True,
-    part: str = "",
-    check: Check = "quick",
-    note: Note = lambda text: None,
-) -> tuple[Loader, dict[str, Path]]:
-    """How the graphs of a profile are opened, and the file of each by name: the ONNX graphs, or a target's engines.
-
-    `activations`: what ONNX Runtime multiplies four-bit weights with. `cuda_graphs`, `note`: see `load`. `part` is the
-    folder of other engines inside the target's, such as the unpruned ones.
-    """
-    if target is None and not cuda_graphs:
-        raise InputError("--no-cuda-graph without --target", wanted="both, or neither", do="leave it out")
-    if target is None:
-        from engines.runners.onnxruntime import OrtLoader
-
-        files = {graph.name: bundle.root / graph.file for graph in bundle.graphs(profile)}
-        tf32 = allows_tf32(bundle.manifest.build.precision)
-        packed = cache_folder("onnxruntime") if shares_weights(bundle, profile, activations) else None
-        if activations not in LEVELS:
-            raise InputError(f"activations {activations!r}", wanted=" or ".join(LEVELS), do="leave them out")
-        level = LEVELS[activations]
-        return OrtLoader(device=device, threads=threads, tf32=tf32, accuracy_level=level, packed=packed), files
-    from engines.targets import find_target
-    from engines.tensorrt.records import engines_folder
-    from engines.tensorrt.run.runner import open_engines
-
-    if threads is not None:
-        raise InputError(f"--threads {threads} with --target", wanted="one or the other", do="leave --threads out")
-    folder = engines_folder(bundle, find_target(target).name) / part
-    gpu = "cuda" if device in ("cpu", "auto") else device  # engines run on nothing else
-    return open_engines(bundle, folder, profile=profile, device=gpu, check=check, cuda_graphs=cuda_graphs, note=note)
-
-
-def activations_in(bundle: Bundle, activations: Activations, target: str | None = None) -> Activations | None:
-    """What four-bit weights are multiplied with; None for a bundle without, and for engines, which round nothing."""
-    return activations if bundle.manifest.quantization is not None and target is None else None
 
 
 def _alone(method: "Callable[Concatenate[BundleModel, P], T]") -> "Callable[Concatenate[BundleModel, P], T]":
@@ -316,8 +268,7 @@ class BundleModel:
         system: str | None = None,
     ) -> Encoded:
         """Token ids and pixels of the samples. Raises InputError if one does not fit the bundle."""
-        upright = {id(image): to_rgb(image) for image in images}  # each once, for as many prompts as there are
-        pictures = [upright[id(image)] for image in images]
+        pictures = each_once(to_rgb, images)
         require_fit(pictures, self.spec, self.profile)
         return self.prompter.encode(pictures, prompts, raw=raw, system=system, profile=self.profile)
 

@@ -56,15 +56,14 @@ def verify_graphs(
     size, the last one filled up with its last sample. `precision` is the graphs' own, `computed` what the runner makes
     of it in the decoder (None: the same). Graphs that `steps` knows to be checked are not run again.
     """
-    gates = GATES[computed or precision]
+    # What has the vision graph in it is held to the graphs' own type, as free runs are.
+    gates, own, whole = GATES[computed or precision], GATES[precision], names.WHOLE in graphs
     latest = steps.resume("the check of the graphs") if steps is not None else None
     if latest is not None:
         findings, checked = CheckResults.restored(latest.meta), latest.number
     else:
-        whole = names.WHOLE in graphs  # with the vision graph's part in it, so its tokens are kept as in a free run
-        forced = GATES[precision] if whole else gates
-        findings, checked = CheckResults(forced, GATES[precision], kept=[[] for _ in plan.stages]), 0
-    wanted = [*names.prefill_graphs(plan, whole=names.WHOLE in graphs), names.DECODE]
+        findings, checked = CheckResults(own if whole else gates, own, kept=[[] for _ in plan.stages]), 0
+    wanted = [*names.prefill_graphs(plan, whole=whole), names.DECODE]
     missing = [name for name in wanted if name not in graphs]
     if missing and not checked:
         findings.failures.append(f"the bundle lacks the graphs {', '.join(missing)}")
@@ -75,7 +74,7 @@ def verify_graphs(
             progress(number - checked, len(graphs) - checked, name)
         verifier = GraphVerifier(name, opener(), plan, profile, findings)
         check = verifier.result
-        check.gates = GATES[precision] if name in (names.VISION, names.WHOLE) else gates
+        check.gates = own if name in (names.VISION, names.WHOLE) else gates
         try:
             verifier.check(samples)
         except CudaError:  # the GPU's fault, and no graph runs on it any more

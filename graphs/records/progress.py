@@ -35,3 +35,7 @@ def part_of(report: Report | None, number: int, parts: int) -> Report | None:
         report(round(_STEPS * (number + done / total)), _STEPS * parts, text)
 
     return of_the_whole
+
+
+def silent(done: int, total: int, text: str = "") -> None:
+    """A Report that tells nobody."""

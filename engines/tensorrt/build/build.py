@@ -52,7 +52,7 @@ from engines.tensorrt.summaries import BuiltEngines, engine_states
 from graphs.files.atomic import check_destination, check_space, move, sha256
 from graphs.files.memory import available_memory
 from graphs.files.signals import uninterrupted
-from graphs.records.progress import Note, Report
+from graphs.records.progress import Note, Report, silent
 
 TIMING_CACHE: Final = "timing.cache"
 
@@ -95,7 +95,7 @@ def build(
     force: bool = False,
     skip: Collection[str] = (),
     recorder: Recorder | None = None,
-    report: Report = lambda done, total, text="": None,
+    report: Report = silent,
     say: Note = lambda text: None,
 ) -> Result:
     """Bring engines/<target>/ of the bundle up to date; without `library` that is the kit, and `reason` says why.

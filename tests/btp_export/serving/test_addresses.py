@@ -161,4 +161,5 @@ def test_a_public_name_that_leads_to_this_machine(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize("address", ["http://", "http://[::1", "http://a:b/", "http://x:99999/", "http://exa\r\nmple/"])
 def test_addresses_that_are_none(address: str) -> None:
-    refusal(address, PRIVATE)
+    said = "an address without a host" if address == "http://" else "the address cannot be read"
+    assert refusal(address, PRIVATE) == f"image_url: {said}"

@@ -82,7 +82,7 @@ def test_wrong_conversations(serving: Server, square: Image.Image) -> None:
         ([{"role": "system", "content": "a system message"}, first], "system message"),
         (question(square, "where " * 49), "at most 48"),
     ):
-        refused(serving.ask(request(square, messages=messages)), 400, words)
+        assert refused(serving.ask(request(square, messages=messages)), 400, words)["type"] == "invalid_request_error"
 
 
 def test_wrong_pictures(serving: Server, square: Image.Image) -> None:
@@ -98,7 +98,8 @@ def test_wrong_pictures(serving: Server, square: Image.Image) -> None:
         ("http://localhost:1/", "an address of the web"),
         ("file:///etc/hostname", "a file; wanted"),
     ):
-        refused(serving.ask(request(square, messages=question(picture, "where ?"))), 400, words)
+        error = refused(serving.ask(request(square, messages=question(picture, "where ?"))), 400, words)
+        assert error["type"] == "invalid_request_error"
     too_large = "data:image/png;base64," + "A" * (LIMITS.picture * 4 // 3 + 8)
     refused(serving.ask(request(square, messages=question(too_large, "where ?"))), 400, "more than 200000 bytes")
 

@@ -234,7 +234,7 @@ def test_a_folder_behind_a_link_is_refused(bundle: Bundle, tmp_path: Path) -> No
 def test_what_is_put_beside_them_is_the_user_s(bundle: Bundle) -> None:
     (bundle.root / "notes.txt").write_text("mine")
     (bundle.root / "graphs" / ".DS_Store").write_text("a file manager's")
-    Bundle.open(bundle.root)
+    assert Bundle.open(bundle.root).manifest == bundle.manifest
 
 
 def test_an_index_that_comes_later_is_not_read(bundle: Bundle) -> None:
